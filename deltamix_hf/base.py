@@ -1,0 +1,168 @@
+"""The frozen base checkpoint: found, checked, and read tensor by tensor under the model's names.
+
+Checkpoint keys and model parameter names differ: transformers renames keys, adds or drops the base
+model's prefix, fuses experts, splits fused projections. `BaseCheckpoint` runs the model's own
+conversions on just the keys of one parameter, so that one matrix of the base at a time is in memory.
+Only safetensors are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from .errors import DeltaMixError
+from .format import TensorInfo, read_headers
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+
+def resolve_base(
+    base_model: str | None, revision: str | None, base_kwargs: dict[str, Any]
+) -> tuple[list[str], str | None]:
+    """Weight files of the base and the commit they come from (None for a local folder).
+
+    Raises:
+        DeltaMixError: no base given, not found, without safetensors, or itself quantized.
+    """
+    if not base_model:
+        raise DeltaMixError("no base model given; pass DeltaMixConfig(base_model=<path or Hub id>)")
+    kwargs = {**base_kwargs, "revision": revision}
+    try:
+        config = cached_file(base_model, CONFIG, **kwargs)
+        index = cached_file(
+            base_model, INDEX, _raise_exceptions_for_missing_entries=False, **kwargs
+        )
+        if index is None:
+            files = [cached_file(base_model, WEIGHTS, **kwargs)]
+        else:
+            files, _ = get_checkpoint_shard_files(base_model, index, **kwargs)
+    except (OSError, ValueError) as error:
+        raise DeltaMixError(
+            f"cannot find the base model {base_model!r} (revision {revision or 'main'}): it needs "
+            f"{CONFIG} and {WEIGHTS}. If it lies elsewhere, pass DeltaMixConfig(base_model=...). "
+            f"[{str(error).splitlines()[0]}]"
+        ) from error
+    with open(config) as handle:
+        quantized = json.load(handle).get("quantization_config")
+    if quantized:
+        raise DeltaMixError(
+            f"the base {base_model!r} is itself quantized ({quantized.get('quant_method')}); "
+            "give the plain base model"
+        )
+    commit = re.search(r"snapshots/([0-9a-f]{40})/", os.fspath(config).replace(os.sep, "/"))
+    return files, commit.group(1) if commit else None
+
+
+class KeyMap:
+    """Which checkpoint keys feed which parameter of `model`, under the model's own conversions."""
+
+    def __init__(self, model: PreTrainedModel):
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self.model = model
+        self.state = model.state_dict()
+
+    def rename(self, key: str) -> tuple[str, str | None]:
+        """Model name of a checkpoint key (or of a name in model form), and its converter's pattern."""
+        prefix = self.model.base_model_prefix
+        name, pattern = rename_source_key(key, self.renamings, self.converters, prefix, self.state)
+        if name not in self.state:
+            plain, _ = rename_source_key(key, [], [], prefix, self.state)
+            if plain in self.state:
+                return plain, None
+        return name, pattern
+
+    def converter(self, pattern: str) -> WeightConverter:
+        return deepcopy(next(c for c in self.converters if pattern in c.source_patterns))
+
+
+class BaseCheckpoint:
+    """Lazy reader of the base by model parameter name.
+
+    Args:
+        files: safetensors files of the base.
+        model: the model whose parameter names and conversions apply (meta weights are fine).
+    """
+
+    def __init__(self, files: list[str], model: PreTrainedModel):
+        self.infos: dict[str, TensorInfo] = read_headers(files)
+        self.keys = KeyMap(model)
+        self.sources: dict[str, list[tuple[str, str | None]]] = {}  # model name -> (key, pattern)
+        self._group: dict[str, str] = {}  # model name -> first target of its converter
+        for key in sorted(self.infos):
+            name, pattern = self.keys.rename(key)
+            if name not in self.keys.state:
+                continue
+            self.sources.setdefault(name, []).append((key, pattern))
+            for target in self._targets(name, pattern):
+                self._group[target] = name
+
+    def _targets(self, name: str, pattern: str | None) -> list[str]:
+        if pattern is None:
+            return [name]
+        targets = self.keys.converter(pattern).target_patterns
+        return [name.replace(targets[0], target, 1) for target in targets]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._group
+
+    def checkpoint_keys(self, name: str) -> list[str]:
+        """Checkpoint keys that feed the parameter `name` (several where experts are fused)."""
+        return [key for key, _ in self.sources[self._group[name]]]
+
+    def is_plain(self, name: str) -> bool:
+        """Whether the parameter is one stored tensor, untouched but for its name."""
+        source = self.sources[self._group[name]]
+        return len(source) == 1 and source[0][1] is None
+
+    def read_key(self, key: str) -> Tensor:
+        with safe_open(self.infos[key].file, framework="pt") as handle:
+            return handle.get_tensor(key)
+
+    def read(self, name: str) -> Tensor:
+        """The base's value of the parameter `name`, in the base's dtype, on the CPU.
+
+        Raises:
+            DeltaMixError: the base has no such tensor.
+        """
+        if name not in self:
+            raise DeltaMixError(f"the base has no tensor for {name!r}")
+        if self.is_plain(name):
+            return self.read_key(self.sources[name][0][0])
+        first = self._group[name]
+        converters: dict[str, WeightConverter] = {}
+        for key, pattern in self.sources[first]:
+            converter = converters.setdefault("", self.keys.converter(pattern))
+            converter.add_tensor(first, key, pattern, self.read_key(key))
+        model = self.keys.model
+        realised = converters[""].convert(first, model=model, config=model.config)
+        value = realised[name]
+        return value[0] if isinstance(value, list) else value
+
+    def hidden_keys(self, names: Iterable[str]) -> set[str]:
+        """Base keys to hide because a delta supplies the parameters `names` under other keys."""
+        return {key for name in names if name in self for key in self.checkpoint_keys(name)} - set(
+            names
+        )
+
+
+@torch.no_grad()
+def same(tensor: Tensor, base: Tensor) -> bool:
+    """Whether a model tensor equals the base's value once that is cast to its dtype."""
+    if tensor.shape != base.shape:
+        return False
+    return torch.equal(tensor, base.to(device=tensor.device, dtype=tensor.dtype))

@@ -1,0 +1,138 @@
+"""Compress a loaded fine-tune against its base, in place.
+
+Sorts every tensor of the model into: identical to the base (not stored), a matrix to pack, or
+overlay (stored whole); then runs the pipeline matrix by matrix, each time putting the base weight
+where the fine-tuned one was. One matrix of the base is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from .base import BaseCheckpoint, same
+from .calibration import describe, input_grams, token_batches
+from .compress import Matrix, compress_all, plan_budget
+from .config import DeltaMixConfig
+from .errors import DeltaMixError
+from .format import fingerprints, guard_names
+from .modules import attach_with_ties, delta_class
+
+# Below 64 x 64 the four header entries of a packed matrix outweigh what packing saves.
+_SMALLEST = 4096
+
+
+def compress_model(model: PreTrainedModel, base: BaseCheckpoint, config: DeltaMixConfig) -> None:
+    """Replace what differs from the base by packed deltas; fills in the config's records.
+
+    Raises:
+        DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
+    """
+    targets, overlay = sort_tensors(model, base, config.modules_to_not_convert or [])
+    shapes = {name: tuple(module.weight.shape) for name, module in targets.items()}
+    config.base_fingerprints = fingerprints(base.infos)
+    config.calibration_source = describe(config)
+    if not targets and not overlay:
+        warnings.warn(
+            "the fine-tune is identical to its base: the delta is empty", UserWarning, stacklevel=2
+        )
+        return
+    some_weight = next((f"{name}.weight" for name in targets), next(iter(overlay), ""))
+    budget = plan_budget(
+        shapes,
+        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in overlay.items()},
+        guard_names(some_weight, model.base_model_prefix),
+        config,
+    )
+    grams = _calibrate(model, targets, config)
+
+    def delta_of(name: str, module: nn.Module) -> Tensor:
+        weight = module.weight.detach()
+        return weight.float() - base.read(f"{name}.weight").to(weight.device, torch.float32)
+
+    matrices = {
+        name: Matrix(shapes[name], lambda n=name, m=module: delta_of(n, m), grams.get(name))
+        for name, module in targets.items()
+    }
+    bar = logging.tqdm(total=len(matrices), desc="Compressing", unit="matrix")
+    for name, result in compress_all(matrices, budget, config):
+        module = targets[name]
+        with torch.no_grad():
+            module.weight.copy_(base.read(f"{name}.weight"))
+        config.errors[name] = result.error
+        if result.packed is not None:
+            packed = result.packed
+            attach_with_ties(model, name, packed.runs, packed.group_size, packed.tensors)
+        bar.update()
+    bar.close()
+    if not isinstance(config.calibration, str):
+        config.calibration = None
+
+
+def sort_tensors(
+    model: PreTrainedModel, base: BaseCheckpoint, skip: list[str]
+) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """Modules to pack and tensors to store whole, by name; what equals the base is in neither.
+
+    Raises:
+        DeltaMixError: a tensor has another shape in the base, or is not finite.
+    """
+    targets: dict[str, nn.Module] = {}
+    overlay: dict[str, Tensor] = {}
+    tied = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        module_name, _, leaf = name.rpartition(".")
+        if name in base:
+            value = base.read(name)
+            if value.shape != tensor.shape:
+                raise DeltaMixError(
+                    f"{name} is {list(tensor.shape)} in the fine-tune and {list(value.shape)} in the "
+                    "base: this is not the base it was fine-tuned from"
+                )
+            if same(tensor, value):
+                continue
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
+        module = model.get_submodule(module_name)
+        if name in base and leaf == "weight" and _packable(module, module_name, skip):
+            targets[module_name] = module
+        else:
+            overlay[name] = tensor
+    return targets, overlay
+
+
+def _packable(module: nn.Module, name: str, skip: list[str]) -> bool:
+    return (
+        delta_class(type(module)) is not None
+        and module.weight.numel() >= _SMALLEST
+        and not any(name == s or name.endswith("." + s) or name.startswith(s + ".") for s in skip)
+    )
+
+
+def _tied_modules(model: PreTrainedModel, name: str) -> list[nn.Module]:
+    """The module itself and every module whose weight is tied to its weight."""
+    ties = model.all_tied_weights_keys.items()
+    names = [name, *(t.removesuffix(".weight") for t, s in ties if s == f"{name}.weight")]
+    return [model.get_submodule(n) for n in names]
+
+
+def _calibrate(
+    model: PreTrainedModel, targets: dict[str, nn.Module], config: DeltaMixConfig
+) -> dict[str, Tensor]:
+    """Input Gram of every target. A tied embedding is measured where it is used as a matrix."""
+    if config.calibration is None:
+        return {}
+    source = model.config.name_or_path
+    batches = token_batches(config, lambda: AutoTokenizer.from_pretrained(source))
+    observed = {}
+    for name in targets:
+        users = [m for m in _tied_modules(model, name) if isinstance(m, nn.Linear)]
+        observed |= {name: users[0]} if users else {}
+    bar = logging.tqdm(batches, desc="Calibrating", unit="batch")
+    return input_grams(model, observed, bar)

@@ -1,0 +1,223 @@
+"""`DeltaMixConfig`: everything a user can choose, validated, and what a delta repo remembers.
+
+One object plays two roles, as in every transformers quantization backend. Passed to
+`from_pretrained` with a plain fine-tune it says how to compress; read back from `config.json` it
+says what the repo holds. `base_model`, `base_revision`, `base_kwargs` and `dequantize` may be
+given again when a delta repo is loaded (the base moved, or a dense model is wanted).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import DeltaMixError
+
+QUANT_METHOD = "deltamix"
+FORMAT_VERSION = 1
+METHODS = ("deltamix", "delta-come")
+WIDTHS = tuple(range(9))
+DEFAULT_RATIO = 1 / 16
+# Never written to config.json: run-time only.
+_NOT_SERIALISED = ("base_kwargs",)
+
+
+class DeltaMixConfig(QuantizationConfigMixin):
+    """How to compress a fine-tune against its base, and where that base is.
+
+    Args:
+        base_model: path or Hub id of the frozen base (safetensors).
+        base_revision: branch, tag or commit of the base; compressing pins it to the commit.
+        method: `"deltamix"` (error table, 0/1 program, target correction) or `"delta-come"`
+            (fixed bands of 8, 3 and 2 bits).
+        ratio: all bytes of the delta's weight files / bf16 bytes of every tensor that differs from
+            the base. Default 1/16.
+        bits_per_weight: the same budget in bits per weight that differs (`ratio = bits / 16`).
+        budget_bytes: the same budget in bytes. Give at most one of the three.
+        bits: candidate widths of `method="deltamix"`, each 0 to 8; 0 drops a rank.
+        f_max: at most this many distinct widths per matrix (DeltaMix; `None`: no limit).
+        group_size: weights that share a scale; 0 means one scale per rank vector.
+        calibration: texts, token ids `[samples, length]`, the name of a data set (Hub id, or a
+            local `.txt` / `.jsonl` file), or `None` for data-free compression.
+        num_samples: calibration sequences at most.
+        seq_length: tokens per calibration sequence at most.
+        seed: order in which calibration texts are drawn.
+        modules_to_not_convert: names (or last parts of names) of modules to keep out of the packed
+            form; if they differ from the base they are stored whole.
+        dequantize: load a delta repo as plain dense modules.
+        base_kwargs: how to fetch the base (`token`, `cache_dir`, `local_files_only`, `subfolder`).
+        format_version: version of the delta repo's format.
+        calibration_source: written by compression: what the calibration data was, in words.
+        base_fingerprints: written by compression: base tensor name -> fingerprint.
+        errors: written by compression: module name -> relative error tr(EᵀE·C)/tr(ΔWᵀΔW·C).
+
+    Raises:
+        DeltaMixError: a value is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        base_model: str | os.PathLike | None = None,
+        base_revision: str | None = None,
+        method: str = "deltamix",
+        ratio: float | None = None,
+        bits_per_weight: float | None = None,
+        budget_bytes: int | None = None,
+        bits: Sequence[int] = (0, 2, 3, 4, 8),
+        f_max: int | None = None,
+        group_size: int = 128,
+        calibration: Sequence[str] | torch.Tensor | str | None = None,
+        num_samples: int = 128,
+        seq_length: int = 2048,
+        seed: int = 0,
+        modules_to_not_convert: Sequence[str] | None = None,
+        dequantize: bool = False,
+        base_kwargs: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        calibration_source: str | None = None,
+        base_fingerprints: dict[str, str] | None = None,
+        errors: dict[str, float] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ):
+        if unknown:
+            raise DeltaMixError(
+                f"DeltaMixConfig has no option {sorted(unknown)}; see help(DeltaMixConfig)"
+            )
+        if quant_method != QUANT_METHOD:
+            raise DeltaMixError(
+                f"quant_method is {quant_method!r}, DeltaMixConfig reads {QUANT_METHOD!r} only"
+            )
+        self.quant_method = quant_method
+        self.base_model = None if base_model is None else os.fspath(base_model)
+        self.base_revision = base_revision
+        self.method = method
+        self.ratio = ratio
+        self.bits_per_weight = bits_per_weight
+        self.budget_bytes = budget_bytes
+        self.bits = bits
+        self.f_max = f_max
+        self.group_size = group_size
+        self.calibration = calibration
+        self.num_samples = num_samples
+        self.seq_length = seq_length
+        self.seed = seed
+        self.modules_to_not_convert = modules_to_not_convert
+        self.dequantize = dequantize
+        self.base_kwargs = dict(base_kwargs or {})
+        self.format_version = format_version
+        self.calibration_source = calibration_source
+        self.base_fingerprints = dict(base_fingerprints or {})
+        self.errors = dict(errors or {})
+        self._validate()
+
+    def _validate(self) -> None:
+        if self.method not in METHODS:
+            raise DeltaMixError(f"method is {self.method!r}; choose one of {list(METHODS)}")
+        self._validate_budget()
+        try:
+            widths = sorted(set(self.bits))
+            bad = [b for b in widths if isinstance(b, bool) or b not in WIDTHS]
+        except TypeError:
+            widths, bad = [], [self.bits]
+        if bad or not any(widths):
+            raise DeltaMixError(
+                f"bits is {self.bits!r}; give candidate widths from 0 to 8, at least one above 0"
+            )
+        self.bits = [int(b) for b in widths]
+        if self.f_max is not None:
+            _check_int("f_max", self.f_max, 1)
+        _check_int("group_size", self.group_size, 0)
+        _check_int("num_samples", self.num_samples, 1)
+        _check_int("seq_length", self.seq_length, 1)
+        _check_int("seed", self.seed, 0)
+        _check_int("format_version", self.format_version, 1)
+        if self.format_version > FORMAT_VERSION:
+            raise DeltaMixError(
+                f"the repo is in format {self.format_version}, this deltamix_hf reads up to "
+                f"{FORMAT_VERSION}; upgrade with `pip install -U deltamix-hf`"
+            )
+        if self.modules_to_not_convert is not None:
+            names = self.modules_to_not_convert
+            if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+                raise DeltaMixError("modules_to_not_convert must be a list of module names")
+            self.modules_to_not_convert = list(names)
+        self._validate_calibration()
+
+    def _validate_budget(self) -> None:
+        given = [
+            n for n in ("ratio", "bits_per_weight", "budget_bytes") if getattr(self, n) is not None
+        ]
+        if len(given) > 1:
+            raise DeltaMixError(f"{' and '.join(given)} all set the budget; give only one of them")
+        for name in given:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise DeltaMixError(f"{name} is {value!r}; it must be a number above 0")
+        if not given:
+            self.ratio = DEFAULT_RATIO
+        if self.ratio is not None and self.ratio > 1:
+            raise DeltaMixError(f"ratio is {self.ratio}; at most 1 (1/16 is the default)")
+        if self.budget_bytes is not None and self.budget_bytes != int(self.budget_bytes):
+            raise DeltaMixError(f"budget_bytes is {self.budget_bytes!r}; give a whole number")
+
+    def _validate_calibration(self) -> None:
+        data = self.calibration
+        if data is None:
+            return
+        if isinstance(data, torch.Tensor):
+            if data.ndim != 2 or data.is_floating_point() or data.numel() == 0:
+                raise DeltaMixError(
+                    f"calibration tensor has shape {list(data.shape)} and dtype {data.dtype}; "
+                    "give non-empty integer token ids [samples, length]"
+                )
+        elif isinstance(data, str):
+            if not data:
+                raise DeltaMixError("calibration is an empty name; use None for data-free")
+        elif not isinstance(data, Sequence) or not all(isinstance(t, str) for t in data):
+            raise DeltaMixError(
+                f"calibration is a {type(data).__name__}; give a list of texts, a token id tensor, "
+                "the name of a data set, or None for data-free"
+            )
+        elif not any(t.strip() for t in data):
+            raise DeltaMixError("calibration holds no text; use None for data-free compression")
+
+    def budget(self, reference_bytes: int) -> int:
+        """Bytes allowed for the weight files, given the bf16 bytes of all tensors that differ."""
+        if self.budget_bytes is not None:
+            return int(self.budget_bytes)
+        ratio = self.ratio if self.ratio is not None else self.bits_per_weight / 16
+        return int(ratio * reference_bytes)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a user may override when loading an existing delta repo."""
+        given = {"dequantize": self.dequantize, "base_kwargs": self.base_kwargs}
+        if self.base_model is not None:
+            given |= {"base_model": self.base_model, "base_revision": self.base_revision}
+        return given
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready. Texts and token ids are not written: `calibration_source` describes them."""
+        out = {k: v for k, v in self.__dict__.items() if v is not None and k not in _NOT_SERIALISED}
+        if not isinstance(self.calibration, str):
+            out.pop("calibration", None)
+        return json.loads(json.dumps(out))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        shown = {
+            k: v for k, v in self.to_dict().items() if k not in ("base_fingerprints", "errors")
+        }
+        return f"DeltaMixConfig {json.dumps(shown, indent=2)}"
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise DeltaMixError(f"{name} is {value!r}; it must be a whole number of at least {least}")

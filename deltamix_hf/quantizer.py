@@ -1,0 +1,283 @@
+"""`DeltaMixHfQuantizer`: the only module that touches transformers' quantizer hooks.
+
+Compress on load: transformers loads the fine-tune as usual; the after-hook compresses it against
+the base and turns the modules into their delta counterparts.
+
+Load a delta repo: the before-hook attaches empty packed parameters as the file headers say, checks
+the base, and splices the base's files into the very list transformers is about to read:
+[delta, base, delta]. So renames, expert fusion, dtype, device_map and offload stay transformers'
+own. The delta comes first because disk offload indexes the first file only, and last because the
+last copy of a key wins. Base keys that the delta supplies under another name, and the guards, are
+hidden by a renaming of our own.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
+from transformers.quantizers.base import HfQuantizer
+
+from .base import BaseCheckpoint, KeyMap, resolve_base, same
+from .compress_model import compress_model
+from .config import DeltaMixConfig
+from .errors import DeltaMixError
+from .format import (
+    PREFIX,
+    check_base,
+    guard_names,
+    is_guard,
+    packed_modules,
+    read_headers,
+)
+from .modules import attach_with_ties, delta_modules, detach
+from .packed import DTYPES, PARTS, runs_of
+from .saving import install_save, uninstall_save
+
+_HIDDEN = "deltamix.hidden."
+
+
+class _HideKeys(WeightRenaming):
+    """Renames the given checkpoint keys out of the model's sight."""
+
+    __slots__ = ("hidden",)
+
+    def __init__(self, hidden: set[str]):
+        super().__init__(source_patterns="^$", target_patterns=_HIDDEN)
+        self.hidden = hidden
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if source_key in self.hidden:
+            return _HIDDEN + source_key.replace(".", "/"), None
+        return source_key, None
+
+
+class DeltaMixHfQuantizer(HfQuantizer):
+    """Hooks of quant_method "deltamix". See the module docstring for the two ways it is used."""
+
+    requires_calibration = False
+    quantization_config: DeltaMixConfig
+
+    def __init__(self, quantization_config: DeltaMixConfig, **kwargs: Any):
+        # Compression writes fingerprints into the config: never into the caller's own object.
+        super().__init__(copy.copy(quantization_config), **kwargs)
+        self.base_files: list[str] = []
+        self._hidden: set[str] = set()
+
+    # What transformers asks before loading
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        self.base_files, commit = resolve_base(
+            config.base_model, config.base_revision, config.base_kwargs
+        )
+        if commit is not None:
+            config.base_revision = commit
+        if self.pre_quantized and config.format_version < 1:
+            raise DeltaMixError(f"unknown delta format {config.format_version}")
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # gradients flow through x, so adapters on top train
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    # Loading a delta repo
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        if not checkpoint_files:
+            raise DeltaMixError("a delta repo is loaded from its own files; no state_dict, please")
+        delta_files = list(checkpoint_files)
+        infos = read_headers(delta_files)
+        modules = packed_modules(infos)
+        keys = KeyMap(model)
+        guards = {name for name in infos if is_guard(name)}
+        overlay = {
+            name for name in infos if name.rpartition(".")[2].removeprefix(PREFIX) not in PARTS
+        }
+        supplied = {keys.rename(name)[0] for name in overlay - guards}
+        found = [self._attach_placeholders(model, keys, name, infos) for name in modules]
+        if modules and not any(found):
+            raise DeltaMixError(
+                f"none of the {len(found)} matrices of the delta repo belong to a "
+                f"{type(model).__name__}; load it with the class it was made from"
+            )
+
+        base = BaseCheckpoint(self.base_files, model)
+        where = repr(self.quantization_config.base_model)
+        check_base(self.quantization_config.base_fingerprints, base.infos, where)
+        tied = set(model.all_tied_weights_keys)
+        packed = {name for name in keys.state if name.rpartition(".")[2].startswith(PREFIX)}
+        for name in keys.state.keys() - supplied - tied - packed:
+            if name not in base and not _is_tied_source(model, name, base):
+                raise DeltaMixError(
+                    f"neither the delta repo nor the base {where} holds {name!r}: the delta is "
+                    "incomplete, or it was made for another model class"
+                )
+        self._hidden = guards | {key for key in base.hidden_keys(supplied) if key not in overlay}
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            "^" + _HIDDEN.replace(".", r"\."),
+        }
+        self._expected = {
+            n for n in keys.state if n in base and n not in supplied and base.is_plain(n)
+        }
+        checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
+
+    def _attach_placeholders(
+        self, model: PreTrainedModel, keys: KeyMap, stored: str, infos: dict
+    ) -> bool:
+        """Give the module stored as `stored`, and those tied to it, empty packed parameters.
+
+        Returns whether the model has such a module.
+        """
+        weight, _ = keys.rename(f"{stored}.weight")
+        if weight not in keys.state:
+            return False  # a headless class has no lm_head, say; transformers reports the keys
+        info = infos[f"{stored}.{PREFIX}ranks"]
+        with safe_open(info.file, framework="pt") as handle:
+            runs = runs_of(handle.get_tensor(f"{stored}.{PREFIX}ranks"))
+        placeholders = {
+            part: torch.empty(
+                infos[f"{stored}.{PREFIX}{part}"].shape, dtype=DTYPES[part], device="meta"
+            )
+            for part in PARTS
+        }
+        name = weight.removesuffix(".weight")
+        try:
+            attach_with_ties(model, name, runs, self.quantization_config.group_size, placeholders)
+        except DeltaMixError as error:
+            raise DeltaMixError(f"{name}: {error}") from None
+        return True
+
+    def update_weight_conversions(self, weight_conversions: list, *model: Any) -> list:
+        if not self._hidden:
+            return weight_conversions
+        return [_HideKeys(self._hidden), *weight_conversions]
+
+    # After loading, both ways
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any):
+        if self.pre_quantized:
+            self._check_base_was_read(model)
+            if self.quantization_config.dequantize:
+                return self._dequantize(model)
+        else:
+            devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+            if len(devices) > 1 or "disk" in devices:
+                raise DeltaMixError(
+                    f"compressing needs the whole fine-tune on one device, device_map put it on "
+                    f"{sorted(devices)}; compress with device_map='cpu' (or one GPU), save, and load "
+                    "the delta repo with any device_map"
+                )
+            compress_model(model, BaseCheckpoint(self.base_files, model), self.quantization_config)
+        # transformers makes every float parameter trainable while loading
+        model.requires_grad_(False)
+        model._weight_conversions = []  # what we save is in model form already
+        install_save(model)
+        return model
+
+    def _check_base_was_read(self, model: PreTrainedModel) -> None:
+        """The net under the splice: the base weights in the model must be the base's."""
+        base = BaseCheckpoint(self.base_files, model)
+        for name in self._expected:
+            tensor = model.get_parameter_or_buffer(name)
+            if tensor.device.type == "meta" or tensor.ndim == 0:
+                continue  # offloaded
+            info = base.infos[base.checkpoint_keys(name)[0]]
+            with safe_open(info.file, framework="pt") as handle:
+                head = handle.get_slice(base.checkpoint_keys(name)[0])[:1]
+            if tuple(tensor.shape) == info.shape and not same(tensor[:1], head):
+                raise DeltaMixError(
+                    f"{name} was not loaded from the base: this transformers version reads "
+                    "checkpoints in a way deltamix_hf does not know; please report it"
+                )
+
+    # Dense again
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None):
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        merged: dict[int, nn.Parameter] = {}
+        for name, module in delta_modules(model).items():
+            if module.weight.device.type == "meta":
+                raise DeltaMixError(
+                    f"{name} is offloaded; load the delta repo without offload to merge"
+                )
+            # tied modules share one merged weight, as they shared the base's
+            key = id(module.weight)
+            if key not in merged:
+                merged[key] = nn.Parameter(module.merged_weight(), requires_grad=False)
+            module.weight = merged[key]
+            detach(module)
+        if dtype is not None and dtype != model.dtype:
+            model.to(dtype)
+        uninstall_save(model)
+        return model
+
+    # Saving
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict | None, dict]:
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only the adapter is saved
+        return delta_state_dict(model, BaseCheckpoint(self.base_files, model)), {}
+
+
+def _is_tied_source(model: PreTrainedModel, name: str, base: BaseCheckpoint) -> bool:
+    """Whether `name` gets its value from a tied parameter that the base does hold."""
+    return any(s == name and t in base for t, s in model.all_tied_weights_keys.items())
+
+
+@torch.no_grad()
+def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, Tensor]:
+    """What a delta repo stores: packed tensors, overlay and guards, under model names.
+
+    Raises:
+        DeltaMixError: a base weight was edited (merged adapters), or weights are offloaded.
+    """
+    state = model.state_dict()
+    tied = set(model.all_tied_weights_keys)
+    stored: dict[str, Tensor] = {}
+    packed = delta_modules(model)
+    guard = None
+    for name, tensor in state.items():
+        module, _, leaf = name.rpartition(".")
+        if name in tied:
+            continue
+        if tensor.device.type == "meta":
+            raise DeltaMixError(
+                f"{name} is offloaded, so the delta cannot be saved from here; load it without offload"
+            )
+        if module in packed and leaf.startswith(PREFIX):
+            stored[name] = tensor
+        elif name in base:
+            unchanged = same(tensor, base.read(name))
+            if module in packed and leaf == "weight" and not unchanged:
+                raise DeltaMixError(
+                    f"the frozen base weight {name} was edited (merged adapters?); save the dense "
+                    "model instead: model.dequantize(), then save_pretrained"
+                )
+            if not unchanged:
+                stored[name] = tensor
+            if leaf == "weight" and tensor.ndim == 2 and (guard is None or module in packed):
+                guard = name
+        elif not _is_tied_source(model, name, base):
+            stored[name] = tensor
+    if guard is not None:
+        for name in guard_names(guard, model.base_model_prefix):
+            stored[name] = torch.zeros(1, dtype=torch.uint8)
+    return stored

@@ -1,0 +1,18 @@
+"""Makes quant_method "deltamix" known to transformers."""
+
+from __future__ import annotations
+
+from transformers.quantizers import auto
+
+from .config import QUANT_METHOD
+
+
+def register(config_class: type, quantizer_class: type) -> None:
+    """Register both classes once; importing twice (or reloading) is harmless."""
+    if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(config_class)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(QUANT_METHOD)(quantizer_class)
+    # transformers lists by hand the config classes whose options a user may override at load
+    if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config_class,)

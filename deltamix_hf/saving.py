@@ -1,0 +1,114 @@
+"""Writing a delta repo: all or nothing, with the tokenizer beside the weights.
+
+transformers writes straight into the target folder and knows nothing of the tokenizer. A delta
+model therefore carries its own `save_pretrained`: transformers writes into a hidden sibling folder,
+the tokenizer's files are copied along, and only then are the files renamed into place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from .errors import DeltaMixError
+
+# Files that make up tokenizers and processors on the Hub; copied as they are.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def install_save(model: PreTrainedModel) -> None:
+    """Make `model.save_pretrained` (and `push_to_hub`, which calls it) write a whole delta repo."""
+    model.save_pretrained = MethodType(save_pretrained, model)
+
+
+def uninstall_save(model: PreTrainedModel) -> None:
+    """Back to the class's own `save_pretrained`."""
+    model.__dict__.pop("save_pretrained", None)
+
+
+def save_pretrained(
+    self: PreTrainedModel,
+    save_directory: str | os.PathLike,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """`PreTrainedModel.save_pretrained`, complete and atomic.
+
+    Raises:
+        DeltaMixError: the folder cannot be written; nothing is left behind.
+    """
+    target = Path(save_directory).absolute()
+    plain_save = type(self).save_pretrained
+    hub = {
+        k: kwargs.pop(k)
+        for k in ("repo_id", "commit_message", "create_pr", "private")
+        if k in kwargs
+    }
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(f"{target} is a file")
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise DeltaMixError(
+            f"cannot write to {save_directory}: {error}; choose another folder"
+        ) from error
+    try:
+        plain_save(self, staging, **kwargs)
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            copy_companions(self.config.name_or_path, staging, kwargs.get("token"))
+        _move_into(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    if push_to_hub:
+        repo_id = hub.pop("repo_id", target.name)
+        self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
+
+
+def copy_companions(source: str, folder: Path, token: str | bool | None = None) -> None:
+    """Copy the tokenizer's files of the repo `source` (path or Hub id) into `folder`."""
+    if not source:
+        return
+    for name in COMPANIONS:
+        found = cached_file(
+            source,
+            name,
+            token=token,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+
+
+def _move_into(staging: Path, target: Path) -> None:
+    """Rename the written files into `target`; weight files of an earlier save are dropped."""
+    target.mkdir(exist_ok=True)
+    written = {path.name for path in staging.iterdir()}
+    for path in sorted(staging.iterdir()):
+        os.replace(path, target / path.name)
+    for old in [*target.glob("model*.safetensors"), *target.glob("model*.safetensors.index.json")]:
+        if old.name not in written:
+            old.unlink()

@@ -1,0 +1,1 @@
+"""Real base/fine-tune pairs, built from packages on PyPI (no model hub is needed)."""
