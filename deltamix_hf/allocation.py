@@ -252,9 +252,7 @@ def _solve_core(
     # Error = bound + sum r f + multiplier * unspent bytes, so every term is at most the gap. The
     # bytes below the divisor can never be spent; the unspent rest is the last variable.
     idle = relaxed.multiplier * (left % divisor)
-    cost = np.append(
-        relaxed.reduced[free][row, column] / unit, relaxed.multiplier * divisor / unit
-    )
+    cost = np.append(relaxed.reduced[free][row, column] / unit, relaxed.multiplier * divisor / unit)
     solution, proven = _run_highs(cost, row, weight // divisor, left // divisor, len(free))
     proven = relaxed.bound + idle + proven * unit
     if solution is None:

@@ -1,8 +1,8 @@
 """The frozen base checkpoint: found, checked, and read tensor by tensor under the model's names.
 
-Checkpoint keys and model parameter names differ: transformers renames keys, adds or drops the base
-model's prefix, fuses experts, splits fused projections. `BaseCheckpoint` runs the model's own
-conversions on just the keys of one parameter, so that one matrix of the base at a time is in memory.
+Checkpoint keys and model parameter names differ: transformers renames keys, adds or drops the
+base model's prefix, fuses experts, splits fused projections. `BaseCheckpoint` runs the model's own
+conversions on just the keys of one parameter, so one matrix of the base at a time is in memory.
 Only safetensors are read.
 """
 
@@ -41,12 +41,12 @@ def resolve_base(
         raise DeltaMixError("no base model given; pass DeltaMixConfig(base_model=<path or Hub id>)")
     kwargs = {**base_kwargs, "revision": revision}
     try:
-        config = cached_file(base_model, CONFIG, **kwargs)
+        config = _required_file(base_model, CONFIG, kwargs)
         index = cached_file(
             base_model, INDEX, _raise_exceptions_for_missing_entries=False, **kwargs
         )
         if index is None:
-            files = [cached_file(base_model, WEIGHTS, **kwargs)]
+            files = [_required_file(base_model, WEIGHTS, kwargs)]
         else:
             files, _ = get_checkpoint_shard_files(base_model, index, **kwargs)
     except (OSError, ValueError) as error:
@@ -62,8 +62,15 @@ def resolve_base(
             f"the base {base_model!r} is itself quantized ({quantized.get('quant_method')}); "
             "give the plain base model"
         )
-    commit = re.search(r"snapshots/([0-9a-f]{40})/", os.fspath(config).replace(os.sep, "/"))
+    commit = re.search(r"snapshots/([0-9a-f]{40})/", config.replace(os.sep, "/"))
     return files, commit.group(1) if commit else None
+
+
+def _required_file(base_model: str, name: str, kwargs: dict[str, Any]) -> str:
+    path = cached_file(base_model, name, **kwargs)
+    if path is None:
+        raise OSError(f"no file {name}")
+    return path
 
 
 class KeyMap:
@@ -77,7 +84,7 @@ class KeyMap:
         self.state = model.state_dict()
 
     def rename(self, key: str) -> tuple[str, str | None]:
-        """Model name of a checkpoint key (or of a name in model form), and its converter's pattern."""
+        """Model name of a checkpoint key (or model-form name), and its converter's pattern."""
         prefix = self.model.base_model_prefix
         name, pattern = rename_source_key(key, self.renamings, self.converters, prefix, self.state)
         if name not in self.state:
@@ -86,7 +93,7 @@ class KeyMap:
                 return plain, None
         return name, pattern
 
-    def converter(self, pattern: str) -> WeightConverter:
+    def converter(self, pattern: str | None) -> WeightConverter:
         return deepcopy(next(c for c in self.converters if pattern in c.source_patterns))
 
 
@@ -144,14 +151,19 @@ class BaseCheckpoint:
         if self.is_plain(name):
             return self.read_key(self.sources[name][0][0])
         first = self._group[name]
-        converters: dict[str, WeightConverter] = {}
+        converter = self.keys.converter(self.sources[first][0][1])
         for key, pattern in self.sources[first]:
-            converter = converters.setdefault("", self.keys.converter(pattern))
-            converter.add_tensor(first, key, pattern, self.read_key(key))
+            converter.add_tensor(first, key, str(pattern), self.read_key(key))  # type: ignore[arg-type]
         model = self.keys.model
-        realised = converters[""].convert(first, model=model, config=model.config)
+        realised = converter.convert(first, model=model, config=model.config)
         value = realised[name]
         return value[0] if isinstance(value, list) else value
+
+    def first_row(self, name: str) -> Tensor:
+        """The first row of a plain, at least 1-d parameter."""
+        key = self.checkpoint_keys(name)[0]
+        with safe_open(self.infos[key].file, framework="pt") as handle:
+            return handle.get_slice(key)[:1]
 
     def hidden_keys(self, names: Iterable[str]) -> set[str]:
         """Base keys to hide because a delta supplies the parameters `names` under other keys."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .config import DeltaMixConfig
 from .errors import DeltaMixError
@@ -44,7 +45,7 @@ def token_batches(config: DeltaMixConfig, load_tokenizer: Callable[[], Any]) -> 
     if isinstance(data, Tensor):
         ids = data[: config.num_samples, : config.seq_length].long()
         return list(ids.split(max(1, _TOKENS_PER_FORWARD // ids.shape[1])))
-    texts = _read_texts(data) if isinstance(data, str) else list(data)
+    texts = _read_texts(data) if isinstance(data, str) else list(data or ())
     texts = [text for text in texts if text.strip()]
     random.Random(config.seed).shuffle(texts)
     tokenizer = load_tokenizer()
@@ -120,7 +121,7 @@ class _GramHooks:
 
 @torch.no_grad()
 def input_grams(
-    model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[Tensor]
+    model: PreTrainedModel, modules: dict[str, nn.Module], batches: Iterable[Tensor]
 ) -> dict[str, Tensor]:
     """Name -> C float32 [n, n] for every module that was called; others are absent.
 

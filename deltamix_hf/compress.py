@@ -12,7 +12,8 @@ matrix leaves unspent goes to the next, so the whole stays within one rank of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,10 +97,10 @@ def plan_budget(
     needed = fixed + sum(one_rank)
     if shapes and total < needed:
         raise DeltaMixError(
-            f"the budget of {total:,} bytes ({total / reference:.4g} of the {reference:,} bf16 bytes "
-            f"that differ) is too small: headers and the overlay take {fixed:,} and one {least}-bit "
-            f"rank per matrix {sum(one_rank):,}. Give ratio >= {needed / reference:.4g} "
-            f"(budget_bytes >= {needed})"
+            f"the budget of {total:,} bytes ({total / reference:.4g} of the {reference:,} bf16 "
+            f"bytes that differ) is too small: headers and the overlay take {fixed:,}, one "
+            f"{least}-bit rank per matrix {sum(one_rank):,}. Give ratio >= "
+            f"{math.ceil(needed / reference * 1e6) / 1e6:.6f} or budget_bytes >= {needed}"
         )
     return Budget(total=total, fixed=fixed, reference=reference)
 
@@ -108,8 +109,7 @@ def compress_all(
     matrices: Mapping[str, Matrix],
     budget: Budget,
     config: DeltaMixConfig,
-    progress: Callable[[str], None] = lambda name: None,
-):
+) -> Iterator[tuple[str, Compressed]]:
     """Yield (name, Compressed) for every matrix, largest ranks first so that slack fills up."""
     sizes = {name: matrix.shape[0] * matrix.shape[1] for name, matrix in matrices.items()}
     left, weight = budget.ranks, sum(sizes.values())
@@ -120,7 +120,6 @@ def compress_all(
         if result.packed is not None:
             left -= sum(result.packed.nbytes.values())
         weight -= sizes[name]
-        progress(name)
         yield name, result
 
 

@@ -8,6 +8,8 @@ where the fine-tuned one was. One matrix of the base is in memory at a time.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from .compress import Matrix, compress_all, plan_budget
 from .config import DeltaMixConfig
 from .errors import DeltaMixError
 from .format import fingerprints, guard_names
-from .modules import attach_with_ties, delta_class
+from .modules import attach_with_ties, delta_class, weight_of
 
 # Below 64 x 64 the four header entries of a packed matrix outweigh what packing saves.
 _SMALLEST = 4096
@@ -33,7 +35,7 @@ def compress_model(model: PreTrainedModel, base: BaseCheckpoint, config: DeltaMi
         DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
     """
     targets, overlay = sort_tensors(model, base, config.modules_to_not_convert or [])
-    shapes = {name: tuple(module.weight.shape) for name, module in targets.items()}
+    shapes = {name: _shape(module) for name, module in targets.items()}
     config.base_fingerprints = fingerprints(base.infos)
     config.calibration_source = describe(config)
     if not targets and not overlay:
@@ -51,18 +53,18 @@ def compress_model(model: PreTrainedModel, base: BaseCheckpoint, config: DeltaMi
     grams = _calibrate(model, targets, config)
 
     def delta_of(name: str, module: nn.Module) -> Tensor:
-        weight = module.weight.detach()
+        weight = weight_of(module).detach()
         return weight.float() - base.read(f"{name}.weight").to(weight.device, torch.float32)
 
     matrices = {
-        name: Matrix(shapes[name], lambda n=name, m=module: delta_of(n, m), grams.get(name))
+        name: Matrix(shapes[name], partial(delta_of, name, module), grams.get(name))
         for name, module in targets.items()
     }
     bar = logging.tqdm(total=len(matrices), desc="Compressing", unit="matrix")
     for name, result in compress_all(matrices, budget, config):
         module = targets[name]
         with torch.no_grad():
-            module.weight.copy_(base.read(f"{name}.weight"))
+            weight_of(module).copy_(base.read(f"{name}.weight"))
         config.errors[name] = result.error
         if result.packed is not None:
             packed = result.packed
@@ -74,7 +76,7 @@ def compress_model(model: PreTrainedModel, base: BaseCheckpoint, config: DeltaMi
 
 
 def sort_tensors(
-    model: PreTrainedModel, base: BaseCheckpoint, skip: list[str]
+    model: PreTrainedModel, base: BaseCheckpoint, skip: Sequence[str]
 ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     """Modules to pack and tensors to store whole, by name; what equals the base is in neither.
 
@@ -92,8 +94,8 @@ def sort_tensors(
             value = base.read(name)
             if value.shape != tensor.shape:
                 raise DeltaMixError(
-                    f"{name} is {list(tensor.shape)} in the fine-tune and {list(value.shape)} in the "
-                    "base: this is not the base it was fine-tuned from"
+                    f"{name} is {list(tensor.shape)} in the fine-tune and {list(value.shape)} in "
+                    "the base: this is not the base it was fine-tuned from"
                 )
             if same(tensor, value):
                 continue
@@ -107,10 +109,15 @@ def sort_tensors(
     return targets, overlay
 
 
-def _packable(module: nn.Module, name: str, skip: list[str]) -> bool:
+def _shape(module: nn.Module) -> tuple[int, int]:
+    m, n = weight_of(module).shape
+    return m, n
+
+
+def _packable(module: nn.Module, name: str, skip: Sequence[str]) -> bool:
     return (
         delta_class(type(module)) is not None
-        and module.weight.numel() >= _SMALLEST
+        and weight_of(module).numel() >= _SMALLEST
         and not any(name == s or name.endswith("." + s) or name.startswith(s + ".") for s in skip)
     )
 
@@ -130,7 +137,7 @@ def _calibrate(
         return {}
     source = model.config.name_or_path
     batches = token_batches(config, lambda: AutoTokenizer.from_pretrained(source))
-    observed = {}
+    observed: dict[str, nn.Module] = {}
     for name in targets:
         users = [m for m in _tied_modules(model, name) if isinstance(m, nn.Linear)]
         observed |= {name: users[0]} if users else {}

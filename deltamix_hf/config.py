@@ -93,7 +93,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
             raise DeltaMixError(
                 f"quant_method is {quant_method!r}, DeltaMixConfig reads {QUANT_METHOD!r} only"
             )
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.base_model = None if base_model is None else os.fspath(base_model)
         self.base_revision = base_revision
         self.method = method
@@ -124,7 +124,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
             widths = sorted(set(self.bits))
             bad = [b for b in widths if isinstance(b, bool) or b not in WIDTHS]
         except TypeError:
-            widths, bad = [], [self.bits]
+            widths, bad = [], []
         if bad or not any(widths):
             raise DeltaMixError(
                 f"bits is {self.bits!r}; give candidate widths from 0 to 8, at least one above 0"
@@ -191,8 +191,9 @@ class DeltaMixConfig(QuantizationConfigMixin):
         """Bytes allowed for the weight files, given the bf16 bytes of all tensors that differ."""
         if self.budget_bytes is not None:
             return int(self.budget_bytes)
-        ratio = self.ratio if self.ratio is not None else self.bits_per_weight / 16
-        return int(ratio * reference_bytes)
+        if self.bits_per_weight is not None:
+            return int(self.bits_per_weight / 16 * reference_bytes)
+        return int((self.ratio or DEFAULT_RATIO) * reference_bytes)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a user may override when loading an existing delta repo."""

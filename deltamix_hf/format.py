@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .errors import DeltaMixError
-from .packed import DTYPES, PARTS
+from .packed import PARTS
 
 PREFIX = "dm_"
 GUARD_SEPARATOR = ":"
@@ -117,16 +117,16 @@ def check_base(recorded: Mapping[str, str], base: Mapping[str, TensorInfo], wher
     missing = [name for name in recorded if name not in base]
     if missing:
         raise DeltaMixError(
-            f"wrong base: {where} lacks {len(missing)} tensors the delta needs, first {missing[0]!r}; "
-            "give the base the delta was made from as DeltaMixConfig(base_model=...)"
+            f"wrong base: {where} lacks {len(missing)} tensors the delta needs, first "
+            f"{missing[0]!r}; give the right base as DeltaMixConfig(base_model=...)"
         )
     found = fingerprints({name: base[name] for name in recorded})
     changed = [name for name in recorded if found[name] != recorded[name]]
     if changed:
         raise DeltaMixError(
-            f"wrong base: {len(changed)} of {len(recorded)} tensors of {where} differ from the base "
-            f"the delta was made from, first {changed[0]!r}; the base changed or is another model. "
-            "Give the right one as DeltaMixConfig(base_model=..., base_revision=...)"
+            f"wrong base: {len(changed)} of {len(recorded)} tensors of {where} differ from the "
+            f"base the delta was made from, first {changed[0]!r}; the base changed or is another "
+            "model. Give the right one as DeltaMixConfig(base_model=..., base_revision=...)"
         )
 
 
@@ -144,7 +144,7 @@ def packed_modules(names: Iterable[str]) -> dict[str, set[str]]:
     for module, parts in modules.items():
         if missing := sorted(set(PARTS) - parts):
             raise DeltaMixError(
-                f"the delta repo lacks {module}.{PREFIX}{missing[0]}: the download or the file is incomplete"
+                f"the delta repo lacks {module}.{PREFIX}{missing[0]}: the file is incomplete"
             )
     return modules
 
@@ -178,14 +178,6 @@ def header_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tota
     }
     entries = len(json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")))
     return 8 + -(-entries // 8) * 8
-
-
-def part_dtypes() -> dict[str, torch.dtype]:
-    return dict(DTYPES)
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def weight_files(folder: str | os.PathLike) -> list[Path]:
@@ -234,14 +226,7 @@ def size_report(folder: str | os.PathLike, weights: Mapping[str, tuple[int, ...]
             kinds["scales"] += size
         elif not is_guard(name):
             kinds["overlay"] += size
-            reference += 2 * _numel(info.shape)
+            reference += 2 * math.prod(info.shape)
     on_disk = sum(file.stat().st_size for file in files)
     headers = on_disk - sum(kinds.values()) - widths
     return SizeReport(metadata=headers + widths, reference=reference, **kinds)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count

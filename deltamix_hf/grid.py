@@ -31,7 +31,7 @@ def group_count(n: int, group_size: int) -> int:
 
 def top_code(bits: torch.Tensor) -> torch.Tensor:
     """Largest code of each width, `2**b - 1`, float32; raises ValueError outside 0..8."""
-    if bits.numel() and not (0 <= int(bits.min()) and int(bits.max()) <= 8):
+    if bits.numel() and not (int(bits.min()) >= 0 and int(bits.max()) <= 8):
         raise ValueError(f"widths must lie in 0..8, got {int(bits.min())}..{int(bits.max())}")
     return torch.exp2(bits.to(torch.float32)) - 1
 

@@ -115,7 +115,7 @@ class PackedFactors:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """True bytes by kind: codes ("payload"), scales and zero points ("scales"), widths ("metadata")."""
+        """True bytes: codes ("payload"), scales and zero points ("scales"), widths ("metadata")."""
         widths = 2 * self.rank
         return {
             "payload": self.v.numel() + self.u.numel(),

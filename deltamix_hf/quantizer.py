@@ -68,6 +68,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.base_files: list[str] = []
         self._hidden: set[str] = set()
+        self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
+        self._from_base: list[str] = []
 
     # What transformers asks before loading
 
@@ -106,10 +108,9 @@ class DeltaMixHfQuantizer(HfQuantizer):
         modules = packed_modules(infos)
         keys = KeyMap(model)
         guards = {name for name in infos if is_guard(name)}
-        overlay = {
-            name for name in infos if name.rpartition(".")[2].removeprefix(PREFIX) not in PARTS
-        }
-        supplied = {keys.rename(name)[0] for name in overlay - guards}
+        packed = {f"{module}.{PREFIX}{part}" for module in modules for part in PARTS}
+        overlay = infos.keys() - packed - guards
+        supplied = {keys.rename(name)[0] for name in overlay}
         found = [self._attach_placeholders(model, keys, name, infos) for name in modules]
         if modules and not any(found):
             raise DeltaMixError(
@@ -120,22 +121,21 @@ class DeltaMixHfQuantizer(HfQuantizer):
         base = BaseCheckpoint(self.base_files, model)
         where = repr(self.quantization_config.base_model)
         check_base(self.quantization_config.base_fingerprints, base.infos, where)
-        tied = set(model.all_tied_weights_keys)
-        packed = {name for name in keys.state if name.rpartition(".")[2].startswith(PREFIX)}
-        for name in keys.state.keys() - supplied - tied - packed:
-            if name not in base and not _is_tied_source(model, name, base):
-                raise DeltaMixError(
-                    f"neither the delta repo nor the base {where} holds {name!r}: the delta is "
-                    "incomplete, or it was made for another model class"
-                )
-        self._hidden = guards | {key for key in base.hidden_keys(supplied) if key not in overlay}
+        if type(model).__name__ in (model.config.architectures or ()):
+            # Another class may bring a head of its own, which transformers initialises and reports.
+            for name in keys.state.keys() - supplied - set(model.all_tied_weights_keys):
+                if name not in base and not _is_tied_source(model, name, base):
+                    raise DeltaMixError(
+                        f"neither the delta repo nor the base {where} holds {name!r}: the delta "
+                        "repo is incomplete"
+                    )
+        self._hidden = guards | (base.hidden_keys(supplied) - overlay)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             "^" + _HIDDEN.replace(".", r"\."),
         }
-        self._expected = {
-            n for n in keys.state if n in base and n not in supplied and base.is_plain(n)
-        }
+        self._base = base
+        self._from_base = [n for n in keys.state if n in base and n not in supplied]
         checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
 
     def _attach_placeholders(
@@ -181,27 +181,28 @@ class DeltaMixHfQuantizer(HfQuantizer):
             if len(devices) > 1 or "disk" in devices:
                 raise DeltaMixError(
                     f"compressing needs the whole fine-tune on one device, device_map put it on "
-                    f"{sorted(devices)}; compress with device_map='cpu' (or one GPU), save, and load "
-                    "the delta repo with any device_map"
+                    f"{sorted(devices)}; compress with device_map='cpu' (or one GPU), save, and "
+                    "load the delta repo with any device_map"
                 )
             compress_model(model, BaseCheckpoint(self.base_files, model), self.quantization_config)
         # transformers makes every float parameter trainable while loading
         model.requires_grad_(False)
-        model._weight_conversions = []  # what we save is in model form already
+        # what we save is in model form already
+        model._weight_conversions = []  # type: ignore[assignment]
         install_save(model)
         return model
 
     def _check_base_was_read(self, model: PreTrainedModel) -> None:
         """The net under the splice: the base weights in the model must be the base's."""
-        base = BaseCheckpoint(self.base_files, model)
-        for name in self._expected:
+        base, self._base = self._base, None
+        assert base is not None
+        for name in self._from_base:
             tensor = model.get_parameter_or_buffer(name)
-            if tensor.device.type == "meta" or tensor.ndim == 0:
-                continue  # offloaded
             info = base.infos[base.checkpoint_keys(name)[0]]
-            with safe_open(info.file, framework="pt") as handle:
-                head = handle.get_slice(base.checkpoint_keys(name)[0])[:1]
-            if tuple(tensor.shape) == info.shape and not same(tensor[:1], head):
+            # offloaded, sharded over devices or converted on the way: not comparable by eye
+            if tensor.device.type == "meta" or tuple(tensor.shape) != info.shape:
+                continue
+            if tensor.ndim and base.is_plain(name) and not same(tensor[:1], base.first_row(name)):
                 raise DeltaMixError(
                     f"{name} was not loaded from the base: this transformers version reads "
                     "checkpoints in a way deltamix_hf does not know; please report it"
@@ -210,8 +211,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
     # Dense again
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None):
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+        # save_pretrained leaves config.dtype a string
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         merged: dict[int, nn.Parameter] = {}
         for name, module in delta_modules(model).items():
             if module.weight.device.type == "meta":
@@ -224,8 +225,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
                 merged[key] = nn.Parameter(module.merged_weight(), requires_grad=False)
             module.weight = merged[key]
             detach(module)
-        if dtype is not None and dtype != model.dtype:
-            model.to(dtype)
+        if wanted is not None and wanted != model.dtype:
+            nn.Module.to(model, dtype=wanted)
         uninstall_save(model)
         return model
 
@@ -260,7 +261,7 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
             continue
         if tensor.device.type == "meta":
             raise DeltaMixError(
-                f"{name} is offloaded, so the delta cannot be saved from here; load it without offload"
+                f"{name} is offloaded and cannot be saved from here; load without offload"
             )
         if module in packed and leaf.startswith(PREFIX):
             stored[name] = tensor

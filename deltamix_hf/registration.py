@@ -15,4 +15,5 @@ def register(config_class: type, quantizer_class: type) -> None:
         auto.register_quantizer(QUANT_METHOD)(quantizer_class)
     # transformers lists by hand the config classes whose options a user may override at load
     if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config_class,)
+        known = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = *known, config_class

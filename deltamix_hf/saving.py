@@ -39,7 +39,7 @@ COMPANIONS = (
 
 def install_save(model: PreTrainedModel) -> None:
     """Make `model.save_pretrained` (and `push_to_hub`, which calls it) write a whole delta repo."""
-    model.save_pretrained = MethodType(save_pretrained, model)
+    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
 
 
 def uninstall_save(model: PreTrainedModel) -> None:
@@ -86,7 +86,7 @@ def save_pretrained(
         self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
 
 
-def copy_companions(source: str, folder: Path, token: str | bool | None = None) -> None:
+def copy_companions(source: str | None, folder: Path, token: str | bool | None = None) -> None:
     """Copy the tokenizer's files of the repo `source` (path or Hub id) into `folder`."""
     if not source:
         return
