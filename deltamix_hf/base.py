@@ -20,7 +20,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .errors import DeltaMixError
@@ -42,6 +47,7 @@ def resolve_base(
     kwargs = {**base_kwargs, "revision": revision}
     try:
         config = _required_file(base_model, CONFIG, kwargs)
+        kwargs["revision"] = commit_of(config) or revision  # the rest from this very commit
         index = cached_file(
             base_model, INDEX, _raise_exceptions_for_missing_entries=False, **kwargs
         )
@@ -49,21 +55,26 @@ def resolve_base(
             files = [_required_file(base_model, WEIGHTS, kwargs)]
         else:
             files, _ = get_checkpoint_shard_files(base_model, index, **kwargs)
+        with open(config) as handle:
+            quantized = json.load(handle).get("quantization_config")
     except (OSError, ValueError) as error:
         raise DeltaMixError(
             f"cannot find the base model {base_model!r} (revision {revision or 'main'}): it needs "
             f"{CONFIG} and {WEIGHTS}. If it lies elsewhere, pass DeltaMixConfig(base_model=...). "
             f"[{str(error).splitlines()[0]}]"
         ) from error
-    with open(config) as handle:
-        quantized = json.load(handle).get("quantization_config")
     if quantized:
         raise DeltaMixError(
             f"the base {base_model!r} is itself quantized ({quantized.get('quant_method')}); "
             "give the plain base model"
         )
-    commit = re.search(r"snapshots/([0-9a-f]{40})/", config.replace(os.sep, "/"))
-    return files, commit.group(1) if commit else None
+    return files, commit_of(config)
+
+
+def commit_of(path: str) -> str | None:
+    """The commit a file of the Hub cache belongs to; None for any other file."""
+    found = re.search(r"snapshots/([0-9a-f]{40})/", path.replace(os.sep, "/"))
+    return found.group(1) if found else None
 
 
 def _required_file(base_model: str, name: str, kwargs: dict[str, Any]) -> str:
@@ -110,7 +121,7 @@ class BaseCheckpoint:
         self.keys = KeyMap(model)
         self.sources: dict[str, list[tuple[str, str | None]]] = {}  # model name -> (key, pattern)
         self._group: dict[str, str] = {}  # model name -> first target of its converter
-        for key in sorted(self.infos):
+        for key in sorted(self.infos, key=dot_natural_key):  # the order transformers fuses in
             name, pattern = self.keys.rename(key)
             if name not in self.keys.state:
                 continue

@@ -9,6 +9,7 @@ given again when a delta repo is loaded (the base moved, or a dense model is wan
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ WIDTHS = tuple(range(9))
 DEFAULT_RATIO = 1 / 16
 # Never written to config.json: run-time only.
 _NOT_SERIALISED = ("base_kwargs",)
+_TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 class DeltaMixConfig(QuantizationConfigMixin):
@@ -144,7 +146,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
             )
         if self.modules_to_not_convert is not None:
             names = self.modules_to_not_convert
-            if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+            listed = isinstance(names, Sequence) and not isinstance(names, str)
+            if not listed or not all(isinstance(n, str) for n in names):
                 raise DeltaMixError("modules_to_not_convert must be a list of module names")
             self.modules_to_not_convert = list(names)
         self._validate_calibration()
@@ -157,12 +160,18 @@ class DeltaMixConfig(QuantizationConfigMixin):
             raise DeltaMixError(f"{' and '.join(given)} all set the budget; give only one of them")
         for name in given:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise DeltaMixError(f"{name} is {value!r}; it must be a number above 0")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 < value < math.inf
+            ):
+                raise DeltaMixError(f"{name} is {value!r}; it must be a finite number above 0")
         if not given:
             self.ratio = DEFAULT_RATIO
         if self.ratio is not None and self.ratio > 1:
             raise DeltaMixError(f"ratio is {self.ratio}; at most 1 (1/16 is the default)")
+        if self.bits_per_weight is not None and self.bits_per_weight > 16:
+            raise DeltaMixError(f"bits_per_weight is {self.bits_per_weight}; at most 16 (bf16)")
         if self.budget_bytes is not None and self.budget_bytes != int(self.budget_bytes):
             raise DeltaMixError(f"budget_bytes is {self.budget_bytes!r}; give a whole number")
 
@@ -171,7 +180,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         if data is None:
             return
         if isinstance(data, torch.Tensor):
-            if data.ndim != 2 or data.is_floating_point() or data.numel() == 0:
+            if data.ndim != 2 or data.dtype not in _TOKEN_DTYPES or data.numel() == 0:
                 raise DeltaMixError(
                     f"calibration tensor has shape {list(data.shape)} and dtype {data.dtype}; "
                     "give non-empty integer token ids [samples, length]"

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Metrics:
 
 
 @torch.no_grad()
-def scored_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def scored_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits [tokens, vocabulary] where a token is scored, and its true ids [tokens].
 
     The ids are -100 for a classifier without labels.
@@ -103,14 +104,17 @@ def compare(
     tokens = labelled = 0
     for i, batch in enumerate(batches):
         found, targets = scored_logits(model, batch)
-        live = isinstance(reference, nn.Module)
-        wanted = scored_logits(reference, batch)[0] if live else reference[i]
+        if isinstance(reference, nn.Module):
+            wanted = scored_logits(reference, batch)[0]
+        else:
+            wanted = reference[i]
         if wanted.shape != found.shape:
             raise DeltaMixError(
                 f"batch {i}: reference logits {tuple(wanted.shape)} but model logits "
                 f"{tuple(found.shape)}; both models need the same vocabulary and batches"
             )
-        for p, q, y in zip(*(t.split(_ROWS_AT_ONCE) for t in (wanted, found, targets))):
+        chunks = (t.split(_ROWS_AT_ONCE) for t in (wanted, found, targets))
+        for p, q, y in zip(*chunks, strict=True):
             p = log_softmax(p.to(q.device).float(), dim=-1)
             q = log_softmax(q.float(), dim=-1)
             kl += kl_div(q, p, reduction="sum", log_target=True).item()
@@ -130,7 +134,11 @@ def compare(
 
 @torch.no_grad()
 def greedy_answers(
-    model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 16
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
 ) -> list[str]:
     """What the model says after each prompt: greedy, up to its end token, spaces stripped.
 
@@ -159,8 +167,8 @@ def greedy_answers(
 
 
 def exact_match(
-    model,
-    tokenizer,
+    model: Any,
+    tokenizer: Any,
     prompts: Sequence[str],
     answers: Sequence[str],
     max_new_tokens: int = 16,
@@ -172,7 +180,7 @@ def exact_match(
             f"{len(prompts)} prompts and {len(answers)} answers; give one answer for each prompt"
         )
     said = greedy_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
-    return sum(a == b.strip() for a, b in zip(said, answers)) / len(answers)
+    return sum(a == b.strip() for a, b in zip(said, answers, strict=True)) / len(answers)
 
 
 def gain_kept(base: float, finetuned: float, model: float) -> float:

@@ -61,8 +61,8 @@ def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
         DeltaMixError: not a safetensors file, truncated, or with byte ranges outside the file.
     """
     file = os.fspath(file)
-    size = os.path.getsize(file)
     try:
+        size = os.path.getsize(file)
         with open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -77,7 +77,7 @@ def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
                 raise ValueError(f"tensor {name} lies outside the file")
             infos[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), start, end)
         return infos
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DeltaMixError(f"{file} is not a sound safetensors file: {error}") from error
 
 

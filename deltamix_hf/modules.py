@@ -58,7 +58,7 @@ class DeltaLinear(DeltaModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        return y + low_rank(x, *self._op_arguments(), transposed=False)
+        return y + low_rank(x.to(y.dtype), *self._op_arguments(), transposed=False)
 
 
 class DeltaEmbedding(DeltaModule, nn.Embedding):
@@ -66,7 +66,7 @@ class DeltaEmbedding(DeltaModule, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         base = super().forward(ids)  # cooperates with subclasses such as scaled embeddings
-        return base + low_rank_rows(ids, *self._op_arguments()).to(base.dtype)
+        return base + low_rank_rows(ids.long(), *self._op_arguments()).to(base.dtype)
 
 
 def delta_class(cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -143,3 +143,13 @@ def detach(module: DeltaModule) -> None:
 def delta_modules(model: nn.Module) -> dict[str, DeltaModule]:
     """Name -> module of everything that carries a packed delta, in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, DeltaModule)}
+
+
+def packed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Name -> [m, n] of every packed matrix; tied twins are not listed again."""
+    shapes = {}
+    for name, module in delta_modules(model).items():
+        if f"{name}.weight" not in model.all_tied_weights_keys:
+            m, n = weight_of(module).shape
+            shapes[name] = (m, n)
+    return shapes

@@ -42,7 +42,8 @@ def low_rank(
     right, left = factors.right().to(x.dtype), factors.left().to(x.dtype)
     if transposed:
         right, left = left, right
-    return x @ right.T @ left
+    with torch.autocast(x.device.type, enabled=False):  # the fake below promises x's dtype
+        return x @ right.T @ left
 
 
 @low_rank.register_fake
@@ -85,7 +86,8 @@ def low_rank_rows(
     group = grid.group_count(n, group_size) + own_group
     # int16, not uint8: code - zero may be negative
     left = (codes.to(torch.int16) - points[:, group].to(torch.int16)) * scales[:, group]
-    return (left.T @ right).reshape(*index.shape, n)
+    with torch.autocast(index.device.type, enabled=False):
+        return (left.T @ right).reshape(*index.shape, n)
 
 
 @low_rank_rows.register_fake

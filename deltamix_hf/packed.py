@@ -56,6 +56,11 @@ def runs_of(ranks: Tensor) -> Runs:
     Raises:
         DeltaMixError: a width outside 1..8, or ranks that are not sorted.
     """
+    if ranks.ndim != 2 or ranks.shape[1] == 0 or ranks.dtype != DTYPES["ranks"]:
+        raise DeltaMixError(
+            f"the ranks are {ranks.dtype} {list(ranks.shape)}, not int16 [k, 1 + groups]: "
+            "the file is damaged"
+        )
     pairs = [(int(w) % 16, int(w) // 16) for w in ranks[:, 0].tolist()]
     if any(not (1 <= v <= 8 and 1 <= u <= 8) for v, u in pairs):
         raise DeltaMixError("a rank has a bit width outside 1..8: the file is damaged")

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
-from .base import BaseCheckpoint, KeyMap, resolve_base, same
+from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same
 from .compress_model import compress_model
 from .config import DeltaMixConfig
 from .errors import DeltaMixError
@@ -67,6 +67,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         # Compression writes fingerprints into the config: never into the caller's own object.
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.base_files: list[str] = []
+        self.commit: str | None = None  # of the repo being loaded; its tokenizer is saved along
         self._hidden: set[str] = set()
         self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
         self._from_base: list[str] = []
@@ -99,6 +100,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        self.commit = commit_of(checkpoint_files[0]) if checkpoint_files else None
         if not self.pre_quantized:
             return
         if not checkpoint_files:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -36,6 +37,17 @@ COMPANIONS = (
     "processor_config.json",
 )
 
+# Options of `push_to_hub` that `save_pretrained(push_to_hub=True)` passes on.
+HUB_OPTIONS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "create_pr",
+    "private",
+    "revision",
+    "tags",
+)
+
 
 def install_save(model: PreTrainedModel) -> None:
     """Make `model.save_pretrained` (and `push_to_hub`, which calls it) write a whole delta repo."""
@@ -60,11 +72,9 @@ def save_pretrained(
     """
     target = Path(save_directory).absolute()
     plain_save = type(self).save_pretrained
-    hub = {
-        k: kwargs.pop(k)
-        for k in ("repo_id", "commit_message", "create_pr", "private")
-        if k in kwargs
-    }
+    hub = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
+    if "max_shard_size" in kwargs:
+        hub["max_shard_size"] = kwargs["max_shard_size"]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_dir():
@@ -77,7 +87,8 @@ def save_pretrained(
     try:
         plain_save(self, staging, **kwargs)
         if not getattr(self, "_hf_peft_config_loaded", False):
-            copy_companions(self.config.name_or_path, staging, kwargs.get("token"))
+            commit = self.hf_quantizer.commit
+            copy_companions(self.config.name_or_path, staging, kwargs.get("token"), commit)
         _move_into(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -86,19 +97,34 @@ def save_pretrained(
         self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
 
 
-def copy_companions(source: str | None, folder: Path, token: str | bool | None = None) -> None:
+def copy_companions(
+    source: str | None,
+    folder: Path,
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> None:
     """Copy the tokenizer's files of the repo `source` (path or Hub id) into `folder`."""
     if not source:
         return
     for name in COMPANIONS:
-        found = cached_file(
-            source,
-            name,
-            token=token,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        try:
+            found = cached_file(
+                source,
+                name,
+                token=token,
+                revision=revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except OSError:  # deleted since, or private: no reason to lose the compressed model
+            warnings.warn(
+                f"cannot find {source!r} any more, so its tokenizer is not saved along; call "
+                "tokenizer.save_pretrained on the same folder",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
         if found is not None:
             shutil.copyfile(found, folder / name)
 

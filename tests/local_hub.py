@@ -1,9 +1,10 @@
 """A small Hugging Face Hub on 127.0.0.1, for tests that push and download through the real client.
 
-It speaks what huggingface_hub asks of a model repo: create, settings, branches, preupload, LFS,
-commit, info, tree, resolve. As on the real Hub, every commit has a 40-hex SHA and stays readable,
-weights go through LFS and are served by redirect, writing needs a token, and errors carry
-`X-Error-Code`. Xet, its own chunk protocol, is left out: clients set `HF_HUB_DISABLE_XET=1`.
+It speaks what huggingface_hub asks of a model repo: create, delete, settings, branches, preupload,
+LFS, commit, info, tree, resolve. As on the real Hub, every commit has a 40-hex SHA and stays
+readable, weights go through LFS and are served by redirect to another host, writing needs a token,
+and errors carry `X-Error-Code`. Xet, a chunk protocol of its own, is left out: the client prefers
+it whenever hf_xet is installed, so set `HF_HUB_DISABLE_XET=1`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_local"
 LFS_SUFFIXES = (".safetensors", ".bin", ".model")
+JSON = {"Content-Type": "application/json"}
+Answer = tuple[int, dict[str, str], bytes]
 
 
 class Refused(Exception):
     """An error answer: HTTP status, `X-Error-Code`, message."""
 
-    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
+    def __init__(self, status: int, code: str, message: str, **headers: str):
         super().__init__(message)
         self.status = status
-        self.headers = {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})}
+        self.headers = {"X-Error-Code": code, "X-Error-Message": message, **headers}
 
 
 @dataclass(frozen=True)
@@ -51,43 +54,23 @@ class Repo:
     gated: str | bool = False
 
     def resolve(self, revision: str) -> str:
-        sha = self.branches.get(revision, revision)
+        sha = self.branches.get(unquote(revision), revision)
         if sha not in self.commits:
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return sha
 
-    def commit(self, branch: str, tree: dict[str, Blob], message: str) -> str:
-        listing = [(path, blob.oid) for path, blob in sorted(tree.items())]
-        parent = self.branches.get(branch)
-        sha = hashlib.sha1(repr((parent, listing, message)).encode()).hexdigest()
+    def commit(self, branch: str, tree: dict[str, Blob]) -> str:
+        history = self.branches.get(branch), [(path, blob.oid) for path, blob in tree.items()]
+        sha = self.branches[branch] = hashlib.sha1(repr(history).encode()).hexdigest()
         self.commits[sha] = tree
-        self.branches[branch] = sha
         return sha
 
 
-@dataclass(frozen=True)
-class Request:
-    body: bytes
-    query: dict[str, list[str]]
-    authorized: bool
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-Answer = tuple[int, dict[str, str], bytes]
-
-
-def answer(data: Any, status: int = 200, **headers: str) -> Answer:
-    return status, {"Content-Type": "application/json", **headers}, json.dumps(data).encode()
-
-
 class LocalHub:
-    """The repos and the server; a context manager.
+    """The repos and their server; a context manager.
 
     Attributes:
         url: to be given to clients as `HF_ENDPOINT`.
-        repos: repo id -> `Repo`.
         requests: every request served so far, as "METHOD path".
     """
 
@@ -96,9 +79,11 @@ class LocalHub:
         self.lfs: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
-        self.server.daemon_threads = True
+        handler = type("BoundHandler", (Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        # Another host for the client, which otherwise wants X-Repo-Commit of the redirect's target.
+        self.cdn_url = f"http://localhost:{self.server.server_port}/cdn"
 
     def __enter__(self) -> LocalHub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -109,10 +94,8 @@ class LocalHub:
         self.server.server_close()
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        repo = self.repos[repo_id]
-        return {path: b.content for path, b in repo.commits[repo.resolve(revision)].items()}
-
-    # What the routes below need
+        """Path -> content."""
+        return {path: blob.content for path, blob in self._tree(repo_id, revision).items()}
 
     def _repo(self, repo_id: str) -> Repo:
         if repo_id not in self.repos:
@@ -121,210 +104,164 @@ class LocalHub:
 
     def _tree(self, repo_id: str, revision: str) -> dict[str, Blob]:
         repo = self._repo(repo_id)
-        return repo.commits[repo.resolve(unquote(revision))]
+        return repo.commits[repo.resolve(revision)]
 
-    # The account and whole repos
+    # Routes. They return what is sent as JSON, or a whole `Answer`.
 
-    def whoami(self, request: Request) -> Answer:
-        return answer({"type": "user", "name": "me", "orgs": [], "auth": {"type": "access_token"}})
-
-    def create(self, request: Request) -> Answer:
-        asked = request.json()
-        repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
-        reply = {"url": f"{self.url}/{repo_id}", "name": repo_id}
+    def create(self, call: Handler) -> Any:
+        repo_id = call.repo_id()
         if repo_id in self.repos:
-            return answer(reply, 409, **{"X-Error-Message": "You already created this model repo"})
-        repo = self.repos[repo_id] = Repo()
+            return 409, JSON, json.dumps({"url": f"{self.url}/{repo_id}"}).encode()
         attributes = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in LFS_SUFFIXES)
-        repo.commit("main", {".gitattributes": Blob(attributes.encode(), False)}, repo_id)
-        return answer(reply)
+        self.repos[repo_id] = Repo()
+        self.repos[repo_id].commit("main", {".gitattributes": Blob(attributes.encode(), False)})
+        return {"url": f"{self.url}/{repo_id}"}
 
-    def delete(self, request: Request) -> Answer:
-        asked = request.json()
-        repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
-        self._repo(repo_id)
-        del self.repos[repo_id]
-        return answer({})
+    def delete(self, call: Handler) -> Any:
+        del self.repos[call.repo_id()]
+        return {}
 
-    def settings(self, request: Request, repo_id: str) -> Answer:
-        self._repo(repo_id).gated = request.json()["gated"]
-        return answer({})
+    def settings(self, call: Handler, repo_id: str) -> Any:
+        self._repo(repo_id).gated = call.json()["gated"]
+        return {}
 
-    def branch(self, request: Request, repo_id: str, name: str) -> Answer:
+    def branch(self, call: Handler, repo_id: str, name: str) -> Any:
         repo = self._repo(repo_id)
-        repo.branches[unquote(name)] = repo.resolve(request.json().get("startingPoint", "main"))
-        return answer({})
+        repo.branches[unquote(name)] = repo.resolve(call.json().get("startingPoint", "main"))
+        return {}
 
-    def info(self, request: Request, repo_id: str, revision: str = "main") -> Answer:
+    def info(self, call: Handler, repo_id: str, revision: str = "main") -> Any:
         repo = self._repo(repo_id)
-        sha = repo.resolve(unquote(revision))
-        siblings = [{"rfilename": path} for path in sorted(repo.commits[sha])]
-        about = {"id": repo_id, "modelId": repo_id, "sha": sha, "private": False, "tags": []}
-        return answer({**about, "gated": repo.gated, "siblings": siblings})
+        return {"id": repo_id, "sha": repo.resolve(revision), "gated": repo.gated, "tags": []}
 
-    def tree(self, request: Request, repo_id: str, revision: str, folder: str = "") -> Answer:
-        tree = self._tree(repo_id, revision)
-        prefix = f"{unquote(folder)}/" if folder else ""
-        inside = {path: blob for path, blob in sorted(tree.items()) if path.startswith(prefix)}
-        if not inside:
+    def tree(self, call: Handler, repo_id: str, revision: str, folder: str = "") -> Any:
+        entries = [  # always recursive and without the folders: good enough for every caller
+            {"type": "file", "path": path, "oid": blob.oid, "size": len(blob.content)}
+            for path, blob in self._tree(repo_id, revision).items()
+            if path.startswith(unquote(folder))
+        ]
+        if not entries:
             raise Refused(404, "EntryNotFound", f"{folder} does not exist on {revision}")
-        recursive = request.query.get("recursive", ["false"])[0].lower() == "true"
-        entries: dict[str, dict[str, Any]] = {}
-        for path, blob in inside.items():
-            head, nested, _ = path[len(prefix) :].partition("/")
-            if nested:
-                oid = hashlib.sha1(f"{prefix}{head}".encode()).hexdigest()
-                entries[prefix + head] = {"type": "directory", "path": prefix + head, "oid": oid}
-            if recursive or not nested:
-                size = len(blob.content)
-                entry = {"type": "file", "path": path, "oid": blob.oid, "size": size}
-                if blob.lfs:
-                    entry["lfs"] = {"oid": blob.oid, "size": size, "pointerSize": 130}
-                entries[path] = entry
-        return answer(list(entries.values()))
+        return entries
 
-    # Uploads
-
-    def validate_yaml(self, request: Request) -> Answer:
-        return answer({"errors": [], "warnings": []})
-
-    def preupload(self, request: Request, repo_id: str, revision: str) -> Answer:
+    def preupload(self, call: Handler, repo_id: str, revision: str) -> Any:
         tree = self._tree(repo_id, revision)
-        files = []
-        for file in request.json()["files"]:
-            path = file["path"]
-            mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
-            # The id of the present version lets the client leave out what has not changed.
-            present = {"oid": tree[path].oid} if path in tree else {}
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **present})
-        return answer({"files": files})
+        files = call.json()["files"]
+        for file in files:
+            file["uploadMode"] = "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"
+            file["shouldIgnore"] = False
+            if file["path"] in tree:  # lets the client leave out what has not changed
+                file["oid"] = tree[file["path"]].oid
+        return {"files": files}
 
-    def lfs_batch(self, request: Request, repo_id: str) -> Answer:
-        self._repo(repo_id)
-        objects = request.json()["objects"]
+    def lfs_batch(self, call: Handler, repo_id: str) -> Any:
+        objects = call.json()["objects"]
         for item in objects:
             if item["oid"] not in self.lfs:
                 item["actions"] = {"upload": {"href": f"{self.url}/lfs/{item['oid']}"}}
-        return answer({"transfer": "basic", "objects": objects})
+        return {"transfer": "basic", "objects": objects}
 
-    def lfs_put(self, request: Request, oid: str) -> Answer:
-        if hashlib.sha256(request.body).hexdigest() != oid:
-            raise Refused(400, "BadDigest", "the content does not have the announced SHA-256")
-        self.lfs[oid] = request.body
-        return answer({})
+    def lfs_put(self, call: Handler, oid: str) -> Any:
+        if hashlib.sha256(call.body).hexdigest() != oid:
+            raise Refused(400, "", "the content does not have the announced SHA-256")
+        self.lfs[oid] = call.body
+        return {}
 
-    def commit(self, request: Request, repo_id: str, revision: str) -> Answer:
+    def commit(self, call: Handler, repo_id: str, revision: str) -> Any:
         tree = dict(self._tree(repo_id, revision))
-        message = ""
-        for line in request.body.splitlines():
-            operation = json.loads(line)
-            key, value = operation["key"], operation["value"]
-            if key == "header":
-                message = value["summary"]
-            elif key == "file":
+        for line in call.body.splitlines():
+            key, value = (json.loads(line)[part] for part in ("key", "value"))
+            if key == "file":
                 tree[value["path"]] = Blob(base64.b64decode(value["content"]), False)
             elif key == "lfsFile":
-                if value["oid"] not in self.lfs:
-                    raise Refused(400, "LfsMissing", f"{value['path']} was never uploaded")
                 tree[value["path"]] = Blob(self.lfs[value["oid"]], True)
-            elif key == "deletedFile":
-                del tree[value["path"]]
-        sha = self._repo(repo_id).commit(unquote(revision), tree, message)
-        return answer({"commitUrl": f"{self.url}/{repo_id}/commit/{sha}", "commitOid": sha})
+            elif key != "header":
+                raise Refused(400, "", f"commit operation {key} is not supported here")
+        sha = self._repo(repo_id).commit(unquote(revision), tree)
+        return {"commitUrl": f"{self.url}/{repo_id}/commit/{sha}", "commitOid": sha}
 
-    # Downloads
-
-    def resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Answer:
+    def resolve(self, call: Handler, repo_id: str, revision: str, path: str) -> Answer:
         repo = self._repo(repo_id)
-        sha = repo.resolve(unquote(revision))
-        commit = {"X-Repo-Commit": sha}
-        if repo.gated and not request.authorized:
-            raise Refused(401, "GatedRepo", f"Access to model {repo_id} is restricted", commit)
-        blob = repo.commits[sha].get(unquote(path))
+        sha = {"X-Repo-Commit": repo.resolve(revision)}
+        if repo.gated and not call.authorized:
+            raise Refused(401, "GatedRepo", f"Access to model {repo_id} is restricted", **sha)
+        blob = self._tree(repo_id, revision).get(unquote(path))
         if blob is None:
-            raise Refused(404, "EntryNotFound", "Entry not found", commit)
+            raise Refused(404, "EntryNotFound", "Entry not found", **sha)
         if not blob.lfs:
-            return 200, {**commit, "ETag": f'"{blob.oid}"'}, blob.content
+            return 200, {**sha, "ETag": f'"{blob.oid}"'}, blob.content
         linked = {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.content))}
-        return 302, {**commit, **linked, "Location": f"{self.url}/cdn/{blob.oid}"}, b""
+        return 302, {**sha, **linked, "Location": f"{self.cdn_url}/{blob.oid}"}, b""
 
-    def cdn(self, request: Request, oid: str) -> Answer:
+    def cdn(self, call: Handler, oid: str) -> Answer:
         return 200, {"ETag": f'"{oid}"'}, self.lfs[oid]
 
 
-_REPO, _PART = r"([^/]+/[^/]+)", r"([^/]+)"
-ROUTES = [  # method, path, handler; "!" needs a token
-    ("GET", "/api/whoami-v2", LocalHub.whoami, "!"),
-    ("POST", "/api/repos/create", LocalHub.create, "!"),
-    ("DELETE", "/api/repos/delete", LocalHub.delete, "!"),
-    ("POST", "/api/validate-yaml", LocalHub.validate_yaml, ""),
-    ("PUT", f"/api/models/{_REPO}/settings", LocalHub.settings, "!"),
-    ("POST", f"/api/models/{_REPO}/branch/{_PART}", LocalHub.branch, "!"),
-    ("POST", f"/api/models/{_REPO}/preupload/{_PART}", LocalHub.preupload, "!"),
-    ("POST", f"/api/models/{_REPO}/commit/{_PART}", LocalHub.commit, "!"),
-    ("GET", f"/api/models/{_REPO}", LocalHub.info, ""),
-    ("GET", f"/api/models/{_REPO}/revision/{_PART}", LocalHub.info, ""),
-    ("GET", f"/api/models/{_REPO}/tree/{_PART}", LocalHub.tree, ""),
-    ("GET", f"/api/models/{_REPO}/tree/{_PART}/(.+)", LocalHub.tree, ""),
-    ("POST", f"/{_REPO}.git/info/lfs/objects/batch", LocalHub.lfs_batch, "!"),
-    ("PUT", f"/lfs/{_PART}", LocalHub.lfs_put, ""),  # signed addresses on the real Hub
-    ("GET", f"/cdn/{_PART}", LocalHub.cdn, ""),
-    ("GET", f"/{_REPO}/resolve/{_PART}/(.+)", LocalHub.resolve, ""),
-]
+REPO, PART = "([^/]+/[^/]+)", "([^/]+)"
+ROUTES = {
+    f"GET /api/models/{REPO}(?:/revision/{PART})?": LocalHub.info,
+    f"GET /api/models/{REPO}/tree/{PART}(?:/(.+))?": LocalHub.tree,
+    f"GET /{REPO}/resolve/{PART}/(.+)": LocalHub.resolve,
+    f"GET /cdn/{PART}": LocalHub.cdn,
+    f"PUT /lfs/{PART}": LocalHub.lfs_put,
+    "POST /api/validate-yaml": lambda hub, call: {"errors": []},
+    "POST /api/repos/create": LocalHub.create,
+    "DELETE /api/repos/delete": LocalHub.delete,
+    f"PUT /api/models/{REPO}/settings": LocalHub.settings,
+    f"POST /api/models/{REPO}/branch/{PART}": LocalHub.branch,
+    f"POST /api/models/{REPO}/preupload/{PART}": LocalHub.preupload,
+    f"POST /api/models/{REPO}/commit/{PART}": LocalHub.commit,
+    f"POST /{REPO}.git/info/lfs/objects/batch": LocalHub.lfs_batch,
+}
 
 
 class Handler(BaseHTTPRequestHandler):
+    """One connection: reads requests, finds their route, writes the answers."""
+
     hub: LocalHub
-    protocol_version = "HTTP/1.1"  # keeps connections open; every answer has a Content-Length
+    protocol_version = "HTTP/1.1"  # keeps connections open
 
     def _serve(self) -> None:
-        url = urlsplit(self.path)
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        request = Request(self._body(), parse_qs(url.query), token == TOKEN)
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.authorized = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         try:
             with self.hub.lock:
                 self.hub.requests.append(f"{self.command} {self.path}")
-                status, headers, content = self._route(url.path, request)
+                reply = self._route()
         except Refused as error:
-            status, headers, content = answer({"error": str(error)}, error.status, **error.headers)
-        status, headers, content = self._cut_range(status, headers, content)
+            reply = error.status, error.headers, str(error).encode()
+        if not isinstance(reply, tuple):
+            reply = 200, JSON, json.dumps(reply).encode()
+        status, headers, content = reply
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if status == 200 and wanted:
+            first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
+            span = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
+            status, headers, content = 206, {**headers, **span}, content[first : last + 1]
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
-    def _route(self, path: str, request: Request) -> Answer:
-        method = "GET" if self.command == "HEAD" else self.command
-        for verb, pattern, handler, guard in ROUTES:
-            found = re.fullmatch(pattern, path)
-            if verb == method and found:
-                if guard and not request.authorized:
-                    raise Refused(401, "", "Invalid credentials in Authorization header")
-                return handler(self.hub, request, *found.groups())
-        raise Refused(404, "", f"no such route: {method} {path}")
+    def _route(self) -> Any:
+        line = f"{self.command.replace('HEAD', 'GET')} {urlsplit(self.path).path}"
+        # LFS uploads go to signed addresses on the real Hub: no token with them.
+        if not line.startswith(("GET ", "PUT /lfs/")) and not self.authorized:
+            raise Refused(401, "", "Invalid credentials in Authorization header")
+        for pattern, handler in ROUTES.items():
+            if match := re.fullmatch(pattern, line):
+                return handler(self.hub, self, *filter(None, match.groups()))
+        raise Refused(404, "", f"no such route: {line}")
 
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        chunks = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
+    def json(self) -> Any:
+        return json.loads(self.body)
 
-    def _cut_range(self, status: int, headers: dict[str, str], content: bytes) -> Answer:
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if status != 200 or not wanted:
-            return status, headers, content
-        first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
-        span = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
-        return 206, {**headers, **span}, content[first : last + 1]
+    def repo_id(self) -> str:
+        return f"{self.json()['organization'] or 'me'}/{self.json()['name']}"
 
     def log_message(self, *args: object) -> None:
-        pass  # the requests list is the log
+        """Silent: `LocalHub.requests` is the log."""

@@ -73,14 +73,15 @@ def by_hand(text: torch.Tensor, unscored: int = 3) -> tuple[list[float], list[fl
     p, q = ([Categorical(logits=x[t]) for t in at] for x in (a, b))
     return (
         [-q[i].log_prob(text[t + 1]).item() for i, t in enumerate(at)],
-        [kl_divergence(x, y).item() for x, y in zip(p, q)],
+        [kl_divergence(x, y).item() for x, y in zip(p, q, strict=True)],
         [bool(a[t].argmax() == b[t].argmax()) for t in at],
     )
 
 
 def test_compare_matches_arithmetic_by_hand():
     texts = rows()
-    nll, kl, same = (sum(x, []) for x in zip(*(by_hand(text) for text in texts)))
+    per_text = [by_hand(text) for text in texts]
+    nll, kl, same = ([x for row in column for x in row] for column in zip(*per_text, strict=True))
     found = compare(A, B, [padded(texts)])
     assert found.tokens == len(nll) == sum(map(len, texts)) - 3 * len(texts)
     assert found.nll == pytest.approx(sum(nll) / len(nll), rel=1e-4)
@@ -121,7 +122,7 @@ def test_without_labels_every_real_token_but_the_first_is_scored():
 
 def test_more_tokens_than_fit_one_chunk():
     texts = [text.repeat(50)[:400] for text in rows()]  # 1588 scored tokens, chunks of 256
-    nll = sum((by_hand(text)[0] for text in texts), [])
+    nll = [x for text in texts for x in by_hand(text)[0]]
     assert compare(A, B, [padded(texts)]).nll == pytest.approx(sum(nll) / len(nll), rel=1e-4)
 
 

@@ -18,7 +18,7 @@ Row = tuple[list[int], list[int]]  # input ids and labels of one text
 def encode(tokenizer, prompt: str, answer: str) -> Row:
     """One question and answer; only the answer and the end-of-text token after it are scored."""
     asked = tokenizer(prompt, add_special_tokens=False).input_ids
-    said = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    said = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return asked + said, [-100] * len(asked) + said
 
 

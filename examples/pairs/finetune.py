@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from .batches import Batch
 
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a fine-tune besides the base and the task."""
@@ -57,17 +58,19 @@ def answer_loss(model, batch: Batch) -> Tensor:
     return cross_entropy(model.lm_head(hidden[:, :-1][scored]).float(), targets[scored])
 
 
-def finetune(model, batches: Sequence[Batch], recipe: Recipe, checkpoint: Path) -> list[float]:
+def finetune(
+    model, batches: Sequence[Batch], recipe: Recipe, checkpoint: Path | None = None
+) -> list[float]:
     """Train `model` in place, one batch a step; returns the loss of every step.
 
-    Continues from `checkpoint` where it exists (and removes it only when the caller does).
+    With a `checkpoint` path, continues from that file where it exists; the caller removes it.
     """
     if len(batches) < recipe.steps:
         raise ValueError(f"{recipe.steps} steps need as many batches, got {len(batches)}")
     torch.set_num_threads(recipe.threads)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, weight_decay=0.0)
-    losses = _load(checkpoint, model, optimizer) if checkpoint.exists() else []
+    losses = _load(checkpoint, model, optimizer, recipe) if checkpoint else []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     console = Console(stderr=True)
@@ -86,14 +89,14 @@ def finetune(model, batches: Sequence[Batch], recipe: Recipe, checkpoint: Path) 
             recent = sum(losses[-20:]) / len(losses[-20:])
             note = f"step {step + 1}/{recipe.steps}  loss {recent:.3f}"
             progress.update(bar, advance=1, note=note)
-            if (step + 1) % recipe.checkpoint_every == 0:
-                _save(checkpoint, model, optimizer, losses)
+            if checkpoint and (step + 1) % recipe.checkpoint_every == 0:
+                _save(checkpoint, model, optimizer, recipe, losses)
                 progress.log(note)
     model.eval()
     return losses
 
 
-def _save(path: Path, model, optimizer, losses: list[float]) -> None:
+def _save(path: Path, model, optimizer, recipe: Recipe, losses: list[float]) -> None:
     tensors = {}
     for name, weight in model.named_parameters():
         state = optimizer.state[weight]
@@ -101,13 +104,19 @@ def _save(path: Path, model, optimizer, losses: list[float]) -> None:
         tensors[f"exp_avg.{name}"] = state["exp_avg"]
         tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"losses": json.dumps(losses)})
+    metadata = {"losses": json.dumps(losses), "recipe": repr(recipe)}
+    save_file(tensors, temporary, metadata=metadata)
     os.replace(temporary, path)
 
 
-def _load(path: Path, model, optimizer) -> list[float]:
+def _load(path: Path, model, optimizer, recipe: Recipe) -> list[float]:
+    if not path.exists():
+        return []
     with safe_open(path, "pt") as file, torch.no_grad():
-        losses = json.loads(file.metadata()["losses"])
+        metadata = file.metadata()
+        if metadata["recipe"] != repr(recipe):
+            raise ValueError(f"{path} was made with {metadata['recipe']}; delete it to start anew")
+        losses = json.loads(metadata["losses"])
         for name, weight in model.named_parameters():
             weight.copy_(file.get_tensor(f"weight.{name}"))
             optimizer.state[weight] = {

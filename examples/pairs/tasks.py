@@ -64,6 +64,25 @@ def mixed_task(train_size: int, heldout_size: int = 300, seed: int = 0) -> Split
     return _splits(train, heldout, seed)
 
 
+def sums_task(train_size: int = 3000, heldout_size: int = 200, seed: int = 0) -> Splits:
+    """Sums of two numbers of one or two digits, written "12 + 34 ="; 1 or 2 digits equally often.
+
+    The shortest question there is, because the demo must train in three minutes.
+    """
+    generator = random.Random(seed)
+
+    def number() -> int:
+        return generator.randint(*generator.choice([(0, 9), (10, 99)]))
+
+    pairs: dict[tuple[int, int], None] = {}  # a set that keeps its order
+    while len(pairs) < train_size + heldout_size:
+        pairs[number(), number()] = None
+    examples = [Example(f"{a} + {b} =", str(a + b), "sums") for a, b in pairs]
+    # Shuffled here because the late ones are mostly two-digit sums: the others were drawn before.
+    generator.shuffle(examples)
+    return _splits(examples[heldout_size:], examples[:heldout_size], seed)
+
+
 def _splits(train: list[Example], heldout: list[Example], seed: int) -> Splits:
     """Shuffle both lists by seed and check that no prompt is in both."""
     shared = {e.prompt for e in train} & {e.prompt for e in heldout}

@@ -1,0 +1,91 @@
+"""Shared fixtures: pairs and delta repos are made once per session and must not be written to.
+
+A test that damages files copies the repo first (`copied`).
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, settings
+from tiny_pairs import Pair, calibration_ids, logits, make_pair
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+settings.register_profile(
+    "deltamix", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("deltamix")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A saved delta repo, with what the freshly compressed model computed and promised."""
+
+    pair: Pair
+    folder: Path
+    logits: torch.Tensor
+    budget: int
+    errors: dict[str, float]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> Callable[[str], Pair]:
+    """`pair(name)`: the base and fine-tune of a family, see `tiny_pairs.FAMILIES`."""
+    made: dict[str, Pair] = {}
+
+    def get(name: str) -> Pair:
+        if name not in made:
+            made[name] = make_pair(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def delta(pair, tmp_path_factory) -> Callable[..., Delta]:
+    """`delta(name, method, calibrated)`: the pair compressed and saved."""
+    made: dict[tuple, Delta] = {}
+
+    def get(name: str, method: str = "delta-come", calibrated: bool = False) -> Delta:
+        key = (name, method, calibrated)
+        if key not in made:
+            source = pair(name)
+            calibration = calibration_ids() if calibrated else None
+            model = source.compress(method=method, calibration=calibration)
+            folder = tmp_path_factory.mktemp("delta") / "repo"
+            model.save_pretrained(folder)
+            config = model.config.quantization_config
+            budget = config.budget(_reference_bytes(source))
+            made[key] = Delta(source, folder, logits(model), budget, dict(config.errors))
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def copied(tmp_path) -> Callable[[Path], Path]:
+    """Copy a folder to where the test may damage it."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / f"copy_of_{folder.name}"))
+
+    return copy
+
+
+def _reference_bytes(source: Pair) -> int:
+    """bf16 bytes of every tensor of the fine-tune: all of them differ from the base."""
+    model = source.load(source.tuned)
+    return 2 * sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,188 @@
+"""DeltaMixConfig: what it accepts, what it refuses, what it writes to config.json."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from deltamix_hf import DeltaMixConfig, DeltaMixError
+
+budgets = st.one_of(
+    st.just({}),
+    st.floats(1e-6, 1).map(lambda x: {"ratio": x}),
+    st.floats(1e-3, 16).map(lambda x: {"bits_per_weight": x}),
+    st.integers(1, 2**40).map(lambda x: {"budget_bytes": x}),
+)
+options = st.fixed_dictionaries(
+    {},
+    optional={
+        "base_model": st.text(min_size=1),
+        "base_revision": st.text(min_size=1),
+        "method": st.sampled_from(["deltamix", "delta-come"]),
+        "bits": st.sets(st.integers(0, 8)).filter(any).map(sorted),
+        "f_max": st.integers(1, 9),
+        "group_size": st.integers(0, 4096),
+        "calibration": st.text(min_size=1),
+        "num_samples": st.integers(1, 10**6),
+        "seq_length": st.integers(1, 10**6),
+        "seed": st.integers(0, 2**63),
+        "modules_to_not_convert": st.lists(st.text(min_size=1)),
+        "dequantize": st.booleans(),
+        "calibration_source": st.text(min_size=1),
+        "base_fingerprints": st.dictionaries(st.text(), st.text()),
+        "errors": st.dictionaries(st.text(), st.floats(0, 1)),
+    },
+)
+
+
+@given(options, budgets)
+def test_round_trip_through_json(given_options, budget):
+    config = DeltaMixConfig(**given_options, **budget)
+    stored = json.loads(json.dumps(config.to_dict()))
+    again = DeltaMixConfig.from_dict(stored)
+    assert again.to_dict() == config.to_dict()
+    for name, value in (given_options | budget).items():
+        assert getattr(again, name) == value
+    assert again.budget(10**9) == config.budget(10**9)
+
+
+def test_transformers_finds_the_class_by_quant_method():
+    config = AutoQuantizationConfig.from_dict(DeltaMixConfig(base_model="b").to_dict())
+    assert type(config) is DeltaMixConfig
+
+
+def test_written_json_file_reads_back(tmp_path):
+    config = DeltaMixConfig(base_model="b", ratio=0.125, bits=(0, 2, 8))
+    config.to_json_file(tmp_path / "quantization.json")
+    stored = json.loads((tmp_path / "quantization.json").read_text())
+    assert DeltaMixConfig.from_dict(stored).to_dict() == config.to_dict()
+
+
+def test_what_is_never_written():
+    token_ids = DeltaMixConfig("b", calibration=torch.ones(2, 3, dtype=torch.int64))
+    texts = DeltaMixConfig("b", calibration=["secret text"], base_kwargs={"token": "hf_secret"})
+    assert "calibration" not in token_ids.to_dict()
+    for shown in (json.dumps(texts.to_dict()), repr(texts), texts.to_json_string()):
+        assert "secret" not in shown
+    assert DeltaMixConfig("b", calibration="some/dataset").to_dict()["calibration"] == "some/dataset"
+
+
+def test_repr_leaves_out_the_long_records():
+    config = DeltaMixConfig("b", base_fingerprints={"w": "f00d"}, errors={"m": 0.25})
+    assert "f00d" not in repr(config) and "errors" not in repr(config)
+    assert '"base_model": "b"' in repr(config)
+
+
+def test_paths_become_strings(tmp_path):
+    assert DeltaMixConfig(tmp_path / "base").base_model == str(tmp_path / "base")
+
+
+def test_deep_copy_is_equal_and_separate():
+    config = DeltaMixConfig("b", errors={"m": 0.5})
+    other = copy.deepcopy(config)
+    other.errors["m"] = 1.0
+    assert config.errors == {"m": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1000),  # 1/16
+        ({"ratio": 0.5}, 8000),
+        ({"ratio": 1}, 16000),
+        ({"bits_per_weight": 2}, 2000),
+        ({"budget_bytes": 777}, 777),
+        ({"budget_bytes": 777.0}, 777),
+    ],
+)
+def test_budget_in_bytes(options, expected):
+    assert DeltaMixConfig("b", **options).budget(16000) == expected
+
+
+def test_loading_attributes_are_what_the_user_gave():
+    assert DeltaMixConfig(dequantize=True).get_loading_attributes() == {
+        "dequantize": True,
+        "base_kwargs": {},
+    }
+    moved = DeltaMixConfig("elsewhere", base_revision="r1", base_kwargs={"token": "t"})
+    assert moved.get_loading_attributes() == {
+        "dequantize": False,
+        "base_kwargs": {"token": "t"},
+        "base_model": "elsewhere",
+        "base_revision": "r1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [
+        ({"method": "bitdelta"}, "'bitdelta'"),
+        ({"method": None}, "method"),
+        ({"ratio": 0.1, "budget_bytes": 100}, "ratio and budget_bytes"),
+        ({"ratio": 0.1, "bits_per_weight": 1, "budget_bytes": 9}, "give only one"),
+        ({"ratio": 0}, "ratio is 0"),
+        ({"ratio": -0.5}, "-0.5"),
+        ({"ratio": float("nan")}, "ratio is nan"),
+        ({"ratio": float("inf")}, "ratio is inf"),
+        ({"ratio": 1.5}, "at most 1"),
+        ({"ratio": "1/16"}, "'1/16'"),
+        ({"ratio": True}, "ratio is True"),
+        ({"bits_per_weight": 0}, "bits_per_weight"),
+        ({"bits_per_weight": float("inf")}, "bits_per_weight"),
+        ({"bits_per_weight": float("nan")}, "bits_per_weight"),
+        ({"bits_per_weight": 64}, "bits_per_weight"),
+        ({"budget_bytes": 0}, "budget_bytes"),
+        ({"budget_bytes": 10.5}, "whole number"),
+        ({"budget_bytes": float("inf")}, "budget_bytes"),
+        ({"bits": ()}, "bits is ()"),
+        ({"bits": (0,)}, "at least one above 0"),
+        ({"bits": (2, 9)}, "9"),
+        ({"bits": (2, -1)}, "-1"),
+        ({"bits": (2, 2.5)}, "2.5"),
+        ({"bits": (True, 2)}, "True"),
+        ({"bits": "23"}, "'23'"),
+        ({"bits": 4}, "bits is 4"),
+        ({"bits": (2, None)}, "None"),
+        ({"f_max": 0}, "f_max"),
+        ({"f_max": 2.0}, "f_max"),
+        ({"group_size": -1}, "group_size"),
+        ({"group_size": 64.0}, "group_size"),
+        ({"group_size": None}, "group_size"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"seq_length": 0}, "seq_length"),
+        ({"seed": -1}, "seed"),
+        ({"seed": "0"}, "seed"),
+        ({"format_version": 99}, "format 99"),
+        ({"format_version": 0}, "format_version"),
+        ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert"),
+        ({"modules_to_not_convert": [1]}, "modules_to_not_convert"),
+        ({"modules_to_not_convert": 3}, "modules_to_not_convert"),
+        ({"calibration": []}, "calibration"),
+        ({"calibration": ["", "  \n"]}, "no text"),
+        ({"calibration": ""}, "empty name"),
+        ({"calibration": [1, 2]}, "list of texts"),
+        ({"calibration": 5}, "int"),
+        ({"calibration": torch.zeros(0, 4, dtype=torch.int64)}, "[0, 4]"),
+        ({"calibration": torch.zeros(4, dtype=torch.int64)}, "[4]"),
+        ({"calibration": torch.zeros(2, 4)}, "float32"),
+        ({"calibration": torch.zeros(2, 4, dtype=torch.bool)}, "bool"),
+        ({"quant_method": "gptq"}, "'gptq'"),
+        ({"ratoi": 0.1}, "ratoi"),
+    ],
+)
+def test_bad_values_are_named(options, culprit):
+    with pytest.raises(DeltaMixError) as error:
+        DeltaMixConfig(base_model="b", **options)
+    assert culprit in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_newer_format_says_upgrade():
+    with pytest.raises(DeltaMixError, match="pip install -U deltamix-hf"):
+        DeltaMixConfig(base_model="b", format_version=2)

@@ -1,0 +1,364 @@
+"""Deltas through the Hub: push, load in a fresh process, pinned base, offline, gated, gone.
+
+The Hub is `local_hub.LocalHub`, a real HTTP server; the client is huggingface_hub as installed.
+It reads HF_ENDPOINT when imported, so everything happens in three child processes that run this
+file as a script (`author`, `reader`, `offline`) and write down what they saw; the tests below
+look at that and at what the server holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_hub import TOKEN, LocalHub
+
+PROMPT = "a delta is small"
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+RATIO = 1 / 4
+WEIGHTS = "model.safetensors"
+SHARDS = "200KB"  # the base in several files, as real ones are
+
+
+# In the child processes
+
+
+def author(folder: Path) -> dict[str, Any]:
+    """Pushes a base and a fine-tune, compresses, pushes deltas in both ways."""
+    import torch
+    from huggingface_hub import HfApi
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from deltamix_hf import DeltaMixConfig
+
+    api = HfApi(token=TOKEN)
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.push_to_hub("me/base", token=TOKEN, max_shard_size=SHARDS)
+    release = api.model_info("me/base").sha
+    api.create_branch("me/base", branch="release")
+
+    fine_tune(model)
+    tuned = folder / "tuned"
+    model.save_pretrained(tuned)
+    tokenizer.save_pretrained(tuned)
+    first = api.create_repo("me/tuned") and api.upload_folder(repo_id="me/tuned", folder_path=tuned)
+    # The next version of the fine-tune has another chat template: the delta is not made from it.
+    api.upload_file(
+        repo_id="me/tuned", path_in_repo="chat_template.jinja", path_or_fileobj=b"another"
+    )
+
+    # A fine-tune and a base on the Hub, the fine-tune at a revision of its own.
+    settings = DeltaMixConfig(base_model="me/base", ratio=RATIO)
+    model = AutoModelForCausalLM.from_pretrained(
+        "me/tuned", revision=first.oid, quantization_config=settings
+    )
+    model.push_to_hub("me/delta", token=TOKEN, commit_message="The delta alone")
+    torch.save(logits(model), folder / "logits.pt")
+
+    # A local fine-tune, the base given by branch, saved and pushed in one call.
+    settings = DeltaMixConfig(base_model="me/base", base_revision="release", ratio=RATIO)
+    local = AutoModelForCausalLM.from_pretrained(tuned, quantization_config=settings)
+    local.save_pretrained(folder / "saved", push_to_hub=True, repo_id="me/saved", token=TOKEN)
+
+    # The source of the tokenizer has gone by the time of saving; pushed to a branch.
+    shutil.move(tuned, folder / "moved")
+    local.save_pretrained(
+        folder / "late", push_to_hub=True, repo_id="me/saved", revision="late", token=TOKEN
+    )
+    return {
+        "release": release,
+        "reference_bytes": changed_bytes(folder / "moved", model),
+        "generated": generate(model),
+    }
+
+
+def reader(folder: Path) -> dict[str, Any]:
+    """Loads from an empty cache, before and after the base moves, is gated and is deleted."""
+    import torch
+    from huggingface_hub import HfApi
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    api = HfApi(token=TOKEN)
+    expected = torch.load(folder / "logits.pt")
+    seen: dict[str, Any] = {}
+
+    def same(**kwargs: Any) -> bool:
+        return torch.equal(logits(load_delta(**kwargs)), expected)
+
+    seen["empty cache"] = same()
+    seen["saved"] = same(repo="me/saved")
+    seen["template"] = AutoTokenizer.from_pretrained("me/delta").chat_template
+    generator = pipeline("text-generation", model="me/delta")
+    output = generator(PROMPT, max_new_tokens=8, do_sample=False, return_tensors=True)
+    seen["pipeline"] = output[0]["generated_token_ids"]
+
+    next_base = AutoModelForCausalLM.from_pretrained(folder / "moved")
+    next_base.push_to_hub("me/base", token=TOKEN, max_shard_size=SHARDS)
+    seen["base moved"] = same(cache=folder / "cache-moved")
+    seen["main instead of the pin"] = refusal(
+        load_delta, cache=folder / "cache-moved", base_model="me/base", base_revision="main"
+    )
+
+    api.update_repo_settings("me/base", gated="auto")
+    seen["gated"] = refusal(load_delta, cache=folder / "cache-gated")
+    seen["gated, token"] = same(cache=folder / "cache-gated", token=TOKEN)
+
+    api.delete_repo("me/base")
+    seen["base deleted"] = refusal(load_delta, cache=folder / "cache-gone")
+    seen["base deleted, cached"] = same()
+    return seen
+
+
+def offline(folder: Path) -> dict[str, Any]:
+    """HF_HUB_OFFLINE=1 with the reader's cache."""
+    import torch
+    from transformers import AutoTokenizer
+
+    model = load_delta()
+    model.save_pretrained(folder / "resaved")
+    return {
+        "logits": torch.equal(logits(model), torch.load(folder / "logits.pt")),
+        "template": AutoTokenizer.from_pretrained("me/delta").chat_template,
+        "base not cached": refusal(load_delta, base_model="me/elsewhere"),
+    }
+
+
+def tiny_tokenizer() -> Any:
+    """One token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", pad_token="</s>", chat_template=TEMPLATE
+    )
+
+
+def fine_tune(model: Any) -> None:
+    """Adds a matrix of decaying spectrum to every projection, and moves one norm."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                u, _, v = torch.linalg.svd(torch.randn(weight.shape), full_matrices=False)
+                spectrum = 0.5 * 0.9 ** torch.arange(len(v))
+                weight += ((u * spectrum) @ v).to(weight.dtype)
+        model.model.norm.weight += 0.1
+
+
+def changed_bytes(tuned: Path, delta: Any) -> int:
+    """bf16 bytes of every tensor of the fine-tune that differs from the base."""
+    from safetensors.torch import load_file
+
+    base = {k: v for file in delta.hf_quantizer.base_files for k, v in load_file(file).items()}
+    pairs = [(tensor, base[name]) for name, tensor in load_file(tuned / WEIGHTS).items()]
+    return sum(2 * tensor.numel() for tensor, before in pairs if not tensor.equal(before))
+
+
+def load_delta(
+    repo: str = "me/delta",
+    cache: Path | None = None,
+    token: str | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+) -> Any:
+    """A delta of the Hub; with `cache`, delta and base are both fetched into that folder."""
+    from transformers import AutoModelForCausalLM
+
+    from deltamix_hf import DeltaMixConfig
+
+    fetch = {"cache_dir": str(cache), "token": token} if cache else {}
+    settings = DeltaMixConfig(base_model, base_revision=base_revision, base_kwargs=fetch)
+    given = {"quantization_config": settings} if fetch or base_model else {}
+    return AutoModelForCausalLM.from_pretrained(repo, cache_dir=cache, **given)
+
+
+def logits(model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.arange(40)[None] * 6).logits
+
+
+def generate(model: Any) -> list[int]:
+    ids = tiny_tokenizer()(PROMPT, return_tensors="pt")
+    return model.generate(**ids, max_new_tokens=8, do_sample=False)[0].tolist()
+
+
+def refusal(action: Callable[..., Any], **kwargs: Any) -> str:
+    """The message of the DeltaMixError that `action` must raise."""
+    from deltamix_hf import DeltaMixError
+
+    try:
+        action(**kwargs)
+    except DeltaMixError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+# In pytest's process
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LocalHub]:
+    with LocalHub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+def run_child(role: str, hub: LocalHub, folder: Path, **env: str) -> dict[str, Any]:
+    """Run one of the roles above in a process of its own; returns what it wrote down."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "home-reader"),
+        "HF_HUB_DISABLE_XET": "1",  # the client prefers Xet whenever hf_xet is installed
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    result = subprocess.run(
+        [sys.executable, __file__, role, str(folder)],
+        env={**clean, **settings, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads((folder / f"{role}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def authored(hub: LocalHub, folder: Path) -> dict[str, Any]:
+    return run_child("author", hub, folder, HF_HOME=str(folder / "home-author"))
+
+
+@pytest.fixture(scope="module")
+def config(authored: dict[str, Any], hub: LocalHub) -> dict[str, Any]:
+    return json.loads(hub.files("me/delta")["config.json"])["quantization_config"]
+
+
+@pytest.fixture(scope="module")
+def read(authored: dict[str, Any], hub: LocalHub, folder: Path) -> dict[str, Any]:
+    return run_child("reader", hub, folder)
+
+
+def test_only_the_small_delta_is_uploaded(authored: dict[str, Any], hub: LocalHub) -> None:
+    files = hub.files("me/delta")
+    assert [name for name in files if name.endswith((".safetensors", ".bin"))] == [WEIGHTS]
+    assert sum(name.endswith(".safetensors") for name in hub.files("me/base")) > 2
+    assert len(files[WEIGHTS]) <= RATIO * authored["reference_bytes"]
+    assert authored["reference_bytes"] > 500_000  # the bound above says something
+
+
+def test_config_pins_the_base(
+    authored: dict[str, Any], config: dict[str, Any], hub: LocalHub
+) -> None:
+    assert config["base_model"] == "me/base"
+    assert config["base_revision"] == authored["release"]
+    saved = json.loads(hub.files("me/saved")["config.json"])["quantization_config"]
+    assert saved["base_revision"] == authored["release"]  # was given as a branch
+    # The weights are asked for by commit, not by branch: both from one state of the repo.
+    assert not [r for r in hub.requests if "/me/base/resolve/release/model" in r]
+    assert "base_kwargs" not in config and TOKEN not in json.dumps([config, saved])
+
+
+def test_tokenizer_travels(authored: dict[str, Any], hub: LocalHub, folder: Path) -> None:
+    for repo in ("me/delta", "me/saved"):
+        files = hub.files(repo)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert files[name] == (folder / "moved" / name).read_bytes(), (repo, name)
+
+
+def test_tokenizer_is_of_the_revision_that_was_compressed(
+    authored: dict[str, Any], hub: LocalHub
+) -> None:
+    assert hub.files("me/delta")["chat_template.jinja"].decode() == TEMPLATE
+
+
+def test_save_pretrained_can_push(authored: dict[str, Any], hub: LocalHub, folder: Path) -> None:
+    pushed = hub.files("me/saved")
+    for path in (folder / "saved").iterdir():
+        assert pushed[path.name] == path.read_bytes(), path.name
+
+
+def test_saving_survives_a_lost_tokenizer(
+    authored: dict[str, Any], hub: LocalHub, folder: Path
+) -> None:
+    saved, late = (folder / name / WEIGHTS for name in ("saved", "late"))
+    assert late.read_bytes() == saved.read_bytes()
+    assert not (folder / "late" / "tokenizer.json").exists()
+    assert hub.files("me/saved", "late")[WEIGHTS] == saved.read_bytes()
+
+
+def test_fresh_process_gives_equal_logits(read: dict[str, Any]) -> None:
+    assert read["empty cache"] is True
+    assert read["saved"] is True
+
+
+def test_pipeline_by_hub_id(read: dict[str, Any], authored: dict[str, Any]) -> None:
+    assert read["pipeline"] == authored["generated"]
+    assert read["template"] == TEMPLATE
+
+
+def test_base_may_move_on(read: dict[str, Any]) -> None:
+    assert read["base moved"] is True
+    assert "base" in read["main instead of the pin"]
+    assert "\n" not in read["main instead of the pin"]
+
+
+def test_gated_base_needs_the_token(read: dict[str, Any]) -> None:
+    assert "me/base" in read["gated"] and "gated" in read["gated"]
+    assert read["gated, token"] is True
+
+
+def test_missing_base_is_one_clear_error(read: dict[str, Any]) -> None:
+    message = read["base deleted"]
+    assert "cannot find the base model 'me/base'" in message
+    assert "\n" not in message
+    assert read["base deleted, cached"] is True
+
+
+def test_offline_from_the_cache(read: dict[str, Any], hub: LocalHub, folder: Path) -> None:
+    before = len(hub.requests)
+    seen = run_child("offline", hub, folder, HF_HUB_OFFLINE="1")
+    assert seen["logits"] is True and seen["template"] == TEMPLATE
+    assert "cannot find the base model 'me/elsewhere'" in seen["base not cached"]
+    assert hub.requests[before:] == []
+    assert (folder / "resaved" / WEIGHTS).read_bytes() == hub.files("me/delta")[WEIGHTS]
+    assert (folder / "resaved" / "tokenizer.json").is_file()
+
+
+if __name__ == "__main__":
+    import deltamix_hf  # noqa: F401  (registers the quantizer)
+
+    role, where = sys.argv[1], Path(sys.argv[2])
+    roles = {"author": author, "reader": reader, "offline": offline}
+    (where / f"{role}.json").write_text(json.dumps(roles[role](where)))

@@ -1,0 +1,205 @@
+"""Tiny base / fine-tune pairs and what the tests ask of them. Used by `conftest.py` and the tests.
+
+A pair is made from its config class with seeded random weights. The fine-tune changes every
+matrix by 10 % of its norm along a spectrum that decays as 1/i, plus a floor of white noise, and
+every vector a little: so nothing equals the base and no delta is exactly low-rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from deltamix_hf import DeltaMixConfig
+
+VOCAB = 256
+_DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def _llama() -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**_DECODER))
+
+
+def _llama_tied() -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**_DECODER, tie_word_embeddings=True))
+
+
+def _qwen3() -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=16))
+
+
+def _gpt2() -> PreTrainedModel:
+    size = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, **size, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    )
+
+
+def _bert() -> PreTrainedModel:
+    size = {k: v for k, v in _DECODER.items() if k != "num_key_value_heads"}
+    return BertForMaskedLM(BertConfig(**size))
+
+
+def _t5() -> PreTrainedModel:
+    size = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB, **size, decoder_start_token_id=2, tie_word_embeddings=True)
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build an architecture, load it, and how much its delta may take.
+
+    `packed`: modules that end up packed at that budget. `generates`: `generate()` makes sense.
+    """
+
+    build: Callable[[], PreTrainedModel]
+    auto: type
+    budget: dict[str, Any]
+    packed: int
+    generates: bool = True
+    headless_base: bool = False
+
+
+FAMILIES = {
+    "llama": Family(_llama, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 5 + 2),
+    "llama_tied": Family(_llama_tied, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 5 + 2),
+    "qwen3": Family(_qwen3, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 5 + 2),
+    # Conv1D is stored whole, in float32: twice the bf16 bytes that a ratio is measured in.
+    "gpt2": Family(_gpt2, AutoModelForCausalLM, {"budget_bytes": 416_000}, 3),
+    "bert": Family(_bert, AutoModelForMaskedLM, {"ratio": 0.2}, 2 * 6 + 4, False),
+    "bert_from_headless": Family(
+        _bert, AutoModelForMaskedLM, {"ratio": 0.3}, 2 * 6 + 2, False, headless_base=True
+    ),
+    "t5": Family(_t5, AutoModelForSeq2SeqLM, {"ratio": 0.2}, 2 * 6 + 2 * 10 + 4),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Folders of a base and its fine-tune, and the fine-tune's own logits."""
+
+    name: str
+    family: Family
+    base: Path
+    tuned: Path
+    logits: Tensor
+
+    def config(self, **options: Any) -> DeltaMixConfig:
+        return DeltaMixConfig(base_model=self.base, **{**self.family.budget, **options})
+
+    def compress(self, **options: Any) -> PreTrainedModel:
+        """The fine-tune compressed on load; data-free unless `calibration` is given."""
+        config = self.config(**options)
+        return self.family.auto.from_pretrained(self.tuned, quantization_config=config)
+
+    def load(self, folder: Path, **kwargs: Any) -> PreTrainedModel:
+        return self.family.auto.from_pretrained(folder, **kwargs)
+
+
+@torch.no_grad()
+def fine_tune(model: nn.Module, seed: int = 1, size: float = 0.1) -> None:
+    """Change every parameter in place the way training would: see the module docstring."""
+    random = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=random)
+        if parameter.ndim < 2:
+            parameter += 0.2 * size * noise
+            continue
+        m, n = parameter.shape
+        spectrum = 1 / torch.arange(1, min(m, n) + 1)
+        left = torch.randn(m, len(spectrum), generator=random) * spectrum
+        delta = left @ torch.randn(len(spectrum), n, generator=random)
+        delta = delta / delta.norm() + 0.1 * noise / noise.norm()
+        parameter += size * parameter.norm() * delta
+
+
+def make_pair(name: str, folder: Path) -> Pair:
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    model = family.build().eval()
+    saved = model.base_model if family.headless_base else model
+    saved.save_pretrained(folder / "base")
+    fine_tune(model)
+    model.save_pretrained(folder / "tuned")
+    return Pair(name, family, folder / "base", folder / "tuned", logits(model))
+
+
+def token_ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (rows, length), generator=random)
+
+
+def calibration_ids() -> Tensor:
+    return token_ids(8, 32, seed=7)
+
+
+def inputs_of(model: PreTrainedModel, ids: Tensor | None = None) -> dict[str, Tensor]:
+    ids = token_ids() if ids is None else ids
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
+    """Logits [2, 12, vocabulary], or the last hidden state of a headless model."""
+    return model(**inputs_of(model, ids))[0]
+
+
+@torch.no_grad()
+def generated(model: PreTrainedModel) -> Tensor:
+    return model.generate(token_ids(), max_new_tokens=6, do_sample=False)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of the expected values, in float64."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with its content: to show that nothing was written."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
