@@ -52,6 +52,13 @@ _HIGHS_OPTIONS = {
     "random_seed": 0,
     "mip_rel_gap": 0.0,
     "mip_feasibility_tolerance": 1e-9,
+    # Branching on the few z is all the search needs. Presolve, and the sub-MIP heuristics that
+    # presolve again, took up to 13 s of one 13.4 s solve; without them the same took 0.2 s.
+    "presolve": "off",
+    "mip_heuristic_effort": 0.0,
+    "mip_heuristic_run_rens": False,
+    "mip_heuristic_run_rins": False,
+    "mip_heuristic_run_root_reduced_cost": False,
 }
 
 # An error within this fraction of its bound counts as optimal.

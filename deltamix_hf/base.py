@@ -60,7 +60,8 @@ def resolve_base(
     except (OSError, ValueError) as error:
         raise DeltaMixError(
             f"cannot find the base model {base_model!r} (revision {revision or 'main'}): it needs "
-            f"{CONFIG} and {WEIGHTS}. If it lies elsewhere, pass DeltaMixConfig(base_model=...). "
+            f"{CONFIG} and {WEIGHTS}. If it lies elsewhere or needs a token, "
+            "pass DeltaMixConfig(base_model=..., base_kwargs={'token': ...}). "
             f"[{str(error).splitlines()[0]}]"
         ) from error
     if quantized:

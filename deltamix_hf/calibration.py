@@ -8,6 +8,7 @@ uncompressed fine-tune in one forward pass over the data. Layers that read the s
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -46,7 +47,7 @@ def token_batches(config: DeltaMixConfig, load_tokenizer: Callable[[], Any]) -> 
         ids = data[: config.num_samples, : config.seq_length].long()
         return list(ids.split(max(1, _TOKENS_PER_FORWARD // ids.shape[1])))
     texts = _read_texts(data) if isinstance(data, str) else list(data or ())
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in texts if text and text.strip()]
     random.Random(config.seed).shuffle(texts)
     tokenizer = load_tokenizer()
     batches = []
@@ -63,24 +64,43 @@ def token_batches(config: DeltaMixConfig, load_tokenizer: Callable[[], Any]) -> 
 
 def _read_texts(name: str) -> list[str]:
     """Texts of a local .txt / .jsonl file, or the "text" column of a data set's train split."""
-    path = Path(name)
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if path.suffix == ".jsonl":
-            return [json.loads(line)["text"] for line in lines if line.strip()]
-        return lines
+    if os.path.isfile(name):
+        return _read_file(Path(name))
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise DeltaMixError(
-            f"calibration={name!r} is no local file, and data sets need `pip install datasets`"
+            f"calibration={name[:80]!r} is no local file, and data sets need `pip install datasets`"
         ) from error
     try:
         return list(load_dataset(name, split="train")["text"])
     except Exception as error:
         raise DeltaMixError(
-            f"cannot read a train split with a 'text' column from data set {name!r}: {error}"
+            f"cannot read a train split with a 'text' column from data set {name[:80]!r}: "
+            f"{str(error)[:300]}"
         ) from error
+
+
+def _read_file(path: Path) -> list[str]:
+    """Lines of a text file, or the "text" of each line of a .jsonl file."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeltaMixError(f"cannot read calibration texts from {path}: {error}") from error
+    if path.suffix != ".jsonl":
+        return lines
+    texts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise DeltaMixError(f'{path}, line {number}, is not of the form {{"text": "..."}}')
+        texts.append(row["text"])
+    return texts
 
 
 class _GramHooks:

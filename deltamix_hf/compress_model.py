@@ -28,8 +28,15 @@ from .modules import attach_with_ties, delta_class, weight_of
 _SMALLEST = 4096
 
 
-def compress_model(model: PreTrainedModel, base: BaseCheckpoint, config: DeltaMixConfig) -> None:
+def compress_model(
+    model: PreTrainedModel,
+    base: BaseCheckpoint,
+    config: DeltaMixConfig,
+    revision: str | None = None,
+) -> None:
     """Replace what differs from the base by packed deltas; fills in the config's records.
+
+    `revision` is the fine-tune's commit, for its tokenizer; None for a local folder.
 
     Raises:
         DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
@@ -50,7 +57,7 @@ def compress_model(model: PreTrainedModel, base: BaseCheckpoint, config: DeltaMi
         guard_names(some_weight, model.base_model_prefix),
         config,
     )
-    grams = _calibrate(model, targets, config)
+    grams = _calibrate(model, targets, config, revision)
 
     def delta_of(name: str, module: nn.Module) -> Tensor:
         weight = weight_of(module).detach()
@@ -130,13 +137,18 @@ def _tied_modules(model: PreTrainedModel, name: str) -> list[nn.Module]:
 
 
 def _calibrate(
-    model: PreTrainedModel, targets: dict[str, nn.Module], config: DeltaMixConfig
+    model: PreTrainedModel,
+    targets: dict[str, nn.Module],
+    config: DeltaMixConfig,
+    revision: str | None,
 ) -> dict[str, Tensor]:
     """Input Gram of every target. A tied embedding is measured where it is used as a matrix."""
     if config.calibration is None:
         return {}
     source = model.config.name_or_path
-    batches = token_batches(config, lambda: AutoTokenizer.from_pretrained(source))
+    batches = token_batches(
+        config, lambda: AutoTokenizer.from_pretrained(source, revision=revision)
+    )
     observed: dict[str, nn.Module] = {}
     for name in targets:
         users = [m for m in _tied_modules(model, name) if isinstance(m, nn.Linear)]

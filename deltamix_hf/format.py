@@ -41,6 +41,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_ITEM_SIZES = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,23 @@ def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            start, end = (int(offset) + 8 + length for offset in entry["data_offsets"])
-            if not 8 + length <= start <= end <= size:
-                raise ValueError(f"tensor {name} lies outside the file")
-            infos[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), start, end)
+            infos[name] = _tensor_info(file, name, entry, 8 + length, size)
         return infos
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DeltaMixError(f"{file} is not a sound safetensors file: {error}") from error
+
+
+def _tensor_info(file: str, name: str, entry: dict, data: int, size: int) -> TensorInfo:
+    """One header entry, checked; `data` is where the file's tensor bytes begin."""
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    start, end = entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError(f"tensor {name} has shape {list(shape)} and offsets [{start}, {end}]")
+    if not isinstance(dtype, str) or not data + start <= data + end <= size:
+        raise ValueError(f"tensor {name} lies outside the file")
+    if dtype in _ITEM_SIZES and end - start != _ITEM_SIZES[dtype] * math.prod(shape):
+        raise ValueError(f"tensor {name}, {dtype} {list(shape)}, cannot have {end - start} bytes")
+    return TensorInfo(file, dtype, shape, data + start, data + end)
 
 
 def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorInfo]:
@@ -213,7 +224,8 @@ def size_report(folder: str | os.PathLike, weights: Mapping[str, tuple[int, ...]
     files = weight_files(folder)
     infos = read_headers(files)
     kinds = dict.fromkeys(("payload", "scales", "overlay"), 0)
-    reference = sum(2 * m * n for m, n in weights.values())
+    stored = {name: shape for name, shape in weights.items() if f"{name}.{PREFIX}ranks" in infos}
+    reference = sum(2 * m * n for m, n in stored.values())  # a tied twin is stored once
     widths = 0
     for name, info in infos.items():
         leaf, size = name.rpartition(".")[2], info.end - info.start

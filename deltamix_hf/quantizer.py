@@ -186,7 +186,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     f"{sorted(devices)}; compress with device_map='cpu' (or one GPU), save, and "
                     "load the delta repo with any device_map"
                 )
-            compress_model(model, BaseCheckpoint(self.base_files, model), self.quantization_config)
+            base = BaseCheckpoint(self.base_files, model)
+            compress_model(model, base, self.quantization_config, self.commit)
         # transformers makes every float parameter trainable while loading
         model.requires_grad_(False)
         # what we save is in model form already

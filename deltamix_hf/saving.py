@@ -75,23 +75,25 @@ def save_pretrained(
     hub = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
     if "max_shard_size" in kwargs:
         hub["max_shard_size"] = kwargs["max_shard_size"]
+    staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"{target} is a file")
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        plain_save(self, staging, **kwargs)
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            quantizer: Any = self.hf_quantizer
+            source = self.config.name_or_path
+            copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
+        _move_into(staging, target)
     except OSError as error:
         raise DeltaMixError(
             f"cannot write to {save_directory}: {error}; choose another folder"
         ) from error
-    try:
-        plain_save(self, staging, **kwargs)
-        if not getattr(self, "_hf_peft_config_loaded", False):
-            commit = self.hf_quantizer.commit
-            copy_companions(self.config.name_or_path, staging, kwargs.get("token"), commit)
-        _move_into(staging, target)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
     if push_to_hub:
         repo_id = hub.pop("repo_id", target.name)
         self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
@@ -130,8 +132,11 @@ def copy_companions(
 
 
 def _move_into(staging: Path, target: Path) -> None:
-    """Rename the written files into `target`; weight files of an earlier save are dropped."""
-    target.mkdir(exist_ok=True)
+    """Rename what was written to `target`, replacing the files of an earlier save."""
+    if not target.exists():
+        staging.chmod(0o755)  # mkdtemp makes it private
+        os.replace(staging, target)
+        return
     written = {path.name for path in staging.iterdir()}
     for path in sorted(staging.iterdir()):
         os.replace(path, target / path.name)

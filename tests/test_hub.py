@@ -241,6 +241,7 @@ def run_child(role: str, hub: LocalHub, folder: Path, **env: str) -> dict[str, A
         "HF_HOME": str(folder / "home-reader"),
         "HF_HUB_DISABLE_XET": "1",  # the client prefers Xet whenever hf_xet is installed
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -251,7 +252,7 @@ def run_child(role: str, hub: LocalHub, folder: Path, **env: str) -> dict[str, A
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 0, result.stderr[-3000:]
     return json.loads((folder / f"{role}.json").read_text())
 
 

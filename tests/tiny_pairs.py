@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -25,6 +27,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -96,7 +99,7 @@ class Family:
 
 FAMILIES = {
     "llama": Family(_llama, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 5 + 2),
-    "llama_tied": Family(_llama_tied, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 5 + 2),
+    "llama_tied": Family(_llama_tied, AutoModelForCausalLM, {"ratio": 0.25}, 2 * 5 + 2),
     "qwen3": Family(_qwen3, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 5 + 2),
     # Conv1D is stored whole, in float32: twice the bf16 bytes that a ratio is measured in.
     "gpt2": Family(_gpt2, AutoModelForCausalLM, {"budget_bytes": 416_000}, 3),
@@ -151,8 +154,11 @@ def make_pair(name: str, folder: Path) -> Pair:
     family = FAMILIES[name]
     torch.manual_seed(0)
     model = family.build().eval()
-    saved = model.base_model if family.headless_base else model
-    saved.save_pretrained(folder / "base")
+    base = model
+    if family.headless_base:  # no head and no prefix, but a pooler that the model has not
+        base = AutoModel.from_config(model.config)
+        base.load_state_dict(model.base_model.state_dict(), strict=False)
+    base.save_pretrained(folder / "base")
     fine_tune(model)
     model.save_pretrained(folder / "tuned")
     return Pair(name, family, folder / "base", folder / "tuned", logits(model))
@@ -203,3 +209,22 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word: "w4" has id 4, anything else is <unk>."""
+    words = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}
+    words |= {f"w{i}": i for i in range(4, VOCAB)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
+def text_of(ids: Tensor) -> str:
+    return " ".join(f"w{i}" for i in ids.tolist())

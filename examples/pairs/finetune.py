@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,13 +30,12 @@ from .batches import Batch
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a fine-tune besides the base and the task."""
+    """Everything that decides a fine-tune besides the base and the batches: nothing is random."""
 
     steps: int
     tokens_per_step: int = 535
     learning_rate: float = 2e-4
     warmup: int = 20
-    seed: int = 0
     threads: int = 1
     checkpoint_every: int = 50
 
@@ -67,14 +66,14 @@ def finetune(
     """
     if len(batches) < recipe.steps:
         raise ValueError(f"{recipe.steps} steps need as many batches, got {len(batches)}")
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, weight_decay=0.0)
     losses = _load(checkpoint, model, optimizer, recipe) if checkpoint else []
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
-               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console) as progress:
+    note_column = TextColumn("{task.fields[note]}")
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn(), note_column)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("fine-tuning", total=recipe.steps, completed=len(losses), note="")
         for step in range(len(losses), recipe.steps):
             for group in optimizer.param_groups:
@@ -92,6 +91,7 @@ def finetune(
             if checkpoint and (step + 1) % recipe.checkpoint_every == 0:
                 _save(checkpoint, model, optimizer, recipe, losses)
                 progress.log(note)
+    torch.set_num_threads(threads_before)
     model.eval()
     return losses
 

@@ -89,6 +89,7 @@ def build(
         pair,
         base=PACKAGE,
         tasks=sorted({e.task for e in splits.train}),
+        seed=splits.seed,
         recipe=asdict(recipe),
         losses=[round(loss, 4) for loss in losses],
         seconds_of_last_call=round(time.time() - started, 1),

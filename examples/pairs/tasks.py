@@ -24,11 +24,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint `train` and `heldout`; `calibration` is a slice of `train`."""
+    """Disjoint `train` and `heldout`; `calibration` is a slice of `train`. All made from `seed`."""
 
     train: list[Example]
     heldout: list[Example]
     calibration: list[Example]
+    seed: int
 
 
 # Settings of the reasoning-gym generators; everything else is the generator's default.
@@ -90,4 +91,4 @@ def _splits(train: list[Example], heldout: list[Example], seed: int) -> Splits:
         raise ValueError(f"{len(shared)} prompts are in train and in heldout: {sorted(shared)[:3]}")
     random.Random(seed).shuffle(train)
     random.Random(seed + 1).shuffle(heldout)
-    return Splits(train, heldout, calibration=train[:256])
+    return Splits(train, heldout, train[:256], seed)

@@ -1,0 +1,182 @@
+"""Calibration: texts and token ids become batches, batches become input Grams."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_pairs import make_tokenizer, text_of, token_ids
+from torch import nn
+
+from deltamix_hf import DeltaMixConfig, DeltaMixError
+from deltamix_hf.calibration import describe, input_grams, token_batches
+
+
+def batches_of(calibration, **options):
+    return token_batches(DeltaMixConfig("b", calibration=calibration, **options), make_tokenizer)
+
+
+def no_tokenizer():
+    raise AssertionError("the tokenizer was asked for")
+
+
+def test_token_ids_need_no_tokenizer():
+    ids = token_ids(5, 12).int()
+    config = DeltaMixConfig("b", calibration=ids, num_samples=3, seq_length=10)
+    batches = token_batches(config, no_tokenizer)
+    assert torch.equal(torch.cat(batches), ids[:3, :10].long())
+    assert all(batch.dtype == torch.int64 for batch in batches)
+    assert describe(config) == "token ids [3, 10]"
+
+
+def test_long_token_tensors_are_split_into_small_batches():
+    ids = token_ids(70, 100)
+    batches = batches_of(ids)
+    assert torch.equal(torch.cat(batches), ids)
+    assert max(batch.numel() for batch in batches) <= 2048
+
+
+def test_texts_are_tokenized_one_by_one():
+    texts = ["w4 w5 w6", "  ", "w7", ""]
+    found = sorted(batch.tolist() for batch in batches_of(texts))
+    assert found == [[[4, 5, 6]], [[7]]]
+
+
+def test_texts_are_drawn_by_the_seed_and_cut():
+    texts = [text_of(row) for row in token_ids(40, 12)]
+    one, again = (batches_of(texts, num_samples=5, seq_length=8) for _ in range(2))
+    other = batches_of(texts, num_samples=5, seq_length=8, seed=1)
+    assert [b.shape for b in one] == [(1, 8)] * 5
+    assert all(map(torch.equal, one, again))
+    assert not all(map(torch.equal, one, other))
+    assert texts == [text_of(row) for row in token_ids(40, 12)]  # the caller's list is not shuffled
+
+
+def test_text_file(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("w4 w5\n\nw6 w7 w8\n", encoding="utf-8")
+    found = sorted(batch.tolist() for batch in batches_of(str(file)))
+    assert found == [[[4, 5]], [[6, 7, 8]]]
+    assert str(file) in describe(DeltaMixConfig("b", calibration=str(file)))
+
+
+def test_jsonl_file(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    rows = [{"text": "w4 w5"}, {"text": "w6", "more": 1}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    assert sorted(batch.tolist() for batch in batches_of(str(file))) == [[[4, 5]], [[6]]]
+
+
+def test_line_separators_inside_a_text_do_not_end_it(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"text": "w4\u2028w5"}, ensure_ascii=False), encoding="utf-8")
+    assert [batch.tolist() for batch in batches_of(str(file))] == [[[4, 5]]]
+
+
+def test_data_set_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    rows = [{"text": "w4 w5"}, {"text": None}, {"text": "w6"}]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert sorted(batch.tolist() for batch in batches_of(str(tmp_path / "data"))) == [[[4, 5]], [[6]]]
+
+
+@pytest.mark.parametrize("content", ['{"prompt": "w4"}', "{not json", '"w4"', '{"text": 4}'])
+def test_jsonl_without_texts(tmp_path, content):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "w4"}\n' + content)
+    with pytest.raises(DeltaMixError, match=r"texts\.jsonl.*line 2"):
+        batches_of(str(file))
+
+
+def test_file_that_is_no_text(tmp_path):
+    (tmp_path / "texts.txt").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(DeltaMixError, match=r"texts\.txt"):
+        batches_of(str(tmp_path / "texts.txt"))
+
+
+@pytest.mark.parametrize("name", ["no-such-file.txt", "someone/no-such-data", "w4 " * 2000])
+def test_data_that_is_not_there(name):
+    with pytest.raises(DeltaMixError) as error:
+        batches_of(name)
+    assert name[:40] in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_data_set_without_a_text_column(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "w4"}\n')
+    with pytest.raises(DeltaMixError, match="'text' column"):
+        batches_of(str(tmp_path / "data"))
+
+
+def test_no_tokens_left(tmp_path):
+    (tmp_path / "blank.txt").write_text("\n  \n\n")
+    with pytest.raises(DeltaMixError, match="no tokens"):
+        batches_of(str(tmp_path / "blank.txt"))
+
+
+def test_grams_are_the_mean_outer_product_of_the_inputs(pair):
+    """Against a plain float64 computation on the very inputs each module saw."""
+    source = pair("llama")
+    model = source.load(source.tuned)
+    modules = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear)}
+    batches = list(token_ids(6, 16).split(2))
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, name=name: seen[name].append(args[0]))
+        for name, module in modules.items()
+    ]
+    grams = input_grams(model, modules, batches)
+    for hook in hooks:
+        hook.remove()
+    assert grams.keys() == modules.keys()
+    for name, gram in grams.items():
+        x = torch.cat([t.reshape(-1, t.shape[-1]) for t in seen[name]]).double()
+        assert len(x) == 6 * 16
+        torch.testing.assert_close(gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+        assert torch.equal(gram, gram.T)
+    attention = "model.layers.0.self_attn"
+    assert grams[f"{attention}.q_proj"] is grams[f"{attention}.k_proj"]
+    assert grams[f"{attention}.q_proj"] is not grams[f"{attention}.o_proj"]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_grams_of_encoders_and_decoders(pair, name):
+    source = pair(name)
+    model = source.load(source.tuned)
+    modules = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear)}
+    grams = input_grams(model, modules, [token_ids()])
+    assert grams.keys() == modules.keys()
+    if name == "t5":  # cross-attention reads the encoder's output, in every layer
+        keys = [f"decoder.block.{i}.layer.1.EncDecAttention.k" for i in range(2)]
+        torch.testing.assert_close(grams[keys[0]], grams[keys[1]])
+        own = "decoder.block.0.layer.0.SelfAttention.k"
+        assert not torch.allclose(grams[keys[0]], grams[own])
+
+
+def test_modules_that_are_not_called_have_no_gram(pair):
+    source = pair("llama")
+    model = source.load(source.tuned)
+    spare = nn.Linear(4, 4)
+    grams = input_grams(model, {"spare": spare, "lm_head": model.lm_head}, [token_ids()])
+    assert grams.keys() == {"lm_head"}
+
+
+def test_hooks_are_removed_if_the_model_fails(pair):
+    source = pair("llama")
+    model = source.load(source.tuned)
+    with pytest.raises(IndexError):
+        input_grams(model, {"lm_head": model.lm_head}, [torch.full((1, 4), 10**6)])
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_nan_inputs_are_named(pair):
+    source = pair("llama")
+    model = source.load(source.tuned)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[0] = float("nan")
+    name = "model.layers.1.self_attn.q_proj"
+    with pytest.raises(DeltaMixError, match=name):
+        input_grams(model, {name: model.get_submodule(name)}, [token_ids()])
