@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -182,6 +182,18 @@ class BaseCheckpoint:
         return {key for name in names if name in self for key in self.checkpoint_keys(name)} - set(
             names
         )
+
+
+def weights_from_base(
+    model: PreTrainedModel, base: BaseCheckpoint, stored: Container[str]
+) -> list[str]:
+    """Matrices of the model that a delta repo leaves to the base: neither tied nor stored whole."""
+    away = set(model.all_tied_weights_keys)
+    return [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.ndim == 2 and name in base and name not in stored and name not in away
+    ]
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from .config import DeltaMixConfig
 from .correction import corrected_left_factor, metric_error, plain_left_factor
 from .error_table import error_table, pick
 from .errors import DeltaMixError
-from .format import header_bytes
+from .format import GUARD, header_bytes
 from .gptq import damp, gptq_columns, gptq_rows
 from .packed import DTYPES, PackedFactors, part_shapes, rank_bytes
 from .svd import thin_svd
@@ -86,21 +86,25 @@ def plan_budget(
     reference = 2 * (sum(m * n for m, n in shapes.values()) + sum(numel.values()))
     total = config.budget(reference)
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(overlay)
-    entries |= {name: (torch.float32, (0,)) for name in guards}
+    entries |= dict.fromkeys(guards, GUARD)
     for name, (m, n) in shapes.items():
         worst = part_shapes(m, n, [(min(m, n), 8, 8)], config.group_size)
         entries |= {f"{name}.{PREFIX}{part}": (DTYPES[part], s) for part, s in worst.items()}
-    fixed = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
-    fixed += header_bytes(entries, total)
+    whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
+    whole += len(guards)  # a byte each
     least = min(b for b in config.bits if b > 0)
-    one_rank = [rank_bytes(m, n, least, least, config.group_size) for m, n in shapes.values()]
-    needed = fixed + sum(one_rank)
-    if shapes and total < needed:
+    one_rank = sum(rank_bytes(m, n, least, least, config.group_size) for m, n in shapes.values())
+    fixed = whole + header_bytes(entries, total)
+    if total < fixed + one_rank:
+        needed = fixed + one_rank
+        while needed < (more := whole + header_bytes(entries, needed) + one_rank):
+            needed = more  # more bytes are longer offsets
+        ratio = math.ceil((needed + 1) / reference * 1e6) / 1e6
+        advice = f"ratio >= {ratio:.6f} or " if ratio <= 1 else ""
         raise DeltaMixError(
             f"the budget of {total:,} bytes ({total / reference:.4g} of the {reference:,} bf16 "
             f"bytes that differ) is too small: headers and the overlay take {fixed:,}, one "
-            f"{least}-bit rank per matrix {sum(one_rank):,}. Give ratio >= "
-            f"{math.ceil(needed / reference * 1e6) / 1e6:.6f} or budget_bytes >= {needed}"
+            f"{least}-bit rank per matrix {one_rank:,}. Give {advice}budget_bytes >= {needed}"
         )
     return Budget(total=total, fixed=fixed, reference=reference)
 
@@ -116,25 +120,24 @@ def compress_all(
     order = sorted(matrices, key=lambda name: -sum(matrices[name].shape))
     for name in order:
         share = left * sizes[name] // weight
-        result = compress_matrix(matrices[name], share, config, name)
+        try:
+            result = compress_matrix(matrices[name], share, config)
+        except ValueError as error:  # NaN weights, a Hessian that cannot be factorised
+            raise DeltaMixError(f"{name}: {error}") from error
         if result.packed is not None:
             left -= sum(result.packed.nbytes.values())
         weight -= sizes[name]
         yield name, result
 
 
-def compress_matrix(
-    matrix: Matrix, budget: int, config: DeltaMixConfig, name: str = "matrix"
-) -> Compressed:
+def compress_matrix(matrix: Matrix, budget: int, config: DeltaMixConfig) -> Compressed:
     """Compress one matrix into at most `budget` bytes of codes, scales, zero points and widths.
 
     Raises:
-        DeltaMixError: the delta holds NaN or infinity.
+        ValueError: the delta holds NaN or infinity, or the Gram cannot be factorised.
     """
     m, n = matrix.shape
     delta, group_size = matrix.delta(), config.group_size
-    if not torch.isfinite(delta).all():
-        raise DeltaMixError(f"{name} holds NaN or infinite weights in the fine-tune or the base")
     cost = {b: rank_bytes(m, n, b, b, group_size) for b in range(9)}
     least = min(b for b in config.bits if b > 0) if config.method == "deltamix" else 2
     left, sigma, right = thin_svd(delta, rank=max(budget // cost[least], 0))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from .base import BaseCheckpoint, same
+from .base import BaseCheckpoint, same, weights_from_base
 from .calibration import describe, input_grams, token_batches
 from .compress import Matrix, compress_all, plan_budget
 from .config import DeltaMixConfig
@@ -41,20 +42,27 @@ def compress_model(
     Raises:
         DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
     """
+    if not base.sources:
+        raise DeltaMixError(
+            f"the base {config.base_model!r} holds no tensor of a {type(model).__name__}: it is "
+            "another kind of model; give the base the fine-tune was made from"
+        )
     targets, overlay = sort_tensors(model, base, config.modules_to_not_convert or [])
     shapes = {name: _shape(module) for name, module in targets.items()}
+    config.errors = {}  # a new one: the caller's config shares the old
     config.base_fingerprints = fingerprints(base.infos)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config.seq_length = min(config.seq_length, positions or config.seq_length)
     config.calibration_source = describe(config)
     if not targets and not overlay:
         warnings.warn(
             "the fine-tune is identical to its base: the delta is empty", UserWarning, stacklevel=2
         )
         return
-    some_weight = next((f"{name}.weight" for name in targets), next(iter(overlay), ""))
     budget = plan_budget(
         shapes,
         {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in overlay.items()},
-        guard_names(some_weight, model.base_model_prefix),
+        guard_names(weights_from_base(model, base, overlay), model.base_model_prefix),
         config,
     )
     grams = _calibrate(model, targets, config, revision)
@@ -146,12 +154,23 @@ def _calibrate(
     if config.calibration is None:
         return {}
     source = model.config.name_or_path
-    batches = token_batches(
-        config, lambda: AutoTokenizer.from_pretrained(source, revision=revision)
-    )
+    batches = token_batches(config, lambda: _tokenizer(source, revision))
+    vocabulary = weight_of(model.get_input_embeddings()).shape[0]
+    if any(int(ids.min()) < 0 or int(ids.max()) >= vocabulary for ids in batches):
+        raise DeltaMixError(f"calibration holds token ids that are not 0 to {vocabulary - 1}")
     observed: dict[str, nn.Module] = {}
     for name in targets:
         users = [m for m in _tied_modules(model, name) if isinstance(m, nn.Linear)]
         observed |= {name: users[0]} if users else {}
     bar = logging.tqdm(batches, desc="Calibrating", unit="batch")
     return input_grams(model, observed, bar)
+
+
+def _tokenizer(source: str | None, revision: str | None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DeltaMixError(
+            f"calibration by texts needs the tokenizer of {source}, which cannot be loaded "
+            f"({str(error).splitlines()[0]}); save it there, or give token ids"
+        ) from error

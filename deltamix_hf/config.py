@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,11 +111,11 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.seed = seed
         self.modules_to_not_convert = modules_to_not_convert
         self.dequantize = dequantize
-        self.base_kwargs = dict(base_kwargs or {})
+        self.base_kwargs = _mapping("base_kwargs", base_kwargs)
         self.format_version = format_version
         self.calibration_source = calibration_source
-        self.base_fingerprints = dict(base_fingerprints or {})
-        self.errors = dict(errors or {})
+        self.base_fingerprints = _mapping("base_fingerprints", base_fingerprints)
+        self.errors = _mapping("errors", errors)
         self._validate()
 
     def _validate(self) -> None:
@@ -231,3 +231,9 @@ class DeltaMixConfig(QuantizationConfigMixin):
 def _check_int(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise DeltaMixError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a dict")
+    return dict(value or {})

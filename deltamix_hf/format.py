@@ -4,7 +4,7 @@ A delta repo is an ordinary transformers repo whose weight files hold, instead o
 
 - the packed tensors `<module>.dm_v`, `.dm_u`, `.dm_ranks`, `.dm_zeros` of each compressed matrix,
 - the overlay: every other tensor that differs from the base, whole, under its model name,
-- guards: empty tensors that make a loader that ignores the format fail instead of loading noise.
+- guards: one-byte tensors that make a loader that ignores the format fail instead of loading noise.
 
 `config.json` names the base, its revision and a fingerprint of each of its tensors. Nothing of the
 base is stored. This is the only module that knows names, headers and fingerprints.
@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from .packed import PARTS
 
 PREFIX = "dm_"
 GUARD_SEPARATOR = ":"
+GUARD = (torch.uint8, (1,))  # dtype and shape of a guard
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -41,7 +42,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_ITEM_SIZES = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+
+    def placeholder(self) -> torch.Tensor:
+        """A meta tensor of this shape and dtype.
+
+        Raises:
+            DeltaMixError: a dtype no tensor of ours has.
+        """
+        if self.dtype not in _DTYPES:
+            raise DeltaMixError(f"a tensor of dtype {self.dtype}: the file is damaged")
+        return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device="meta")
 
 
 def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
@@ -87,7 +98,7 @@ def _tensor_info(file: str, name: str, entry: dict, data: int, size: int) -> Ten
         raise ValueError(f"tensor {name} has shape {list(shape)} and offsets [{start}, {end}]")
     if not isinstance(dtype, str) or not data + start <= data + end <= size:
         raise ValueError(f"tensor {name} lies outside the file")
-    if dtype in _ITEM_SIZES and end - start != _ITEM_SIZES[dtype] * math.prod(shape):
+    if dtype in _DTYPES and end - start != _DTYPES[dtype].itemsize * math.prod(shape):
         raise ValueError(f"tensor {name}, {dtype} {list(shape)}, cannot have {end - start} bytes")
     return TensorInfo(file, dtype, shape, data + start, data + end)
 
@@ -160,17 +171,21 @@ def packed_modules(names: Iterable[str]) -> dict[str, set[str]]:
     return modules
 
 
-def guard_names(weight: str, base_model_prefix: str) -> list[str]:
-    """Names of the guards for a model whose converted weight is `weight`.
+def guard_names(weights: Sequence[str], base_model_prefix: str) -> list[str]:
+    """Names of the guards; `weights` are the matrices read from the base, in the model's order.
 
     transformers strips "<prefix><any character>" from a key when the rest is a model key, so stock
-    loading maps "<prefix>:<weight>" onto the real weight and stops on the shape mismatch [0], while
-    the colon keeps the guard from being a real key of any repo. The second form catches the
-    headless class (AutoModel), whose keys lack the prefix.
+    loading maps "<prefix>:<weight>" onto the real weight and stops on the shape mismatch [1], while
+    the colon keeps the guard from being a real key of any repo. The guarded weight is one of the
+    base model, not of a head that other classes lack; one guard is for classes whose keys have the
+    prefix, the other for those without (AutoModel).
     """
-    inner = weight.removeprefix(f"{base_model_prefix}.")
-    names = {f"{base_model_prefix}{GUARD_SEPARATOR}{key}" for key in (weight, inner)}
-    return sorted(names)
+    if not weights:
+        return []
+    inside = f"{base_model_prefix}."
+    weight = next((name for name in weights if name.startswith(inside)), weights[0])
+    inner = weight.removeprefix(inside)
+    return [f"{base_model_prefix}{GUARD_SEPARATOR}{key}" for key in (inner, inside + inner)]
 
 
 def is_guard(name: str) -> bool:

@@ -8,11 +8,16 @@ H^-1 = U^T U (section 3.3, step 3), coordinate i gives
 
 which approximately minimises (w - w_hat) H (w - w_hat)^T. Two uses share one sweep:
 
-* `gptq_rows` for V `[r, c]`: each row has its own width, its groups run along the row, and a
-  group's grid is fitted from the error-compensated values when the sweep enters the group.
+* `gptq_rows` for V `[r, c]`: each row has its own width, its groups run along the row. Columns are
+  rounded in order of descending H_ii ("act-order", as Delta-CoMe does), on grids fitted to the row
+  before the sweep ("static groups"), so groups stay runs of consecutive columns. Measured on
+  SmolLM2-135M (q, up and down projections of layers 2, 15, 28; error in C relative to plain
+  rounding, 2 / 3 / 4 bits, mean): grids fitted on entering a group 0.33 / 0.26 / 0.24, static grids
+  0.28 / 0.25 / 0.24, static grids and act-order 0.21 / 0.19 / 0.19.
 * `gptq_columns` for U `[m, k]`: column i is one rank with its own width, its groups run along the
   `m` rows, and its grid is fitted from the error-compensated column when the sweep reaches it. A
-  0-bit column rounds to 0 and the other ranks absorb all of it.
+  0-bit column rounds to 0 and the other ranks absorb all of it. Ranks stay in the given order
+  (descending sigma): six other orders were within 2 % of it or worse on the same matrices.
 
 Differences from the textbook loop, none of which changes the result in exact arithmetic:
 
@@ -28,18 +33,16 @@ Differences from the textbook loop, none of which changes the result in exact ar
 
 A dead coordinate (zero Hessian diagonal: an input never seen in calibration) is rounded to nearest
 on its own. GPTQ zeroes it; here that would erase the fine-tune's change for unseen inputs.
-
-Not done: the descending-diagonal order ("act-order") that Delta-CoMe uses, see `docs` of the tests.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from deltamix_hf import grid
 
-# Steps per block. Measured on one Zen 4 core, [1700, 576] rows.
+# Steps per block. On one Zen 4 core 32, 64 and 128 are within 20 % of each other.
 _BLOCK = 64
 
 # Damping added to a unit-diagonal Hessian, in turn, until it factorises.
@@ -74,7 +77,7 @@ def damp(hessian: torch.Tensor, fraction: float = 0.01) -> torch.Tensor:
 def gptq_rows(
     weight: torch.Tensor, hessian: torch.Tensor | None, bits: torch.Tensor, group_size: int
 ) -> Rounded:
-    """Round `weight` `[r, c]`, row i at width `bits[i]`, minimising the error in `hessian` `[c, c]`.
+    """Round `weight` `[r, c]`, row i at width `bits[i]`, for least error in `hessian` `[c, c]`.
 
     `hessian` is used as given (see `damp`); None means the identity, which is plain rounding.
     Returns codes `[r, c]`. Raises ValueError for wrong shapes, values that are not finite, or a
@@ -82,30 +85,24 @@ def gptq_rows(
     """
     rows, columns = weight.shape
     _check(weight, hessian, bits, rows, columns)
+    bits = bits.to(weight.device)
     if hessian is None:
         return Rounded(*grid.round_to_nearest(weight.float(), bits, group_size), group_size)
-    work = weight.new_empty(columns, rows, dtype=torch.float32).copy_(weight.t())
-    top = grid.top_code(bits.to(work.device))
-    groups = grid.group_count(columns, group_size)
-    width = group_size or columns
+    top = grid.top_code(bits)
+    scales, zeros = grid.fit_rows(weight.float(), bits, group_size)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True).to(weight.device)
+    group = (order // group_size if group_size else torch.zeros_like(order)).tolist()
+    work = weight.t()[order].float()  # [c, r]
+    step_scales, step_zeros = scales.t().contiguous(), zeros.t().float().contiguous()  # [G, r]
     codes = torch.empty_like(work, dtype=torch.uint8)
-    scales = work.new_empty(groups, rows)
-    zeros = work.new_empty(groups, rows, dtype=torch.uint8)
-    zero = work.new_empty(rows)
 
     def round_step(i: int, values: torch.Tensor) -> torch.Tensor:
-        group, offset = divmod(i, width)
-        if offset == 0:
-            # Blocks end at group ends, so all earlier errors are already in these values.
-            low, high = torch.aminmax(work[i : i + width], dim=0)
-            scales[group], zeros[group] = grid.fit_range(low, high, top)
-            zero.copy_(zeros[group])
-        return _round(values, scales[group], zero, top, codes[i])
+        return _round(values, step_scales[group[i]], step_zeros[group[i]], top, codes[i])
 
-    _sweep(work, hessian, _blocks(columns, width), round_step)
-    return Rounded(
-        codes.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous(), group_size
-    )
+    _sweep(work, hessian.to(weight.device)[order][:, order], round_step)
+    ordered = torch.empty_like(codes)
+    ordered[order] = codes
+    return Rounded(ordered.t().contiguous(), scales, zeros, group_size)
 
 
 def gptq_columns(
@@ -118,6 +115,7 @@ def gptq_columns(
     """
     m, ranks = weight.shape
     _check(weight, hessian, bits, ranks, ranks)
+    bits = bits.to(weight.device)
     if hessian is None:
         return Rounded(*grid.round_to_nearest(weight.t().float(), bits, group_size), group_size)
     groups = grid.group_count(m, group_size)
@@ -125,7 +123,7 @@ def gptq_columns(
     # Padded elements are 0, round to 0 and have no error, so they stay 0 through the sweep.
     work = weight.new_zeros(ranks, groups * width, dtype=torch.float32)
     work[:, :m] = weight.t()
-    top = grid.top_code(bits.to(work.device))
+    top = grid.top_code(bits)
     codes = work.new_empty(ranks, groups, width, dtype=torch.uint8)
     scales = work.new_empty(ranks, groups)
     zeros = work.new_empty(ranks, groups, dtype=torch.uint8)
@@ -137,7 +135,7 @@ def gptq_columns(
         zero = zeros[i].to(torch.float32)
         return _round(grouped, scales[i, :, None], zero[:, None], top[i], codes[i]).view(-1)
 
-    _sweep(work, hessian, _blocks(ranks, ranks), round_step)
+    _sweep(work, hessian.to(work.device), round_step)
     return Rounded(codes.view(ranks, -1)[:, :m].contiguous(), scales, zeros, group_size)
 
 
@@ -173,23 +171,15 @@ def _mixing(hessian: torch.Tensor) -> torch.Tensor:
     return (upper / upper.diagonal()[:, None]).t().to(torch.float32).contiguous()
 
 
-def _blocks(steps: int, width: int) -> Iterator[tuple[int, int]]:
-    """Blocks of at most `_BLOCK` steps that never cross a multiple of `width`."""
-    for group in range(0, steps, width):
-        end = min(group + width, steps)
-        for start in range(group, end, _BLOCK):
-            yield start, min(start + _BLOCK, end)
-
-
 def _sweep(
     work: torch.Tensor,
     hessian: torch.Tensor,
-    blocks: Iterator[tuple[int, int]],
     round_step: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> None:
-    """Round the rows of `work` `[s, l]` in order; `round_step(i, values [l])` gives them rounded."""
-    mixing = _mixing(hessian.to(work.device))
-    for start, stop in blocks:
+    """Round the rows of `work` `[s, l]` in order; `round_step(i, values [l])` rounds row i."""
+    mixing = _mixing(hessian)
+    for start in range(0, len(work), _BLOCK):
+        stop = min(start + _BLOCK, len(work))
         errors = work.new_empty(stop - start, work.shape[1])
         for i in range(start, stop):
             done = i - start

@@ -64,6 +64,16 @@ def quantize(
     return torch.clamp(code, torch.zeros_like(top), top).to(torch.uint8)
 
 
+def fit_rows(
+    x: torch.Tensor, bits: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fit` of every group of the rows of `x` `[k, n]`, row i at width `bits[i]`.
+
+    Returns scales float32 `[k, G]` and zeros uint8 `[k, G]`.
+    """
+    return fit(_grouped(x, group_size), bits[:, None])
+
+
 def round_to_nearest(
     x: torch.Tensor, bits: torch.Tensor, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,14 +81,17 @@ def round_to_nearest(
 
     Returns codes uint8 `[k, n]`, scales float32 `[k, G]` and zeros uint8 `[k, G]`.
     """
-    k, n = x.shape
-    groups = group_count(n, group_size)
-    width = group_size or n
-    # Zero padding of the last group changes no grid, because every range contains 0.
-    grouped = F.pad(x, (0, groups * width - n)).view(k, groups, width)
+    grouped = _grouped(x, group_size)
     scales, zeros = fit(grouped, bits[:, None])
     codes = quantize(grouped, scales, zeros, bits[:, None])
-    return codes.view(k, groups * width)[:, :n].contiguous(), scales, zeros
+    return codes.flatten(1)[:, : x.shape[1]].contiguous(), scales, zeros
+
+
+def _grouped(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """`[k, G, g]`, the last group filled with 0, which changes no grid: every range contains 0."""
+    k, n = x.shape
+    groups, width = group_count(n, group_size), group_size or n
+    return F.pad(x, (0, groups * width - n)).view(k, groups, width)
 
 
 def dequantize(

@@ -8,6 +8,8 @@ factors are four frozen integer parameters, `dm_v`, `dm_u`, `dm_ranks`, `dm_zero
 
 from __future__ import annotations
 
+import inspect
+from types import MethodType
 from typing import cast
 
 import torch
@@ -80,6 +82,9 @@ def delta_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     if cls is nn.Embedding:
         return DeltaEmbedding
     if issubclass(cls, nn.Embedding) and not issubclass(cls, DeltaModule):
+        own = inspect.unwrap(cls.forward)
+        if own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars:
+            return None  # no super(): it reads the weight itself, past the delta (Whisper)
         return type(cls.__name__, (cls, DeltaEmbedding), {"dm_plain_class": cls})
     return None
 
@@ -138,6 +143,8 @@ def detach(module: DeltaModule) -> None:
     del module.dm_runs, module.dm_group_size
     plain: type[nn.Module] = nn.Linear if isinstance(module, DeltaLinear) else nn.Embedding
     object.__setattr__(module, "__class__", getattr(type(module), "dm_plain_class", plain))
+    if "_old_forward" in module.__dict__:  # accelerate's hooks keep the forward they found
+        object.__setattr__(module, "_old_forward", MethodType(type(module).forward, module))
 
 
 def delta_modules(model: nn.Module) -> dict[str, DeltaModule]:

@@ -76,11 +76,8 @@ def pack(codes: torch.Tensor, runs: Runs) -> torch.Tensor:
     if sum(count for count, _ in runs) != ranks:
         raise ValueError(f"runs {list(runs)} do not cover the {ranks} ranks of the codes")
     columns = (n + 7) // 8
-    padded = codes
-    if n % 8 or not codes.is_contiguous():
-        padded = codes.new_zeros(ranks, columns * 8)
-        padded[:, :n] = codes
-    words = padded.view(torch.int64) if columns else codes.new_zeros(ranks, 0, dtype=torch.int64)
+    words = codes.new_zeros(ranks, columns, dtype=torch.int64)
+    words.view(torch.uint8)[:, :n] = codes
     packed = codes.new_empty(packed_rows(runs), columns)
     row = byte_row = 0
     for count, bits in runs:
@@ -129,8 +126,6 @@ def unpack(packed: torch.Tensor, runs: Runs, n: int) -> torch.Tensor:
                     _spread_plane(source, plane, lower, scratch[0, : len(part)])
                     out.bitwise_left_shift_(plane).bitwise_or_(lower)
                 plane_row += plane
-    if columns == 0:
-        return packed.new_empty(ranks, 0)
     return words.view(torch.uint8)[:, :n].contiguous()
 
 

@@ -14,6 +14,8 @@ hidden by a renaming of our own.
 from __future__ import annotations
 
 import copy
+import os
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,11 +25,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
-from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same
+from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same, weights_from_base
 from .compress_model import compress_model
 from .config import DeltaMixConfig
 from .errors import DeltaMixError
 from .format import (
+    GUARD,
     PREFIX,
     check_base,
     guard_names,
@@ -35,8 +38,8 @@ from .format import (
     packed_modules,
     read_headers,
 )
-from .modules import attach_with_ties, delta_modules, detach
-from .packed import DTYPES, PARTS, runs_of
+from .modules import DeltaModule, attach_with_ties, delta_modules, detach, weight_of
+from .packed import PARTS, runs_of
 from .saving import install_save, uninstall_save
 
 _HIDDEN = "deltamix.hidden."
@@ -81,6 +84,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
         )
         if commit is not None:
             config.base_revision = commit
+        if config.base_model and os.path.isdir(config.base_model):
+            config.base_model = os.path.abspath(config.base_model)  # found from other folders too
         if self.pre_quantized and config.format_version < 1:
             raise DeltaMixError(f"unknown delta format {config.format_version}")
 
@@ -125,6 +130,11 @@ class DeltaMixHfQuantizer(HfQuantizer):
         check_base(self.quantization_config.base_fingerprints, base.infos, where)
         if type(model).__name__ in (model.config.architectures or ()):
             # Another class may bring a head of its own, which transformers initialises and reports.
+            if not all(found):
+                raise DeltaMixError(
+                    f"the delta repo holds {list(modules)[found.index(False)]}, which this "
+                    f"{type(model).__name__} has not: weights and config.json do not fit"
+                )
             for name in keys.state.keys() - supplied - set(model.all_tied_weights_keys):
                 if name not in base and not _is_tied_source(model, name, base):
                     raise DeltaMixError(
@@ -152,16 +162,12 @@ class DeltaMixHfQuantizer(HfQuantizer):
             return False  # a headless class has no lm_head, say; transformers reports the keys
         info = infos[f"{stored}.{PREFIX}ranks"]
         with safe_open(info.file, framework="pt") as handle:
-            runs = runs_of(handle.get_tensor(f"{stored}.{PREFIX}ranks"))
-        placeholders = {
-            part: torch.empty(
-                infos[f"{stored}.{PREFIX}{part}"].shape, dtype=DTYPES[part], device="meta"
-            )
-            for part in PARTS
-        }
+            ranks = handle.get_tensor(f"{stored}.{PREFIX}ranks")
         name = weight.removesuffix(".weight")
+        group_size = self.quantization_config.group_size
         try:
-            attach_with_ties(model, name, runs, self.quantization_config.group_size, placeholders)
+            placeholders = {part: infos[f"{stored}.{PREFIX}{part}"].placeholder() for part in PARTS}
+            attach_with_ties(model, name, runs_of(ranks), group_size, placeholders)
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
         return True
@@ -175,6 +181,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any):
         if self.pre_quantized:
+            _complete_offload_index(model)
             self._check_base_was_read(model)
             if self.quantization_config.dequantize:
                 return self._dequantize(model)
@@ -193,6 +200,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         # what we save is in model form already
         model._weight_conversions = []  # type: ignore[assignment]
         install_save(model)
+        model.resize_token_embeddings = MethodType(_resize, model)  # type: ignore[method-assign]
         return model
 
     def _check_base_was_read(self, model: PreTrainedModel) -> None:
@@ -217,20 +225,26 @@ class DeltaMixHfQuantizer(HfQuantizer):
         # save_pretrained leaves config.dtype a string
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         merged: dict[int, nn.Parameter] = {}
-        for name, module in delta_modules(model).items():
+        modules = delta_modules(model)
+        for name, module in modules.items():
             if module.weight.device.type == "meta":
                 raise DeltaMixError(
                     f"{name} is offloaded; load the delta repo without offload to merge"
                 )
+        for module in modules.values():
             # tied modules share one merged weight, as they shared the base's
             key = id(module.weight)
             if key not in merged:
                 merged[key] = nn.Parameter(module.merged_weight(), requires_grad=False)
             module.weight = merged[key]
             detach(module)
+        ties = model.all_tied_weights_keys
+        for target in [name for name in ties if name.rpartition(".")[2].startswith(PREFIX)]:
+            del ties[target]
         if wanted is not None and wanted != model.dtype:
             nn.Module.to(model, dtype=wanted)
         uninstall_save(model)
+        model.__dict__.pop("resize_token_embeddings", None)
         return model
 
     # Saving
@@ -239,6 +253,35 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
         return delta_state_dict(model, BaseCheckpoint(self.base_files, model)), {}
+
+
+def _resize(self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any):
+    """`resize_token_embeddings`, which makes new modules and so would drop the delta unseen."""
+    ends = (self.get_input_embeddings(), self.get_output_embeddings())
+    same_size = new_num_tokens in (None, weight_of(ends[0]).shape[0]) and not (args or kwargs)
+    if any(isinstance(module, DeltaModule) for module in ends) and not same_size:
+        raise DeltaMixError(
+            "the embeddings carry a packed delta and cannot be resized; resize the fine-tune "
+            "before compressing it, or call model.dequantize() first"
+        )
+    return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
+
+
+def _complete_offload_index(model: PreTrainedModel) -> None:
+    """Tell accelerate where tied weights lie on disk.
+
+    transformers looks for them in the first checkpoint file only; ours is the delta's, and the
+    weights are the base's.
+    """
+    if "disk" not in getattr(model, "hf_device_map", {}).values():
+        return
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    maps = [getattr(hook, "weights_map", None) for hook in hooks]
+    found = [weights_map.dataset.index for weights_map in maps if weights_map is not None]
+    for index in found[:1]:  # all hooks share one
+        for target, source in model.all_tied_weights_keys.items():
+            if source in index:
+                index.setdefault(target, index[source])
 
 
 def _is_tied_source(model: PreTrainedModel, name: str, base: BaseCheckpoint) -> bool:
@@ -257,7 +300,6 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
     tied = set(model.all_tied_weights_keys)
     stored: dict[str, Tensor] = {}
     packed = delta_modules(model)
-    guard = None
     for name, tensor in state.items():
         module, _, leaf = name.rpartition(".")
         if name in tied:
@@ -277,11 +319,9 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
                 )
             if not unchanged:
                 stored[name] = tensor
-            if leaf == "weight" and tensor.ndim == 2 and (guard is None or module in packed):
-                guard = name
         elif not _is_tied_source(model, name, base):
             stored[name] = tensor
-    if guard is not None:
-        for name in guard_names(guard, model.base_model_prefix):
-            stored[name] = torch.zeros(1, dtype=torch.uint8)
+    dtype, shape = GUARD
+    for name in guard_names(weights_from_base(model, base, stored), model.base_model_prefix):
+        stored[name] = torch.zeros(shape, dtype=dtype)
     return stored

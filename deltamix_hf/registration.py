@@ -16,4 +16,4 @@ def register(config_class: type, quantizer_class: type) -> None:
     # transformers lists by hand the config classes whose options a user may override at load
     if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
         known = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = *known, config_class
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = *known, config_class  # type: ignore[assignment]

@@ -82,11 +82,13 @@ def save_pretrained(
             raise NotADirectoryError(f"{target} is a file")
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         plain_save(self, staging, **kwargs)
-        if not getattr(self, "_hf_peft_config_loaded", False):
+        alone = getattr(self, "_hf_peft_config_loaded", False)  # an adapter
+        if kwargs.get("is_main_process", True) and not alone:
             quantizer: Any = self.hf_quantizer
             source = self.config.name_or_path
             copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
-        _move_into(staging, target)
+        if any(staging.iterdir()):  # only one process of many writes
+            _move_into(staging, target)
     except OSError as error:
         raise DeltaMixError(
             f"cannot write to {save_directory}: {error}; choose another folder"
@@ -140,6 +142,8 @@ def _move_into(staging: Path, target: Path) -> None:
     written = {path.name for path in staging.iterdir()}
     for path in sorted(staging.iterdir()):
         os.replace(path, target / path.name)
+    if not any(name.endswith(".safetensors") and name.startswith("model") for name in written):
+        return  # an adapter, beside the delta
     for old in [*target.glob("model*.safetensors"), *target.glob("model*.safetensors.index.json")]:
         if old.name not in written:
             old.unlink()

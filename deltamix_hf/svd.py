@@ -33,7 +33,7 @@ def thin_svd(
     m, n = delta.shape
     if m < n:
         left, sigma, right = thin_svd(delta.t(), rank)
-        return right.t(), sigma, left.t()
+        return right.t().contiguous(), sigma, left.t().contiguous()
     dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
     # Scaled to largest element 1: squares of very small or large deltas stay in range.
     largest = delta.abs().max().to(torch.float64) if delta.numel() else 0.0

@@ -6,9 +6,12 @@ A test that damages files copies the repo first (`copied`).
 from __future__ import annotations
 
 import os
+import tempfile
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the network
+# Before transformers and datasets are imported. Nothing here may depend on the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), "deltamix_datasets"))
 
 import shutil
 from collections.abc import Callable
@@ -19,7 +22,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
-from tiny_pairs import Pair, calibration_ids, logits, make_pair
+from tiny_pairs import Pair, calibration_ids, logits, make_pair, token_ids
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -37,6 +40,7 @@ class Delta:
     pair: Pair
     folder: Path
     logits: torch.Tensor
+    more_logits: torch.Tensor
     budget: int
     errors: dict[str, float]
 
@@ -69,7 +73,8 @@ def delta(pair, tmp_path_factory) -> Callable[..., Delta]:
             model.save_pretrained(folder)
             config = model.config.quantization_config
             budget = config.budget(_reference_bytes(source))
-            made[key] = Delta(source, folder, logits(model), budget, dict(config.errors))
+            more = logits(model, token_ids(3, 31, seed=2))
+            made[key] = Delta(source, folder, logits(model), more, budget, dict(config.errors))
         return made[key]
 
     return get

@@ -132,7 +132,7 @@ def test_base_not_found(pair, tmp_path, missing):
     with pytest.raises(DeltaMixError) as error:
         resolve_base(str(folder), None, {})
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
-    assert "DeltaMixConfig(base_model=...)" in str(error.value)
+    assert "DeltaMixConfig(base_model=..." in str(error.value)
 
 
 def test_base_on_the_hub_not_found_offline():

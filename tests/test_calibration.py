@@ -78,7 +78,10 @@ def test_data_set_folder(tmp_path):
     (tmp_path / "data").mkdir()
     rows = [{"text": "w4 w5"}, {"text": None}, {"text": "w6"}]
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert sorted(batch.tolist() for batch in batches_of(str(tmp_path / "data"))) == [[[4, 5]], [[6]]]
+    assert sorted(batch.tolist() for batch in batches_of(str(tmp_path / "data"))) == [
+        [[4, 5]],
+        [[6]],
+    ]
 
 
 @pytest.mark.parametrize("content", ['{"prompt": "w4"}', "{not json", '"w4"', '{"text": 4}'])

@@ -70,7 +70,9 @@ def test_what_is_never_written():
     assert "calibration" not in token_ids.to_dict()
     for shown in (json.dumps(texts.to_dict()), repr(texts), texts.to_json_string()):
         assert "secret" not in shown
-    assert DeltaMixConfig("b", calibration="some/dataset").to_dict()["calibration"] == "some/dataset"
+    assert (
+        DeltaMixConfig("b", calibration="some/dataset").to_dict()["calibration"] == "some/dataset"
+    )
 
 
 def test_repr_leaves_out_the_long_records():
@@ -174,6 +176,9 @@ def test_loading_attributes_are_what_the_user_gave():
         ({"calibration": torch.zeros(2, 4, dtype=torch.bool)}, "bool"),
         ({"quant_method": "gptq"}, "'gptq'"),
         ({"ratoi": 0.1}, "ratoi"),
+        ({"errors": 3}, "errors is a int"),
+        ({"base_fingerprints": ["a"]}, "base_fingerprints is a list"),
+        ({"base_kwargs": "token"}, "base_kwargs is a str"),
     ],
 )
 def test_bad_values_are_named(options, culprit):

@@ -33,7 +33,7 @@ from deltamix_hf.modules import delta_modules
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int16, torch.int64]
 tensors = st.dictionaries(
-    st.text("abc._:0\"\\", min_size=1, max_size=20).filter(lambda name: name != "__metadata__"),
+    st.text('abc._:0"\\', min_size=1, max_size=20).filter(lambda name: name != "__metadata__"),
     st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(DTYPES)),
     max_size=8,
 )
@@ -198,9 +198,9 @@ def test_check_base(tmp_path):
     recorded = fingerprints(infos)
     check_base(recorded, infos, "'here'")
     check_base({"a": recorded["a"]}, infos, "'here'")  # the base may hold more
-    with pytest.raises(DeltaMixError, match="'here' lacks 1 tensors.*'c'"):
+    with pytest.raises(DeltaMixError, match=r"'here' lacks 1 tensors.*'c'"):
         check_base({**recorded, "c": "0"}, infos, "'here'")
-    with pytest.raises(DeltaMixError, match="1 of 2 tensors of 'here' differ.*'b'"):
+    with pytest.raises(DeltaMixError, match=r"1 of 2 tensors of 'here' differ.*'b'"):
         check_base({**recorded, "b": "0"}, infos, "'here'")
     with pytest.raises(DeltaMixError, match="no base_fingerprints"):
         check_base({}, infos, "'here'")
@@ -234,7 +234,9 @@ def test_size_report_is_the_files(delta, name):
     widths = sum(2 * len(t) for t in ranks)
     scales = bytes_of(lambda k: k.endswith((".dm_ranks", ".dm_zeros"))) - widths
     assert report.scales == scales
-    reference = 2 * sum(p.numel() for p in delta(name).pair.load(delta(name).pair.tuned).parameters())
+    reference = 2 * sum(
+        p.numel() for p in delta(name).pair.load(delta(name).pair.tuned).parameters()
+    )
     assert report.reference == reference
     assert report.ratio == report.total / reference
 

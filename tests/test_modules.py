@@ -10,7 +10,9 @@ from test_packed import pack
 from torch import nn
 from transformers import Gemma3TextConfig, OPTConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedding
 
 from deltamix_hf import DeltaEmbedding, DeltaLinear, DeltaMixError
 from deltamix_hf.modules import attach, delta_class, delta_modules, detach
@@ -124,6 +126,13 @@ def test_shifted_positions_of_opt_keep_their_forward():
     mask = torch.ones(1, 5, dtype=torch.int64)
     expected = dense[torch.arange(5) + 2][None]
     torch.testing.assert_close(changed(mask, 0).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_that_read_their_weight_themselves_are_not_packed():
+    """Whisper's positions slice the weight; a delta beside it would be ignored unseen."""
+    positions = WhisperPositionalEmbedding(30, 24)
+    assert delta_class(type(positions)) is None
+    assert delta_class(MarianSinusoidalPositionalEmbedding) is not None  # calls super().forward
 
 
 def test_merged_weight_is_rounded_once():

@@ -86,7 +86,7 @@ def _t5() -> PreTrainedModel:
 class Family:
     """How to build an architecture, load it, and how much its delta may take.
 
-    `packed`: modules that end up packed at that budget. `generates`: `generate()` makes sense.
+    `packed`: matrices that are packed, ties counted once. `generates`: `generate()` makes sense.
     """
 
     build: Callable[[], PreTrainedModel]
@@ -99,15 +99,15 @@ class Family:
 
 FAMILIES = {
     "llama": Family(_llama, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 5 + 2),
-    "llama_tied": Family(_llama_tied, AutoModelForCausalLM, {"ratio": 0.25}, 2 * 5 + 2),
+    "llama_tied": Family(_llama_tied, AutoModelForCausalLM, {"ratio": 0.25}, 2 * 5 + 1),
     "qwen3": Family(_qwen3, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 5 + 2),
     # Conv1D is stored whole, in float32: twice the bf16 bytes that a ratio is measured in.
-    "gpt2": Family(_gpt2, AutoModelForCausalLM, {"budget_bytes": 416_000}, 3),
-    "bert": Family(_bert, AutoModelForMaskedLM, {"ratio": 0.2}, 2 * 6 + 4, False),
+    "gpt2": Family(_gpt2, AutoModelForCausalLM, {"budget_bytes": 416_000}, 2),
+    "bert": Family(_bert, AutoModelForMaskedLM, {"ratio": 0.2}, 2 * 6 + 3, False),
     "bert_from_headless": Family(
         _bert, AutoModelForMaskedLM, {"ratio": 0.3}, 2 * 6 + 2, False, headless_base=True
     ),
-    "t5": Family(_t5, AutoModelForSeq2SeqLM, {"ratio": 0.2}, 2 * 6 + 2 * 10 + 4),
+    "t5": Family(_t5, AutoModelForSeq2SeqLM, {"ratio": 0.2}, 2 * 6 + 2 * 10 + 1),
 }
 
 
@@ -142,11 +142,11 @@ def fine_tune(model: nn.Module, seed: int = 1, size: float = 0.1) -> None:
         if parameter.ndim < 2:
             parameter += 0.2 * size * noise
             continue
-        m, n = parameter.shape
+        m, n = len(parameter), parameter[0].numel()
         spectrum = 1 / torch.arange(1, min(m, n) + 1)
         left = torch.randn(m, len(spectrum), generator=random) * spectrum
         delta = left @ torch.randn(len(spectrum), n, generator=random)
-        delta = delta / delta.norm() + 0.1 * noise / noise.norm()
+        delta = (delta / delta.norm()).view(parameter.shape) + 0.1 * noise / noise.norm()
         parameter += size * parameter.norm() * delta
 
 

@@ -1,0 +1,236 @@
+"""The pipeline on single matrices: budgets kept, errors told truly, every corner of the input."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltamix_hf import DeltaMixConfig, DeltaMixError
+from deltamix_hf.compress import Matrix, compress_all, compress_matrix, plan_budget
+from deltamix_hf.packed import rank_bytes
+
+METHODS = ["deltamix", "delta-come"]
+
+
+def random_delta(m, n, seed=0, decay=1.0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, min(m, n) + 1) ** -decay
+    left = torch.randn(m, len(spectrum), generator=random) * spectrum
+    return 0.01 * left @ torch.randn(len(spectrum), n, generator=random)
+
+
+def random_gram(n, seed=0) -> torch.Tensor:
+    """Gram of correlated inputs, float32."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * n, n, generator=random) @ torch.randn(n, n, generator=random)
+    return x.T @ x / len(x)
+
+
+def matrix(delta, gram=None) -> Matrix:
+    return Matrix(tuple(delta.shape), lambda: delta, gram)
+
+
+def true_error(delta, approx, gram) -> float:
+    """tr(E C Eᵀ) / tr(D C Dᵀ) in float64."""
+    delta, error = delta.double(), delta.double() - approx.double()
+    metric = torch.eye(delta.shape[1]).double() if gram is None else gram.double()
+    return float(((error @ metric) * error).sum() / ((delta @ metric) * delta).sum())
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("m", "n"), [(96, 160), (160, 96), (65, 67)])
+def test_bytes_stay_below_and_the_error_is_the_true_one(m, n, method, calibrated):
+    delta = random_delta(m, n)
+    gram = random_gram(n) if calibrated else None
+    config = DeltaMixConfig("b", method=method)
+    budget = 2 * m * n // 8
+    result = compress_matrix(matrix(delta, gram), budget, config)
+    spent = sum(result.packed.nbytes.values())
+    # within the cheapest rank of the promise, as long as ranks are left
+    assert budget - rank_bytes(m, n, 2, 2, 128) < spent <= budget
+    assert result.error == pytest.approx(true_error(delta, result.packed.dense(), gram), rel=1e-5)
+    assert result.error < 0.2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_bytes_lower_the_error(method):
+    delta, gram = random_delta(96, 128, decay=0.5), random_gram(128)
+    config = DeltaMixConfig("b", method=method)
+    errors = [
+        compress_matrix(matrix(delta, gram), 2 * 96 * 128 // share, config).error
+        for share in (64, 16, 4)
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+
+
+def test_the_better_method_is_better_on_correlated_inputs():
+    delta, gram = random_delta(96, 128, decay=0.5), random_gram(128)
+    errors = {
+        method: compress_matrix(matrix(delta, gram), 1500, DeltaMixConfig("b", method=method)).error
+        for method in METHODS
+    }
+    assert errors["deltamix"] < 0.9 * errors["delta-come"]
+
+
+def test_calibration_lowers_the_error_on_its_inputs():
+    delta, gram = random_delta(96, 128, decay=0.5), random_gram(128)
+    config = DeltaMixConfig("b")
+    told = compress_matrix(matrix(delta, gram), 1500, config)
+    blind = compress_matrix(matrix(delta), 1500, config)
+    assert told.error < 0.9 * true_error(delta, blind.packed.dense(), gram)
+
+
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    rank=st.integers(0, 5),
+    method=st.sampled_from(METHODS),
+    group_size=st.sampled_from([0, 8, 128]),
+    budget=st.integers(0, 3000),
+    calibrated=st.booleans(),
+    widths=st.sets(st.integers(0, 8), min_size=1).filter(any).map(sorted),
+)
+@settings(max_examples=60)
+def test_any_matrix_and_any_budget(m, n, rank, method, group_size, budget, calibrated, widths):
+    """Tiny, thin, rank-deficient and zero deltas; budgets from nothing to plenty."""
+    random = torch.Generator().manual_seed(m * 41 + n)
+    delta = torch.randn(m, rank, generator=random) @ torch.randn(rank, n, generator=random)
+    gram = random_gram(n) if calibrated else None
+    config = DeltaMixConfig("b", method=method, group_size=group_size, bits=widths)
+    result = compress_matrix(matrix(delta, gram), budget, config)
+    if result.packed is None:
+        assert result.error == (0.0 if not delta.any() else pytest.approx(1.0))
+        return
+    assert sum(result.packed.nbytes.values()) <= budget
+    allowed = {2, 3, 8} if method == "delta-come" else set(widths)
+    assert {v for _, v, _ in result.packed.runs} <= allowed
+    # atol: a rank-deficient delta can be met to float32 rounding
+    expected = true_error(delta, result.packed.dense(), gram)
+    assert result.error == pytest.approx(expected, rel=1e-4, abs=1e-10)
+
+
+def test_all_ranks_at_8_bit_are_nearly_exact():
+    delta = random_delta(40, 30)
+    result = compress_matrix(matrix(delta), 10**6, DeltaMixConfig("b", group_size=8))
+    # the ridge of the target correction shrinks the smallest ranks a little
+    assert result.packed.rank == 30 and result.error < 2e-3
+    assert sum(result.packed.nbytes.values()) <= 30 * rank_bytes(40, 30, 8, 8, 8)
+
+
+def test_bands_of_delta_come():
+    delta = random_delta(80, 90, decay=0.3)
+    result = compress_matrix(matrix(delta), 10**6, DeltaMixConfig("b", method="delta-come"))
+    assert result.packed.runs == [(2, 8, 8), (32, 3, 3), (46, 2, 2)]
+
+
+def test_f_max_limits_the_distinct_widths():
+    delta = random_delta(96, 128)
+    for limit in (2, 3):  # 0 bit counts as one
+        result = compress_matrix(matrix(delta), 2000, DeltaMixConfig("b", f_max=limit))
+        dropped = result.packed.rank < 96
+        assert len(result.packed.runs) + dropped <= limit
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_result_is_deterministic(method):
+    delta, gram = random_delta(96, 128), random_gram(128)
+    one, two = (
+        compress_matrix(
+            matrix(delta.clone(), gram.clone()), 1500, DeltaMixConfig("b", method=method)
+        )
+        for _ in range(2)
+    )
+    assert all(map(torch.equal, one.packed.tensors.values(), two.packed.tensors.values()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["delta", "gram"])
+def test_values_that_are_not_finite_are_named(where, value):
+    delta, gram = random_delta(96, 64), random_gram(64)
+    (delta if where == "delta" else gram)[3, 4] = value
+    matrices = {"fine": matrix(random_delta(96, 64)), "layer.7": matrix(delta, gram)}
+    shapes = dict.fromkeys(matrices, (96, 64))
+    config = DeltaMixConfig("b", ratio=0.25)
+    with pytest.raises(DeltaMixError, match=r"layer\.7: .*(NaN|infinity)"):
+        list(compress_all(matrices, plan_budget(shapes, {}, [], config), config))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
+def test_any_scale_of_the_delta(scale):
+    delta = random_delta(48, 64)
+    plain = compress_matrix(matrix(delta), 1000, DeltaMixConfig("b")).error
+    scaled = compress_matrix(matrix(delta * scale), 1000, DeltaMixConfig("b")).error
+    assert scaled == pytest.approx(plain, rel=0.05)
+
+
+SHAPES = {"a": (96, 64), "b": (64, 128), "c": (40, 40)}
+OVERLAY = {"norm": (torch.float32, (64,)), "bias": (torch.bfloat16, (96,))}
+
+
+def test_planned_bytes():
+    config = DeltaMixConfig("b", ratio=0.25)
+    budget = plan_budget(SHAPES, OVERLAY, [], config)
+    elements = 96 * 64 + 64 * 128 + 40 * 40 + 64 + 96
+    assert budget.reference == 2 * elements
+    assert budget.total == int(0.25 * 2 * elements)
+    assert budget.fixed > 64 * 4 + 96 * 2  # and the header
+    assert budget.ranks == budget.total - budget.fixed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_matrices_together_keep_the_budget(method):
+    matrices = {
+        name: matrix(random_delta(*shape, i)) for i, (name, shape) in enumerate(SHAPES.items())
+    }
+    config = DeltaMixConfig("b", ratio=0.25, method=method)
+    budget = plan_budget(SHAPES, {}, [], config)
+    results = dict(compress_all(matrices, budget, config))
+    assert results.keys() == matrices.keys()
+    spent = sum(sum(r.packed.nbytes.values()) for r in results.values())
+    cheapest = max(rank_bytes(m, n, 2, 2, 128) for m, n in SHAPES.values())
+    assert budget.ranks - cheapest < spent <= budget.ranks
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [(0, 2, 3, 4, 8), (0, 8), (1, 2)])
+@pytest.mark.parametrize("overlay", [{}, OVERLAY])
+def test_the_suggested_budget_works(method, bits, overlay):
+    """Too small a budget names a ratio and a number of bytes; both must then be accepted."""
+    options = {"method": method, "bits": bits}
+    with pytest.raises(DeltaMixError, match="too small") as error:
+        plan_budget(SHAPES, overlay, ["g:a"], DeltaMixConfig("b", budget_bytes=10, **options))
+    message = str(error.value)
+    ratio = float(re.search(r"ratio >= ([\d.]+)", message)[1])
+    assert "\n" not in message
+    enough = int(re.search(r"budget_bytes >= (\d+)", message)[1])
+    for choice in ({"ratio": ratio}, {"budget_bytes": enough}):
+        config = DeltaMixConfig("b", **choice, **options)
+        budget = plan_budget(SHAPES, overlay, ["g:a"], config)
+        matrices = {name: matrix(random_delta(*shape)) for name, shape in SHAPES.items()}
+        results = [result for _, result in compress_all(matrices, budget, config)]
+        assert any(result.packed is not None for result in results)
+        spent = sum(sum(r.packed.nbytes.values()) for r in results if r.packed)
+        assert spent <= budget.ranks
+    with pytest.raises(DeltaMixError, match="too small"):
+        too_few = DeltaMixConfig("b", budget_bytes=enough - 1, **options)
+        plan_budget(SHAPES, overlay, ["g:a"], too_few)
+
+
+def test_no_ratio_above_one_is_suggested():
+    """float32 tensors stored whole take twice the bf16 bytes that a ratio is measured in."""
+    overlay = {"table": (torch.float32, (1000, 40))}
+    with pytest.raises(DeltaMixError, match="too small") as error:
+        plan_budget({}, overlay, [], DeltaMixConfig("b", ratio=1))
+    assert "ratio >=" not in str(error.value)
+    enough = int(re.search(r"budget_bytes >= (\d+)", str(error.value))[1])
+    plan_budget({}, overlay, [], DeltaMixConfig("b", budget_bytes=enough))
+
+
+def test_an_overlay_alone_must_fit_too():
+    with pytest.raises(DeltaMixError, match="too small"):
+        plan_budget({}, OVERLAY, [], DeltaMixConfig("b", budget_bytes=10))

@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from deltamix_hf.correction import corrected_left_factor, metric_error, plain_left_factor
+from deltamix_hf.svd import thin_svd
+
+
+def problem(m=20, n=14, k=6, samples=60, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(m, n, generator=generator, dtype=dtype)
+    x = torch.randn(n, samples, generator=generator, dtype=dtype)
+    x *= torch.logspace(0, -1, n, dtype=dtype)[:, None]
+    left, sigma, right = thin_svd(delta, k)
+    noise = torch.randn(k, n, generator=generator, dtype=dtype)
+    return delta, x, x @ x.t() / samples, left, sigma, right + 0.1 * noise
+
+
+def damping_of(right, gram, sigma, damping):
+    image = sigma[:, None] * right
+    return damping * (image @ gram @ image.t()).diagonal().mean()
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.3])
+def test_against_least_squares(damping):
+    delta, x, gram, _, sigma, right = problem()
+    target, hessian = corrected_left_factor(delta, gram, right, sigma, damping)
+    # min |U S V X - D X|^2 / N + lambda |U|^2, as one least-squares system for U^T.
+    ridge = damping_of(right, gram, sigma, damping)
+    inputs = (sigma[:, None] * right @ x).t() / x.shape[1] ** 0.5
+    system = torch.cat([inputs, ridge.sqrt() * torch.eye(6, dtype=torch.float64)])
+    goal = torch.cat([(delta @ x).t() / x.shape[1] ** 0.5, torch.zeros(6, 20).double()])
+    expected = torch.linalg.lstsq(system, goal).solution.t() * sigma
+    assert torch.allclose(target, expected, rtol=1e-8, atol=1e-10)
+    expected = right @ gram @ right.t() + ridge * torch.diag(sigma**-2)
+    assert torch.allclose(hessian, expected, rtol=1e-10)
+
+
+def test_published_formula_in_float32():
+    delta, _, gram, _, sigma, right = problem()
+    image = sigma[:, None] * right
+    inner = image @ gram @ image.t()
+    inner += 0.01 * inner.diagonal().mean() * torch.eye(6)
+    expected = delta @ gram @ image.t() @ torch.linalg.inv(inner) * sigma
+    target, hessian = corrected_left_factor(*(t.float() for t in (delta, gram, right, sigma)))
+    assert target.dtype == torch.float32 and hessian.dtype == torch.float64
+    assert torch.allclose(target.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_correction_beats_the_plain_factor_and_uses_dropped_ranks():
+    delta, _, gram, left, sigma, right = problem()
+    plain, inner = plain_left_factor(left, gram, right, sigma)
+    target, hessian = corrected_left_factor(delta, gram, right, sigma)
+    kept, _ = corrected_left_factor((left * sigma) @ thin_svd(delta, 6)[2], gram, right, sigma)
+    assert torch.equal(plain, left * sigma) and torch.equal(inner, hessian)
+    errors = [metric_error(delta, factor @ right, gram) for factor in (target, kept, plain)]
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_dropped_rank(damping):
+    delta, _, gram, _, sigma, right = problem()
+    right[2] = 0
+    target, _ = corrected_left_factor(delta, gram, right, sigma, damping)
+    assert target[:, 2].eq(0).all()
+    others = [0, 1, 3, 4, 5]
+    alone, _ = corrected_left_factor(delta, gram, right[others], sigma[others], damping * 5 / 6)
+    assert torch.allclose(target[:, others], alone)
+
+
+def test_no_gram_is_the_identity():
+    delta, _, _, left, sigma, right = problem()
+    eye = torch.eye(14, dtype=torch.float64)
+    for first, second in (
+        (
+            corrected_left_factor(delta, None, right, sigma),
+            corrected_left_factor(delta, eye, right, sigma),
+        ),
+        (plain_left_factor(left, None, right, sigma), plain_left_factor(left, eye, right, sigma)),
+    ):
+        assert all(torch.allclose(a, b) for a, b in zip(first, second, strict=True))
+    approx = delta * 0.9
+    assert metric_error(delta, approx, None) == pytest.approx(metric_error(delta, approx, eye))
+
+
+def test_no_ranks():
+    delta, _, gram, left, sigma, right = problem()
+    target, hessian = corrected_left_factor(delta, gram, right[:0], sigma[:0])
+    assert target.shape == (20, 0) and hessian.shape == (0, 0)
+    assert plain_left_factor(left[:, :0], gram, right[:0], sigma[:0])[0].shape == (20, 0)
+
+
+def test_metric_error():
+    delta, x, gram, _, _, _ = problem(m=5000)
+    approx = delta + 0.1 * delta.flip(0)
+    expected = ((delta - approx) @ x).square().sum() / (delta @ x).square().sum()
+    assert metric_error(delta, approx, gram) == pytest.approx(expected.item())
+    zero = torch.zeros_like(delta)
+    assert metric_error(delta, zero, gram) == pytest.approx(1)
+    assert metric_error(zero, zero, gram) == 0 and metric_error(zero, delta, gram) == float("inf")
+
+
+def test_errors_name_the_problem():
+    delta, _, gram, _, sigma, right = problem()
+    with pytest.raises(ValueError, match="does not match right"):
+        corrected_left_factor(delta[:, :5], gram, right, sigma)
+    with pytest.raises(ValueError, match="does not match right"):
+        corrected_left_factor(delta, gram, right, sigma[:3])
+    with pytest.raises(ValueError, match="positive"):
+        corrected_left_factor(delta, gram, right, sigma * 0)
+    with pytest.raises(ValueError, match="differ"):
+        metric_error(delta, delta[:3], gram)
