@@ -24,9 +24,10 @@ def random_delta(m, n, seed=0, decay=1.0) -> torch.Tensor:
 
 
 def random_gram(n, seed=0) -> torch.Tensor:
-    """Gram of correlated inputs, float32."""
+    """Gram of inputs with a few strong directions, as hidden states have; float32."""
     random = torch.Generator().manual_seed(seed)
-    x = torch.randn(4 * n, n, generator=random) @ torch.randn(n, n, generator=random)
+    strength = torch.arange(1, n + 1) ** -0.5
+    x = torch.randn(4 * n, n, generator=random) * strength @ torch.randn(n, n, generator=random)
     return x.T @ x / len(x)
 
 
@@ -74,7 +75,7 @@ def test_the_better_method_is_better_on_correlated_inputs():
         method: compress_matrix(matrix(delta, gram), 1500, DeltaMixConfig("b", method=method)).error
         for method in METHODS
     }
-    assert errors["deltamix"] < 0.9 * errors["delta-come"]
+    assert errors["deltamix"] < 0.8 * errors["delta-come"]
 
 
 def test_calibration_lowers_the_error_on_its_inputs():
@@ -82,7 +83,7 @@ def test_calibration_lowers_the_error_on_its_inputs():
     config = DeltaMixConfig("b")
     told = compress_matrix(matrix(delta, gram), 1500, config)
     blind = compress_matrix(matrix(delta), 1500, config)
-    assert told.error < 0.9 * true_error(delta, blind.packed.dense(), gram)
+    assert told.error < 0.95 * true_error(delta, blind.packed.dense(), gram)
 
 
 @given(
@@ -117,8 +118,7 @@ def test_any_matrix_and_any_budget(m, n, rank, method, group_size, budget, calib
 def test_all_ranks_at_8_bit_are_nearly_exact():
     delta = random_delta(40, 30)
     result = compress_matrix(matrix(delta), 10**6, DeltaMixConfig("b", group_size=8))
-    # the ridge of the target correction shrinks the smallest ranks a little
-    assert result.packed.rank == 30 and result.error < 2e-3
+    assert result.packed.rank == 30 and result.error < 1e-4
     assert sum(result.packed.nbytes.values()) <= 30 * rank_bytes(40, 30, 8, 8, 8)
 
 

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from deltamix_hf.correction import corrected_left_factor, metric_error, plain_left_factor
+from deltamix_hf.correction import (
+    PLAIN_DAMPING,
+    corrected_left_factor,
+    metric_error,
+    plain_left_factor,
+)
 from deltamix_hf.svd import thin_svd
 
 
@@ -41,7 +46,8 @@ def test_published_formula_in_float32():
     inner = image @ gram @ image.t()
     inner += 0.01 * inner.diagonal().mean() * torch.eye(6)
     expected = delta @ gram @ image.t() @ torch.linalg.inv(inner) * sigma
-    target, hessian = corrected_left_factor(*(t.float() for t in (delta, gram, right, sigma)))
+    single = [t.float() for t in (delta, gram, right, sigma)]
+    target, hessian = corrected_left_factor(*single, damping=0.01)
     assert target.dtype == torch.float32 and hessian.dtype == torch.float64
     assert torch.allclose(target.double(), expected, rtol=1e-3, atol=1e-4)
 
@@ -49,7 +55,7 @@ def test_published_formula_in_float32():
 def test_correction_beats_the_plain_factor_and_uses_dropped_ranks():
     delta, _, gram, left, sigma, right = problem()
     plain, inner = plain_left_factor(left, gram, right, sigma)
-    target, hessian = corrected_left_factor(delta, gram, right, sigma)
+    target, hessian = corrected_left_factor(delta, gram, right, sigma, PLAIN_DAMPING)
     kept, _ = corrected_left_factor((left * sigma) @ thin_svd(delta, 6)[2], gram, right, sigma)
     assert torch.equal(plain, left * sigma) and torch.equal(inner, hessian)
     errors = [metric_error(delta, factor @ right, gram) for factor in (target, kept, plain)]

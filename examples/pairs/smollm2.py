@@ -105,5 +105,5 @@ def build_mixed(cache: Path) -> Pair:
 
 def build_demo(cache: Path) -> Pair:
     """`smollm2-demo`: sums of two small numbers, 100 steps; two threads help on idle cores only."""
-    recipe = Recipe(steps=100, learning_rate=1.5e-4, warmup=10, threads=2)
+    recipe = Recipe(steps=100, learning_rate=1.2e-4, warmup=10, threads=2)
     return build("smollm2-demo", cache, recipe, sums_task(), system="")
