@@ -139,6 +139,11 @@ class BaseCheckpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._group
 
+    def supplies(self, name: str) -> bool:
+        """Whether the base holds the parameter, or one that the model ties to it."""
+        ties = self.keys.model.all_tied_weights_keys.items()
+        return name in self or any(s == name and t in self for t, s in ties)
+
     def checkpoint_keys(self, name: str) -> list[str]:
         """Checkpoint keys that feed the parameter `name` (several where experts are fused)."""
         return [key for key, _ in self.sources[self._group[name]]]

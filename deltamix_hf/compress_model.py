@@ -80,9 +80,9 @@ def compress_model(
         module = targets[name]
         with torch.no_grad():
             weight_of(module).copy_(base.read(f"{name}.weight"))
-        config.errors[name] = result.error
         if result.packed is not None:
             packed = result.packed
+            config.errors[name] = result.error
             attach_with_ties(model, name, packed.runs, packed.group_size, packed.tensors)
         bar.update()
     bar.close()

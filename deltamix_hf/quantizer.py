@@ -20,27 +20,25 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
-from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same, weights_from_base
+from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same
 from .compress_model import compress_model
 from .config import DeltaMixConfig
 from .errors import DeltaMixError
 from .format import (
-    GUARD,
     PREFIX,
     check_base,
-    guard_names,
     is_guard,
     packed_modules,
     read_headers,
 )
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, weight_of
 from .packed import PARTS, runs_of
-from .saving import install_save, uninstall_save
+from .saving import delta_state_dict, install_save, uninstall_save
 
 _HIDDEN = "deltamix.hidden."
 
@@ -86,8 +84,6 @@ class DeltaMixHfQuantizer(HfQuantizer):
             config.base_revision = commit
         if config.base_model and os.path.isdir(config.base_model):
             config.base_model = os.path.abspath(config.base_model)  # found from other folders too
-        if self.pre_quantized and config.format_version < 1:
-            raise DeltaMixError(f"unknown delta format {config.format_version}")
 
     def is_serializable(self) -> bool:
         return True
@@ -113,6 +109,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
         delta_files = list(checkpoint_files)
         infos = read_headers(delta_files)
         modules = packed_modules(infos)
+        if absent := sorted(self.quantization_config.errors.keys() - modules.keys()):
+            raise DeltaMixError(
+                f"the delta repo lacks the packed matrix {absent[0]}: the file is incomplete"
+            )
         keys = KeyMap(model)
         guards = {name for name in infos if is_guard(name)}
         packed = {f"{module}.{PREFIX}{part}" for module in modules for part in PARTS}
@@ -136,7 +136,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     f"{type(model).__name__} has not: weights and config.json do not fit"
                 )
             for name in keys.state.keys() - supplied - set(model.all_tied_weights_keys):
-                if name not in base and not _is_tied_source(model, name, base):
+                if not base.supplies(name):
                     raise DeltaMixError(
                         f"neither the delta repo nor the base {where} holds {name!r}: the delta "
                         "repo is incomplete"
@@ -282,46 +282,3 @@ def _complete_offload_index(model: PreTrainedModel) -> None:
         for target, source in model.all_tied_weights_keys.items():
             if source in index:
                 index.setdefault(target, index[source])
-
-
-def _is_tied_source(model: PreTrainedModel, name: str, base: BaseCheckpoint) -> bool:
-    """Whether `name` gets its value from a tied parameter that the base does hold."""
-    return any(s == name and t in base for t, s in model.all_tied_weights_keys.items())
-
-
-@torch.no_grad()
-def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, Tensor]:
-    """What a delta repo stores: packed tensors, overlay and guards, under model names.
-
-    Raises:
-        DeltaMixError: a base weight was edited (merged adapters), or weights are offloaded.
-    """
-    state = model.state_dict()
-    tied = set(model.all_tied_weights_keys)
-    stored: dict[str, Tensor] = {}
-    packed = delta_modules(model)
-    for name, tensor in state.items():
-        module, _, leaf = name.rpartition(".")
-        if name in tied:
-            continue
-        if tensor.device.type == "meta":
-            raise DeltaMixError(
-                f"{name} is offloaded and cannot be saved from here; load without offload"
-            )
-        if module in packed and leaf.startswith(PREFIX):
-            stored[name] = tensor
-        elif name in base:
-            unchanged = same(tensor, base.read(name))
-            if module in packed and leaf == "weight" and not unchanged:
-                raise DeltaMixError(
-                    f"the frozen base weight {name} was edited (merged adapters?); save the dense "
-                    "model instead: model.dequantize(), then save_pretrained"
-                )
-            if not unchanged:
-                stored[name] = tensor
-        elif not _is_tied_source(model, name, base):
-            stored[name] = tensor
-    dtype, shape = GUARD
-    for name in guard_names(weights_from_base(model, base, stored), model.base_model_prefix):
-        stored[name] = torch.zeros(shape, dtype=dtype)
-    return stored

@@ -1,4 +1,4 @@
-"""Writing a delta repo: all or nothing, with the tokenizer beside the weights.
+"""Writing a delta repo: what is stored, all or nothing, with the tokenizer beside the weights.
 
 transformers writes straight into the target folder and knows nothing of the tokenizer. A delta
 model therefore carries its own `save_pretrained`: transformers writes into a hidden sibling folder,
@@ -15,10 +15,15 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from .base import BaseCheckpoint, same, weights_from_base
 from .errors import DeltaMixError
+from .format import GUARD, PREFIX, guard_names
+from .modules import delta_modules
 
 # Files that make up tokenizers and processors on the Hub; copied as they are.
 COMPANIONS = (
@@ -47,6 +52,44 @@ HUB_OPTIONS = (
     "revision",
     "tags",
 )
+
+
+@torch.no_grad()
+def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, Tensor]:
+    """What a delta repo stores: packed tensors, overlay and guards, under model names.
+
+    Raises:
+        DeltaMixError: a base weight was edited (merged adapters), or weights are offloaded.
+    """
+    state = model.state_dict()
+    tied = set(model.all_tied_weights_keys)
+    stored: dict[str, Tensor] = {}
+    packed = delta_modules(model)
+    for name, tensor in state.items():
+        module, _, leaf = name.rpartition(".")
+        if name in tied:
+            continue
+        if tensor.device.type == "meta":
+            raise DeltaMixError(
+                f"{name} is offloaded and cannot be saved from here; load without offload"
+            )
+        if module in packed and leaf.startswith(PREFIX):
+            stored[name] = tensor
+        elif name in base:
+            unchanged = same(tensor, base.read(name))
+            if module in packed and leaf == "weight" and not unchanged:
+                raise DeltaMixError(
+                    f"the frozen base weight {name} was edited (merged adapters?); save the dense "
+                    "model instead: model.dequantize(), then save_pretrained"
+                )
+            if not unchanged:
+                stored[name] = tensor
+        elif not base.supplies(name):
+            stored[name] = tensor
+    dtype, shape = GUARD
+    for name in guard_names(weights_from_base(model, base, stored), model.base_model_prefix):
+        stored[name] = torch.zeros(shape, dtype=dtype)
+    return stored
 
 
 def install_save(model: PreTrainedModel) -> None:

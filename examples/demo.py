@@ -97,7 +97,7 @@ def show(found: dict, ratio: float) -> None:
     """Print the answers side by side, then the figures."""
     rows = found["rows"]
     order = ["base", "fine-tune", *[name for name in rows if name not in ("base", "fine-tune")]]
-    answers = Table(title="Same questions, greedy answers", show_lines=True)
+    answers = Table(title="Same questions, greedy answers")
     for column in ("question", "right", *order):
         answers.add_column(column, overflow="fold")
     for i, prompt in enumerate(found["prompts"]):
@@ -107,13 +107,20 @@ def show(found: dict, ratio: float) -> None:
 
     title = f"{found['questions']} held-out questions; promised ratio {ratio:.5f}"
     table = Table(title=title)
-    for column in ("", "MB on disk", "ratio", "exact match", "perplexity", "KL to fine-tune",
-                   "gain kept (task / NLL)"):  # fmt: skip
-        table.add_column(column, justify="left" if not column else "right")
+    for column in (
+        "",
+        "MB",
+        "ratio",
+        "exact\nmatch",
+        "perplexity",
+        "KL to\nfine-tune",
+        "gain kept:\ntask",
+        "\nNLL",
+    ):
+        table.add_column(column, justify="right" if column else "left")
     for name in order:
         row = rows[name]
         delta = "ratio" in row
-        kept = f"{row['exact_match_gain_kept']:.1%} / {row['nll_gain_kept']:.1%}"
         table.add_row(
             name,
             f"{row['bytes'] / 1e6:.2f}",
@@ -121,15 +128,16 @@ def show(found: dict, ratio: float) -> None:
             f"{row['exact_match']:.3f}",
             f"{row['perplexity']:.3f}",
             f"{row['kl']:.5f}",
-            kept if delta else "",
+            f"{row['exact_match_gain_kept']:.1%}" if delta else "",
+            f"{row['nll_gain_kept']:.1%}" if delta else "",
         )
     console.print(table)
     for name in order[2:]:
         row = rows[name]
         kinds = ", ".join(f"{kind} {size / 1e6:.3f}" for kind, size in row["kinds"].items())
         console.print(
-            f"{name}: {row['bytes']:,} bytes on disk stand for {row['reference_bytes']:,} bytes of "
-            f"bf16 that differ from the base (MB: {kinds})"
+            f"{name}: {row['bytes']:,} bytes of weight files stand for {row['reference_bytes']:,} "
+            f"bytes of bf16 that differ from the base. MB: {kinds}."
         )
 
 
@@ -149,8 +157,9 @@ def main() -> None:
 
     folders, seconds = [], {}
     for method in options.method or ["deltamix"]:
-        folder = cache_root() / "deltas" / options.pair / f"{method}-{float(options.ratio):.5f}"
-        console.rule(f"compressing {pair.finetuned.name} with {method} to {options.ratio}")
+        share = str(options.ratio).replace("/", "of")
+        folder = cache_root() / "deltas" / options.pair / share / method
+        console.rule(f"compressing {options.pair} with {method} to {options.ratio}")
         started = time.perf_counter()
         compress(pair, method, float(options.ratio), folder)
         seconds[folder.name] = time.perf_counter() - started

@@ -276,6 +276,18 @@ def test_missing_packed_tensor(broken, part):
     refusal(load, f"{MODULE}.{part}")
 
 
+def test_missing_packed_matrix(broken):
+    """Without it the base weight alone would answer, a little wrong and unnoticed."""
+    folder, load = broken
+
+    def drop(tensors):
+        for part in ("dm_v", "dm_u", "dm_ranks", "dm_zeros"):
+            del tensors[f"{MODULE}.{part}"]
+
+    edit_weights(folder, drop)
+    refusal(load, MODULE)
+
+
 def test_missing_overlay_tensor_of_a_head(delta, copied):
     """The head is not in the base: without it the model would get a random one."""
     repo = delta("bert_from_headless")
@@ -305,7 +317,7 @@ def test_tampered_width(broken, width):
 
 
 def test_packed_tensors_of_a_module_the_model_has_not(broken):
-    """As when config.json was swapped: reported by transformers or by us, never loaded silently."""
+    """As when a file was edited: the matrix that config.json lists is gone."""
     folder, load = broken
 
     def rename(tensors):
@@ -313,7 +325,7 @@ def test_packed_tensors_of_a_module_the_model_has_not(broken):
             tensors[name.replace("layers.0", "layers.7")] = tensors.pop(name)
 
     edit_weights(folder, rename)
-    refusal(load, "model.layers.7.self_attn.q_proj")
+    refusal(load, MODULE)
 
 
 def test_overlay_of_another_shape(broken):
