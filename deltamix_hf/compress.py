@@ -24,12 +24,10 @@ from .config import DeltaMixConfig
 from .correction import corrected_left_factor, metric_error, plain_left_factor
 from .error_table import error_table, pick
 from .errors import DeltaMixError
-from .format import GUARD, header_bytes
+from .format import GUARD, PREFIX, header_bytes
 from .gptq import damp, gptq_columns, gptq_rows
 from .packed import DTYPES, PackedFactors, part_shapes, rank_bytes
 from .svd import thin_svd
-
-PREFIX = "dm_"
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import DeltaMixError
+from .format import PREFIX
 from .ops import low_rank, low_rank_rows
 from .packed import DTYPES, PARTS, PackedFactors, Runs, part_shapes
-
-PREFIX = "dm_"
 
 
 def weight_of(module: nn.Module) -> Tensor:

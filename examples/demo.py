@@ -25,6 +25,7 @@ import torch
 import transformers
 from pairs.pair import Pair, cache_root
 from real_pairs import build_pair
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,7 +107,7 @@ def show(found: dict, ratio: float) -> None:
     console.print(answers)
 
     title = f"{found['questions']} held-out questions; promised ratio {ratio:.5f}"
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE)  # narrow enough for 80 columns
     for column in (
         "",
         "MB",
@@ -117,7 +118,7 @@ def show(found: dict, ratio: float) -> None:
         "gain kept:\ntask",
         "\nNLL",
     ):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name in order:
         row = rows[name]
         delta = "ratio" in row
