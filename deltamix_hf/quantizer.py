@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
 from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same
@@ -72,6 +72,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self._hidden: set[str] = set()
         self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
         self._from_base: list[str] = []
+        self._dtypes: dict[str, torch.dtype] = {}  # what transformers should have cast to
 
     # What transformers asks before loading
 
@@ -117,7 +118,13 @@ class DeltaMixHfQuantizer(HfQuantizer):
         guards = {name for name in infos if is_guard(name)}
         packed = {f"{module}.{PREFIX}{part}" for module in modules for part in PARTS}
         overlay = infos.keys() - packed - guards
-        supplied = {keys.rename(name)[0] for name in overlay}
+        supplied = {keys.rename(name)[0]: name for name in overlay}
+        for name, stored in supplied.items():
+            if name in keys.state and infos[stored].shape != tuple(keys.state[name].shape):
+                raise DeltaMixError(
+                    f"{stored} of the delta repo is {list(infos[stored].shape)}, the model needs "
+                    f"{list(keys.state[name].shape)}: weights and config.json do not fit"
+                )
         found = [self._attach_placeholders(model, keys, name, infos) for name in modules]
         if modules and not any(found):
             raise DeltaMixError(
@@ -135,7 +142,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     f"the delta repo holds {list(modules)[found.index(False)]}, which this "
                     f"{type(model).__name__} has not: weights and config.json do not fit"
                 )
-            for name in keys.state.keys() - supplied - set(model.all_tied_weights_keys):
+            for name in keys.state.keys() - supplied.keys() - set(model.all_tied_weights_keys):
                 if not base.supplies(name):
                     raise DeltaMixError(
                         f"neither the delta repo nor the base {where} holds {name!r}: the delta "
@@ -148,6 +155,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
         }
         self._base = base
         self._from_base = [n for n in keys.state if n in base and n not in supplied]
+        self._dtypes = {n: t.dtype for n, t in keys.state.items() if t.is_floating_point()}
+        if plan := model._get_dtype_plan(kwargs["dtype"]):  # parts that stay in float32
+            kept, _, _ = build_glob_alternation(list(plan))
+            self._dtypes = {n: d for n, d in self._dtypes.items() if not kept.search(n)}
         checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
 
     def _attach_placeholders(
@@ -183,6 +194,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             _complete_offload_index(model)
             self._check_base_was_read(model)
+            self._cast_renamed(model)
             if self.quantization_config.dequantize:
                 return self._dequantize(model)
         else:
@@ -218,6 +230,13 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     f"{name} was not loaded from the base: this transformers version reads "
                     "checkpoints in a way deltamix_hf does not know; please report it"
                 )
+
+    def _cast_renamed(self, model: PreTrainedModel) -> None:
+        """Cast what transformers 5.16 to 5.19 leave as stored: renamed tensors of such repos."""
+        for name, dtype in self._dtypes.items():
+            tensor = model.get_parameter_or_buffer(name)
+            if tensor.device.type != "meta" and tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
 
     # Dense again
 
