@@ -72,6 +72,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self._hidden: set[str] = set()
         self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
         self._from_base: list[str] = []
+        self._dtype = torch.get_default_dtype()  # the one asked for
         self._dtypes: dict[str, torch.dtype] = {}  # what transformers should have cast to
 
     # What transformers asks before loading
@@ -85,6 +86,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
             config.base_revision = commit
         if config.base_model and os.path.isdir(config.base_model):
             config.base_model = os.path.abspath(config.base_model)  # found from other folders too
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = dtype
+        return dtype
 
     def is_serializable(self) -> bool:
         return True
@@ -156,7 +161,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self._base = base
         self._from_base = [n for n in keys.state if n in base and n not in supplied]
         self._dtypes = {n: t.dtype for n, t in keys.state.items() if t.is_floating_point()}
-        if plan := model._get_dtype_plan(kwargs["dtype"]):  # parts that stay in float32
+        if plan := model._get_dtype_plan(self._dtype):  # parts that stay in float32
             kept, _, _ = build_glob_alternation(list(plan))
             self._dtypes = {n: d for n, d in self._dtypes.items() if not kept.search(n)}
         checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
