@@ -123,7 +123,10 @@ def fingerprint(info: TensorInfo) -> str:
 
 
 def fingerprints(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Fingerprint of every tensor, in threads (hashing releases the GIL): 0.4 s per GB a core."""
+    """Fingerprint of every tensor, in threads (hashing releases the GIL).
+
+    About 0.9 CPU seconds per GB on an AMD EPYC core.
+    """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(infos, pool.map(fingerprint, infos.values()), strict=True))
 
