@@ -106,19 +106,16 @@ def show(found: dict, ratio: float) -> None:
         answers.add_row(question, found["right"][i], *[rows[n]["answers"][i] for n in order])
     console.print(answers)
 
-    title = f"{found['questions']} held-out questions; promised ratio {ratio:.5f}"
-    table = Table(title=title, box=SIMPLE)  # narrow enough for 80 columns
-    for column in (
-        "",
-        "MB",
-        "ratio",
-        "exact\nmatch",
-        "perplexity",
-        "KL to\nfine-tune",
-        "gain kept:\ntask",
-        "\nNLL",
-    ):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table = Table(
+        title=f"{found['questions']} held-out questions; promised ratio {ratio:.5f}",
+        caption="exact match; perplexity and KL to the fine-tune (nats per token) of the answers; "
+        "shares of the fine-tune's gain that are kept",
+        box=SIMPLE,
+        padding=(0, 0),  # with this, 80 columns are enough
+    )
+    table.add_column("", no_wrap=True)
+    for column in ("MB", "ratio", "exact", "ppl", "KL", "task kept", "NLL kept"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name in order:
         row = rows[name]
         delta = "ratio" in row
