@@ -141,7 +141,6 @@ def compress_matrix(matrix: Matrix, budget: int, config: DeltaMixConfig) -> Comp
     left, sigma, right = thin_svd(delta, rank=max(budget // cost[least], 0))
     if not len(sigma):
         return Compressed(None, metric_error(delta, torch.zeros_like(delta), matrix.gram))
-    hessian = None if matrix.gram is None else damp(matrix.gram)
 
     if config.method == "deltamix":
         table, candidates = error_table(right, sigma, matrix.gram, config.bits, group_size)
@@ -151,6 +150,7 @@ def compress_matrix(matrix: Matrix, budget: int, config: DeltaMixConfig) -> Comp
         v = pick(candidates, bits)
     else:
         bits = allocation.bands(len(sigma), cost, budget)
+        hessian = None if matrix.gram is None else damp(matrix.gram)
         v = gptq_rows(right, hessian, bits, group_size)
 
     kept = bits > 0
