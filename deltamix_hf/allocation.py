@@ -88,7 +88,9 @@ def solve(
         raise ValueError(f"f_max must be at least 1, got {f_max}")
     scale = errors.max(initial=0.0) or 1.0
     parts = []
-    for subset in itertools.combinations(range(len(widths)), min(f_max or 9, len(widths))):
+    for subset in itertools.combinations(
+        range(len(widths)), min(f_max or len(widths), len(widths))
+    ):
         columns = list(subset)
         relaxed = knapsack.relax(errors[:, columns] / scale, prices[:, columns], budget)
         if relaxed is not None:

@@ -1,22 +1,16 @@
-"""Calibration: token batches from whatever the user gave, and input Grams C = X·Xᵀ/N.
-
-C [n, n] of a linear layer is the mean of x·xᵀ over all calibration tokens, taken from the
-uncompressed fine-tune in one forward pass over the data. Layers that read the same tensor
-(q/k/v, gate/up) share one Gram: it is computed once and the dict entries alias it.
-"""
+"""Calibration text: token batches from whatever the user gave."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from .config import DeltaMixConfig
 from .errors import DeltaMixError
@@ -50,11 +44,17 @@ def token_batches(config: DeltaMixConfig, load_tokenizer: Callable[[], Any]) -> 
     texts = [text for text in texts if text and text.strip()]
     random.Random(config.seed).shuffle(texts)
     tokenizer = load_tokenizer()
-    batches = []
+    same_length: dict[int, list[list[int]]] = {}  # run together, so that nothing is padded
     for text in texts[: config.num_samples]:
         ids = tokenizer(text, truncation=True, max_length=config.seq_length)["input_ids"]
-        if ids:
-            batches.append(torch.tensor([ids]))
+        same_length.setdefault(len(ids), []).append(ids)
+    same_length.pop(0, None)
+    batches = [
+        batch
+        for length, rows in same_length.items()
+        for batch in torch.tensor(rows).split(max(1, _TOKENS_PER_FORWARD // length))
+    ]
+    random.Random(config.seed).shuffle(batches)
     if not batches:
         raise DeltaMixError(
             "calibration gave no tokens; give non-empty texts, or None for data-free"
@@ -101,66 +101,3 @@ def _read_file(path: Path) -> list[str]:
             raise DeltaMixError(f'{path}, line {number}, is not of the form {{"text": "..."}}')
         texts.append(row["text"])
     return texts
-
-
-class _GramHooks:
-    """Forward pre-hooks that accumulate Σ x·xᵀ of each module's input in float32."""
-
-    def __init__(self, modules: dict[str, nn.Module]):
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.alias: dict[str, str] = {}
-        self._last: tuple[Tensor, str] | None = None
-        self._handles = [
-            module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()
-        ]
-
-    def _hook(self, name: str):
-        def accumulate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            # q/k/v and gate/up are called with the very same tensor object, one after the other
-            if name in self.alias or (self._last and self._last[0] is x and name not in self.sums):
-                self.alias.setdefault(name, self._last[1] if self._last else name)
-                return
-            self._last = (x, name)
-            rows = x.detach().reshape(-1, x.shape[-1]).float()
-            if name not in self.sums:
-                self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-                self.counts[name] = 0
-            self.sums[name].addmm_(rows.T, rows)
-            self.counts[name] += len(rows)
-
-        return accumulate
-
-    def close(self) -> dict[str, Tensor]:
-        for handle in self._handles:
-            handle.remove()
-        grams = {name: total.div_(self.counts[name]) for name, total in self.sums.items()}
-        return grams | {name: grams[source] for name, source in self.alias.items()}
-
-
-@torch.no_grad()
-def input_grams(
-    model: PreTrainedModel, modules: dict[str, nn.Module], batches: Iterable[Tensor]
-) -> dict[str, Tensor]:
-    """Name -> C float32 [n, n] for every module that was called; others are absent.
-
-    Raises:
-        DeltaMixError: the model gives NaN on the calibration data.
-    """
-    hooks = _GramHooks(modules)
-    try:
-        for ids in batches:
-            ids = ids.to(model.device)
-            inputs = {"input_ids": ids}
-            if getattr(model.config, "is_encoder_decoder", False):
-                inputs["decoder_input_ids"] = ids
-            model(**inputs)
-    finally:
-        grams = hooks.close()
-    for name, gram in grams.items():
-        if not torch.isfinite(gram).all():
-            raise DeltaMixError(
-                f"calibration gave NaN or infinite inputs to {name}: check the fine-tune"
-            )
-    return grams

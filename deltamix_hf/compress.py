@@ -1,45 +1,66 @@
-"""The pipeline: delta → SVD → widths → V by GPTQ → U re-fitted → U by GPTQ → packing.
+"""The pipeline: delta → SVD → widths → V by GPTQ → U re-fitted → U rounded → gains → packing.
 
-The only module that knows the order of the stages. Two methods share it:
-
-- `deltamix` (arXiv 2506.11087): error table of V at every candidate width, a 0/1 program picks one
-  width per rank, U is re-fitted to the full ΔW given the rounded V (target correction).
-- `delta-come` (arXiv 2406.08903): ranks in bands of 8, 3 and 2 bits, U taken from the SVD.
-
-Every matrix gets the same share of the budget (its bf16 bytes times one common ratio); what one
-matrix leaves unspent goes to the next, so the whole stays within one rank of the promise.
+The only module that knows the order of the stages. All methods share it; `presets` says which
+parts are on. In the metric (A on outputs, C on inputs, see `factor`) dropping rank i costs
+h_i = sigma_i²; rounding its two vectors with relative errors d_v and d_u costs
+h_i·[1 − (1 − d_v)·(1 − d_u)]. A global allocation is made from these; the published DeltaMix
+measures its own table, and Delta-CoMe has fixed bands.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from . import allocation
+from . import allocation, codebook
 from .config import DeltaMixConfig
-from .correction import corrected_left_factor, metric_error, plain_left_factor
+from .correction import (
+    corrected_left_factor,
+    metric_error,
+    plain_left_factor,
+    unbiased_gains,
+)
 from .error_table import error_table, pick
 from .errors import DeltaMixError
+from .factor import Factors, factorise
 from .format import GUARD, PREFIX, header_bytes
-from .gptq import damp, gptq_columns, gptq_rows
+from .global_allocation import Choices, solve_global
+from .gptq import Rounded, gptq_columns, gptq_rows
+from .metric import damped
 from .packed import DTYPES, PackedFactors, part_shapes, rank_bytes
-from .svd import thin_svd
+from .statistics import Metrics
+
+# Shares of the mean diagonal added to the metrics before they are used.
+OUTPUT_DAMPING, INPUT_DAMPING = 0.1, 0.01
+
+# Mean squared error of the min-max grid, groups of 128, on a normal variable, by width.
+_MIN_MAX = (1.0, 0.979, 0.2533, 0.0466, 0.01014, 0.002376, 5.75e-4, 1.42e-4, 3.53e-5)
+# What GPTQ leaves of the rounding error (in C for V, in A for U), from rxnfp and SmolLM2 at 1/16.
+_V_GPTQ, _U_GPTQ = 0.35, 0.75
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix to compress: how to get its delta, and what it is measured with.
-
-    `delta()` returns ΔW float32 [m, n]; `gram` is C [n, n], or None for the identity (data-free).
-    """
+    """One matrix to compress: how to get its delta ΔW float32 [m, n], and its metrics."""
 
     shape: tuple[int, int]
     delta: Callable[[], Tensor]
-    gram: Tensor | None = None
+    metrics: Callable[[], Metrics] = Metrics
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bits of both vectors of every rank, in order of falling sigma: int64 [k] each."""
+
+    v: Tensor
+    u: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,18 +101,23 @@ def plan_budget(
         DeltaMixError: the overlay and headers alone exceed the budget, or no matrix could keep
             even one rank; names the smallest budget that works.
     """
+    gaussian = config.codebook == "gaussian"
     numel = {name: torch.Size(shape).numel() for name, (_, shape) in overlay.items()}
     reference = 2 * (sum(m * n for m, n in shapes.values()) + sum(numel.values()))
     total = config.budget(reference)
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(overlay)
     entries |= dict.fromkeys(guards, GUARD)
     for name, (m, n) in shapes.items():
-        worst = part_shapes(m, n, [(min(m, n), 8, 8)], config.group_size)
+        worst = part_shapes(m, n, [(min(m, n), 8, 8)], config.group_size, gaussian)
         entries |= {f"{name}.{PREFIX}{part}": (DTYPES[part], s) for part, s in worst.items()}
     whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
     whole += len(guards)  # a byte each
     least = min(b for b in config.bits if b > 0)
-    one_rank = sum(rank_bytes(m, n, least, least, config.group_size) for m, n in shapes.values())
+    one_rank = sum(
+        rank_bytes(m, n, least, least, config.group_size, gaussian) for m, n in shapes.values()
+    )
+    if config.allocation == "global":  # some matrix can keep one
+        one_rank //= max(len(shapes), 1)
     fixed = whole + header_bytes(entries, total)
     if total < fixed + one_rank:
         needed = fixed + one_rank
@@ -107,60 +133,166 @@ def plan_budget(
     return Budget(total=total, fixed=fixed, reference=reference)
 
 
+class Compressor:
+    """Compresses one matrix after the other, in any order, within one budget.
+
+    With a global allocation the widths of every rank are fixed at the start, from the spectra of
+    all matrices. Otherwise every matrix gets the same share of the budget (its bf16 bytes times one
+    common ratio), and what one matrix leaves unspent goes to the next.
+    """
+
+    def __init__(self, matrices: Mapping[str, Matrix], budget: Budget, config: DeltaMixConfig):
+        self.config = config
+        self.gaussian = config.codebook == "gaussian"
+        self.sizes = {name: m * n for name, (m, n) in _shapes(matrices).items()}
+        self.gap = 0.0
+        self._left, self._weight = budget.ranks, sum(self.sizes.values())
+        self._plan: dict[str, Widths] = {}
+        if config.allocation == "global":
+            self._solve(matrices, budget.ranks)
+
+    def _solve(self, matrices: Mapping[str, Matrix], budget: int) -> None:
+        energies = []
+        bar = logging.tqdm(total=len(matrices), desc="Measuring spectra", unit="matrix")
+        for name, matrix in matrices.items():
+            with _named(name):
+                energies.append(self._factors(matrix.delta(), matrix.metrics()).sigma.double() ** 2)
+            bar.update()
+        bar.close()
+        options = [self._options(*matrix.shape) for matrix in matrices.values()]
+        found = solve_global(energies, [choices for choices, _ in options], budget)
+        self.gap = found.gap
+        for name, (_, pairs), picked in zip(matrices, options, found.choice, strict=True):
+            widths = torch.tensor(pairs)[picked]
+            self._plan[name] = Widths(widths[:, 0], widths[:, 1])
+
+    def _options(self, m: int, n: int) -> tuple[Choices, list[tuple[int, int]]]:
+        """Relative error and bytes of every pair of widths of a rank of an [m, n] matrix."""
+        config = self.config
+        used = [b for b in config.bits if b > 0]
+        pairs = [(v, u) for v in used for u in used if config.split_widths or v == u]
+        left = codebook.DISTORTION if self.gaussian else _MIN_MAX
+        error = [1 - (1 - _V_GPTQ * left[v]) * (1 - _U_GPTQ * left[u]) for v, u in pairs]
+        bytes_ = [rank_bytes(m, n, v, u, config.group_size, self.gaussian) for v, u in pairs]
+        choices = Choices(
+            torch.tensor([config.drop_penalty, *error], dtype=torch.float64),
+            torch.tensor([0, *bytes_], dtype=torch.int64),
+        )
+        return choices, [(0, 0), *pairs]
+
+    def _factors(self, delta: Tensor, metrics: Metrics, rank: int | None = None) -> Factors:
+        whitening = self._damped(metrics) if self.config.whiten else Metrics()
+        return factorise(delta, whitening.outputs, whitening.inputs, rank)
+
+    def _damped(self, metrics: Metrics) -> Metrics:
+        return Metrics(
+            damped(metrics.outputs, OUTPUT_DAMPING) if self.config.fisher else None,
+            damped(metrics.inputs, INPUT_DAMPING),
+        )
+
+    def compress(self, name: str, delta: Tensor, metrics: Metrics) -> Compressed:
+        """Compress ΔW float32 [m, n] into its part of the budget.
+
+        Raises:
+            DeltaMixError: the delta holds NaN or infinity, or a metric cannot be factorised.
+        """
+        started = time.perf_counter()
+        with _named(name):
+            result = self._compress(name, delta, metrics)
+        self.seconds += time.perf_counter() - started
+        if result.packed is not None:
+            self._left -= sum(result.packed.nbytes.values())
+        self._weight -= self.sizes[name]
+        return result
+
+    seconds = 0.0
+
+    def _compress(self, name: str, delta: Tensor, metrics: Metrics) -> Compressed:
+        config, near = self.config, self._damped(metrics)
+        if name in self._plan:
+            widths = self._plan[name]
+            kept = int((widths.v > 0).sum())
+            factors = self._factors(delta, metrics, kept)
+            k = len(factors.sigma)
+            v = self._round_v(factors.right, near, widths.v[:k])
+            widths = Widths(widths.v[:k], widths.u[:k])
+        else:
+            share = self._left * self.sizes[name] // self._weight
+            factors, v = self._within(share, delta, metrics)
+            widths = Widths(v.bits, v.bits)
+        kept_ranks = (widths.v > 0).to(delta.device)
+        v = v.rows(kept_ranks)
+        left, sigma, right = (
+            factors.left[:, kept_ranks],
+            factors.sigma[kept_ranks],
+            factors.right[kept_ranks],
+        )
+        if not len(sigma):
+            return Compressed(None, metric_error(delta, torch.zeros_like(delta), metrics.inputs))
+        right_hat, u_bits = v.dequantize(), widths.u.to(delta.device)[kept_ranks]
+        if config.correct_target:
+            target, inner = corrected_left_factor(delta, metrics.inputs, right_hat, sigma)
+        else:
+            target, inner = plain_left_factor(left, metrics.inputs, right_hat, sigma)
+        if self.gaussian:
+            outputs = near.outputs
+            full = outputs if outputs is not None and outputs.dim() == 2 else None
+            u = gptq_rows(target.T.contiguous(), full, u_bits, config.group_size, gaussian=True)
+        else:
+            u = gptq_columns(target, inner, u_bits, config.group_size)
+        if config.unbiased_gains:
+            exact, rounded = left * sigma, u.dequantize().T
+            gains = unbiased_gains(exact, rounded, right, right_hat, near.outputs, near.inputs)
+            u = u.scaled(gains)
+        error = metric_error(delta, u.dequantize().T @ right_hat, metrics.inputs)
+        packed = PackedFactors.pack(v, u)
+        return Compressed(packed if packed.rank else None, error)
+
+    def _round_v(self, right: Tensor, near: Metrics, bits: Tensor) -> Rounded:
+        inputs = near.inputs if near.inputs is not None and near.inputs.dim() == 2 else None
+        return gptq_rows(right, inputs, bits, self.config.group_size, self.gaussian)
+
+    def _within(self, share: int, delta: Tensor, metrics: Metrics) -> tuple[Factors, Rounded]:
+        """Widths that fit `share` bytes, and V rounded to them."""
+        config, (m, n) = self.config, tuple(delta.shape)
+        widths = range(9)
+        cost = {b: rank_bytes(m, n, b, b, config.group_size, self.gaussian) for b in widths}
+        least = min(b for b in config.bits if b > 0)
+        factors = self._factors(delta, metrics, max(share // cost[least], 0))
+        if config.allocation == "bands":
+            bits = allocation.bands(len(factors.sigma), cost, share)
+            return factors, self._round_v(factors.right, self._damped(metrics), bits)
+        inputs = metrics.inputs if metrics.inputs is None or metrics.inputs.dim() == 2 else None
+        table, candidates = error_table(
+            factors.right, factors.sigma, inputs, config.bits, config.group_size, self.gaussian
+        )
+        prices = [cost[b] for b in config.bits]
+        bits = allocation.solve(table, prices, config.bits, share, f_max=config.f_max).bits
+        return factors, pick(candidates, bits)
+
+
 def compress_all(
-    matrices: Mapping[str, Matrix],
-    budget: Budget,
-    config: DeltaMixConfig,
+    matrices: Mapping[str, Matrix], budget: Budget, config: DeltaMixConfig
 ) -> Iterator[tuple[str, Compressed]]:
     """Yield (name, Compressed) for every matrix, largest ranks first so that slack fills up."""
-    sizes = {name: matrix.shape[0] * matrix.shape[1] for name, matrix in matrices.items()}
-    left, weight = budget.ranks, sum(sizes.values())
-    order = sorted(matrices, key=lambda name: -sum(matrices[name].shape))
-    for name in order:
-        share = left * sizes[name] // weight
-        try:
-            result = compress_matrix(matrices[name], share, config)
-        except ValueError as error:  # NaN weights, a Hessian that cannot be factorised
-            raise DeltaMixError(f"{name}: {error}") from error
-        if result.packed is not None:
-            left -= sum(result.packed.nbytes.values())
-        weight -= sizes[name]
-        yield name, result
+    compressor = Compressor(matrices, budget, config)
+    for name in sorted(matrices, key=lambda name: -sum(matrices[name].shape)):
+        matrix = matrices[name]
+        with _named(name):
+            delta = matrix.delta()
+        yield name, compressor.compress(name, delta, matrix.metrics())
 
 
-def compress_matrix(matrix: Matrix, budget: int, config: DeltaMixConfig) -> Compressed:
-    """Compress one matrix into at most `budget` bytes of codes, scales, zero points and widths.
+def _shapes(matrices: Mapping[str, Matrix]) -> dict[str, tuple[int, int]]:
+    return {name: matrix.shape for name, matrix in matrices.items()}
 
-    Raises:
-        ValueError: the delta holds NaN or infinity, or the Gram cannot be factorised.
-    """
-    m, n = matrix.shape
-    delta, group_size = matrix.delta(), config.group_size
-    cost = {b: rank_bytes(m, n, b, b, group_size) for b in range(9)}
-    least = min(b for b in config.bits if b > 0) if config.method == "deltamix" else 2
-    left, sigma, right = thin_svd(delta, rank=max(budget // cost[least], 0))
-    if not len(sigma):
-        return Compressed(None, metric_error(delta, torch.zeros_like(delta), matrix.gram))
 
-    if config.method == "deltamix":
-        table, candidates = error_table(right, sigma, matrix.gram, config.bits, group_size)
-        bits = allocation.solve(
-            table, [cost[b] for b in config.bits], config.bits, budget, f_max=config.f_max
-        ).bits
-        v = pick(candidates, bits)
-    else:
-        bits = allocation.bands(len(sigma), cost, budget)
-        hessian = None if matrix.gram is None else damp(matrix.gram)
-        v = gptq_rows(right, hessian, bits, group_size)
-
-    kept = bits > 0
-    right_hat = v.dequantize()[kept]
-    if config.method == "deltamix":
-        target, inner = corrected_left_factor(delta, matrix.gram, right_hat, sigma[kept])
-    else:
-        target, inner = plain_left_factor(left[:, kept], matrix.gram, right_hat, sigma[kept])
-    u = gptq_columns(target, inner, bits[kept], group_size)
-    v_kept = type(v)(v.codes[kept], v.scales[kept], v.zeros[kept], group_size)
-    error = metric_error(delta, u.dequantize().T @ right_hat, matrix.gram)
-    packed = PackedFactors.pack(v_kept, u, bits[kept], bits[kept], group_size)
-    return Compressed(packed if packed.rank else None, error)
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which matrix an error is about: NaN weights, a metric that cannot be factorised."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, DeltaMixError):
+            raise
+        raise DeltaMixError(f"{name}: {error}") from error

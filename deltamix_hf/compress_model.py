@@ -1,29 +1,29 @@
 """Compress a loaded fine-tune against its base, in place.
 
 Sorts every tensor of the model into: identical to the base (not stored), a matrix to pack, or
-overlay (stored whole); then runs the pipeline matrix by matrix, each time putting the base weight
-where the fine-tuned one was. One matrix of the base is in memory at a time.
+overlay (stored whole); measures the fine-tune on the calibration text; then runs the pipeline
+matrix by matrix, each time putting the base weight where the fine-tuned one was, and tunes the
+scales at last. One matrix of the base is in memory at a time.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
 from .base import BaseCheckpoint, same, weights_from_base
-from .calibration import describe, input_grams, token_batches
-from .compress import Matrix, compress_all, plan_budget
-from .config import DeltaMixConfig
+from .calibration import describe, token_batches
+from .compress import plan_budget
+from .config import DeltaMixConfig, overlay_form
 from .errors import DeltaMixError
 from .format import fingerprints, guard_names
-from .modules import attach_with_ties, delta_class, weight_of
+from .job import Job
+from .modules import delta_class, shape_of, weight_of
 
 # At 64 x 64 the four header entries of a packed matrix (about 430 bytes) take most of a 1/16 share
 # (512 bytes); anything smaller is stored whole.
@@ -35,10 +35,11 @@ def compress_model(
     base: BaseCheckpoint,
     config: DeltaMixConfig,
     revision: str | None = None,
-) -> None:
+) -> dict[str, float]:
     """Replace what differs from the base by packed deltas; fills in the config's records.
 
-    `revision` is the fine-tune's commit, for its tokenizer; None for a local folder.
+    Returns the seconds spent by stage. `revision` is the fine-tune's commit, for its tokenizer;
+    None for a local folder.
 
     Raises:
         DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
@@ -49,7 +50,7 @@ def compress_model(
             "another kind of model; give the base the fine-tune was made from"
         )
     targets, overlay = sort_tensors(model, base, config.modules_to_not_convert or [])
-    shapes = {name: _shape(module) for name, module in targets.items()}
+    shapes = {name: shape_of(module) for name, module in targets.items()}
     config.errors = {}  # a new one: the caller's config shares the old
     config.base_fingerprints = fingerprints(base.infos)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -59,36 +60,29 @@ def compress_model(
         warnings.warn(
             "the fine-tune is identical to its base: the delta is empty", UserWarning, stacklevel=2
         )
-        return
+        return {}
     budget = plan_budget(
         shapes,
-        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in overlay.items()},
+        {
+            name: (
+                overlay_form(tensor[:0] if tensor.ndim else tensor, config).dtype,
+                tuple(tensor.shape),
+            )
+            for name, tensor in overlay.items()
+        },
         guard_names(weights_from_base(model, base, overlay), model.base_model_prefix),
         config,
     )
-    grams = _calibrate(model, targets, config, revision)
-
-    def delta_of(name: str, module: nn.Module) -> Tensor:
-        weight = weight_of(module).detach()
-        return weight.float() - base.read(f"{name}.weight").to(weight.device, torch.float32)
-
-    matrices = {
-        name: Matrix(shapes[name], partial(delta_of, name, module), grams.get(name))
-        for name, module in targets.items()
-    }
-    bar = logging.tqdm(total=len(matrices), desc="Compressing", unit="matrix")
-    for name, result in compress_all(matrices, budget, config):
-        module = targets[name]
+    job = Job(model, base, config, targets)
+    job.measure(_batches(model, config, revision))
+    if config.bf16_overlay:
         with torch.no_grad():
-            weight_of(module).copy_(base.read(f"{name}.weight"))
-        if result.packed is not None:
-            packed = result.packed
-            config.errors[name] = result.error
-            attach_with_ties(model, name, packed.runs, packed.group_size, packed.tensors)
-        bar.update()
-    bar.close()
+            for tensor in overlay.values():
+                tensor.copy_(overlay_form(tensor, config))
+    job.run(budget)
     if not isinstance(config.calibration, str):
         config.calibration = None
+    return job.seconds
 
 
 def sort_tensors(
@@ -125,11 +119,6 @@ def sort_tensors(
     return targets, overlay
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    m, n = weight_of(module).shape
-    return m, n
-
-
 def _packable(module: nn.Module, name: str, skip: Sequence[str]) -> bool:
     return (
         delta_class(type(module)) is not None
@@ -138,33 +127,16 @@ def _packable(module: nn.Module, name: str, skip: Sequence[str]) -> bool:
     )
 
 
-def _tied_modules(model: PreTrainedModel, name: str) -> list[nn.Module]:
-    """The module itself and every module whose weight is tied to its weight."""
-    ties = model.all_tied_weights_keys.items()
-    names = [name, *(t.removesuffix(".weight") for t, s in ties if s == f"{name}.weight")]
-    return [model.get_submodule(n) for n in names]
-
-
-def _calibrate(
-    model: PreTrainedModel,
-    targets: dict[str, nn.Module],
-    config: DeltaMixConfig,
-    revision: str | None,
-) -> dict[str, Tensor]:
-    """Input Gram of every target. A tied embedding is measured where it is used as a matrix."""
+def _batches(model: PreTrainedModel, config: DeltaMixConfig, revision: str | None) -> list[Tensor]:
+    """Token ids of the calibration data, checked against the vocabulary; empty if data-free."""
     if config.calibration is None:
-        return {}
+        return []
     source = model.config.name_or_path
     batches = token_batches(config, lambda: _tokenizer(source, revision))
     vocabulary = weight_of(model.get_input_embeddings()).shape[0]
     if any(int(ids.min()) < 0 or int(ids.max()) >= vocabulary for ids in batches):
         raise DeltaMixError(f"calibration holds token ids that are not 0 to {vocabulary - 1}")
-    observed: dict[str, nn.Module] = {}
-    for name in targets:
-        users = [m for m in _tied_modules(model, name) if isinstance(m, nn.Linear)]
-        observed |= {name: users[0]} if users else {}
-    bar = logging.tqdm(batches, desc="Calibrating", unit="batch")
-    return input_grams(model, observed, bar)
+    return batches
 
 
 def _tokenizer(source: str | None, revision: str | None) -> Any:

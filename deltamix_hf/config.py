@@ -15,13 +15,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import DeltaMixError
+from .presets import ALLOCATIONS, CODEBOOKS, PRESETS, SWITCHES, resolve
 
 QUANT_METHOD = "deltamix"
-FORMAT_VERSION = 1
-METHODS = ("deltamix", "delta-come")
+FORMAT_VERSION = 2
+DEFAULT_METHOD = "deltamix-kl"
 WIDTHS = tuple(range(9))
 DEFAULT_RATIO = 1 / 16
 # Never written to config.json: run-time only.
@@ -35,17 +37,31 @@ class DeltaMixConfig(QuantizationConfigMixin):
     Args:
         base_model: path or Hub id of the frozen base (safetensors).
         base_revision: branch, tag or commit of the base; compressing pins it to the commit.
-        method: `"deltamix"` (error table, 0/1 program, target correction) or `"delta-come"`
-            (fixed bands of 8, 3 and 2 bits).
+        method: `"deltamix-kl"` (least change of the model's output distribution), `"deltamix"`
+            (error table, 0/1 program, target correction) or `"delta-come"` (fixed bands of 8, 3
+            and 2 bits). A method is a preset of the switches below (`presets.py`).
         ratio: all bytes of the delta's weight files / bf16 bytes of every tensor that differs from
             the base. Default 1/16.
         bits_per_weight: the same budget in bits per weight that differs (`ratio = bits / 16`).
         budget_bytes: the same budget in bytes. Give at most one of the three.
-        bits: candidate widths of `method="deltamix"`, each 0 to 8; 0 drops a rank.
-        f_max: at most this many distinct widths per matrix (DeltaMix; `None`: no limit).
+        bits: candidate widths, each 0 to 8; 0 drops a rank.
+        f_max: at most this many distinct widths per matrix (`allocation="matrix"`; `None`: no
+            limit).
         group_size: weights that share a scale; 0 means one scale per rank vector.
+        whiten: take the SVD of ΔW weighted by the layer's metric instead of ΔW itself.
+        fisher: weigh output errors by what they do to the model's predictions.
+        allocation: `"bands"`, `"matrix"` (each gets the same ratio) or `"global"`.
+        split_widths: U and V of a rank may have different widths (`allocation="global"`).
+        codebook: `"min-max"` (uniform, with zero points) or `"gaussian"`.
+        correct_target: re-fit U to the full ΔW given the rounded V.
+        sequential: fit each layer to what the compressed layers before it hand on.
+        unbiased_gains: scale ranks so that rounding shrinks nothing.
+        drop_penalty: a dropped rank counts as this many times its error (`allocation="global"`).
+        tune_steps: steps of tuning the stored scales by KL to the fine-tune; 0 for none.
+        bf16_overlay: round tensors that are stored whole to bfloat16.
         calibration: texts, token ids `[samples, length]`, the name of a data set (Hub id, or a
-            local `.txt` / `.jsonl` file), or `None` for data-free compression.
+            local `.txt` / `.jsonl` file), `"self"` (text that the fine-tune writes), or `None` for
+            data-free compression.
         num_samples: calibration sequences at most.
         seq_length: tokens per calibration sequence at most.
         seed: order in which calibration texts are drawn.
@@ -62,17 +78,42 @@ class DeltaMixConfig(QuantizationConfigMixin):
         DeltaMixError: a value is out of range; the message names it.
     """
 
+    bits: list[int]
+    group_size: int
+    whiten: bool
+    fisher: bool
+    allocation: str
+    split_widths: bool
+    codebook: str
+    correct_target: bool
+    sequential: bool
+    unbiased_gains: bool
+    drop_penalty: float
+    tune_steps: int
+    bf16_overlay: bool
+
     def __init__(
         self,
         base_model: str | os.PathLike | None = None,
         base_revision: str | None = None,
-        method: str = "deltamix",
+        method: str = DEFAULT_METHOD,
         ratio: float | None = None,
         bits_per_weight: float | None = None,
         budget_bytes: int | None = None,
-        bits: Sequence[int] = (0, 2, 3, 4, 8),
+        bits: Sequence[int] | None = None,
         f_max: int | None = None,
-        group_size: int = 128,
+        group_size: int | None = None,
+        whiten: bool | None = None,
+        fisher: bool | None = None,
+        allocation: str | None = None,
+        split_widths: bool | None = None,
+        codebook: str | None = None,
+        correct_target: bool | None = None,
+        sequential: bool | None = None,
+        unbiased_gains: bool | None = None,
+        drop_penalty: float | None = None,
+        tune_steps: int | None = None,
+        bf16_overlay: bool | None = None,
         calibration: Sequence[str] | torch.Tensor | str | None = None,
         num_samples: int = 128,
         seq_length: int = 2048,
@@ -102,9 +143,12 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.ratio = ratio
         self.bits_per_weight = bits_per_weight
         self.budget_bytes = budget_bytes
-        self.bits = bits
         self.f_max = f_max
-        self.group_size = group_size
+        if method not in PRESETS:
+            raise DeltaMixError(f"method is {method!r}; choose one of {list(PRESETS)}")
+        given = locals()
+        for name, value in resolve(method, {switch: given[switch] for switch in SWITCHES}).items():
+            setattr(self, name, value)
         self.calibration = calibration
         self.num_samples = num_samples
         self.seq_length = seq_length
@@ -119,9 +163,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self._validate()
 
     def _validate(self) -> None:
-        if self.method not in METHODS:
-            raise DeltaMixError(f"method is {self.method!r}; choose one of {list(METHODS)}")
         self._validate_budget()
+        self._validate_switches()
         try:
             widths = sorted(set(self.bits))
             bad = [b for b in widths if isinstance(b, bool) or b not in WIDTHS]
@@ -151,6 +194,25 @@ class DeltaMixConfig(QuantizationConfigMixin):
                 raise DeltaMixError("modules_to_not_convert must be a list of module names")
             self.modules_to_not_convert = list(names)
         self._validate_calibration()
+
+    def _validate_switches(self) -> None:
+        for name, value in resolve(self.method, self.__dict__).items():
+            kind = type(getattr(PRESETS[self.method], name))
+            if kind is bool and not isinstance(value, bool):
+                raise DeltaMixError(f"{name} is {value!r}; it must be True or False")
+        for name, choices in (("allocation", ALLOCATIONS), ("codebook", CODEBOOKS)):
+            if getattr(self, name) not in choices:
+                raise DeltaMixError(
+                    f"{name} is {getattr(self, name)!r}; choose one of {list(choices)}"
+                )
+        _check_int("tune_steps", self.tune_steps, 0)
+        penalty = self.drop_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not penalty >= 1:
+            raise DeltaMixError(f"drop_penalty is {penalty!r}; it must be a number of at least 1")
+        if self.split_widths and self.allocation != "global":
+            raise DeltaMixError('split_widths=True needs allocation="global"')
+        if self.allocation == "bands" and self.codebook != "min-max":
+            raise DeltaMixError('allocation="bands" needs codebook="min-max"')
 
     def _validate_budget(self) -> None:
         given = [
@@ -237,3 +299,9 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a dict")
     return dict(value or {})
+
+
+def overlay_form(tensor: Tensor, config: DeltaMixConfig) -> Tensor:
+    """A tensor that is stored whole, in the dtype it is stored in."""
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    return tensor.to(torch.bfloat16) if wide and config.bf16_overlay else tensor

@@ -36,6 +36,7 @@ def error_table(
     gram: torch.Tensor | None,
     widths: Sequence[int],
     group_size: int,
+    gaussian: bool = False,
     damping: float = 0.01,
 ) -> tuple[torch.Tensor, Candidates]:
     """Error table float64 `[k, B]` and the rounded candidates.
@@ -51,7 +52,7 @@ def error_table(
         raise ValueError(f"sigma {list(sigma.shape)} does not match right {list(right.shape)}")
     bits = torch.tensor(widths, device=right.device).repeat_interleave(ranks)
     hessian = None if gram is None else gptq.damp(gram, damping)
-    rounded = gptq.gptq_rows(right.repeat(len(widths), 1), hessian, bits, group_size)
+    rounded = gptq.gptq_rows(right.repeat(len(widths), 1), hessian, bits, group_size, gaussian)
     metric = None if gram is None else gram.to(torch.float64)
     power = sigma.to(torch.float64) ** 2
     table = torch.empty(ranks, len(widths), dtype=torch.float64, device=right.device)
@@ -59,7 +60,7 @@ def error_table(
         rows = torch.arange(
             start, min(start + _BLOCK_ROWS, ranks * len(widths)), device=right.device
         )
-        error = right[rows % ranks].to(torch.float64) - _rows(rounded, rows).dequantize()
+        error = right[rows % ranks].to(torch.float64) - rounded.rows(rows).dequantize()
         image = error if metric is None else error @ metric
         table[rows % ranks, rows // ranks] = (image * error).sum(1) * power[rows % ranks]
     return table, Candidates(rounded, widths, ranks)
@@ -80,10 +81,4 @@ def pick(candidates: Candidates, bits: torch.Tensor) -> gptq.Rounded:
         missing = sorted(set(bits.tolist()) - set(candidates.widths))
         raise ValueError(f"widths {missing} are not among the candidates {candidates.widths}")
     rows = chosen * candidates.ranks + torch.arange(candidates.ranks, device=device)
-    return _rows(candidates.rounded, rows)
-
-
-def _rows(rounded: gptq.Rounded, rows: torch.Tensor) -> gptq.Rounded:
-    return gptq.Rounded(
-        rounded.codes[rows], rounded.scales[rows], rounded.zeros[rows], rounded.group_size
-    )
+    return candidates.rounded.rows(rows)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from .errors import DeltaMixError
-from .packed import PARTS
+from .packed import PARTS, parts
 
 PREFIX = "dm_"
 GUARD_SEPARATOR = ":"
@@ -157,8 +157,10 @@ def check_base(recorded: Mapping[str, str], base: Mapping[str, TensorInfo], wher
         )
 
 
-def packed_modules(names: Iterable[str]) -> dict[str, set[str]]:
+def packed_modules(names: Iterable[str], gaussian: bool) -> dict[str, set[str]]:
     """Module name -> parts present, from tensor names; incomplete sets are refused.
+
+    `gaussian`: the codebook, which has no zero points.
 
     Raises:
         DeltaMixError: a packed module lacks one of its tensors.
@@ -168,8 +170,8 @@ def packed_modules(names: Iterable[str]) -> dict[str, set[str]]:
         module, _, leaf = name.rpartition(".")
         if leaf.startswith(PREFIX) and leaf.removeprefix(PREFIX) in PARTS:
             modules.setdefault(module, set()).add(leaf.removeprefix(PREFIX))
-    for module, parts in modules.items():
-        if missing := sorted(set(PARTS) - parts):
+    for module, present in modules.items():
+        if missing := sorted(set(parts(gaussian)) - present):
             raise DeltaMixError(
                 f"the delta repo lacks {module}.{PREFIX}{missing[0]}: the file is incomplete"
             )

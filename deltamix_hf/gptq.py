@@ -35,12 +35,14 @@ A dead coordinate (zero Hessian diagonal: an input never seen in calibration) is
 on its own. GPTQ zeroes it; here that would erase the fine-tune's change for unseen inputs.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from deltamix_hf import grid
+from deltamix_hf import codebook, grid
 
 # Steps per block. On one Zen 4 core 32, 64 and 128 are within 20 % of each other.
 _BLOCK = 64
@@ -53,18 +55,34 @@ _RETRIES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
 class Rounded:
     """A quantized factor, rank-major.
 
-    `codes` uint8 `[k, n]`, `scales` float32 `[k, G]` (exact in bfloat16), `zeros` uint8 `[k, G]`,
-    groups of `group_size` elements along n (0: one group).
+    `codes` uint8 `[k, n]`, `scales` float32 `[k, G]` (exact in bfloat16), `zeros` uint8 `[k, G]`
+    of the min-max grid or None for the Gaussian codebook, groups of `group_size` elements along n
+    (0: one group), `bits` int64 `[k]`.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor
+    zeros: torch.Tensor | None
     group_size: int
+    bits: torch.Tensor
 
     def dequantize(self) -> torch.Tensor:
         """Values float32 `[k, n]`."""
+        if self.zeros is None:
+            return codebook.dequantize(self.codes, self.scales, self.bits, self.group_size)
         return grid.dequantize(self.codes, self.scales, self.zeros, self.group_size)
+
+    def scaled(self, gains: torch.Tensor) -> Rounded:
+        """Row i times `gains[i]`, in bfloat16 scales; the codes stay."""
+        scales = (self.scales * gains[:, None]).to(torch.bfloat16).float()
+        return Rounded(self.codes, scales, self.zeros, self.group_size, self.bits)
+
+    def rows(self, index: torch.Tensor) -> Rounded:
+        """The rows picked by `index`: positions int64, or a mask bool `[k]`."""
+        zeros = None if self.zeros is None else self.zeros[index]
+        return Rounded(
+            self.codes[index], self.scales[index], zeros, self.group_size, self.bits[index]
+        )
 
 
 def damp(hessian: torch.Tensor, fraction: float = 0.01) -> torch.Tensor:
@@ -74,35 +92,58 @@ def damp(hessian: torch.Tensor, fraction: float = 0.01) -> torch.Tensor:
     return damped
 
 
+def round_rows(
+    weight: torch.Tensor, bits: torch.Tensor, group_size: int, gaussian: bool = False
+) -> Rounded:
+    """Round every element of `weight` `[r, c]` to the nearest value of its row's grid."""
+    bits = bits.to(weight.device)
+    if gaussian:
+        codes, scales = codebook.round_to_nearest(weight.float(), bits, group_size)
+        return Rounded(codes, scales, None, group_size, bits)
+    return Rounded(*grid.round_to_nearest(weight.float(), bits, group_size), group_size, bits)
+
+
 def gptq_rows(
-    weight: torch.Tensor, hessian: torch.Tensor | None, bits: torch.Tensor, group_size: int
+    weight: torch.Tensor,
+    hessian: torch.Tensor | None,
+    bits: torch.Tensor,
+    group_size: int,
+    gaussian: bool = False,
 ) -> Rounded:
     """Round `weight` `[r, c]`, row i at width `bits[i]`, for least error in `hessian` `[c, c]`.
 
     `hessian` is used as given (see `damp`); None means the identity, which is plain rounding.
-    Returns codes `[r, c]`. Raises ValueError for wrong shapes, values that are not finite, or a
-    Hessian that stays indefinite after damping.
+    `gaussian` chooses the codebook. Returns codes `[r, c]`. Raises ValueError for wrong shapes,
+    values that are not finite, or a Hessian that stays indefinite after damping.
     """
     rows, columns = weight.shape
     _check(weight, hessian, bits, rows, columns)
     bits = bits.to(weight.device)
     if hessian is None:
-        return Rounded(*grid.round_to_nearest(weight.float(), bits, group_size), group_size)
+        return round_rows(weight, bits, group_size, gaussian)
+    zeros = None
+    if gaussian:
+        scales = codebook.fit_rows(weight.float(), bits, group_size)
+    else:
+        scales, zeros = grid.fit_rows(weight.float(), bits, group_size)
     top = grid.top_code(bits)
-    scales, zeros = grid.fit_rows(weight.float(), bits, group_size)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True).to(weight.device)
     group = (order // group_size if group_size else torch.zeros_like(order)).tolist()
     work = weight.t()[order].float()  # [c, r]
-    step_scales, step_zeros = scales.t().contiguous(), zeros.t().float().contiguous()  # [G, r]
+    step_scales = scales.t().contiguous()  # [G, r]
+    step_zeros = None if zeros is None else zeros.t().float().contiguous()
     codes = torch.empty_like(work, dtype=torch.uint8)
 
     def round_step(i: int, values: torch.Tensor) -> torch.Tensor:
-        return _round(values, step_scales[group[i]], step_zeros[group[i]], top, codes[i])
+        scale = step_scales[group[i]]
+        if step_zeros is None:
+            return _round_gaussian(values, scale, bits, codes[i])
+        return _round(values, scale, step_zeros[group[i]], top, codes[i])
 
     _sweep(work, hessian.to(weight.device)[order][:, order], round_step)
     ordered = torch.empty_like(codes)
     ordered[order] = codes
-    return Rounded(ordered.t().contiguous(), scales, zeros, group_size)
+    return Rounded(ordered.t().contiguous(), scales, zeros, group_size, bits)
 
 
 def gptq_columns(
@@ -111,13 +152,13 @@ def gptq_columns(
     """Round `weight` `[m, k]`, column i at width `bits[i]`, with `hessian` `[k, k]` over columns.
 
     Same conventions as `gptq_rows`, but the result is rank-major: codes `[k, m]` and
-    `dequantize()` is the transposed factor.
+    `dequantize()` is the transposed factor. Min-max grids only: the published methods need it.
     """
     m, ranks = weight.shape
     _check(weight, hessian, bits, ranks, ranks)
     bits = bits.to(weight.device)
     if hessian is None:
-        return Rounded(*grid.round_to_nearest(weight.t().float(), bits, group_size), group_size)
+        return round_rows(weight.t(), bits, group_size)
     groups = grid.group_count(m, group_size)
     width = group_size or m
     # Padded elements are 0, round to 0 and have no error, so they stay 0 through the sweep.
@@ -136,7 +177,7 @@ def gptq_columns(
         return _round(grouped, scales[i, :, None], zero[:, None], top[i], codes[i]).view(-1)
 
     _sweep(work, hessian.to(work.device), round_step)
-    return Rounded(codes.view(ranks, -1)[:, :m].contiguous(), scales, zeros, group_size)
+    return Rounded(codes.view(ranks, -1)[:, :m].contiguous(), scales, zeros, group_size, bits)
 
 
 def cholesky(matrix: torch.Tensor) -> torch.Tensor:
@@ -203,6 +244,15 @@ def _round(
     torch.minimum(code, top, out=code)
     codes.copy_(code)
     return code.sub_(zero).mul_(scale)
+
+
+def _round_gaussian(
+    values: torch.Tensor, scale: torch.Tensor, bits: torch.Tensor, codes: torch.Tensor
+) -> torch.Tensor:
+    """Rounded `values`; writes their uint8 codes."""
+    found = codebook.encode(values / scale, bits)
+    codes.copy_(found)
+    return codebook.decode(found, bits).mul_(scale)
 
 
 def _check(

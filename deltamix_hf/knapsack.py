@@ -77,7 +77,7 @@ def relax(errors: np.ndarray, prices: np.ndarray, budget: int) -> Relaxed | None
     left = budget - int(prices[rows, choice].sum())
     if left < 0:
         return None
-    path, gains = _hull(errors, prices, choice)
+    path, gains = hull(errors, prices, choice)
     order = np.flatnonzero(gains.ravel() > 0)
     order = order[np.argsort(-gains.ravel()[order], kind="stable")]
     rank, depth = np.divmod(order, max(gains.shape[1], 1))
@@ -124,7 +124,7 @@ def improve(relaxed: Relaxed, best: float) -> tuple[np.ndarray | None, float, fl
     return choice, best, bound
 
 
-def _hull(
+def hull(
     errors: np.ndarray, prices: np.ndarray, current: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hull walks from `current` `[k]`: choices `[k, B]` and the slopes of their steps `[k, B - 1]`.

@@ -2,7 +2,7 @@
 
 They are made from existing modules by changing the class in place, so names, hooks, ties and
 whatever else points at the module stay valid; the base weight stays at `.weight`. The packed
-factors are four frozen integer parameters, `dm_v`, `dm_u`, `dm_ranks`, `dm_zeros`
+factors are frozen integer parameters, `dm_v`, `dm_u`, `dm_ranks` and, on min-max grids, `dm_zeros`
 (parameters, not buffers: transformers shards, offloads and saves parameters).
 """
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .errors import DeltaMixError
 from .format import PREFIX
 from .ops import low_rank, low_rank_rows
-from .packed import DTYPES, PARTS, PackedFactors, Runs, part_shapes
+from .packed import DTYPES, PackedFactors, Runs, part_shapes, parts
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -28,14 +28,28 @@ def weight_of(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 
 
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """[m, n] of a module's weight."""
+    m, n = weight_of(module).shape
+    return m, n
+
+
+def tied_modules(model: PreTrainedModel, name: str) -> dict[str, nn.Module]:
+    """The module itself and every module whose weight is tied to its weight, by name."""
+    ties = model.all_tied_weights_keys.items()
+    names = [name, *(t.removesuffix(".weight") for t, s in ties if s == f"{name}.weight")]
+    return {n: model.get_submodule(n) for n in names}
+
+
 class DeltaModule(nn.Module):
     """What both kinds share: the packed parameters and the way back to a dense weight."""
 
     dm_runs: Runs
     dm_group_size: int
+    dm_gaussian: bool
 
     def delta_parameters(self) -> dict[str, Tensor]:
-        return {part: getattr(self, PREFIX + part) for part in PARTS}
+        return {part: getattr(self, PREFIX + part) for part in parts(self.dm_gaussian)}
 
     def packed(self) -> PackedFactors:
         m, n = weight_of(self).shape
@@ -45,7 +59,9 @@ class DeltaModule(nn.Module):
         """The packed tensors and the layout, in the order the ops take them."""
         flat = [number for run in self.dm_runs for number in run]
         m, n = weight_of(self).shape
-        return (*self.delta_parameters().values(), flat, m, n, self.dm_group_size)
+        tensors = self.delta_parameters()
+        zeros = tensors.pop("zeros", None)
+        return (*tensors.values(), zeros, flat, m, n, self.dm_group_size)
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -95,8 +111,9 @@ def attach(module: nn.Module, runs: Runs, group_size: int, tensors: dict[str, Te
     if counterpart is None:
         raise DeltaMixError(f"a {plain.__name__} cannot carry a packed delta")
     m, n = weight_of(module).shape
-    expected = part_shapes(m, n, runs, group_size)
-    for part in PARTS:
+    gaussian = "zeros" not in tensors
+    expected = part_shapes(m, n, runs, group_size, gaussian)
+    for part in expected:
         if tuple(tensors[part].shape) != expected[part] or tensors[part].dtype != DTYPES[part]:
             raise DeltaMixError(
                 f"packed tensor {PREFIX}{part} is {tensors[part].dtype} "
@@ -106,8 +123,8 @@ def attach(module: nn.Module, runs: Runs, group_size: int, tensors: dict[str, Te
             )
     module.__class__ = counterpart
     assert isinstance(module, DeltaModule)
-    module.dm_runs, module.dm_group_size = runs, group_size
-    for part in PARTS:
+    module.dm_runs, module.dm_group_size, module.dm_gaussian = runs, group_size, gaussian
+    for part in expected:
         tensor = tensors[part]
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
@@ -131,15 +148,15 @@ def attach_with_ties(
     for target in [t for t, source in model.all_tied_weights_keys.items() if source == weight]:
         twin = target.removesuffix(".weight")
         attach(model.get_submodule(twin), runs, group_size, shared)
-        for part in PARTS:
+        for part in shared:
             model.all_tied_weights_keys[f"{twin}.{PREFIX}{part}"] = f"{name}.{PREFIX}{part}"
 
 
 def detach(module: DeltaModule) -> None:
     """The inverse of `attach`: drop the delta and restore the plain class (weight untouched)."""
-    for part in PARTS:
+    for part in module.delta_parameters():
         delattr(module, PREFIX + part)
-    del module.dm_runs, module.dm_group_size
+    del module.dm_runs, module.dm_group_size, module.dm_gaussian
     plain: type[nn.Module] = nn.Linear if isinstance(module, DeltaLinear) else nn.Embedding
     object.__setattr__(module, "__class__", getattr(type(module), "dm_plain_class", plain))
     if "_old_forward" in module.__dict__:  # accelerate's hooks keep the forward they found

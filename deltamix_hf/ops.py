@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import grid, packing
-from .packed import PackedFactors, scales_and_zeros
+from . import codebook, grid, packing
+from .packed import PackedFactors, row_bits, zero_points
 
 
 def _unflatten(runs: list[int]) -> list[tuple[int, int, int]]:
@@ -27,7 +27,7 @@ def low_rank(
     v: Tensor,
     u: Tensor,
     ranks: Tensor,
-    zeros: Tensor,
+    zeros: Tensor | None,
     runs: list[int],
     m: int,
     n: int,
@@ -70,7 +70,7 @@ def low_rank_rows(
     v: Tensor,
     u: Tensor,
     ranks: Tensor,
-    zeros: Tensor,
+    zeros: Tensor | None,
     runs: list[int],
     m: int,
     n: int,
@@ -79,13 +79,18 @@ def low_rank_rows(
     """Rows `index` (int64, any shape, values below m) of Û·V̂: float32 [*index.shape, n]."""
     triples = _unflatten(runs)
     right = PackedFactors(m, n, group_size, triples, v, u, ranks, zeros).right()
-    scales, points = scales_and_zeros(ranks, zeros, triples)
+    sides = [(c, b) for c, _, b in triples]
     flat = index.reshape(-1)
-    codes = packing.unpack_columns(u, [(c, b) for c, _, b in triples], flat)
+    codes = packing.unpack_columns(u, sides, flat)
     own_group = flat // group_size if group_size else torch.zeros_like(flat)
     group = grid.group_count(n, group_size) + own_group
-    # int16, not uint8: code - zero may be negative
-    left = (codes.to(torch.int16) - points[:, group].to(torch.int16)) * scales[:, group]
+    scales = grid.scales_from_bits(ranks[:, 1:].contiguous())[:, group]
+    if zeros is None:
+        left = codebook.decode(codes, row_bits(sides, codes)[:, None]) * scales
+    else:
+        # int16, not uint8: code - zero may be negative
+        points = zero_points(zeros, triples, ranks.shape[1] - 1)[:, group].to(torch.int16)
+        left = (codes.to(torch.int16) - points) * scales
     with torch.autocast(index.device.type, enabled=False):
         return (left.T @ right).reshape(*index.shape, n)
 

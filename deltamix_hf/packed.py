@@ -1,15 +1,16 @@
 """The packed form of one matrix: ΔW ≈ Û·V̂ as integer codes, scales and per-rank widths.
 
-Four integer tensors hold everything (docs/format.md is normative). With k ranks, g = group size,
-Gn = ceil(n/g), Gm = ceil(m/g), and ranks sorted by falling (V width, U width):
+Three or four integer tensors hold everything (docs/format.md is normative). With k ranks,
+g = group size, Gn = ceil(n/g), Gm = ceil(m/g), and ranks sorted by falling (V width, U width):
 
     v      uint8 [Σ v_bits, ceil(n/8)]     codes of V̂, one rank after the other
     u      uint8 [Σ u_bits, ceil(m/8)]     codes of Ûᵀ (rank-major too)
     ranks  int16 [k, 1 + Gn + Gm]          v_bits + 16·u_bits | V scales | U scales
-    zeros  uint8 [Σ max bits, ceil((Gn+Gm)/8)]   zero points, packed like codes
+    zeros  uint8 [Σ max bits, ceil((Gn+Gm)/8)]   zero points, packed like codes; min-max only
 
 Scales are bit patterns of bfloat16 in an integer tensor, so that `.to(dtype)` on a model cannot
-round them; σ is folded into U's scales. A value is (code − zero)·scale.
+round them; σ is folded into U's scales. A value is (code − zero)·scale on the min-max grid, and
+level(code)·scale with the Gaussian codebook, which has no zero points.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from . import grid, packing
+from . import codebook, grid, packing
 from .errors import DeltaMixError
 from .gptq import Rounded
 
@@ -30,24 +31,35 @@ DTYPES = {"v": torch.uint8, "u": torch.uint8, "ranks": torch.int16, "zeros": tor
 Runs = list[tuple[int, int, int]]  # (count, v_bits, u_bits)
 
 
-def rank_bytes(m: int, n: int, v_bits: int, u_bits: int, group_size: int) -> int:
+def parts(gaussian: bool) -> tuple[str, ...]:
+    """Names of the tensors of one matrix."""
+    return PARTS[:-1] if gaussian else PARTS
+
+
+def rank_bytes(
+    m: int, n: int, v_bits: int, u_bits: int, group_size: int, gaussian: bool = False
+) -> int:
     """True bytes of one rank: codes of both vectors, scales, zero points and widths."""
     if v_bits == 0 or u_bits == 0:
         return 0  # a rank with an empty side contributes nothing and is not stored
     scale_groups = grid.group_count(n, group_size) + grid.group_count(m, group_size)
     codes = v_bits * -(-n // 8) + u_bits * -(-m // 8)
-    return codes + 2 * (1 + scale_groups) + max(v_bits, u_bits) * -(-scale_groups // 8)
+    zeros = 0 if gaussian else max(v_bits, u_bits) * -(-scale_groups // 8)
+    return codes + 2 * (1 + scale_groups) + zeros
 
 
-def part_shapes(m: int, n: int, runs: Runs, group_size: int) -> dict[str, tuple[int, int]]:
-    """Shapes of the four tensors that `runs` imply for an [m, n] matrix."""
+def part_shapes(
+    m: int, n: int, runs: Runs, group_size: int, gaussian: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Shapes of the tensors that `runs` imply for an [m, n] matrix."""
     scale_groups = grid.group_count(n, group_size) + grid.group_count(m, group_size)
-    return {
+    shapes = {
         "v": (sum(c * v for c, v, _ in runs), -(-n // 8)),
         "u": (sum(c * u for c, _, u in runs), -(-m // 8)),
         "ranks": (sum(c for c, _, _ in runs), 1 + scale_groups),
         "zeros": (sum(c * max(v, u) for c, v, u in runs), -(-scale_groups // 8)),
     }
+    return {part: shapes[part] for part in parts(gaussian)}
 
 
 def runs_of(ranks: Tensor) -> Runs:
@@ -80,15 +92,14 @@ class PackedFactors:
     v: Tensor
     u: Tensor
     ranks: Tensor
-    zeros: Tensor
+    zeros: Tensor | None = None  # None: Gaussian codebook
 
     @classmethod
-    def pack(
-        cls, v: Rounded, u: Rounded, v_bits: Tensor, u_bits: Tensor, group_size: int
-    ) -> PackedFactors:
-        """Sort ranks by width, drop the empty ones, pack. `v_bits`, `u_bits`: int [k]."""
+    def pack(cls, v: Rounded, u: Rounded) -> PackedFactors:
+        """Sort ranks by width, drop the empty ones, pack: V̂ [k, n] and Ûᵀ [k, m]."""
         k, n = v.codes.shape
         m = u.codes.shape[1]
+        v_bits, u_bits, group_size = v.bits, u.bits, v.group_size
         keep = [i for i in range(k) if v_bits[i] > 0 and u_bits[i] > 0]
         keep.sort(key=lambda i: (-int(v_bits[i]), -int(u_bits[i])))  # stable: σ order within a run
         order = torch.tensor(keep, dtype=torch.long, device=v.codes.device)
@@ -104,15 +115,21 @@ class PackedFactors:
             v=packing.pack(v.codes[order], [(c, b) for c, b, _ in runs]),
             u=packing.pack(u.codes[order], [(c, b) for c, _, b in runs]),
             ranks=ranks,
-            zeros=packing.pack(
+            zeros=None
+            if v.zeros is None or u.zeros is None
+            else packing.pack(
                 torch.cat([v.zeros[order], u.zeros[order]], 1),
                 [(c, max(b, d)) for c, b, d in runs],
             ),
         )
 
     @property
+    def gaussian(self) -> bool:
+        return self.zeros is None
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
-        return {part: getattr(self, part) for part in PARTS}
+        return {part: getattr(self, part) for part in parts(self.gaussian)}
 
     @property
     def rank(self) -> int:
@@ -124,18 +141,22 @@ class PackedFactors:
         widths = 2 * self.rank
         return {
             "payload": self.v.numel() + self.u.numel(),
-            "scales": 2 * self.ranks.numel() - widths + self.zeros.numel(),
+            "scales": 2 * self.ranks.numel()
+            - widths
+            + (0 if self.zeros is None else self.zeros.numel()),
             "metadata": widths,
         }
 
     def _side(self, codes: Tensor, length: int, v_side: bool) -> Tensor:
         runs = [(c, v if v_side else u) for c, v, u in self.runs]
-        scales, zeros = scales_and_zeros(self.ranks, self.zeros, self.runs)
         split = grid.group_count(self.n, self.group_size)
         part = slice(None, split) if v_side else slice(split, None)
-        return grid.dequantize(
-            packing.unpack(codes, runs, length), scales[:, part], zeros[:, part], self.group_size
-        )
+        plain = packing.unpack(codes, runs, length)
+        scales = grid.scales_from_bits(self.ranks[:, 1:].contiguous())[:, part]
+        if self.zeros is None:
+            return codebook.dequantize(plain, scales, row_bits(runs, codes), self.group_size)
+        points = zero_points(self.zeros, self.runs, self.ranks.shape[1] - 1)[:, part]
+        return grid.dequantize(plain, scales, points, self.group_size)
 
     def right(self) -> Tensor:
         """V̂, float32 [k, n]."""
@@ -150,8 +171,13 @@ class PackedFactors:
         return self.left().T @ self.right()
 
 
-def scales_and_zeros(ranks: Tensor, zeros: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
-    """Scales float32 [k, Gn+Gm] and zero points uint8 [k, Gn+Gm] of both sides."""
-    scales = grid.scales_from_bits(ranks[:, 1:].contiguous())
-    points = packing.unpack(zeros, [(c, max(v, u)) for c, v, u in runs], scales.shape[1])
-    return scales, points
+def row_bits(runs: list[tuple[int, int]], like: Tensor) -> Tensor:
+    """Width of every rank, int64 [k], on the device of `like`, from (count, bits) runs."""
+    counts = torch.tensor([c for c, _ in runs], dtype=torch.int64, device=like.device)
+    widths = torch.tensor([b for _, b in runs], dtype=torch.int64, device=like.device)
+    return widths.repeat_interleave(counts)
+
+
+def zero_points(zeros: Tensor, runs: Runs, groups: int) -> Tensor:
+    """Zero points uint8 [k, groups] of both sides, Gn of V̂ then Gm of Û."""
+    return packing.unpack(zeros, [(c, max(v, u)) for c, v, u in runs], groups)

@@ -37,7 +37,7 @@ from .format import (
     read_headers,
 )
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, weight_of
-from .packed import PARTS, runs_of
+from .packed import parts, runs_of
 from .saving import delta_state_dict, install_save, uninstall_save
 
 _HIDDEN = "deltamix.hidden."
@@ -68,6 +68,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         # Compression writes fingerprints into the config: never into the caller's own object.
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.base_files: list[str] = []
+        self.seconds: dict[str, float] = {}  # of compression, by stage
         self.commit: str | None = None  # of the repo being loaded; its tokenizer is saved along
         self._hidden: set[str] = set()
         self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
@@ -114,14 +115,15 @@ class DeltaMixHfQuantizer(HfQuantizer):
             raise DeltaMixError("a delta repo is loaded from its own files; no state_dict, please")
         delta_files = list(checkpoint_files)
         infos = read_headers(delta_files)
-        modules = packed_modules(infos)
+        gaussian = self.quantization_config.codebook == "gaussian"
+        modules = packed_modules(infos, gaussian)
         if absent := sorted(self.quantization_config.errors.keys() - modules.keys()):
             raise DeltaMixError(
                 f"the delta repo lacks the packed matrix {absent[0]}: the file is incomplete"
             )
         keys = KeyMap(model)
         guards = {name for name in infos if is_guard(name)}
-        packed = {f"{module}.{PREFIX}{part}" for module in modules for part in PARTS}
+        packed = {f"{module}.{PREFIX}{part}" for module in modules for part in parts(gaussian)}
         overlay = infos.keys() - packed - guards
         supplied = {keys.rename(name)[0]: name for name in overlay}
         for name, stored in supplied.items():
@@ -181,8 +183,9 @@ class DeltaMixHfQuantizer(HfQuantizer):
             ranks = handle.get_tensor(f"{stored}.{PREFIX}ranks")
         name = weight.removesuffix(".weight")
         group_size = self.quantization_config.group_size
+        kinds = parts(self.quantization_config.codebook == "gaussian")
         try:
-            placeholders = {part: infos[f"{stored}.{PREFIX}{part}"].placeholder() for part in PARTS}
+            placeholders = {part: infos[f"{stored}.{PREFIX}{part}"].placeholder() for part in kinds}
             attach_with_ties(model, name, runs_of(ranks), group_size, placeholders)
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
@@ -211,7 +214,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     "load the delta repo with any device_map"
                 )
             base = BaseCheckpoint(self.base_files, model)
-            compress_model(model, base, self.quantization_config, self.commit)
+            self.seconds = compress_model(model, base, self.quantization_config, self.commit)
         # transformers makes every float parameter trainable while loading
         model.requires_grad_(False)
         # what we save is in model form already

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .base import BaseCheckpoint, same, weights_from_base
+from .config import overlay_form
 from .errors import DeltaMixError
 from .format import GUARD, PREFIX, guard_names
 from .modules import delta_modules
@@ -61,6 +62,8 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
     Raises:
         DeltaMixError: a base weight was edited (merged adapters), or weights are offloaded.
     """
+    quantizer: Any = model.hf_quantizer
+    config = quantizer.quantization_config
     state = model.state_dict()
     tied = set(model.all_tied_weights_keys)
     stored: dict[str, Tensor] = {}
@@ -83,9 +86,9 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
                     "model instead: model.dequantize(), then save_pretrained"
                 )
             if not unchanged:
-                stored[name] = tensor
+                stored[name] = overlay_form(tensor, config)
         elif not base.supplies(name):
-            stored[name] = tensor
+            stored[name] = overlay_form(tensor, config)
     dtype, shape = GUARD
     for name in guard_names(weights_from_base(model, base, stored), model.base_model_prefix):
         stored[name] = torch.zeros(shape, dtype=dtype)

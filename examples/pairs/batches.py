@@ -15,10 +15,11 @@ Batch = dict[str, Tensor]
 Row = tuple[list[int], list[int]]  # input ids and labels of one text
 
 
-def encode(tokenizer, prompt: str, answer: str) -> Row:
-    """One question and answer; only the answer and the end-of-text token after it are scored."""
+def encode(tokenizer, prompt: str, answer: str, ends: bool = True) -> Row:
+    """One question and answer; only the answer and, if it `ends`, the end token are scored."""
     asked = tokenizer(prompt, add_special_tokens=False).input_ids
-    said = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    said = tokenizer(answer, add_special_tokens=False).input_ids
+    said = [*said, tokenizer.eos_token_id] if ends else said
     return asked + said, [-100] * len(asked) + said
 
 

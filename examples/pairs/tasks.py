@@ -62,7 +62,7 @@ def mixed_task(train_size: int, heldout_size: int = 300, seed: int = 0) -> Split
         examples = [Example(q, str(a), name) for q, a in unique.items()][:wanted]
         heldout += examples[:per_task_heldout]
         train += examples[per_task_heldout:]
-    return _splits(train, heldout, seed)
+    return make_splits(train, heldout, seed)
 
 
 def sums_task(train_size: int = 3000, heldout_size: int = 200, seed: int = 0) -> Splits:
@@ -81,14 +81,16 @@ def sums_task(train_size: int = 3000, heldout_size: int = 200, seed: int = 0) ->
     examples = [Example(f"{a} + {b} =", str(a + b), "sums") for a, b in pairs]
     # Shuffled here because the late ones are mostly two-digit sums: the others were drawn before.
     generator.shuffle(examples)
-    return _splits(examples[heldout_size:], examples[:heldout_size], seed)
+    return make_splits(examples[heldout_size:], examples[:heldout_size], seed)
 
 
-def _splits(train: list[Example], heldout: list[Example], seed: int) -> Splits:
+def make_splits(
+    train: list[Example], heldout: list[Example], seed: int, calibration_size: int = 256
+) -> Splits:
     """Shuffle both lists by seed and check that no prompt is in both."""
     shared = {e.prompt for e in train} & {e.prompt for e in heldout}
     if shared:
         raise ValueError(f"{len(shared)} prompts are in train and in heldout: {sorted(shared)[:3]}")
     random.Random(seed).shuffle(train)
     random.Random(seed + 1).shuffle(heldout)
-    return Splits(train, heldout, train[:256], seed)
+    return Splits(train, heldout, train[:calibration_size], seed)

@@ -1,0 +1,169 @@
+"""One model being compressed: measure the fine-tune, compress every matrix, tune the scales.
+
+Order matters. Everything that is measured on the fine-tune (statistics, predictions to tune by,
+hidden states that enter the blocks) is measured before the first weight changes. Matrices outside
+the blocks come first, because the blocks are fitted to what they hand on; then the blocks in order;
+the scales of all of them last.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from . import tuning
+from .base import BaseCheckpoint
+from .compress import Budget, Compressed, Compressor, Matrix
+from .config import DeltaMixConfig
+from .modules import attach_with_ties, shape_of, tied_modules, weight_of
+from .sequential import Stack, find_blocks
+from .statistics import LayerStatistics, Metrics, collect, metrics_of
+
+logger = logging.get_logger(__name__)
+
+
+class Job:
+    """One model being compressed: what was measured of it, and what is done."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        base: BaseCheckpoint,
+        config: DeltaMixConfig,
+        targets: dict[str, nn.Module],
+    ):
+        self.model, self.base, self.config, self.targets = model, base, config, targets
+        self.batches: list[Tensor] = []
+        self.course: list[tuning.Lesson] = []
+        self.uses: dict[str, list[LayerStatistics]] = {}
+        self.scored = 1
+        self.seconds: dict[str, float] = {}
+        self._results: dict[str, Compressed] = {}
+
+    def measure(self, batches: list[Tensor]) -> None:
+        """Statistics and predictions of the fine-tune."""
+        config, model = self.config, self.model
+        self.batches = batches
+        if not batches:
+            return
+        with self._timed("statistics"):
+            observed: dict[str, nn.Module] = {}
+            for name in self.targets:
+                users = tied_modules(model, name)
+                if not config.fisher:  # a tied embedding is measured where it is used as a matrix
+                    users = {n: m for n, m in users.items() if isinstance(m, nn.Linear)}
+                observed |= users
+            bar = logging.tqdm(batches, desc="Calibrating", unit="batch")
+            found, self.scored = collect(model, observed, bar, config.fisher, config.seed)
+            for name in self.targets:
+                uses = [found[n] for n in tied_modules(model, name) if n in found]
+                self.uses |= {name: uses} if uses else {}
+        if config.tune_steps:
+            with self._timed("predictions"):
+                self.course = tuning.lessons(model, batches, config.seed)
+
+    def metrics(self, name: str) -> Metrics:
+        """Metrics of a target; what was never called gets the mean weight of what was."""
+        if name in self.uses:
+            return metrics_of(self.uses[name], self.scored)
+        if not (self.uses and self.config.fisher):
+            return Metrics()
+        m, n = shape_of(self.targets[name])
+        device = weight_of(self.targets[name]).device
+        return Metrics(
+            torch.full((m,), self._typical[0], device=device),
+            torch.full((n,), self._typical[1], device=device),
+        )
+
+    @cached_property
+    def _typical(self) -> tuple[float, float]:
+        found = [metrics_of(uses, self.scored) for uses in self.uses.values()]
+        sides = [[f.outputs for f in found], [f.inputs for f in found]]
+        a, c = (
+            statistics.median(
+                [float((x.diagonal() if x.dim() == 2 else x).mean()) for x in side if x is not None]
+                or [1.0]
+            )
+            for side in sides
+        )
+        return a, c
+
+    def delta(self, name: str) -> Tensor:
+        weight = weight_of(self.targets[name]).detach()
+        base = self.base.read(f"{name}.weight")
+        return weight.float() - base.to(weight.device, torch.float32)
+
+    def run(self, budget: Budget) -> None:
+        """Compress every target, then tune."""
+        config = self.config
+        matrices = {
+            name: Matrix(shape_of(module), partial(self.delta, name), partial(self.metrics, name))
+            for name, module in self.targets.items()
+        }
+        with self._timed("allocation"):
+            compressor = Compressor(matrices, budget, config)
+        stacks: list[Stack] = []
+        if config.sequential and self.batches:
+            with self._timed("sequential"):
+                found = [
+                    Stack(self.model, names, self.batches)
+                    for names in find_blocks(self.model, list(self.targets))
+                ]
+                stacks = [stack for stack in found if stack.capture()]
+        blocks = tuple(f"{block}." for stack in stacks for block in stack.names)
+        chained = [name for name in self.targets if blocks and name.startswith(blocks)]
+        plain = [name for name in self.targets if name not in chained]
+        self._bar = logging.tqdm(total=len(matrices), desc="Compressing", unit="matrix")
+        with self._timed("compression"):
+            for name in sorted(plain, key=lambda name: -sum(matrices[name].shape)):
+                self._compress(compressor, name, None, None)
+                self._attach(name)
+            for stack in stacks:
+                stack.compress(chained, partial(self._compress, compressor), self._attach_block)
+        self._bar.close()
+        if self.course:
+            with self._timed("tuning"):
+                tuning.tune(self.model, self.course, config.tune_steps)
+
+    def _compress(
+        self, compressor: Compressor, name: str, change: Tensor | None, inputs: Tensor | None
+    ) -> Tensor:
+        metrics, delta = self.metrics(name), self.delta(name)
+        if change is not None:
+            delta += change
+            metrics = Metrics(metrics.outputs, inputs)
+        result = compressor.compress(name, delta, metrics)
+        self._results[name] = result
+        self._bar.update()
+        weight = self.base.read(f"{name}.weight").to(delta.device, torch.float32)
+        return weight if result.packed is None else weight + result.packed.dense()
+
+    def _attach_block(self, block: str) -> None:
+        for name in [name for name in self._results if name.startswith(f"{block}.")]:
+            self._attach(name)
+
+    def _attach(self, name: str) -> None:
+        """Put the base weight and the packed delta where the fine-tuned weight was."""
+        packed, error = self._results[name].packed, self._results[name].error
+        with torch.no_grad():
+            weight_of(self.targets[name]).copy_(self.base.read(f"{name}.weight"))
+        if packed is not None:
+            self.config.errors[name] = error
+            attach_with_ties(self.model, name, packed.runs, packed.group_size, packed.tensors)
+        del self._results[name]
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+        logger.info("%s took %.1f s", stage, spent)

@@ -1,0 +1,120 @@
+"""Metrics: what one unit of error costs in each direction, on the input or the output side.
+
+A metric M is a symmetric positive matrix [d, d], a diagonal [d], or None for the identity. Layer
+error is measured as tr(Eᵀ·A·E·C) with A on outputs and C on inputs, so all the pipeline needs of a
+metric is: products with it, damping, and a factor L with L·Lᵀ = M to whiten with.
+
+`SecondMoment` accumulates M = Σ x·xᵀ / N over batches. Up to FULL elements it keeps the matrix,
+d²·4 bytes. Above, it keeps a sketch of SKETCH rows and the exact diagonal, (SKETCH + 1)·d·4 bytes:
+rows x are added to the sketch with random signs, so E[SᵀS] = Σ x·xᵀ, and the result is rescaled to
+the exact diagonal. Above DIAGONAL elements (vocabularies) it keeps the diagonal alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .gptq import cholesky
+
+Metric = Tensor | None
+
+FULL = 6144
+SKETCH = 2048
+DIAGONAL = 32768
+
+
+class SecondMoment:
+    """Mean of x·xᵀ over rows x of size `dim`, accumulated in float32 on the rows' device."""
+
+    def __init__(self, dim: int, full: int = FULL, sketch: int = SKETCH, diagonal: int = DIAGONAL):
+        self.dim = dim
+        self.kind = "full" if dim <= full else "sketch" if dim <= diagonal else "diagonal"
+        self.rows = {"full": dim, "sketch": sketch, "diagonal": 0}[self.kind]
+        self.total: Tensor | None = None  # Σ x·xᵀ [d, d], or the sketch [rows, d]
+        self.squares: Tensor | None = None  # Σ x² [d]
+        self.count = 0
+        self._random = torch.Generator().manual_seed(dim)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows `[N, d]`."""
+        rows = rows.detach().reshape(-1, self.dim).float()
+        if self.total is None:
+            self.total = rows.new_zeros(self.rows, self.dim)
+            self.squares = rows.new_zeros(self.dim)
+        assert self.squares is not None
+        if self.kind == "full":
+            self.total.addmm_(rows.T, rows)
+        else:
+            self.squares += rows.square().sum(0)
+        if self.kind == "sketch":
+            slots = (torch.arange(len(rows)) + self.count) % self.rows
+            signs = torch.randint(0, 2, (len(rows), 1), generator=self._random) * 2 - 1
+            self.total.index_add_(0, slots.to(rows.device), rows * signs.to(rows))
+        self.count += len(rows)
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * (self.rows + (self.kind != "full")) * self.dim
+
+    def mean(self, count: int | None = None) -> Tensor:
+        """Σ x·xᵀ / `count` (default: the rows seen) as a metric: `[d, d]`, or `[d]` if diagonal."""
+        if self.total is None or self.squares is None:
+            raise ValueError("nothing was accumulated")
+        count = self.count if count is None else count
+        if self.kind == "full":
+            return self.total / count
+        if self.kind == "diagonal":
+            return self.squares / count
+        found = self.total.T @ self.total
+        scale = (self.squares / found.diagonal().clamp(min=1e-30)).sqrt()
+        return found.mul_(scale).mul_(scale[:, None]).div_(count)
+
+
+def damped(metric: Metric, fraction: float) -> Metric:
+    """`metric + fraction · mean(diag) · I`, a new tensor; None stays None."""
+    if metric is None:
+        return None
+    if metric.dim() == 1:
+        return metric + fraction * metric.mean()
+    out = metric.clone()
+    out.diagonal().add_(fraction * out.diagonal().mean())
+    return out
+
+
+def times(rows: Tensor, metric: Metric) -> Tensor:
+    """`rows @ metric` for rows `[k, d]`, in the rows' dtype."""
+    if metric is None:
+        return rows
+    metric = metric.to(rows)
+    return rows * metric if metric.dim() == 1 else rows @ metric
+
+
+def energies(rows: Tensor, metric: Metric) -> Tensor:
+    """`x·M·xᵀ` of every row, float64 `[k]`."""
+    return (times(rows, metric).double() * rows).sum(1)
+
+
+def root(metric: Metric) -> Metric:
+    """L with L·Lᵀ = metric: lower Cholesky factor float64 `[d, d]`, or a diagonal `[d]`.
+
+    Raises ValueError if the metric is not positive semi-definite.
+    """
+    if metric is None:
+        return None
+    return metric.double().sqrt() if metric.dim() == 1 else cholesky(metric)
+
+
+def whiten(rows: Tensor, factor: Metric) -> Tensor:
+    """`rows @ L` for rows `[k, d]` and a `root` L."""
+    return times(rows, factor)
+
+
+def unwhiten(rows: Tensor, factor: Metric) -> Tensor:
+    """`rows @ L⁻¹`, the inverse of `whiten`."""
+    if factor is None:
+        return rows
+    if factor.dim() == 1:
+        return rows / factor.to(rows)
+    solved = torch.linalg.solve_triangular(factor, rows.to(factor.dtype), upper=False, left=False)
+    return solved.to(rows.dtype)

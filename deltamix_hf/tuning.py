@@ -1,0 +1,153 @@
+"""Tuning of the stored scales by KL to the fine-tune: no extra bytes, a few passes of text.
+
+Layer by layer, errors are at best uncorrelated; end to end they can cancel. Every rank's scale is
+already stored, so it is multiplied by a gain exp(θ), trained with Adam (cosine learning rate) on
+
+    KL(fine-tune ‖ compressed)  at some positions of the calibration text,
+
+and folded back into the bfloat16 scales of U. The fine-tune's log-probabilities at these positions
+are recorded before it is compressed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from . import grid
+from .modules import DeltaEmbedding, DeltaModule, delta_modules, weight_of
+from .statistics import inputs_of, prediction
+
+LEARNING_RATE = 0.01
+TOKENS_PER_STEP = 512
+# Log-probabilities of the fine-tune that are kept, float16.
+_MOST_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One calibration batch: token ids, scored positions and the fine-tune's log-probabilities."""
+
+    ids: Tensor
+    positions: Tensor
+    wanted: Tensor
+
+
+@torch.no_grad()
+def lessons(model: PreTrainedModel, batches: Sequence[Tensor], seed: int) -> list[Lesson]:
+    """Run the fine-tune over the batches and keep its predictions at random positions."""
+    random = torch.Generator().manual_seed(seed)
+    made: list[Lesson] = []
+    for ids in batches:
+        values, is_logits = prediction(model(**inputs_of(model, ids)))
+        if not is_logits:
+            return []  # nothing to compare distributions of
+        most = max(1, _MOST_BYTES // (len(batches) * values.shape[1] * 2))
+        chosen = torch.randperm(len(values), generator=random)[:most].sort().values
+        wanted = values[chosen.to(values.device)].float().log_softmax(-1).half().cpu()
+        made.append(Lesson(ids, chosen, wanted))
+    return made
+
+
+def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[float]:
+    """Train the scales of all packed matrices in place; returns KL per step, nats per position."""
+    modules = delta_modules(model)
+    if not course or not modules or not steps:
+        return []
+    gains = {}
+    for module in modules.values():  # tied modules share their tensors, hence their gain
+        ranks = ranks_of(module)
+        if id(ranks) not in gains:
+            gains[id(ranks)] = torch.zeros(len(ranks), device=ranks.device, requires_grad=True)
+    for module in modules.values():
+        _open(module, gains[id(ranks_of(module))])
+    optimizer = torch.optim.Adam(gains.values(), lr=LEARNING_RATE)
+    losses: list[float] = []
+    try:
+        lesson = 0
+        bar = logging.tqdm(total=steps, desc="Tuning scales", unit="step")
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            batch: list[Lesson] = []
+            tokens = 0
+            while tokens < TOKENS_PER_STEP and len(batch) < len(course):
+                batch.append(course[lesson % len(course)])
+                tokens += batch[-1].ids.numel()
+                lesson += 1
+            scored = sum(len(item.positions) for item in batch)
+            total = 0.0
+            optimizer.zero_grad()
+            for item in batch:
+                loss = _divergence(model, item) / scored
+                loss.backward()
+                total += loss.item()
+            optimizer.step()
+            losses.append(total)
+            bar.update()
+        bar.close()
+    finally:
+        for module in modules.values():
+            _close(module)
+    done: set[int] = set()
+    for module in modules.values():
+        key = id(ranks_of(module))
+        if key not in done:
+            _fold(module, gains[key].detach().exp())
+            done.add(key)
+    return losses
+
+
+def ranks_of(module: DeltaModule) -> Tensor:
+    """The `dm_ranks` tensor int16 [k, 1 + groups], typed."""
+    return cast(Tensor, module.dm_ranks)
+
+
+def _divergence(model: PreTrainedModel, item: Lesson) -> Tensor:
+    """Sum of KL(fine-tune ‖ model) over the scored positions."""
+    values, _ = prediction(model(**inputs_of(model, item.ids)))
+    found = values[item.positions.to(values.device)].float().log_softmax(-1)
+    wanted = item.wanted.to(found.device).float()
+    return F.kl_div(found, wanted, reduction="sum", log_target=True)
+
+
+def _open(module: DeltaModule, gain: Tensor) -> None:
+    """Let the module run on dense factors, its ranks multiplied by exp(gain) [k]."""
+    packed = module.packed()
+    dtype = weight_of(module).dtype
+    right, left = packed.right().to(dtype), packed.left().to(dtype)  # [k, n], [k, m]
+
+    def linear(self: nn.Linear, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y + (F.linear(x, right) * gain.exp().to(dtype)) @ left
+
+    def embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
+        rows = left.T[ids] * gain.exp().to(dtype)
+        return nn.Embedding.forward(self, ids) + rows @ right
+
+    chosen = embedding if isinstance(module, DeltaEmbedding) else linear
+    if isinstance(module, DeltaEmbedding) and type(module) is not DeltaEmbedding:
+        return  # scaled embeddings (Gemma) keep their own forward, and their scales
+    object.__setattr__(module, "forward", MethodType(chosen, module))
+
+
+def _close(module: DeltaModule) -> None:
+    module.__dict__.pop("forward", None)
+
+
+@torch.no_grad()
+def _fold(module: DeltaModule, gains: Tensor) -> None:
+    """Multiply the stored scales of U by `gains` [k]."""
+    first = 1 + grid.group_count(weight_of(module).shape[1], module.dm_group_size)
+    ranks = ranks_of(module)
+    scales = grid.scales_from_bits(ranks[:, first:].contiguous()) * gains[:, None]
+    ranks[:, first:] = grid.scales_to_bits(scales)
