@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from .config import DeltaMixConfig
 from .errors import DeltaMixError
 
+SELF = "self"  # calibration on text that the fine-tune writes
+_RANDOM_LENGTH = 128
 _TOKENS_PER_FORWARD = 2048  # rows of a token tensor run together up to this many tokens
 
 
@@ -23,6 +25,8 @@ def describe(config: DeltaMixConfig) -> str:
     data = config.calibration
     if data is None:
         return "data-free"
+    if isinstance(data, str) and data == SELF:
+        return f"{config.num_samples} texts written by the fine-tune"
     if isinstance(data, Tensor):
         rows, length = data[: config.num_samples, : config.seq_length].shape
         return f"token ids [{rows}, {length}]"
@@ -44,21 +48,41 @@ def token_batches(config: DeltaMixConfig, load_tokenizer: Callable[[], Any]) -> 
     texts = [text for text in texts if text and text.strip()]
     random.Random(config.seed).shuffle(texts)
     tokenizer = load_tokenizer()
-    same_length: dict[int, list[list[int]]] = {}  # run together, so that nothing is padded
-    for text in texts[: config.num_samples]:
-        ids = tokenizer(text, truncation=True, max_length=config.seq_length)["input_ids"]
+    chosen = texts[: config.num_samples]
+    rows = [
+        tokenizer(t, truncation=True, max_length=config.seq_length)["input_ids"] for t in chosen
+    ]
+    return stacked(rows, config.seed)
+
+
+def random_tokens(vocabulary: int, config: DeltaMixConfig) -> list[Tensor]:
+    """Uniformly random token ids, for data-free compression."""
+    generator = torch.Generator().manual_seed(config.seed)
+    length = min(config.seq_length, _RANDOM_LENGTH)
+    ids = torch.randint(vocabulary, (config.num_samples, length), generator=generator)
+    return list(ids.split(max(1, _TOKENS_PER_FORWARD // length)))
+
+
+def stacked(rows: Sequence[list[int]], seed: int) -> list[Tensor]:
+    """Batches of rows of equal length, so that nothing is padded, in an order drawn by `seed`.
+
+    Raises:
+        DeltaMixError: no row holds a token.
+    """
+    same_length: dict[int, list[list[int]]] = {}
+    for ids in rows:
         same_length.setdefault(len(ids), []).append(ids)
     same_length.pop(0, None)
-    batches = [
-        batch
-        for length, rows in same_length.items()
-        for batch in torch.tensor(rows).split(max(1, _TOKENS_PER_FORWARD // length))
-    ]
-    random.Random(config.seed).shuffle(batches)
-    if not batches:
+    if not same_length:
         raise DeltaMixError(
             "calibration gave no tokens; give non-empty texts, or None for data-free"
         )
+    batches = [
+        batch
+        for length, group in same_length.items()
+        for batch in torch.tensor(group).split(max(1, _TOKENS_PER_FORWARD // length))
+    ]
+    random.Random(seed).shuffle(batches)
     return batches
 
 

@@ -144,7 +144,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.bits_per_weight = bits_per_weight
         self.budget_bytes = budget_bytes
         self.f_max = f_max
-        if method not in PRESETS:
+        if not isinstance(method, str) or method not in PRESETS:
             raise DeltaMixError(f"method is {method!r}; choose one of {list(PRESETS)}")
         given = locals()
         for name, value in resolve(method, {switch: given[switch] for switch in SWITCHES}).items():
@@ -207,8 +207,11 @@ class DeltaMixConfig(QuantizationConfigMixin):
                 )
         _check_int("tune_steps", self.tune_steps, 0)
         penalty = self.drop_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not penalty >= 1:
-            raise DeltaMixError(f"drop_penalty is {penalty!r}; it must be a number of at least 1")
+        number = isinstance(penalty, int | float) and not isinstance(penalty, bool)
+        if not number or not 1 <= penalty < math.inf:
+            raise DeltaMixError(
+                f"drop_penalty is {penalty!r}; it must be a finite number of at least 1"
+            )
         if self.split_widths and self.allocation != "global":
             raise DeltaMixError('split_widths=True needs allocation="global"')
         if self.allocation == "bands" and self.codebook != "min-max":

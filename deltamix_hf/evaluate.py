@@ -42,12 +42,14 @@ class Metrics:
         kl: KL(reference ‖ model), nats per token.
         agreement: share of tokens for which both models rank the same token first, 0 to 1.
         tokens: how many tokens were scored.
+        accuracy: share of labels that are the model's first choice, 0 to 1; NaN without labels.
     """
 
     nll: float
     kl: float
     agreement: float
     tokens: int
+    accuracy: float = math.nan
 
     @property
     def perplexity(self) -> float:
@@ -100,8 +102,8 @@ def compare(
             f"{len(reference)} reference logits for {len(batches)} batches; "
             "make them with reference_logits(model, batches) from the same batches"
         )
-    nll = kl = agreeing = 0.0
-    tokens = labelled = 0
+    nll = kl = 0.0
+    agreeing = right = tokens = labelled = 0
     for i, batch in enumerate(batches):
         found, targets = scored_logits(model, batch)
         if isinstance(reference, nn.Module):
@@ -119,9 +121,10 @@ def compare(
             q = log_softmax(q.float(), dim=-1)
             kl += kl_div(q, p, reduction="sum", log_target=True).item()
             nll += nll_loss(q, y, ignore_index=IGNORED, reduction="sum").item()
-            agreeing += (p.argmax(-1) == q.argmax(-1)).sum().item()
+            agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
+            right += int((q.argmax(-1) == y).sum())
             tokens += len(y)
-            labelled += (y != IGNORED).sum().item()
+            labelled += int((y != IGNORED).sum())
     if tokens == 0:
         raise DeltaMixError("no token is scored: give at least one batch with labels above -100")
     return Metrics(
@@ -129,6 +132,7 @@ def compare(
         kl=kl / tokens,
         agreement=agreeing / tokens,
         tokens=tokens,
+        accuracy=right / labelled if labelled else math.nan,
     )
 
 

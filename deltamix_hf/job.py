@@ -61,8 +61,7 @@ class Job:
                 if not config.fisher:  # a tied embedding is measured where it is used as a matrix
                     users = {n: m for n, m in users.items() if isinstance(m, nn.Linear)}
                 observed |= users
-            bar = logging.tqdm(batches, desc="Calibrating", unit="batch")
-            found, self.scored = collect(model, observed, bar, config.fisher, config.seed)
+            found, self.scored = collect(model, observed, batches, config.fisher, config.seed)
             for name in self.targets:
                 uses = [found[n] for n in tied_modules(model, name) if n in found]
                 self.uses |= {name: uses} if uses else {}

@@ -98,8 +98,14 @@ SWITCHES = tuple(field.name for field in fields(Preset))
 
 
 def resolve(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Value of every switch: the given one, or the preset's where None was given."""
+    """Value of every switch: the given one, or the preset's where None was given.
+
+    Another allocation than the preset's, which has no split widths, turns these off by itself.
+    """
     preset = PRESETS[method]
-    return {
+    values = {
         name: getattr(preset, name) if given.get(name) is None else given[name] for name in SWITCHES
     }
+    if given.get("split_widths") is None and values["allocation"] != "global":
+        values["split_widths"] = False
+    return values

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .errors import DeltaMixError
 from .metric import Metric, SecondMoment
@@ -111,19 +112,23 @@ def collect(
     trainable = {p for p in model.parameters() if p.requires_grad}
     model.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda module, args, y: y.requires_grad_(fisher))
+    handles = [  # every one: encoder and decoder may each have their own
+        module.register_forward_hook(lambda module, args, y: y.requires_grad_(fisher))
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    ]
     hooks = _Hooks(modules, fisher)
     scored = 0
     try:
         with torch.set_grad_enabled(fisher):
-            for ids in batches:
+            for ids in logging.tqdm(batches, desc="Calibrating", unit="batch"):
                 output = _predict(model, ids)
                 if fisher:
                     scored += _backward(output, len(batches), random)
     finally:
         found = hooks.close()
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
     for name, layer in found.items():

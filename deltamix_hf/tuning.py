@@ -6,7 +6,9 @@ already stored, so it is multiplied by a gain exp(θ), trained with Adam (cosine
     KL(fine-tune ‖ compressed)  at some positions of the calibration text,
 
 and folded back into the bfloat16 scales of U. The fine-tune's log-probabilities at these positions
-are recorded before it is compressed.
+are recorded before it is compressed. Every eighth text is kept out of training: if the gains do not
+help there, they are dropped. (A classifier makes one prediction a text; 128 of them are too few for
+two thousand scales, and at 1/16 tuning took rxnfp from KL 0.0012 to 0.0020.)
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .statistics import inputs_of, prediction
 
 LEARNING_RATE = 0.01
 TOKENS_PER_STEP = 512
+_KEEP_OUT = 8
 # Log-probabilities of the fine-tune that are kept, float16.
 _MOST_BYTES = 1_000_000_000
 
@@ -47,6 +50,8 @@ def lessons(model: PreTrainedModel, batches: Sequence[Tensor], seed: int) -> lis
     """Run the fine-tune over the batches and keep its predictions at random positions."""
     random = torch.Generator().manual_seed(seed)
     made: list[Lesson] = []
+    pieces = [ids.split(max(1, TOKENS_PER_STEP // ids.shape[1])) for ids in batches]
+    batches = [piece for parts in pieces for piece in parts]
     for ids in batches:
         values, is_logits = prediction(model(**inputs_of(model, ids)))
         if not is_logits:
@@ -72,7 +77,10 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
         _open(module, gains[id(ranks_of(module))])
     optimizer = torch.optim.Adam(gains.values(), lr=LEARNING_RATE)
     losses: list[float] = []
+    kept_out = course[::_KEEP_OUT] if len(course) > 1 else []
+    course = [item for i, item in enumerate(course) if i % _KEEP_OUT or not kept_out]
     try:
+        before = _mean(model, kept_out)
         lesson = 0
         bar = logging.tqdm(total=steps, desc="Tuning scales", unit="step")
         for step in range(steps):
@@ -95,6 +103,9 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
             losses.append(total)
             bar.update()
         bar.close()
+        if _mean(model, kept_out) > before:
+            for gain in gains.values():
+                gain.detach().zero_()
     finally:
         for module in modules.values():
             _close(module)
@@ -110,6 +121,13 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
 def ranks_of(module: DeltaModule) -> Tensor:
     """The `dm_ranks` tensor int16 [k, 1 + groups], typed."""
     return cast(Tensor, module.dm_ranks)
+
+
+@torch.no_grad()
+def _mean(model: PreTrainedModel, course: Sequence[Lesson]) -> float:
+    """KL(fine-tune ‖ model), nats per scored position."""
+    scored = sum(len(item.positions) for item in course)
+    return sum(_divergence(model, item).item() for item in course) / max(scored, 1)
 
 
 def _divergence(model: PreTrainedModel, item: Lesson) -> Tensor:
