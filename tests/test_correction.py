@@ -6,7 +6,9 @@ from deltamix_hf.correction import (
     corrected_left_factor,
     metric_error,
     plain_left_factor,
+    unbiased_gains,
 )
+from deltamix_hf.factor import factorise
 from deltamix_hf.svd import thin_svd
 
 
@@ -103,6 +105,69 @@ def test_metric_error():
     zero = torch.zeros_like(delta)
     assert metric_error(delta, zero, gram) == pytest.approx(1)
     assert metric_error(zero, zero, gram) == 0 and metric_error(zero, delta, gram) == float("inf")
+
+
+def gain_problem(k=6):
+    """Exact and rounded factors of a delta, and metrics of both sides; float32."""
+    delta, _, gram, left, sigma, right = (t.float() for t in problem(k=k))
+    noise = torch.Generator().manual_seed(1)
+    left = left * sigma
+    shrunk = torch.linspace(0.6, 0.9, k)  # as rounding to few levels shrinks
+    left_hat = left * shrunk + 0.05 * torch.randn(left.shape, generator=noise)
+    exact_right = thin_svd(delta, k)[2]
+    x = torch.randn(50, len(left), generator=noise)
+    return left, left_hat, exact_right, right, x.T @ x / 50, gram
+
+
+@pytest.mark.parametrize("kind", ["identity", "diagonal", "full"])
+def test_unbiased_gains_make_every_component_whole(kind):
+    """What the rounded factors carry of an exact component, in the metric, is all of it."""
+    left, left_hat, right, right_hat, outputs, inputs = gain_problem()
+    if kind == "identity":
+        outputs = inputs = None
+    elif kind == "diagonal":
+        outputs, inputs = outputs.diagonal(), inputs.diagonal()
+    gains = unbiased_gains(left, left_hat, right, right_hat, outputs, inputs)
+    assert gains.shape == (6,) and gains.dtype == torch.float32
+    assert gains.min() > 0.5 and gains.max() < 3 and gains.mean() > 1.05
+    found = (left_hat * gains) @ right_hat
+    a, c = (
+        torch.eye(d) if metric is None else metric.diag() if metric.dim() == 1 else metric
+        for metric, d in ((outputs, 20), (inputs, 14))
+    )
+    for i in range(6):
+        component = torch.outer(left[:, i], right[i])
+        weighted = (a @ component @ c).double()
+        assert (weighted * found).sum() == pytest.approx(
+            (weighted * component).sum().item(), rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e15])
+def test_unbiased_gains_do_not_depend_on_the_size_of_the_delta(scale):
+    left, left_hat, *others = gain_problem()
+    plain = unbiased_gains(left, left_hat, *others)
+    scaled = unbiased_gains(left * scale, left_hat * scale, *others)
+    torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=0)
+
+
+def test_gains_of_exact_factors_are_one():
+    *_, outputs, inputs = gain_problem()
+    delta = problem()[0].float()
+    for metrics in ((None, None), (outputs, inputs), (outputs.diagonal(), None)):
+        found = factorise(delta, *metrics, 6)
+        exact = found.left * found.sigma
+        gains = unbiased_gains(exact, exact, found.right, found.right, *metrics)
+        torch.testing.assert_close(gains, torch.ones(6), rtol=1e-3, atol=0)
+
+
+def test_gains_are_clamped_and_fall_back_to_one():
+    left, left_hat, right, right_hat, outputs, inputs = gain_problem()
+    for factor, bound in ((0.01, 3.0), (100.0, 0.5)):
+        gains = unbiased_gains(left, left_hat * factor, right, right_hat, outputs, inputs)
+        assert gains.eq(bound).all()
+    lost = unbiased_gains(left, left_hat * 0, right, right_hat, outputs, inputs)
+    assert torch.equal(lost, torch.ones(6))
 
 
 def test_errors_name_the_problem():

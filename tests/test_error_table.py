@@ -15,30 +15,32 @@ def problem(m=50, n=40):
     return *thin_svd(delta), x.t() @ x / len(x)
 
 
-def slow_table(right, sigma, gram, widths, group_size):
+def slow_table(right, sigma, gram, widths, group_size, gaussian):
     table = torch.zeros(len(right), len(widths), dtype=torch.float64)
     for b, width in enumerate(widths):
         for i in range(len(right)):
             row = right[i : i + 1]
             hessian = None if gram is None else damp(gram)
-            near = gptq_rows(row, hessian, torch.tensor([width]), group_size).dequantize()
-            error = (row.double() - near.double())[0]
+            near = gptq_rows(row, hessian, torch.tensor([width]), group_size, gaussian)
+            error = (row.double() - near.dequantize().double())[0]
             metric = torch.eye(len(error)).double() if gram is None else gram.double()
             table[i, b] = sigma[i].double() ** 2 * (error @ metric @ error)
     return table
 
 
+@pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
 @pytest.mark.parametrize("with_gram", [True, False])
 @pytest.mark.parametrize("group_size", [0, 16])
-def test_against_one_rank_and_width_at_a_time(with_gram, group_size):
+def test_against_one_rank_and_width_at_a_time(with_gram, group_size, gaussian):
     _, sigma, right, gram = problem()
     gram = gram if with_gram else None
-    table, candidates = error_table(right, sigma, gram, WIDTHS, group_size)
+    table, candidates = error_table(right, sigma, gram, WIDTHS, group_size, gaussian)
     assert table.dtype == torch.float64 and table.shape == (len(right), 4)
     # A value on a rounding edge may fall either way, so entries are compared to 2 %.
     torch.testing.assert_close(
-        table, slow_table(right, sigma, gram, WIDTHS, group_size), rtol=0.02, atol=0
+        table, slow_table(right, sigma, gram, WIDTHS, group_size, gaussian), rtol=0.02, atol=0
     )
+    assert (candidates.rounded.zeros is None) == gaussian
     assert candidates.widths == WIDTHS
 
 
@@ -61,13 +63,15 @@ def test_width_zero_is_the_energy_and_more_bits_help():
     assert (table.sum(0).diff() < 0).all()
 
 
-def test_pick_returns_the_rows_a_second_run_would():
+@pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
+def test_pick_returns_the_rows_a_second_run_would(gaussian):
     _, sigma, right, gram = problem()
-    _, candidates = error_table(right, sigma, gram, WIDTHS, 16)
+    _, candidates = error_table(right, sigma, gram, WIDTHS, 16, gaussian)
     bits = torch.tensor([8, 3, 2, 0] * (len(right) // 4))
     picked = pick(candidates, bits)
-    again = gptq_rows(right, damp(gram), bits, 16)
+    again = gptq_rows(right, damp(gram), bits, 16, gaussian)
     assert torch.equal(picked.codes, again.codes) and torch.equal(picked.scales, again.scales)
+    assert torch.equal(picked.bits, bits) and torch.equal(picked.dequantize(), again.dequantize())
     assert picked.codes[3::4].eq(0).all()
 
 

@@ -206,19 +206,25 @@ def test_check_base(tmp_path):
         check_base({}, infos, "'here'")
 
 
-def test_packed_modules():
-    parts = ["dm_v", "dm_u", "dm_ranks", "dm_zeros"]
-    names = [f"a.b.{part}" for part in parts] + ["a.b.weight", "a.dm_other", "norm.weight"]
-    assert packed_modules(names) == {"a.b": {"v", "u", "ranks", "zeros"}}
-    for part in parts:
-        with pytest.raises(DeltaMixError, match=rf"a\.b\.{part}"):
-            packed_modules([name for name in names if name != f"a.b.{part}"])
+@pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
+def test_packed_modules(gaussian):
+    kinds = ["v", "u", "ranks"] if gaussian else ["v", "u", "ranks", "zeros"]
+    names = [f"a.b.dm_{kind}" for kind in kinds] + ["a.b.weight", "a.dm_other", "norm.weight"]
+    assert packed_modules(names, gaussian) == {"a.b": set(kinds)}
+    for kind in kinds:
+        with pytest.raises(DeltaMixError, match=rf"a\.b\.dm_{kind}"):
+            packed_modules([name for name in names if name != f"a.b.dm_{kind}"], gaussian)
+    with pytest.raises(DeltaMixError, match=r"a\.b\.dm_zeros.*"):
+        packed_modules(names, not gaussian)  # of the other codebook
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_size_report_is_the_files(delta, name):
-    repo = delta(name).folder
-    model = delta(name).pair.load(repo)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, "delta-come") for name in FAMILIES), ("llama", "deltamix-kl")],
+)
+def test_size_report_is_the_files(delta, name, method):
+    repo = delta(name, method).folder
+    model = delta(name, method).pair.load(repo)
     shapes = {k: tuple(m.weight.shape) for k, m in delta_modules(model).items()}
     report = size_report(repo, shapes)
     stored = load_file(repo / "model.safetensors")
@@ -234,9 +240,11 @@ def test_size_report_is_the_files(delta, name):
     widths = sum(2 * len(t) for t in ranks)
     scales = bytes_of(lambda k: k.endswith((".dm_ranks", ".dm_zeros"))) - widths
     assert report.scales == scales
-    reference = 2 * sum(
-        p.numel() for p in delta(name).pair.load(delta(name).pair.tuned).parameters()
-    )
+    tuned = delta(name, method).pair.load(delta(name, method).pair.tuned).state_dict()
+    tied = set(model.all_tied_weights_keys)
+    dropped = [n for n in tuned.keys() - tied if n not in stored and f"{n[:-7]}.dm_v" not in stored]
+    assert bool(dropped) == (method == "deltamix-kl")  # a matrix not worth its bytes is left out
+    reference = 2 * sum(tuned[n].numel() for n in tuned.keys() - tied - set(dropped))
     assert report.reference == reference
     assert report.ratio == report.total / reference
 

@@ -1,10 +1,12 @@
 """GPTQ against a float64 implementation of the equations of the paper, without its speed-ups."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from deltamix_hf import grid
-from deltamix_hf.gptq import Rounded, cholesky, damp, gptq_columns, gptq_rows
+from deltamix_hf import codebook, grid
+from deltamix_hf.gptq import Rounded, cholesky, damp, gptq_columns, gptq_rows, round_rows
 
 
 def gram(n, seed=0, samples=None):
@@ -63,6 +65,23 @@ def slow_rows(weight, hessian, bits, group_size):
     return obq(weight.t(), hessian, order, quant).t()
 
 
+def slow_gaussian_rows(weight, hessian, bits, group_size):
+    """Scales are codebook's own (`test_codebook`); levels are found by comparing with all."""
+    width = group_size or weight.shape[1]
+    scales = codebook.fit_rows(weight, bits, group_size).double()
+    levels = [codebook.levels(b).double() for b in bits.tolist()]
+
+    def quant(i, values):
+        found = []
+        for value, table, scale in zip(values, levels, scales[:, i // width], strict=True):
+            grid_points = table * scale
+            found.append(grid_points[(grid_points - value).abs().argmin()])
+        return torch.stack(found)
+
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
+    return obq(weight.t(), hessian, order, quant).t()
+
+
 def slow_columns(weight, hessian, bits, group_size):
     def quant(i, values):
         b = int(bits[i])
@@ -77,12 +96,13 @@ def cost(delta, hessian):
     return ((delta @ hessian.double()) * delta).sum().item()
 
 
+@pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
 @pytest.mark.parametrize("group_size", [0, 8, 32, 200])
-def test_rows_match_the_textbook(group_size):
+def test_rows_match_the_textbook(group_size, gaussian):
     weight, hessian = normal(6, 150), damp(gram(150))
     bits = torch.tensor([1, 2, 3, 4, 8, 0])
-    fast = gptq_rows(weight, hessian, bits, group_size).dequantize()
-    slow = slow_rows(weight, hessian, bits, group_size)
+    fast = gptq_rows(weight, hessian, bits, group_size, gaussian).dequantize()
+    slow = (slow_gaussian_rows if gaussian else slow_rows)(weight, hessian, bits, group_size)
     # A value on a rounding edge may fall either way in float32, and then the rest of its row.
     assert (fast.double() - slow).abs().lt(1e-4).double().mean() > 0.97
     for i in range(6):
@@ -124,23 +144,91 @@ def test_better_than_rounding_to_nearest():
     assert max(ratios) < 1 and sum(ratios) / len(ratios) < 0.8
 
 
+@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_gaussian_rows_beat_rounding_to_nearest(bits, group_size):
+    """In the Hessian, at every width; plain rounding is better without it."""
+    ratios = []
+    for seed in range(3):
+        weight, hessian = normal(24, 96, seed=seed), damp(gram(96, seed))
+        widths = torch.full((24,), bits)
+        swept, plain = (
+            gptq_rows(weight, h, widths, group_size, gaussian=True) for h in (hessian, None)
+        )
+        for rounded in (swept, plain):
+            assert rounded.zeros is None and rounded.codes.dtype == torch.uint8
+            assert int(rounded.codes.max()) < 1 << bits and torch.equal(rounded.bits, widths)
+            assert torch.equal(rounded.scales, rounded.scales.bfloat16().float())
+            assert torch.isfinite(rounded.dequantize()).all()
+        errors = [rounded.dequantize() - weight for rounded in (swept, plain)]
+        ratios.append(cost(errors[0], hessian) / cost(errors[1], hessian))
+        assert errors[1].square().sum() < errors[0].square().sum()
+    # the fewer levels, the sooner the errors handed on run past the last one
+    assert max(ratios) < {1: 1.0, 2: 0.75}.get(bits, 0.5)
+
+
+def test_gaussian_beats_min_max_on_normal_rows():
+    """One scale a row and no zero points, against groups of 128 with them: fewer bytes too."""
+    weight, hessian = normal(30, 256), damp(gram(256))
+    for bits in (2, 3, 4):
+        widths = torch.full((30,), bits)
+        near, grouped = (
+            cost(gptq_rows(weight, hessian, widths, *kind).dequantize() - weight, hessian)
+            for kind in ((0, True), (128, False))
+        )
+        assert near < grouped
+
+
+def test_rows_of_zeros_and_of_width_zero_decode_to_zero():
+    weight, bits = normal(4, 20), torch.tensor([3, 0, 3, 8])
+    weight[0] = 0
+    for hessian in (None, damp(gram(20))):
+        found = gptq_rows(weight, hessian, bits, 8, gaussian=True)
+        assert found.codes[1].eq(0).all() and found.dequantize()[1].eq(0).all()
+        # no level is 0: a row of zeros is as near as its scale of 1 allows, hence never stored
+        assert torch.isfinite(found.dequantize()).all()
+
+
+@pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
+def test_rows_picked_and_scaled(gaussian):
+    weight, bits = normal(5, 40), torch.tensor([2, 3, 4, 8, 2])
+    whole = round_rows(weight, bits, 16, gaussian)
+    values = whole.dequantize()
+    for index in (torch.tensor([3, 0]), torch.tensor([True, False, False, True, True])):
+        part = whole.rows(index)
+        assert torch.equal(part.dequantize(), values[index])
+        assert torch.equal(part.bits, bits[index]) and part.group_size == 16
+    assert whole.rows(torch.tensor([], dtype=torch.int64)).dequantize().shape == (0, 40)
+    gains = torch.tensor([1.0, 0.5, 1.3, -2.0, 0.7])
+    scaled = whole.scaled(gains)
+    assert torch.equal(scaled.codes, whole.codes)
+    assert torch.equal(scaled.scales, scaled.scales.bfloat16().float())
+    exact = values * gains[:, None]
+    assert (scaled.dequantize() - exact).abs().le(exact.abs() * 2**-8).all()
+    assert torch.equal(whole.dequantize(), values)  # the original is left alone
+
+
 def test_identity_hessian_is_plain_rounding():
     weight, bits = normal(5, 40), torch.tensor([2, 3, 4, 8, 0])
     for rounder, factor in ((gptq_rows, weight), (gptq_columns, weight.t())):
         plain = rounder(factor, None, bits, 16)
         swept = rounder(factor, torch.eye(factor.shape[1]), bits, 16)
-        for name in ("codes", "scales", "zeros"):
+        for name in ("codes", "scales", "zeros", "bits"):
             assert torch.equal(getattr(plain, name), getattr(swept, name)), name
+    plain, swept = (gptq_rows(weight, h, bits, 16, gaussian=True) for h in (None, torch.eye(40)))
+    assert torch.equal(plain.codes, swept.codes) and torch.equal(plain.scales, swept.scales)
 
 
-def test_dead_columns_are_rounded_on_their_own():
+@pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
+def test_dead_columns_are_rounded_on_their_own(gaussian):
     weight, bits = normal(4, 24), torch.full((4,), 4)
     hessian = gram(24)
     hessian[3], hessian[:, 3] = 0, 0
-    result = gptq_rows(weight, hessian, bits, 8)
-    assert torch.equal(result.codes[:, 3], gptq_rows(weight, None, bits, 8).codes[:, 3])
+    result = gptq_rows(weight, hessian, bits, 8, gaussian)
+    plain = gptq_rows(weight, None, bits, 8, gaussian)
+    assert torch.equal(result.codes[:, 3], plain.codes[:, 3])
     living = torch.arange(24) != 3
-    alone = gptq_rows(weight, hessian + torch.diag((~living).float()), bits, 8)
+    alone = gptq_rows(weight, hessian + torch.diag((~living).float()), bits, 8, gaussian)
     assert torch.equal(result.codes, alone.codes)
 
 
@@ -168,7 +256,8 @@ def test_columns_are_equivariant_under_scaling():
 def test_inputs_are_not_changed(dtype):
     weight, hessian, bits = normal(8, 8).to(dtype), gram(8).to(dtype), torch.full((8,), 3)
     before = weight.clone(), hessian.clone()
-    for rounder in (gptq_rows, gptq_columns):
+    gaussian_rows = partial(gptq_rows, gaussian=True)
+    for rounder in (gptq_rows, gaussian_rows, gptq_columns):
         result = rounder(weight, hessian, bits, 4)
         assert isinstance(result, Rounded) and result.codes.is_contiguous()
         assert result.dequantize().dtype == torch.float32

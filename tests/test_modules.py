@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_packed import pack
+from test_packed import each_codebook, pack
 from torch import nn
 from transformers import Gemma3TextConfig, OPTConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -16,25 +16,26 @@ from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedd
 
 from deltamix_hf import DeltaEmbedding, DeltaLinear, DeltaMixError
 from deltamix_hf.modules import attach, delta_class, delta_modules, detach
+from deltamix_hf.packed import parts
 
 # Relative RMS of packed against merged dense weights: base and delta are added after the product
 # instead of before it, so one more rounding in the dtype.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-def linear(m=40, n=24, bias=True) -> tuple[nn.Linear, torch.Tensor]:
+def linear(m=40, n=24, bias=True, gaussian=False) -> tuple[nn.Linear, torch.Tensor]:
     """A DeltaLinear and its dense weight [m, n], float64."""
     module = nn.Linear(n, m, bias=bias)
-    packed, delta = pack(m, n, [8, 3, 2, 2], [8, 4, 2, 2], 16)
+    packed, delta = pack(m, n, [8, 3, 2, 2], [8, 4, 2, 2], 16, gaussian=gaussian)
     dense = module.weight.detach().double() + delta
     attach(module, packed.runs, 16, packed.tensors)
     return module, dense
 
 
-def embedding(module: nn.Embedding) -> torch.Tensor:
+def embedding(module: nn.Embedding, gaussian=False) -> torch.Tensor:
     """Attach a delta to `module`; returns its dense weight, float64."""
     m, n = module.weight.shape
-    packed, delta = pack(m, n, [8, 3, 2, 2], [8, 4, 2, 2], 16)
+    packed, delta = pack(m, n, [8, 3, 2, 2], [8, 4, 2, 2], 16, gaussian=gaussian)
     dense = module.weight.detach().double() + delta
     attach(module, packed.runs, 16, packed.tensors)
     return dense
@@ -44,10 +45,11 @@ def relative(found, expected):
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+@each_codebook
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_linear_computes_the_dense_product(dtype, bias):
-    module, _ = linear(bias=bias)
+def test_linear_computes_the_dense_product(dtype, bias, gaussian):
+    module, _ = linear(bias=bias, gaussian=gaussian)
     module.to(dtype).requires_grad_(False)
     x = torch.randn(3, 5, 24).to(dtype)
     found, dense = module(x), module.merged_weight(torch.float64)
@@ -56,8 +58,9 @@ def test_linear_computes_the_dense_product(dtype, bias):
     assert relative(found, expected) < TOLERANCES[dtype]
 
 
-def test_casting_leaves_the_packed_tensors_alone():
-    module, dense = linear()
+@each_codebook
+def test_casting_leaves_the_packed_tensors_alone(gaussian):
+    module, dense = linear(gaussian=gaussian)
     before = {k: p.detach().clone() for k, p in module.delta_parameters().items()}
     module.half().double()
     for part, parameter in module.delta_parameters().items():
@@ -66,8 +69,9 @@ def test_casting_leaves_the_packed_tensors_alone():
     assert relative(module.merged_weight(), dense) < 1e-3
 
 
-def test_gradient_through_x_is_the_dense_one():
-    module, dense = linear()
+@each_codebook
+def test_gradient_through_x_is_the_dense_one(gaussian):
+    module, dense = linear(gaussian=gaussian)
     x = torch.randn(6, 24, requires_grad=True)
     module(x).square().sum().backward()
     reference = x.detach().double().requires_grad_()
@@ -77,9 +81,10 @@ def test_gradient_through_x_is_the_dense_one():
     assert all(p.grad is None and not p.requires_grad for p in module.delta_parameters().values())
 
 
+@each_codebook
 @torch.no_grad()
-def test_output_dtype_under_autocast_is_the_plain_one():
-    module, _ = linear()
+def test_output_dtype_under_autocast_is_the_plain_one(gaussian):
+    module, _ = linear(gaussian=gaussian)
     x = torch.randn(2, 24)
     with torch.autocast("cpu", torch.bfloat16):
         found, plain = module(x), nn.Linear(24, 40)(x)
@@ -87,9 +92,10 @@ def test_output_dtype_under_autocast_is_the_plain_one():
     assert relative(found, module(x).detach()) < TOLERANCES[torch.bfloat16]
 
 
-def test_embedding_looks_up_dense_rows():
+@each_codebook
+def test_embedding_looks_up_dense_rows(gaussian):
     module = nn.Embedding(50, 24, padding_idx=3)
-    dense = embedding(module)
+    dense = embedding(module, gaussian)
     ids = torch.tensor([[0, 49, 3], [7, 7, 1]])
     assert type(module) is DeltaEmbedding
     torch.testing.assert_close(module(ids).double(), dense[ids], rtol=1e-5, atol=1e-5)
@@ -103,11 +109,12 @@ def test_embedding_takes_int32_ids_as_the_plain_one_does():
     assert torch.equal(module(ids.int()), module(ids))
 
 
-def test_scaled_embedding_of_gemma3_keeps_its_forward():
+@each_codebook
+def test_scaled_embedding_of_gemma3_keeps_its_forward(gaussian):
     config = Gemma3TextConfig(hidden_size=24)
     plain = Gemma3TextScaledWordEmbedding(50, 24, 0, embed_scale=config.hidden_size**0.5)
     changed = copy.deepcopy(plain)
-    dense = embedding(changed)
+    dense = embedding(changed, gaussian)
     ids = torch.tensor([[0, 49, 3]])
     expected = dense[ids] * 24**0.5
     torch.testing.assert_close(changed(ids).double(), expected, rtol=1e-5, atol=1e-5)
@@ -135,18 +142,20 @@ def test_embeddings_that_read_their_weight_themselves_are_not_packed():
     assert delta_class(MarianSinusoidalPositionalEmbedding) is not None  # calls super().forward
 
 
-def test_merged_weight_is_rounded_once():
-    module, dense = linear()
+@each_codebook
+def test_merged_weight_is_rounded_once(gaussian):
+    module, dense = linear(gaussian=gaussian)
     assert module.merged_weight().dtype == torch.float32
     torch.testing.assert_close(module.merged_weight().double(), dense, rtol=1e-6, atol=1e-6)
     in_bf16 = module.merged_weight(torch.bfloat16)
     assert torch.equal(in_bf16, module.merged_weight().to(torch.bfloat16))
 
 
-def test_detach_restores_the_plain_module():
+@each_codebook
+def test_detach_restores_the_plain_module(gaussian):
     plain = nn.Linear(24, 40)
     module = copy.deepcopy(plain)
-    packed, _ = pack(40, 24, [3], [3], 16)
+    packed, _ = pack(40, 24, [3], [3], 16, gaussian=gaussian)
     attach(module, packed.runs, 16, packed.tensors)
     detach(module)
     x = torch.randn(2, 24)
@@ -164,10 +173,13 @@ def test_attach_keeps_identity_and_hooks():
     assert module.weight is weight and seen == [True]
 
 
-@pytest.mark.parametrize("part", ["v", "u", "ranks", "zeros"])
+@pytest.mark.parametrize(
+    ("part", "gaussian"),
+    [(part, gaussian) for gaussian in (False, True) for part in parts(gaussian)],
+)
 @pytest.mark.parametrize("damage", [lambda t: t[:, :-1], lambda t: t[1:], lambda t: t.int()])
-def test_attach_refuses_what_does_not_fit(part, damage):
-    packed, _ = pack(40, 24, [3, 2], [3, 2], 16)
+def test_attach_refuses_what_does_not_fit(part, damage, gaussian):
+    packed, _ = pack(40, 24, [3, 2], [3, 2], 16, gaussian=gaussian)
     module = nn.Linear(24, 40)
     tensors = {**packed.tensors, part: damage(packed.tensors[part])}
     with pytest.raises(DeltaMixError, match=f"dm_{part} "):
@@ -196,11 +208,12 @@ def test_delta_modules_lists_only_packed_ones():
     assert list(delta_modules(model)) == ["0"]
 
 
+@each_codebook
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_without_graph_breaks(backend):
-    module, _ = linear()
+def test_compiles_without_graph_breaks(backend, gaussian):
+    module, _ = linear(gaussian=gaussian)
     table = nn.Embedding(50, 24)
-    embedding(table)
+    embedding(table, gaussian)
     model = nn.Sequential(table, module)
     ids = torch.tensor([[4, 9, 0]])
     compiled = torch.compile(model, fullgraph=True, backend=backend)

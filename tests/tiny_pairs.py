@@ -169,6 +169,11 @@ def token_ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (rows, length), generator=random)
 
 
+def quick(method: str) -> dict[str, Any]:
+    """Options that let a method run every part of its pipeline, but briefly."""
+    return {"num_samples": 8, "tune_steps": 3} if method == "deltamix-kl" else {}
+
+
 def calibration_ids() -> Tensor:
     return token_ids(8, 32, seed=7)
 

@@ -1,0 +1,155 @@
+"""Second moments against explicit sums, and what the pipeline asks of a metric."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltamix_hf.metric import (
+    SecondMoment,
+    damped,
+    energies,
+    root,
+    times,
+    unwhiten,
+    whiten,
+)
+
+DIM = 24
+
+
+def rows_of(count, dim=DIM, seed=0):
+    """Correlated rows whose features differ by an order of magnitude."""
+    random = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dim, dim, generator=random)
+    return torch.randn(count, dim, generator=random) @ mix * torch.logspace(0, -1, dim)
+
+
+def moment_of(rows, **sizes):
+    moment = SecondMoment(rows.shape[1], **sizes)
+    for batch in rows.split([7, len(rows) - 7]):
+        moment.add(batch.unflatten(0, (1, -1)))  # [1, tokens, d], as layers give it
+    return moment
+
+
+def explicit(rows):
+    rows = rows.double()
+    return rows.T @ rows / len(rows)
+
+
+KINDS = {
+    "full": {"full": DIM},
+    "sketch": {"full": 8, "sketch": 16, "diagonal": DIM},
+    "diagonal": {"full": 8, "diagonal": 16},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_the_explicit_sum(kind):
+    rows = rows_of(200)
+    moment = moment_of(rows, **KINDS[kind])
+    assert moment.kind == kind and moment.count == 200
+    found, wanted = moment.mean().double(), explicit(rows)
+    if kind == "diagonal":
+        found, wanted = found.diag(), wanted.diagonal().diag()
+    if kind == "sketch":
+        found, wanted = found.diagonal(), wanted.diagonal()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moment.mean(50), moment.mean() * 4)
+    with pytest.raises(ValueError, match="nothing was accumulated"):
+        SecondMoment(DIM, **KINDS[kind]).mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes(kind):
+    moment = moment_of(rows_of(30), **KINDS[kind])
+    kept = {"full": DIM * DIM, "sketch": (16 + 1) * DIM, "diagonal": DIM}[kind]
+    assert moment.nbytes == 4 * kept
+    assert moment.total is not None and moment.total.shape == (kept // DIM - (kind != "full"), DIM)
+
+
+def test_the_sizes_at_which_the_kind_changes():
+    kinds = {dim: SecondMoment(dim).kind for dim in (6144, 6145, 32768, 32769)}
+    assert list(kinds.values()) == ["full", "sketch", "sketch", "diagonal"]
+    assert SecondMoment(14336).nbytes == 4 * (2048 + 1) * 14336
+
+
+def test_a_sketch_of_few_rows_is_exact():
+    rows = rows_of(16)
+    found = moment_of(rows, **KINDS["sketch"]).mean()
+    torch.testing.assert_close(found.double(), explicit(rows), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sketch_is_positive_and_right_on_average():
+    rows = rows_of(64)
+    wanted = explicit(rows)
+    mean = torch.zeros_like(wanted)
+    for draw in range(200):
+        moment = SecondMoment(DIM, full=8, sketch=48, diagonal=DIM)
+        moment._random.manual_seed(draw)
+        moment.add(rows)
+        found = moment.mean().double()
+        torch.testing.assert_close(found.diagonal(), wanted.diagonal(), rtol=1e-5, atol=0)
+        assert torch.linalg.eigvalsh(found).min() > -1e-6 * found.trace()
+        mean += found / 200
+    # The rescaling to the exact diagonal biases off-diagonal entries by a few percent.
+    assert (mean - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_low_precision_rows_are_added_in_float32():
+    rows = rows_of(4000).bfloat16()
+    torch.testing.assert_close(
+        moment_of(rows).mean().double(), explicit(rows), rtol=1e-4, atol=1e-5
+    )
+
+
+def metrics():
+    full = explicit(rows_of(100)).float()
+    return {"matrix": full, "diagonal": full.diagonal().clone(), "identity": None}
+
+
+@pytest.mark.parametrize("kind", metrics())
+def test_what_a_metric_does(kind):
+    metric, rows = metrics()[kind], rows_of(5, seed=1)
+    dense = {"matrix": metric, "diagonal": None, "identity": torch.eye(DIM)}[kind]
+    dense = metric.diag() if dense is None else dense
+    torch.testing.assert_close(times(rows, metric), rows @ dense)
+    wanted = ((rows.double() @ dense.double()) * rows).sum(1)
+    found = energies(rows, metric)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    factor = root(metric)
+    image = whiten(rows, factor)
+    assert image.dtype == rows.dtype
+    torch.testing.assert_close(image.square().sum(1).double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(unwhiten(image, factor), rows, rtol=1e-3, atol=1e-4)
+    if factor is not None:
+        lower = factor.diag() if factor.dim() == 1 else factor
+        torch.testing.assert_close(lower @ lower.T, dense.double(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", metrics())
+def test_damping(kind):
+    metric = metrics()[kind]
+    found = damped(metric, 0.1)
+    if metric is None:
+        assert found is None
+        return
+    before = metric.clone()
+    extra = 0.1 * (metric if metric.dim() == 1 else metric.diagonal()).mean()
+    wanted = metric + (extra if metric.dim() == 1 else extra * torch.eye(DIM))
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(metric, before)
+
+
+def test_a_metric_must_be_positive():
+    with pytest.raises(ValueError, match="not positive definite"):
+        root(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+
+
+def test_unseen_features_keep_their_values():
+    """A feature that was always 0 has no energy, and whitening must stay invertible."""
+    rows = rows_of(50)
+    rows[:, 3] = 0
+    factor, probe = root(moment_of(rows).mean()), rows_of(4, seed=2)
+    torch.testing.assert_close(unwhiten(whiten(probe, factor), factor), probe, rtol=1e-3, atol=1e-3)
