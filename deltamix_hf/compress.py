@@ -164,6 +164,8 @@ class Compressor:
         self.gap = found.gap
         for name, (_, pairs), picked in zip(matrices, options, found.choice, strict=True):
             widths = torch.tensor(pairs)[picked]
+            # Among equal energies the solver may drop any; the kept ones must come first.
+            widths = widths[torch.argsort((widths[:, 0] == 0).int(), stable=True)]
             self._plan[name] = Widths(widths[:, 0], widths[:, 1])
 
     def _options(self, m: int, n: int) -> tuple[Choices, list[tuple[int, int]]]:
@@ -258,10 +260,13 @@ class Compressor:
         widths = range(9)
         cost = {b: rank_bytes(m, n, b, b, config.group_size, self.gaussian) for b in widths}
         least = min(b for b in config.bits if b > 0)
-        factors = self._factors(delta, metrics, max(share // cost[least], 0))
         if config.allocation == "bands":
+            factors = self._factors(delta, metrics, max(share // cost[least], 0))
             bits = allocation.bands(len(factors.sigma), cost, share)
             return factors, self._round_v(factors.right, self._damped(metrics), bits)
+        # All ranks are candidates: with C, a rank may be worth more than one of larger sigma.
+        rank = None if 0 in config.bits else max(share // cost[least], 0)
+        factors = self._factors(delta, metrics, rank)
         inputs = metrics.inputs if metrics.inputs is None or metrics.inputs.dim() == 2 else None
         table, candidates = error_table(
             factors.right, factors.sigma, inputs, config.bits, config.group_size, self.gaussian

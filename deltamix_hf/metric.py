@@ -7,7 +7,9 @@ metric is: products with it, damping, and a factor L with L·Lᵀ = M to whiten 
 `SecondMoment` accumulates M = Σ x·xᵀ / N over batches. Up to FULL elements it keeps the matrix,
 d²·4 bytes. Above, it keeps a sketch of SKETCH rows and the exact diagonal, (SKETCH + 1)·d·4 bytes:
 rows x are added to the sketch with random signs, so E[SᵀS] = Σ x·xᵀ, and the result is rescaled to
-the exact diagonal. Above DIAGONAL elements (vocabularies) it keeps the diagonal alone.
+the exact diagonal and averaged with it: a sketch alone knows nothing outside its own span. (Layer
+error at 1/16 on two down projections of SmolLM2-135M, sketch of n/7 rows: exact 0.038 and 0.024,
+sketch 0.067 and 0.043, averaged 0.052 and 0.032, diagonal alone 0.070 and 0.042.) Above DIAGONAL elements (vocabularies) it keeps the diagonal alone.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class SecondMoment:
             return self.squares / count
         found = self.total.T @ self.total
         scale = (self.squares / found.diagonal().clamp(min=1e-30)).sqrt()
-        return found.mul_(scale).mul_(scale[:, None]).div_(count)
+        found.mul_(scale).mul_(scale[:, None]).mul_(0.5)
+        found.diagonal().copy_(self.squares)
+        return found.div_(count)
 
 
 def damped(metric: Metric, fraction: float) -> Metric:
@@ -102,7 +106,11 @@ def root(metric: Metric) -> Metric:
     """
     if metric is None:
         return None
-    return metric.double().sqrt() if metric.dim() == 1 else cholesky(metric)
+    if metric.dim() == 2:
+        return cholesky(metric)
+    if bool((metric < 0).any()):
+        raise ValueError("a diagonal metric has negative entries")
+    return metric.double().sqrt()
 
 
 def whiten(rows: Tensor, factor: Metric) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from .gptq import cholesky, damp
 from .metric import SecondMoment
+from .modules import weight_of
 from .statistics import inputs_of
 
 RIDGE = 0.03
@@ -52,11 +53,8 @@ class Stage:
     residual: str | None = None
 
 
-@dataclass
-class _Calls:
-    """Arguments of every call of one block, a batch each; hidden states are kept apart."""
-
-    rest: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
+Rest = list[tuple[tuple, dict[str, Any]]]
+"""All arguments of a block's calls but the hidden states, a batch each."""
 
 
 def find_blocks(model: nn.Module, targets: Sequence[str]) -> list[list[str]]:
@@ -82,7 +80,7 @@ class Stack:
     def __init__(self, model: PreTrainedModel, blocks: list[str], batches: Sequence[Tensor]):
         self.model, self.names, self.batches = model, blocks, batches
         self.blocks = [model.get_submodule(name) for name in blocks]
-        self.calls = [_Calls() for _ in blocks]
+        self.rest: list[Rest] = [[] for _ in blocks]
         self.exact: list[Tensor] = []  # hidden states of the fine-tune
         self.usable = True
 
@@ -94,10 +92,10 @@ class Stack:
         def before(i: int):
             def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 chained = bool(args) and (i == 0 or args[0] is last[0])
-                if not chained or len(self.calls[i].rest) != self._batch:
+                if not chained or len(self.rest[i]) != self._batch:
                     self.usable = False
                     raise _Reached
-                self.calls[i].rest.append((args[1:], kwargs))
+                self.rest[i].append((args[1:], kwargs))
                 if i == 0:
                     self.exact.append(args[0])
 
@@ -115,7 +113,7 @@ class Stack:
             for batch, ids in enumerate(self.batches):
                 self._batch = batch
                 self._forward(ids)
-                complete = all(len(calls.rest) == batch + 1 for calls in self.calls)
+                complete = all(len(rest) == batch + 1 for rest in self.rest)
                 self.usable = self.usable and complete
                 if not self.usable:
                     break
@@ -125,21 +123,35 @@ class Stack:
         return self.usable
 
     @torch.no_grad()
-    def entry(self) -> list[Tensor]:
-        """Hidden states that enter the first block with the model's present weights."""
-        found: list[Tensor] = []
+    def entry(self) -> tuple[list[Tensor], list[Rest]]:
+        """What enters the blocks with the model's present weights.
 
-        def hook(module: nn.Module, args: tuple) -> None:
-            found.append(args[0])
+        Hidden states of the first block, a batch each, and the other arguments of all blocks: as
+        the fine-tune's, but what the first block shares with later ones (the encoder's output in a
+        decoder, say) is present too.
+        """
+        hidden: list[Tensor] = []
+        first: Rest = []
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            hidden.append(args[0])
+            first.append((args[1:], kwargs))
             raise _Reached
 
-        handle = self.blocks[0].register_forward_pre_hook(hook)
+        handle = self.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
         try:
             for ids in self.batches:
                 self._forward(ids)
         finally:
             handle.remove()
-        return found
+        present = [
+            [
+                _shared(old, self.rest[0][b], new)
+                for b, (old, new) in enumerate(zip(rest, first, strict=True))
+            ]
+            for rest in self.rest
+        ]
+        return hidden, present
 
     def _forward(self, ids: Tensor) -> None:
         inner = getattr(self.model, self.model.base_model_prefix, self.model)  # no logits needed
@@ -147,19 +159,22 @@ class Stack:
             inner(**inputs_of(self.model, ids))
 
     @torch.no_grad()
-    def compress(self, targets: Sequence[str], finish: Finish, done: Callable[[str], None]):
+    def compress(self, targets: Sequence[str], finish: Finish, done: Callable[[str], None]) -> None:
         """Compress all blocks in order.
 
         `finish` compresses one target and returns its new weight; `done(block)` is called when
         a block's compressed weights may be put into the model. The model must still hold the
         fine-tune's weights in every block not yet done.
         """
-        coarse = self.entry()
+        coarse, present = self.entry()
         exact, self.exact = self.exact, []
+        known: list[str] | None = None
+        stages: list[Stage] = []
         for i, (name, block) in enumerate(zip(self.names, self.blocks, strict=True)):
-            rest = self.calls[i].rest
+            rest = self.rest[i]
             inside = [t.removeprefix(f"{name}.") for t in targets if t.startswith(f"{name}.")]
-            stages = find_stages(block, inside, exact[0], rest[0])
+            if inside != known:  # blocks with the same targets have the same stages
+                known, stages = inside, find_stages(block, inside, exact[0], rest[0])
             watched = sorted({s.names[0] for s in stages} | {s.residual or "" for s in stages})
             seen: list[dict[str, Tensor]] = []
             for b, hidden in enumerate(exact):
@@ -167,18 +182,35 @@ class Stack:
                 seen.append(inputs)
             weights: dict[str, Tensor] = {}
             for stage in stages:
-                self._stage(block, name, stage, coarse, rest, seen, weights, finish)
-            for t in set(inside) - {t for s in stages for t in s.names}:
-                finish(f"{name}.{t}", None, None)  # not called once: plain target
-            for b, hidden in enumerate(coarse):
-                _, coarse[b] = _run(block, weights, hidden, rest[b], [])
-            self.calls[i].rest = []
+                self._stage(block, name, stage, coarse, present[i], seen, weights, finish)
+            staged = {target for stage in stages for target in stage.names}
+            for target in inside:
+                if target not in staged:  # not called exactly once: plain target
+                    finish(f"{name}.{target}", None, None)
+            if i + 1 < len(self.blocks):
+                for b, hidden in enumerate(coarse):
+                    _, coarse[b] = _run(block, weights, hidden, present[i][b], [])
+            self.rest[i], present[i] = [], []
             done(name)
 
-    def _stage(self, block, name, stage, coarse, rest, seen, weights, finish) -> None:
+    def _stage(
+        self,
+        block: nn.Module,
+        name: str,
+        stage: Stage,
+        coarse: list[Tensor],
+        rest: Rest,
+        seen: list[dict[str, Tensor]],
+        weights: dict[str, Tensor],
+        finish: Finish,
+    ) -> None:
+        """Compress the targets of one stage; puts their new weights into `weights`.
+
+        `seen` holds the inputs of the fine-tune's layers, a batch each.
+        """
         first, residual = stage.names[0], stage.residual
         n = seen[0][first].shape[-1]
-        gram = SecondMoment(n)
+        gram = SecondMoment(n, full=n)  # a sketch has no usable inverse
         drift = torch.zeros(n, n, device=seen[0][first].device)
         lag: Tensor | None = None
         for b, hidden in enumerate(coarse):
@@ -193,11 +225,13 @@ class Stack:
         inner = gram.mean()
         solver = cholesky(damp(inner, RIDGE))
         for target in stage.names:
-            weight = block.get_submodule(target).weight.detach().float()
-            moved = weight @ drift if lag is None else weight @ drift + lag
+            weight = weight_of(block.get_submodule(target)).detach()
+            moved = weight.float() @ drift
+            if lag is not None:
+                moved += lag
             change = torch.cholesky_solve((moved / gram.count).double().T, solver).T.float()
             made = finish(f"{name}.{target}", change, inner)
-            weights[f"{target}.weight"] = made.to(block.get_submodule(target).weight.dtype)
+            weights[f"{target}.weight"] = made.to(weight.dtype)
 
 
 def find_stages(
@@ -256,6 +290,21 @@ def find_stages(
                     stage.residual = name
                     break
     return stages
+
+
+def _shared(
+    old: tuple[tuple, dict[str, Any]],
+    first: tuple[tuple, dict[str, Any]],
+    new: tuple[tuple, dict[str, Any]],
+) -> tuple[tuple, dict[str, Any]]:
+    """`old`, with every tensor that is one of `first`'s replaced by `new`'s."""
+    pairs = [
+        *zip(first[0], new[0], strict=False),
+        *((first[1][k], new[1][k]) for k in first[1] if k in new[1]),
+    ]
+    swap = {id(a): b for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)}
+    args = tuple(swap.get(id(a), a) for a in old[0])
+    return args, {k: swap.get(id(a), a) for k, a in old[1].items()}
 
 
 def _run(

@@ -131,13 +131,15 @@ def collect(
             handle.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
-    for name, layer in found.items():
-        for moment in (layer.inputs, layer.gradients):
-            total = None if moment is None else moment.total
-            if total is not None and not torch.isfinite(total).all():
-                raise DeltaMixError(
-                    f"calibration gave NaN or infinite values at {name}: check the fine-tune"
-                )
+    # inputs first: gradients of all layers before the culprit are NaN too
+    moments = [(name, layer.inputs) for name, layer in found.items()]
+    moments += [(name, layer.gradients) for name, layer in found.items() if layer.gradients]
+    for name, moment in moments:
+        sums = [t for t in (moment.total, moment.squares) if t is not None]
+        if not all(bool(torch.isfinite(t).all()) for t in sums):
+            raise DeltaMixError(
+                f"calibration gave NaN or infinite values at {name}: check the fine-tune"
+            )
     return found, scored
 
 

@@ -32,6 +32,7 @@ from .statistics import inputs_of, prediction
 LEARNING_RATE = 0.01
 TOKENS_PER_STEP = 512
 _KEEP_OUT = 8
+_LEAST = -1e4  # log-probability of what a model rules out: finite, and exp of it is 0
 # Log-probabilities of the fine-tune that are kept, float16.
 _MOST_BYTES = 1_000_000_000
 
@@ -58,14 +59,16 @@ def lessons(model: PreTrainedModel, batches: Sequence[Tensor], seed: int) -> lis
             return []  # nothing to compare distributions of
         most = max(1, _MOST_BYTES // (len(batches) * values.shape[1] * 2))
         chosen = torch.randperm(len(values), generator=random)[:most].sort().values
-        wanted = values[chosen.to(values.device)].float().log_softmax(-1).half().cpu()
+        wanted = (
+            values[chosen.to(values.device)].float().log_softmax(-1).clamp(min=_LEAST).half().cpu()
+        )
         made.append(Lesson(ids, chosen, wanted))
     return made
 
 
 def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[float]:
     """Train the scales of all packed matrices in place; returns KL per step, nats per position."""
-    modules = delta_modules(model)
+    modules = _tunable(model)
     if not course or not modules or not steps:
         return []
     gains = {}
@@ -75,6 +78,8 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
             gains[id(ranks)] = torch.zeros(len(ranks), device=ranks.device, requires_grad=True)
     for module in modules.values():
         _open(module, gains[id(ranks_of(module))])
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
     optimizer = torch.optim.Adam(gains.values(), lr=LEARNING_RATE)
     losses: list[float] = []
     kept_out = course[::_KEEP_OUT] if len(course) > 1 else []
@@ -97,18 +102,21 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
             optimizer.zero_grad()
             for item in batch:
                 loss = _divergence(model, item) / scored
-                loss.backward()
+                if loss.requires_grad:  # not where text meets no packed matrix
+                    loss.backward()
                 total += loss.item()
             optimizer.step()
             losses.append(total)
             bar.update()
         bar.close()
-        if _mean(model, kept_out) > before:
+        if not _mean(model, kept_out) <= before:  # worse, or NaN
             for gain in gains.values():
                 gain.detach().zero_()
     finally:
         for module in modules.values():
             _close(module)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
     done: set[int] = set()
     for module in modules.values():
         key = id(ranks_of(module))
@@ -116,6 +124,17 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
             _fold(module, gains[key].detach().exp())
             done.add(key)
     return losses
+
+
+def _tunable(model: PreTrainedModel) -> dict[str, DeltaModule]:
+    """Packed modules, but for embeddings with a forward of their own (Gemma) and their ties."""
+    modules = delta_modules(model)
+    own = [
+        id(ranks_of(module))
+        for module in modules.values()
+        if isinstance(module, DeltaEmbedding) and type(module) is not DeltaEmbedding
+    ]
+    return {name: module for name, module in modules.items() if id(ranks_of(module)) not in own}
 
 
 def ranks_of(module: DeltaModule) -> Tensor:
@@ -133,7 +152,7 @@ def _mean(model: PreTrainedModel, course: Sequence[Lesson]) -> float:
 def _divergence(model: PreTrainedModel, item: Lesson) -> Tensor:
     """Sum of KL(fine-tune ‖ model) over the scored positions."""
     values, _ = prediction(model(**inputs_of(model, item.ids)))
-    found = values[item.positions.to(values.device)].float().log_softmax(-1)
+    found = values[item.positions.to(values.device)].float().log_softmax(-1).clamp(min=_LEAST)
     wanted = item.wanted.to(found.device).float()
     return F.kl_div(found, wanted, reduction="sum", log_target=True)
 
@@ -153,8 +172,6 @@ def _open(module: DeltaModule, gain: Tensor) -> None:
         return nn.Embedding.forward(self, ids) + rows @ right
 
     chosen = embedding if isinstance(module, DeltaEmbedding) else linear
-    if isinstance(module, DeltaEmbedding) and type(module) is not DeltaEmbedding:
-        return  # scaled embeddings (Gemma) keep their own forward, and their scales
     object.__setattr__(module, "forward", MethodType(chosen, module))
 
 

@@ -31,6 +31,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamix_hf import DeltaMixConfig
+from deltamix_hf.config import DEFAULT_METHOD
 from deltamix_hf.evaluate import compare, exact_match, gain_kept, greedy_answers, reference_logits
 from deltamix_hf.format import size_report, weight_files
 from deltamix_hf.modules import packed_shapes
@@ -39,16 +40,16 @@ KINDS = ("payload", "scales", "metadata", "overlay")
 console = Console()
 
 
-def compress(pair: Pair, method: str, ratio: float, folder: Path) -> None:
-    """The main job, in three statements."""
-    texts = [row["prompt"] + row["answer"] for row in pair.rows("calibration")]
+def compress(pair: Pair, method: str, ratio: float, folder: Path) -> dict[str, float]:
+    """The main job, in two statements; returns seconds by stage."""
     model = AutoModelForCausalLM.from_pretrained(
         pair.finetuned,
         quantization_config=DeltaMixConfig(
-            base_model=pair.base, method=method, ratio=ratio, calibration=texts
+            base_model=pair.base, method=method, ratio=ratio, calibration=pair.texts()
         ),
     )
     model.save_pretrained(folder)
+    return model.hf_quantizer.seconds
 
 
 def judge(pair: Pair, deltas: list[Path], questions: int) -> dict:
@@ -142,7 +143,7 @@ def show(found: dict, ratio: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pair", default="smollm2-demo")
-    parser.add_argument("--method", action="append", help="repeatable; default deltamix")
+    parser.add_argument("--method", action="append", help=f"repeatable; default {DEFAULT_METHOD}")
     parser.add_argument("--ratio", type=Fraction, default=Fraction(1, 16))
     parser.add_argument("--questions", type=int, default=96)
     parser.add_argument("--results", type=Path, help="also write the figures as JSON")
@@ -153,13 +154,13 @@ def main() -> None:
         print(json.dumps(judge(pair, options.judge, options.questions)))
         return
 
-    folders, seconds = [], {}
-    for method in options.method or ["deltamix"]:
+    folders, seconds, stages = [], {}, {}
+    for method in options.method or [DEFAULT_METHOD]:
         share = str(options.ratio).replace("/", "of")
         folder = cache_root() / "deltas" / options.pair / share / method
         console.rule(f"compressing {options.pair} with {method} to {options.ratio}")
         started = time.perf_counter()
-        compress(pair, method, float(options.ratio), folder)
+        stages[folder.name] = compress(pair, method, float(options.ratio), folder)
         seconds[folder.name] = time.perf_counter() - started
         folders.append(folder)
     console.rule("loading the delta in a fresh process and judging it")
@@ -169,12 +170,14 @@ def main() -> None:
     found = json.loads(out.splitlines()[-1])
     show(found, float(options.ratio))
     for name, spent in seconds.items():
-        console.print(f"{name}: compressed and saved in {spent:.0f} s")
+        parts = ", ".join(f"{stage} {part:.0f}" for stage, part in stages[name].items())
+        console.print(f"{name}: compressed and saved in {spent:.0f} s ({parts})")
     if options.results:
         found |= {
             "pair": options.pair,
             "promised_ratio": float(options.ratio),
             "compress_seconds": seconds,
+            "stage_seconds": stages,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         }

@@ -26,8 +26,9 @@ def train(model, steps=1) -> list[float]:
     return losses
 
 
-def test_training_an_adapter_changes_nothing_else(delta):
-    repo = delta("llama")
+@pytest.mark.parametrize("method", ["delta-come", "deltamix-kl"])
+def test_training_an_adapter_changes_nothing_else(delta, method):
+    repo = delta("llama", method)
     model = repo.pair.load(repo.folder)
     model.add_adapter(LoraConfig(**LORA))
     frozen = {k: p.detach().clone() for k, p in model.named_parameters() if "lora_" not in k}
@@ -66,8 +67,9 @@ def test_adapter_is_saved_alone_and_reloads(delta, tmp_path, copied, inside):
     assert not torch.equal(logits(again), repo.logits)
 
 
-def test_peft_model_round_trip(delta, tmp_path):
-    repo = delta("llama")
+@pytest.mark.parametrize("method", ["delta-come", "deltamix-kl"])
+def test_peft_model_round_trip(delta, tmp_path, method):
+    repo = delta("llama", method)
     model = get_peft_model(repo.pair.load(repo.folder), LoraConfig(**LORA, task_type="CAUSAL_LM"))
     train(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -75,9 +77,10 @@ def test_peft_model_round_trip(delta, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-def test_merged_adapter_is_refused_until_dense(delta, tmp_path):
+@pytest.mark.parametrize("method", ["delta-come", "deltamix-kl"])
+def test_merged_adapter_is_refused_until_dense(delta, tmp_path, method):
     """Merging writes into the base weight, which a delta repo cannot hold."""
-    repo = delta("llama")
+    repo = delta("llama", method)
     model = get_peft_model(repo.pair.load(repo.folder), LoraConfig(**LORA, task_type="CAUSAL_LM"))
     expected = logits(model.eval())
     merged = model.merge_and_unload()

@@ -96,6 +96,19 @@ def test_is_deterministic_and_ignores_the_scale_of_errors():
     assert scaled.error == pytest.approx(first.error * 2.0**-60, rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_more_choices_than_there_are_widths(seed):
+    """Pairs of widths for V and U are choices too."""
+    generator = np.random.default_rng(seed)
+    table, costs = generator.random((3, 14)) ** 3, generator.integers(0, 99, 14)
+    budget = int(generator.uniform(0.2, 0.8) * 3 * costs.max())
+    found = solve(torch.tensor(table), torch.tensor(costs), range(14), budget)
+    choice = found.bits.numpy()
+    assert costs[choice].sum() <= budget
+    assert found.error == pytest.approx(table[np.arange(3), choice].sum(), rel=1e-12)
+    assert found.error == pytest.approx(brute_force(table, costs, budget), rel=1e-9)
+
+
 def test_a_budget_that_does_not_bind():
     table, costs, widths = synthetic(20)
     found = solve(table, torch.tensor(costs), widths, 10**9)

@@ -100,13 +100,14 @@ ALONE = {"sequential": False, "tune_steps": 0}  # every matrix by itself, agains
         *((name, "delta-come", True) for name in ("llama", "gpt2")),
         *((name, "deltamix", False) for name in ("llama", "bert")),
         *((name, "deltamix", True) for name in ("llama", "llama_tied", "bert", "t5")),
-        *((name, "deltamix-kl", False) for name in ("bert", "t5")),
-        *((name, "deltamix-kl", True) for name in ("llama", "llama_tied", "bert", "t5", "gpt2")),
+        ("bert", "deltamix-kl", False),
+        *((name, "deltamix-kl", True) for name in ("llama_tied", "bert", "t5")),
     ],
 )
 def test_recorded_errors_are_those_of_the_files(delta, name, method, calibrated):
     """tr((Δ−D) C (Δ−D)ᵀ) / tr(Δ C Δᵀ), D decoded from the reloaded repo."""
-    repo = delta(name, method, calibrated, **(ALONE if method == "deltamix-kl" else {}))
+    alone = calibrated and method == "deltamix-kl"
+    repo = delta(name, method, calibrated, **(ALONE if alone else {}))
     source = repo.pair
     tuned, plain, packed = (source.load(f) for f in (source.tuned, source.base, repo.folder))
     modules = stored_modules(packed)
@@ -136,10 +137,10 @@ def test_recorded_errors_are_those_of_the_files(delta, name, method, calibrated)
         assert 0 < expected < 0.9
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_matrices_not_worth_their_bytes_are_left_to_the_base(delta, name):
+@pytest.mark.parametrize(("name", "calibrated"), [("llama", False), ("bert", True)])
+def test_matrices_not_worth_their_bytes_are_left_to_the_base(delta, name, calibrated):
     """In all of the default method: the rest of the model makes up for them."""
-    repo = delta(name, "deltamix-kl", True)
+    repo = delta(name, "deltamix-kl", calibrated)
     model = repo.pair.load(repo.folder)
     base = repo.pair.load(repo.pair.base).state_dict()
     modules = stored_modules(model)
@@ -149,7 +150,7 @@ def test_matrices_not_worth_their_bytes_are_left_to_the_base(delta, name):
         n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.numel() >= 4096
     }
     left_out = {f"{n}.weight" for n in large - delta_modules(model).keys()}
-    assert bool(left_out) == (name == "bert")  # queries and keys of uniform attention
+    assert left_out and all("q" in n or "key" in n for n in left_out)  # of uniform attention
     assert all(torch.equal(model.get_parameter(n), base[n]) for n in left_out)
 
 
@@ -159,8 +160,6 @@ def test_the_default_method_is_deterministic(pair, delta):
     torch.manual_seed(99)
     again = pair("llama").compress(**quick("deltamix-kl"))
     assert_same_packed(again, repo.pair.load(repo.folder))
-    other = pair("llama").compress(**quick("deltamix-kl"), seed=1)
-    assert other.config.quantization_config.errors != repo.errors
     assert not any(p.requires_grad for p in again.parameters())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pairs import calibration_ids, logits, snapshot, weight_bytes
+from tiny_pairs import calibration_ids, logits, quick, snapshot, weight_bytes
 from transformers import AutoConfig, BertForMaskedLM, LlamaForCausalLM
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
@@ -50,10 +50,19 @@ def refusal(action, *parts: str, kind: type[Exception] = DeltaMixError) -> str:
     return message
 
 
+METHODS = ["delta-come", "deltamix-kl"]  # with zero points and without
+PARTS = [
+    *(("delta-come", part) for part in ("dm_v", "dm_u", "dm_ranks", "dm_zeros")),
+    *(("deltamix-kl", part) for part in ("dm_v", "dm_u", "dm_ranks")),
+]
+each_method = pytest.mark.parametrize("broken", METHODS, indirect=True)
+each_part = pytest.mark.parametrize(("broken", "part"), PARTS, indirect=["broken"])
+
+
 @pytest.fixture
-def broken(delta, copied):
-    """A copy of the llama delta repo, to be damaged, and how to load it."""
-    repo = delta("llama")
+def broken(request, delta, copied):
+    """A copy of a llama delta repo, to be damaged, and how to load it."""
+    repo = delta("llama", getattr(request, "param", "delta-come"))
     folder = copied(repo.folder)
     return folder, lambda: repo.pair.load(folder)
 
@@ -211,11 +220,18 @@ def test_base_that_diverged(pair, copied):
     refusal(lambda: source.load(source.tuned, quantization_config=config), name, "NaN or infini")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "bert", "t5", "gpt2"])
-@pytest.mark.parametrize("method", ["deltamix", "delta-come"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "delta-come") for name in ("llama", "llama_tied", "bert", "t5", "gpt2")),
+        *((name, "deltamix") for name in ("llama", "gpt2")),
+        *((name, "deltamix-kl") for name in ("llama", "llama_tied", "bert", "t5", "gpt2")),
+    ],
+)
 def test_budget_too_small_names_one_that_works(pair, tmp_path, name, method):
     source = pair(name)
     tiny = {"ratio": None, "bits_per_weight": None, "budget_bytes": 1000, "method": method}
+    tiny |= quick(method)
     message = refusal(lambda: source.compress(**tiny), "too small", "1,000 bytes")
     enough = int(re.search(r"budget_bytes >= (\d+)", message)[1])
     choices = [{"budget_bytes": enough}]
@@ -228,17 +244,19 @@ def test_budget_too_small_names_one_that_works(pair, tmp_path, name, method):
         budget = model.config.quantization_config.budget(1)
         assert weight_bytes(folder) <= (budget if i == 0 else enough + 64)
         assert torch.equal(logits(source.load(folder)), logits(model))
+        assert model.config.quantization_config.errors  # at least one rank is kept
     assert len(choices) == 2 or name == "gpt2"
 
 
-def test_calibration_on_which_the_fine_tune_gives_nan(pair, copied):
+@pytest.mark.parametrize("method", ["deltamix", "deltamix-kl"])
+def test_calibration_on_which_the_fine_tune_gives_nan(pair, copied, method):
     """Finite weights whose activations overflow."""
     source = pair("llama")
     tuned = copied(source.tuned)
 
     name = "model.layers.1.input_layernorm.weight"
     edit_weights(tuned, lambda tensors: tensors[name].fill_(3e38))
-    config = source.config(calibration=calibration_ids())
+    config = source.config(method=method, calibration=calibration_ids())
     load = partial(source.load, tuned, quantization_config=config)
     refusal(load, "model.layers.1.self_attn.q_proj", "NaN or infinite")
 
@@ -266,23 +284,24 @@ def test_missing_shard(delta, tmp_path):
         repo.pair.load(tmp_path / "repo")
 
 
-MODULE = "model.layers.0.self_attn.q_proj"
+MODULE = "model.layers.0.self_attn.o_proj"
 
 
-@pytest.mark.parametrize("part", ["dm_v", "dm_u", "dm_ranks", "dm_zeros"])
+@each_part
 def test_missing_packed_tensor(broken, part):
     folder, load = broken
     edit_weights(folder, lambda tensors: tensors.pop(f"{MODULE}.{part}"))
     refusal(load, f"{MODULE}.{part}")
 
 
+@each_method
 def test_missing_packed_matrix(broken):
     """Without it the base weight alone would answer, a little wrong and unnoticed."""
     folder, load = broken
 
     def drop(tensors):
-        for part in ("dm_v", "dm_u", "dm_ranks", "dm_zeros"):
-            del tensors[f"{MODULE}.{part}"]
+        for name in [name for name in tensors if name.startswith(f"{MODULE}.dm_")]:
+            del tensors[name]
 
     edit_weights(folder, drop)
     refusal(load, MODULE)
@@ -296,7 +315,7 @@ def test_missing_overlay_tensor_of_a_head(delta, copied):
     refusal(lambda: repo.pair.load(folder), name)
 
 
-@pytest.mark.parametrize("part", ["dm_v", "dm_u", "dm_ranks", "dm_zeros"])
+@each_part
 @pytest.mark.parametrize(
     "damage",
     [lambda t: t[:-1], lambda t: t[:, 1:], lambda t: t.to(torch.int32), lambda t: t[0]],
@@ -309,6 +328,7 @@ def test_packed_tensor_that_does_not_fit(broken, part, damage):
     refusal(load, MODULE)
 
 
+@each_method
 @pytest.mark.parametrize("width", [0, 9, 7 + 16 * 7, 2 + 16 * 3, -1, 2**14])
 def test_tampered_width(broken, width):
     folder, load = broken
@@ -342,6 +362,21 @@ def test_repo_for_another_architecture(delta, copied):
         BertForMaskedLM.from_pretrained(repo.folder)
 
 
+def test_repo_of_the_other_codebook(broken):
+    """Codes read on the wrong grid would give noise."""
+    folder, load = broken
+    edit_config(folder, method="deltamix", codebook="gaussian", allocation="matrix")
+    refusal(load, "dm_zeros", "codebook")
+
+
+@pytest.mark.parametrize("broken", ["deltamix-kl"], indirect=True)
+def test_repo_without_the_zero_points_it_needs(broken):
+    folder, load = broken
+    edit_config(folder, codebook="min-max")
+    refusal(load, "dm_zeros")
+
+
+@each_method
 @pytest.mark.parametrize(
     ("changes", "culprit"),
     [
@@ -352,6 +387,9 @@ def test_repo_for_another_architecture(delta, copied):
         ({"group_size": -1}, "group_size"),
         ({"surprise": 1}, "surprise"),
         ({"method": "surprise"}, "surprise"),
+        ({"method": ["deltamix"]}, "method"),
+        ({"codebook": "surprise"}, "surprise"),
+        ({"whiten": "surprise"}, "whiten"),
         ({"base_fingerprints": [1, 2]}, "base_fingerprints"),
         ({"errors": 3}, "errors"),
     ],

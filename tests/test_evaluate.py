@@ -88,6 +88,9 @@ def test_compare_matches_arithmetic_by_hand():
     assert found.perplexity == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
     assert found.kl == pytest.approx(sum(kl) / len(kl), rel=1e-4)
     assert found.agreement == pytest.approx(sum(same) / len(same))
+    with torch.no_grad():
+        right = [B(input_ids=t[None]).logits[0, 2:-1].argmax(-1) == t[3:] for t in texts]
+    assert found.accuracy == pytest.approx(torch.cat(right).float().mean().item())
     assert found.kl > 0.1  # else this test could not tell KL(A‖B) from zero
 
 
@@ -149,10 +152,14 @@ def test_a_classifier_counts_rows():
     found = compare(first, second, [{"input_ids": ids}])
     assert found.tokens == 6
     assert found.kl == pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-4)
-    assert math.isnan(found.nll) and math.isnan(found.perplexity)
+    assert math.isnan(found.nll) and math.isnan(found.perplexity) and math.isnan(found.accuracy)
     labels = torch.tensor([0, 1, 2, 3, 4, 0])
     labelled = compare(first, second, [{"input_ids": ids, "labels": labels}])
     assert labelled.nll == pytest.approx(-q.log_prob(labels).mean().item(), rel=1e-4)
+    share = (q.logits.argmax(-1) == labels).float().mean().item()
+    assert labelled.accuracy == pytest.approx(share)
+    best = {"input_ids": ids, "labels": q.logits.argmax(-1)}
+    assert compare(first, second, [best]).accuracy == 1
 
 
 # Answers of random models are bytes; these prompts, of many lengths, are made of letters.

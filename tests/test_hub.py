@@ -67,19 +67,23 @@ def author(folder: Path) -> dict[str, Any]:
     )
 
     # A fine-tune and a base on the Hub, the fine-tune at a revision of its own.
-    settings = DeltaMixConfig(base_model="me/base", ratio=RATIO)
+    brief = {"num_samples": 8, "tune_steps": 3}
+    settings = DeltaMixConfig(base_model="me/base", ratio=RATIO, **brief)
     model = AutoModelForCausalLM.from_pretrained(
         "me/tuned", revision=first.oid, quantization_config=settings
     )
     model.push_to_hub("me/delta", token=TOKEN, commit_message="The delta alone")
     torch.save(logits(model), folder / "logits.pt")
 
-    # A local fine-tune, the base given by branch, saved and pushed in one call.
-    settings = DeltaMixConfig(base_model="me/base", base_revision="release", ratio=RATIO)
+    # A local fine-tune, the base given by branch, saved and pushed in one call; zero points too.
+    settings = DeltaMixConfig(
+        base_model="me/base", base_revision="release", ratio=RATIO, method="delta-come"
+    )
     local = AutoModelForCausalLM.from_pretrained(tuned, quantization_config=settings)
     local.save_pretrained(folder / "saved", push_to_hub=True, repo_id="me/saved", token=TOKEN)
 
     # The source of the tokenizer has gone by the time of saving; pushed to a branch.
+    torch.save(logits(local), folder / "saved.pt")
     shutil.move(tuned, folder / "moved")
     local.save_pretrained(
         folder / "late", push_to_hub=True, repo_id="me/saved", revision="late", token=TOKEN
@@ -105,7 +109,8 @@ def reader(folder: Path) -> dict[str, Any]:
         return torch.equal(logits(load_delta(**kwargs)), expected)
 
     seen["empty cache"] = same()
-    seen["saved"] = same(repo="me/saved")
+    saved = logits(load_delta(repo="me/saved"))
+    seen["saved"] = torch.equal(saved, torch.load(folder / "saved.pt"))
     seen["template"] = AutoTokenizer.from_pretrained("me/delta").chat_template
     generator = pipeline("text-generation", model="me/delta")
     output = generator(PROMPT, max_new_tokens=8, do_sample=False, return_tensors=True)
@@ -284,8 +289,10 @@ def test_config_pins_the_base(
 ) -> None:
     assert config["base_model"] == "me/base"
     assert config["base_revision"] == authored["release"]
+    assert config["codebook"] == "gaussian"
     saved = json.loads(hub.files("me/saved")["config.json"])["quantization_config"]
     assert saved["base_revision"] == authored["release"]  # was given as a branch
+    assert saved["codebook"] == "min-max"
     # The weights are asked for by commit, not by branch: both from one state of the repo.
     assert not [r for r in hub.requests if "/me/base/resolve/release/model" in r]
     assert "base_kwargs" not in config and TOKEN not in json.dumps([config, saved])

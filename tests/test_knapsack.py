@@ -73,6 +73,28 @@ def test_relaxation_brackets_the_optimum(seed, share):
     assert (relaxed.reduced >= 0).all()
 
 
+@given(seed=st.integers(0, 10**6), b=st.integers(1, 6), ties=st.booleans())
+def test_hull_is_the_lower_convex_one(seed, b, ties):
+    """From the cheapest choice on: steeper steps first, and no choice lies below them."""
+    generator = np.random.default_rng(seed)
+    errors = generator.integers(0, 5, (4, b)).astype(float) if ties else generator.random((4, b))
+    prices = generator.integers(0, 9, (4, b))
+    start = np.lexsort((errors, prices), axis=1)[:, 0]
+    path, slopes = knapsack.hull(errors, prices, start)
+    assert path.shape == (4, b) and slopes.shape == (4, b - 1)
+    assert (path[:, 0] == start).all() and (np.diff(slopes, axis=1) <= 0).all()
+    for i in range(4):
+        steps = int((slopes[i] > 0).sum())
+        walked = path[i, : steps + 1]
+        assert (path[i, steps:] == walked[-1]).all()  # it stays where it ends
+        price, error = prices[i, walked], errors[i, walked]
+        assert (np.diff(price) > 0).all() and error[-1] == errors[i].min()
+        found = -np.diff(error) / np.diff(price)
+        assert found == pytest.approx(slopes[i, :steps])
+        below = np.interp(prices[i], price, error)
+        assert (errors[i] >= below - 1e-12).all()
+
+
 @pytest.fixture
 def equal_ranks():
     """Every rank offers the same choices, so optimal faces of the relaxation are large."""

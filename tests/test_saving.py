@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pairs import logits, make_tokenizer, snapshot, text_of, token_ids
+from tiny_pairs import logits, make_tokenizer, quick, snapshot, text_of, token_ids
 from transformers import AutoTokenizer, modeling_utils, pipeline
 
 from deltamix_hf import DeltaMixError
@@ -34,7 +34,8 @@ def with_tokenizer(pair, tmp_path_factory):
 def saved(pair, with_tokenizer, tmp_path_factory):
     """The delta of the above: (model, folder)."""
     source = pair("llama")
-    model = source.load(with_tokenizer, quantization_config=source.config(method="delta-come"))
+    config = source.config(method="deltamix-kl", **quick("deltamix-kl"))
+    model = source.load(with_tokenizer, quantization_config=config)
     folder = tmp_path_factory.mktemp("saved") / "delta"
     model.save_pretrained(folder)
     return model, folder
@@ -83,9 +84,17 @@ def test_saving_without_the_fine_tune_warns(pair, tmp_path):
     assert torch.equal(logits(source.load(tmp_path / "delta")), logits(model))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "t5"])
-def test_shards_reload_bit_equal(delta, tmp_path, name):
-    repo = delta(name)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llama", "delta-come"),
+        ("llama_tied", "delta-come"),
+        ("t5", "delta-come"),
+        ("llama", "deltamix-kl"),
+    ],
+)
+def test_shards_reload_bit_equal(delta, tmp_path, name, method):
+    repo = delta(name, method)
     model = repo.pair.load(repo.folder)
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     shards = list((tmp_path / "shards").glob("model-*.safetensors"))
@@ -96,8 +105,9 @@ def test_shards_reload_bit_equal(delta, tmp_path, name):
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (repo.folder / WEIGHTS).read_bytes()
 
 
-def test_offload_of_shards(delta, tmp_path):
-    repo = delta("llama")
+@pytest.mark.parametrize("method", ["delta-come", "deltamix-kl"])
+def test_offload_of_shards(delta, tmp_path, method):
+    repo = delta("llama", method)
     repo.pair.load(repo.folder).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     device_map = {"model": "disk", "lm_head": "cpu"}
     model = repo.pair.load(
@@ -223,12 +233,16 @@ def test_edited_base_weights_are_refused(delta, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_edited_overlay_is_saved(delta, tmp_path):
-    """A norm trained further is an ordinary tensor of the overlay."""
-    repo = delta("llama")
+@pytest.mark.parametrize("method", ["delta-come", "deltamix-kl"])
+def test_edited_overlay_is_saved(delta, tmp_path, method):
+    """A norm trained further is an ordinary tensor of the overlay, rounded as the others are."""
+    repo = delta("llama", method)
     model = repo.pair.load(repo.folder)
     with torch.no_grad():
-        model.model.norm.weight += 0.5
+        norm = model.model.norm.weight
+        norm += 0.5
+        if method == "deltamix-kl":
+            norm.copy_(norm.bfloat16())
     model.save_pretrained(tmp_path / "repo")
     again = repo.pair.load(tmp_path / "repo")
     assert torch.equal(logits(again), logits(model))

@@ -1,0 +1,141 @@
+"""The three methods, and every part of ours switched off on its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from tiny_pairs import fine_tune, logits, token_ids, weight_bytes
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from deltamix_hf import DeltaMixConfig
+from deltamix_hf.presets import PRESETS, SWITCHES, resolve
+
+PUBLISHED = {
+    "whiten": False,
+    "fisher": False,
+    "split_widths": False,
+    "codebook": "min-max",
+    "group_size": 128,
+    "sequential": False,
+    "unbiased_gains": False,
+    "drop_penalty": 1.0,
+    "tune_steps": 0,
+    "bf16_overlay": False,
+}
+DELTA_COME = PUBLISHED | {"allocation": "bands", "bits": (0, 2, 3, 8), "correct_target": False}
+DELTAMIX = PUBLISHED | {"allocation": "matrix", "bits": (0, 2, 3, 4, 8), "correct_target": True}
+OURS = {
+    "whiten": True,
+    "fisher": True,
+    "allocation": "global",
+    "split_widths": True,
+    "bits": (0, 2, 3, 4, 8),
+    "codebook": "gaussian",
+    "group_size": 0,
+    "correct_target": True,
+    "sequential": True,
+    "unbiased_gains": True,
+    "drop_penalty": 4.0,
+    "tune_steps": 40,
+    "bf16_overlay": True,
+}
+IDS, BUDGET = token_ids() % 96, 14_000
+METHODS = {"delta-come": DELTA_COME, "deltamix": DELTAMIX, "deltamix-kl": OURS}
+
+
+def test_the_methods_are_as_published():
+    assert {name: asdict(preset) for name, preset in PRESETS.items()} == METHODS
+    assert DeltaMixConfig("b").method == "deltamix-kl"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_given_wins_and_the_preset_fills_in(method):
+    preset = METHODS[method]
+    assert resolve(method, {}) == resolve(method, dict.fromkeys(SWITCHES)) == preset
+    for name, value in METHODS["deltamix-kl" if method != "deltamix-kl" else "deltamix"].items():
+        expected = preset | {name: value}
+        if name == "allocation" and value != "global":
+            expected["split_widths"] = False  # they need the global one
+        assert resolve(method, {name: value}) == expected
+    falsy = {"group_size": 0, "tune_steps": 0, "whiten": False}  # given, not missing
+    assert resolve(method, falsy) == preset | falsy
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_config_holds_every_switch(method):
+    config = DeltaMixConfig("b", method=method)
+    values = METHODS[method]
+    assert {name: getattr(config, name) for name in SWITCHES} == values | {
+        "bits": list(values["bits"])
+    }
+    again = DeltaMixConfig(**config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    # later versions may change a preset, not what a repo says of itself
+    assert config.to_dict().items() >= {"method": method, "codebook": values["codebook"]}.items()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Folder with a base and a fine-tune of one layer, and the fine-tune's logits."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, **size, **heads)).eval()
+    model.save_pretrained(folder / "base")
+    fine_tune(model)
+    model.save_pretrained(folder / "tuned")
+    return folder, logits(model, IDS)
+
+
+def compress(folder, **options):
+    config = DeltaMixConfig(folder / "base", budget_bytes=BUDGET, **options)
+    return LlamaForCausalLM.from_pretrained(folder / "tuned", quantization_config=config)
+
+
+OFF = {
+    "nothing": {},
+    "whiten": {"whiten": False},
+    "fisher": {"fisher": False},
+    "global": {"allocation": "matrix"},
+    "split_widths": {"split_widths": False},
+    "gaussian": {"codebook": "min-max"},
+    "one_scale": {"group_size": 32},
+    "correct_target": {"correct_target": False},
+    "sequential": {"sequential": False},
+    "unbiased_gains": {"unbiased_gains": False},
+    "drop_penalty": {"drop_penalty": 1.0},
+    "tune_steps": {"tune_steps": 0},
+    "bf16_overlay": {"bf16_overlay": False},
+    "dropping": {"bits": (2, 3)},
+}
+
+
+@pytest.mark.parametrize("part", OFF)
+def test_each_part_can_be_switched_off(pair, part, tmp_path):
+    folder, wanted = pair
+    options = {"calibration": token_ids(8, 16, seed=7) % 96, "tune_steps": 2} | OFF[part]
+    model = compress(folder, **options)
+    found = logits(model, IDS)
+    model.save_pretrained(tmp_path)
+    assert weight_bytes(tmp_path) <= BUDGET
+    assert (found - wanted).norm() < 0.2 * wanted.norm()
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, IDS), found)
+    stored = again.config.quantization_config
+    assert all(
+        getattr(stored, name) == value for name, value in OFF[part].items() if name != "bits"
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_calibration(pair, method, tmp_path):
+    folder, wanted = pair
+    model = compress(folder, method=method, tune_steps=0, num_samples=4)
+    found = logits(model, IDS)
+    model.save_pretrained(tmp_path)
+    assert weight_bytes(tmp_path) <= BUDGET
+    assert (found - wanted).norm() < 0.2 * wanted.norm()
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path), IDS), found)
