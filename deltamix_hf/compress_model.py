@@ -136,10 +136,13 @@ def _batches(model: PreTrainedModel, config: DeltaMixConfig, revision: str | Non
     (texts: 0.0009). Not so a classifier, whose predictions on noise say nothing (`rxnfp`: 0.088
     instead of 0.009), so for others there is nothing to run: empty.
     """
-    vocabulary = weight_of(model.get_input_embeddings()).shape[0]
     if config.calibration is None:
         writes = model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
-        return random_tokens(vocabulary, config) if config.fisher and writes else []
+        if not (config.fisher and writes):
+            return []
+    vocabulary = weight_of(model.get_input_embeddings()).shape[0]
+    if config.calibration is None:
+        return random_tokens(vocabulary, config)
     source = model.config.name_or_path
     if isinstance(config.calibration, str) and config.calibration == SELF:
         tokenizer = _tokenizer(source, revision)

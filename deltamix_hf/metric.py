@@ -7,9 +7,10 @@ metric is: products with it, damping, and a factor L with L·Lᵀ = M to whiten 
 `SecondMoment` accumulates M = Σ x·xᵀ / N over batches. Up to FULL elements it keeps the matrix,
 d²·4 bytes. Above, it keeps a sketch of SKETCH rows and the exact diagonal, (SKETCH + 1)·d·4 bytes:
 rows x are added to the sketch with random signs, so E[SᵀS] = Σ x·xᵀ, and the result is rescaled to
-the exact diagonal and averaged with it: a sketch alone knows nothing outside its own span. (Layer
-error at 1/16 on two down projections of SmolLM2-135M, sketch of n/7 rows: exact 0.038 and 0.024,
-sketch 0.067 and 0.043, averaged 0.052 and 0.032, diagonal alone 0.070 and 0.042.) Above DIAGONAL elements (vocabularies) it keeps the diagonal alone.
+the exact diagonal and averaged with it, because a sketch alone knows nothing outside its own span.
+(Layer error at 1/16 on two down projections of SmolLM2-135M, sketch of n/7 rows: exact 0.038 and
+0.024, sketch 0.067 and 0.043, averaged 0.052 and 0.032, diagonal alone 0.070 and 0.042.) Above
+DIAGONAL elements (vocabularies) it keeps the diagonal alone.
 """
 
 from __future__ import annotations
