@@ -42,7 +42,8 @@ def embedding(module: nn.Embedding, gaussian=False) -> torch.Tensor:
 
 
 def relative(found, expected):
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
 
 
 @each_codebook
