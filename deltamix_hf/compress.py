@@ -10,7 +10,6 @@ measures its own table, and Delta-CoMe has fixed bands.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from .factor import Factors, factorise
 from .format import GUARD, PREFIX, header_bytes
 from .global_allocation import Choices, solve_global
 from .gptq import Rounded, gptq_columns, gptq_rows
-from .metric import damped
+from .metric import coupling, damped
 from .packed import DTYPES, PackedFactors, part_shapes, rank_bytes
 from .statistics import Metrics
 
@@ -156,7 +155,8 @@ class Compressor:
         bar = logging.tqdm(total=len(matrices), desc="Measuring spectra", unit="matrix")
         for name, matrix in matrices.items():
             with _named(name):
-                energies.append(self._factors(matrix.delta(), matrix.metrics()).sigma.double() ** 2)
+                factors = self._factors(matrix.delta(), self._damped(matrix.metrics()))
+            energies.append(factors.sigma.double() ** 2)
             bar.update()
         bar.close()
         options = [self._options(*matrix.shape) for matrix in matrices.values()]
@@ -182,8 +182,9 @@ class Compressor:
         )
         return choices, [(0, 0), *pairs]
 
-    def _factors(self, delta: Tensor, metrics: Metrics, rank: int | None = None) -> Factors:
-        whitening = self._damped(metrics) if self.config.whiten else Metrics()
+    def _factors(self, delta: Tensor, near: Metrics, rank: int | None = None) -> Factors:
+        """Ranks of ΔW; `near` are the damped metrics."""
+        whitening = near if self.config.whiten else Metrics()
         return factorise(delta, whitening.outputs, whitening.inputs, rank)
 
     def _damped(self, metrics: Metrics) -> Metrics:
@@ -198,29 +199,25 @@ class Compressor:
         Raises:
             DeltaMixError: the delta holds NaN or infinity, or a metric cannot be factorised.
         """
-        started = time.perf_counter()
         with _named(name):
             result = self._compress(name, delta, metrics)
-        self.seconds += time.perf_counter() - started
         if result.packed is not None:
             self._left -= sum(result.packed.nbytes.values())
         self._weight -= self.sizes[name]
         return result
-
-    seconds = 0.0
 
     def _compress(self, name: str, delta: Tensor, metrics: Metrics) -> Compressed:
         config, near = self.config, self._damped(metrics)
         if name in self._plan:
             widths = self._plan[name]
             kept = int((widths.v > 0).sum())
-            factors = self._factors(delta, metrics, kept)
+            factors = self._factors(delta, near, kept)
             k = len(factors.sigma)
             v = self._round_v(factors.right, near, widths.v[:k])
             widths = Widths(widths.v[:k], widths.u[:k])
         else:
             share = self._left * self.sizes[name] // self._weight
-            factors, v = self._within(share, delta, metrics)
+            factors, v = self._within(share, delta, metrics, near)
             widths = Widths(v.bits, v.bits)
         kept_ranks = (widths.v > 0).to(delta.device)
         v = v.rows(kept_ranks)
@@ -237,9 +234,8 @@ class Compressor:
         else:
             target, inner = plain_left_factor(left, metrics.inputs, right_hat, sigma)
         if self.gaussian:
-            outputs = near.outputs
-            full = outputs if outputs is not None and outputs.dim() == 2 else None
-            u = gptq_rows(target.T.contiguous(), full, u_bits, config.group_size, gaussian=True)
+            coupled = coupling(near.outputs)
+            u = gptq_rows(target.T.contiguous(), coupled, u_bits, config.group_size, gaussian=True)
         else:
             u = gptq_columns(target, inner, u_bits, config.group_size)
         if config.unbiased_gains:
@@ -251,23 +247,25 @@ class Compressor:
         return Compressed(packed if packed.rank else None, error)
 
     def _round_v(self, right: Tensor, near: Metrics, bits: Tensor) -> Rounded:
-        inputs = near.inputs if near.inputs is not None and near.inputs.dim() == 2 else None
-        return gptq_rows(right, inputs, bits, self.config.group_size, self.gaussian)
+        group_size = self.config.group_size
+        return gptq_rows(right, coupling(near.inputs), bits, group_size, self.gaussian)
 
-    def _within(self, share: int, delta: Tensor, metrics: Metrics) -> tuple[Factors, Rounded]:
-        """Widths that fit `share` bytes, and V rounded to them."""
+    def _within(
+        self, share: int, delta: Tensor, metrics: Metrics, near: Metrics
+    ) -> tuple[Factors, Rounded]:
+        """Widths that fit `share` bytes, and V rounded to them; `near` are the damped metrics."""
         config, (m, n) = self.config, tuple(delta.shape)
         widths = range(9)
         cost = {b: rank_bytes(m, n, b, b, config.group_size, self.gaussian) for b in widths}
         least = min(b for b in config.bits if b > 0)
         if config.allocation == "bands":
-            factors = self._factors(delta, metrics, max(share // cost[least], 0))
+            factors = self._factors(delta, near, max(share // cost[least], 0))
             bits = allocation.bands(len(factors.sigma), cost, share)
-            return factors, self._round_v(factors.right, self._damped(metrics), bits)
+            return factors, self._round_v(factors.right, near, bits)
         # All ranks are candidates: with C, a rank may be worth more than one of larger sigma.
         rank = None if 0 in config.bits else max(share // cost[least], 0)
-        factors = self._factors(delta, metrics, rank)
-        inputs = metrics.inputs if metrics.inputs is None or metrics.inputs.dim() == 2 else None
+        factors = self._factors(delta, near, rank)
+        inputs = coupling(metrics.inputs)
         table, candidates = error_table(
             factors.right, factors.sigma, inputs, config.bits, config.group_size, self.gaussian
         )

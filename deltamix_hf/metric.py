@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gptq import cholesky
+from .gptq import cholesky, damp
 
 Metric = Tensor | None
 
@@ -82,9 +82,12 @@ def damped(metric: Metric, fraction: float) -> Metric:
         return None
     if metric.dim() == 1:
         return metric + fraction * metric.mean()
-    out = metric.clone()
-    out.diagonal().add_(fraction * out.diagonal().mean())
-    return out
+    return damp(metric, fraction)
+
+
+def coupling(metric: Metric) -> Metric:
+    """The metric if it couples directions, else None: under a diagonal GPTQ is plain rounding."""
+    return metric if metric is not None and metric.dim() == 2 else None
 
 
 def times(rows: Tensor, metric: Metric) -> Tensor:

@@ -71,11 +71,11 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
     modules = _tunable(model)
     if not course or not modules or not steps:
         return []
-    gains = {}
-    for module in modules.values():  # tied modules share their tensors, hence their gain
-        ranks = ranks_of(module)
-        if id(ranks) not in gains:
-            gains[id(ranks)] = torch.zeros(len(ranks), device=ranks.device, requires_grad=True)
+    owners = {id(ranks_of(m)): m for m in modules.values()}  # tied modules share their gain
+    gains = {
+        key: torch.zeros(len(ranks_of(m)), device=ranks_of(m).device, requires_grad=True)
+        for key, m in owners.items()
+    }
     for module in modules.values():
         _open(module, gains[id(ranks_of(module))])
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -117,12 +117,8 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
             _close(module)
         for parameter in trainable:
             parameter.requires_grad_(True)
-    done: set[int] = set()
-    for module in modules.values():
-        key = id(ranks_of(module))
-        if key not in done:
-            _fold(module, gains[key].detach().exp())
-            done.add(key)
+    for key, module in owners.items():
+        _fold(module, gains[key].detach().exp())
     return losses
 
 
