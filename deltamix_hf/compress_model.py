@@ -52,7 +52,7 @@ def compress_model(
         )
     targets, overlay = sort_tensors(model, base, config.modules_to_not_convert or [])
     shapes = {name: shape_of(module) for name, module in targets.items()}
-    config.errors = {}  # a new one: the caller's config shares the old
+    config.errors, config.dropped = {}, []  # new ones: the caller's config shares the old
     config.base_fingerprints = fingerprints(base.infos)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     config.seq_length = min(config.seq_length, positions or config.seq_length)

@@ -73,6 +73,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
         calibration_source: written by compression: what the calibration data was, in words.
         base_fingerprints: written by compression: base tensor name -> fingerprint.
         errors: written by compression: module name -> relative error tr(EᵀE·C)/tr(ΔWᵀΔW·C).
+        dropped: written by compression: matrices that differ but were not worth a single rank; they
+            stay as they are in the base.
 
     Raises:
         DeltaMixError: a value is out of range; the message names it.
@@ -125,6 +127,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         calibration_source: str | None = None,
         base_fingerprints: dict[str, str] | None = None,
         errors: dict[str, float] | None = None,
+        dropped: Sequence[str] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ):
@@ -160,6 +163,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.calibration_source = calibration_source
         self.base_fingerprints = _mapping("base_fingerprints", base_fingerprints)
         self.errors = _mapping("errors", errors)
+        self.dropped = list(dropped or [])
         self._validate()
 
     def _validate(self) -> None:
@@ -287,9 +291,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def __repr__(self) -> str:
-        shown = {
-            k: v for k, v in self.to_dict().items() if k not in ("base_fingerprints", "errors")
-        }
+        records = ("base_fingerprints", "errors", "dropped")
+        shown = {k: v for k, v in self.to_dict().items() if k not in records}
         return f"DeltaMixConfig {json.dumps(shown, indent=2)}"
 
 

@@ -249,12 +249,15 @@ class SizeReport:
 
 
 def size_report(folder: str | os.PathLike, weights: Mapping[str, tuple[int, ...]]) -> SizeReport:
-    """Measure a delta repo on disk. `weights`: packed module name -> shape [m, n] of its matrix."""
+    """Measure a delta repo on disk.
+
+    `weights`: name -> shape [m, n] of every compressed matrix, those too that kept no rank
+    (`modules.compressed_shapes`).
+    """
     files = weight_files(folder)
     infos = read_headers(files)
     kinds = dict.fromkeys(("payload", "scales", "overlay"), 0)
-    stored = {name: shape for name, shape in weights.items() if f"{name}.{PREFIX}ranks" in infos}
-    reference = sum(2 * m * n for m, n in stored.values())  # a tied twin is stored once
+    reference = sum(2 * m * n for m, n in weights.values())
     widths = 0
     for name, info in infos.items():
         leaf, size = name.rpartition(".")[2], info.end - info.start

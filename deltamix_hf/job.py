@@ -154,7 +154,9 @@ class Job:
         packed, error = self._results[name].packed, self._results[name].error
         with torch.no_grad():
             weight_of(self.targets[name]).copy_(self.base.read(f"{name}.weight"))
-        if packed is not None:
+        if packed is None:
+            self.config.dropped.append(name)
+        else:
             self.config.errors[name] = error
             attach_with_ties(self.model, name, packed.runs, packed.group_size, packed.tensors)
         del self._results[name]

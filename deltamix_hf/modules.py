@@ -170,9 +170,12 @@ def delta_modules(model: nn.Module) -> dict[str, DeltaModule]:
 
 def packed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Name -> [m, n] of every packed matrix; tied twins are not listed again."""
-    shapes = {}
-    for name, module in delta_modules(model).items():
-        if f"{name}.weight" not in model.all_tied_weights_keys:
-            m, n = weight_of(module).shape
-            shapes[name] = (m, n)
-    return shapes
+    tied = model.all_tied_weights_keys
+    modules = delta_modules(model).items()
+    return {name: shape_of(module) for name, module in modules if f"{name}.weight" not in tied}
+
+
+def compressed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """`packed_shapes` and the matrices that differ from the base but were not worth a rank."""
+    dropped = model.config.quantization_config.dropped
+    return packed_shapes(model) | {name: shape_of(model.get_submodule(name)) for name in dropped}

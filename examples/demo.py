@@ -34,7 +34,7 @@ from deltamix_hf import DeltaMixConfig
 from deltamix_hf.config import DEFAULT_METHOD
 from deltamix_hf.evaluate import compare, exact_match, gain_kept, greedy_answers, reference_logits
 from deltamix_hf.format import size_report, weight_files
-from deltamix_hf.modules import packed_shapes
+from deltamix_hf.modules import compressed_shapes
 
 KINDS = ("payload", "scales", "metadata", "overlay")
 console = Console()
@@ -76,7 +76,7 @@ def judge(pair: Pair, deltas: list[Path], questions: int) -> dict:
             "answers": greedy_answers(model, tokenizer, prompts[:5]),
         }
         if name not in ("fine-tune", "base"):
-            size = size_report(source, packed_shapes(model))
+            size = size_report(source, compressed_shapes(model))
             config = model.config.quantization_config
             row |= {
                 "method": config.method,

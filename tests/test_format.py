@@ -29,7 +29,7 @@ from deltamix_hf.format import (
     size_report,
     weight_files,
 )
-from deltamix_hf.modules import delta_modules
+from deltamix_hf.modules import compressed_shapes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int16, torch.int64]
 tensors = st.dictionaries(
@@ -225,7 +225,7 @@ def test_packed_modules(gaussian):
 def test_size_report_is_the_files(delta, name, method):
     repo = delta(name, method).folder
     model = delta(name, method).pair.load(repo)
-    shapes = {k: tuple(m.weight.shape) for k, m in delta_modules(model).items()}
+    shapes = compressed_shapes(model)
     report = size_report(repo, shapes)
     stored = load_file(repo / "model.safetensors")
 
@@ -242,9 +242,10 @@ def test_size_report_is_the_files(delta, name, method):
     assert report.scales == scales
     tuned = delta(name, method).pair.load(delta(name, method).pair.tuned).state_dict()
     tied = set(model.all_tied_weights_keys)
-    dropped = [n for n in tuned.keys() - tied if n not in stored and f"{n[:-7]}.dm_v" not in stored]
+    dropped = {n for n in tuned.keys() - tied if n not in stored and f"{n[:-7]}.dm_v" not in stored}
     assert bool(dropped) == (method == "deltamix-kl")  # a matrix not worth its bytes is left out
-    reference = 2 * sum(tuned[n].numel() for n in tuned.keys() - tied - set(dropped))
+    assert {f"{n}.weight" for n in model.config.quantization_config.dropped} == dropped
+    reference = 2 * sum(tuned[n].numel() for n in tuned.keys() - tied)
     assert report.reference == reference
     assert report.ratio == report.total / reference
 
@@ -253,7 +254,7 @@ def test_size_report_of_shards(delta, tmp_path):
     repo = delta("llama")
     model = repo.pair.load(repo.folder)
     model.save_pretrained(tmp_path, max_shard_size="10KB")
-    shapes = {k: tuple(m.weight.shape) for k, m in delta_modules(model).items()}
+    shapes = compressed_shapes(model)
     assert len(weight_files(tmp_path)) > 2
     whole, parts = size_report(repo.folder, shapes), size_report(tmp_path, shapes)
     assert parts.total == weight_bytes(tmp_path) > whole.total  # one header a shard

@@ -25,7 +25,7 @@ from transformers import (
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.evaluate import Batch, compare, exact_match, gain_kept, reference_logits
 from deltamix_hf.format import size_report
-from deltamix_hf.modules import delta_modules, packed_shapes
+from deltamix_hf.modules import compressed_shapes, delta_modules, packed_shapes
 
 KINDS = ("payload", "scales", "metadata", "overlay")
 
@@ -107,7 +107,7 @@ def compress(run: Run, judge: Judge) -> dict[str, Any]:
         clock.append(time.perf_counter())
         figures = judge.figures(delta)
         clock.append(time.perf_counter())
-        size = size_report(folder, packed_shapes(delta))
+        size = size_report(folder, compressed_shapes(delta))
     total, saved, loaded, judged = (b - a for a, b in pairwise(clock))
     return {
         "figures": figures,
