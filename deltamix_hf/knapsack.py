@@ -37,14 +37,15 @@ _FILL_STEPS = 32
 # over a gap that is several times smaller.
 _REACHES = (0.1, 1.0)
 
+# A deterministic stop for tables full of ties; the gap is then reported. Others needed <= 3025.
+_MOST_NODES = 20000
+
 _HIGHS_OPTIONS: dict[str, bool | int | float | str] = {
     "output_flag": False,
     "threads": 1,
     "random_seed": 0,
     "mip_rel_gap": 0.0,
     "mip_feasibility_tolerance": 1e-9,
-    # A deterministic stop for tables full of ties; the gap is then reported. Others needed <= 3025.
-    "mip_max_nodes": 20000,
     # Branching on the few z is all the search needs. Presolve, and the sub-MIP heuristics that
     # presolve again, took up to 13 s of one 13.4 s solve; without them the same took 0.2 s.
     "presolve": "off",
@@ -109,16 +110,19 @@ def relax(errors: np.ndarray, prices: np.ndarray, budget: int) -> Relaxed | None
     )
 
 
-def improve(relaxed: Relaxed, best: float) -> tuple[np.ndarray | None, float, float]:
+def improve(
+    relaxed: Relaxed, best: float, nodes: int = _MOST_NODES
+) -> tuple[np.ndarray | None, float, float]:
     """Steps 3 and 4: the optimal choice `[k]` if its error is below `best`, that error, a bound.
 
     Returns (None, best, bound) if no choice is better than `best`, which may come from elsewhere.
+    `nodes` limits each of HiGHS's two searches.
     """
     choice, bound = None, relaxed.bound
     for reach in _REACHES:
         if best - relaxed.bound <= _PROVEN * best:
             return choice, best, relaxed.bound
-        found, bound = _solve_core(relaxed, best, reach)
+        found, bound = _solve_core(relaxed, best, reach, nodes)
         if found is not None:
             choice, best = found
     return choice, best, bound
@@ -150,7 +154,7 @@ def hull(
 
 
 def _solve_core(
-    relaxed: Relaxed, best: float, reach: float
+    relaxed: Relaxed, best: float, reach: float, nodes: int
 ) -> tuple[tuple[np.ndarray, float] | None, float]:
     """A better (choice, error) than `best` or None, and a lower bound.
 
@@ -174,6 +178,7 @@ def _solve_core(
             relaxed.budget - int(relaxed.prices[fixed, choice[fixed]].sum()),
             relaxed.multiplier / unit,
             _PROVEN * best / unit,
+            nodes,
         )
         bound = min(best, relaxed.bound + max(least, 0.0) * unit)
         if solution is None:
@@ -194,6 +199,7 @@ def _run_highs(
     budget: int,
     slack_cost: float,
     tolerance: float,
+    nodes: int,
 ) -> tuple[np.ndarray | None, float]:
     """One choice f per rank `row` and the unspent bytes, of least cost: f and the dual bound.
 
@@ -225,6 +231,7 @@ def _run_highs(
     for name, value in _HIGHS_OPTIONS.items():
         solver.setOptionValue(name, value)
     solver.setOptionValue("mip_abs_gap", tolerance)
+    solver.setOptionValue("mip_max_nodes", nodes)
     solver.passModel(lp)
     solver.run()
     status, info = solver.getModelStatus(), solver.getInfo()

@@ -38,7 +38,7 @@ settings.load_profile("deltamix")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_allocation(request) -> Iterator[None]:
-    """HiGHS takes up to 15 s to prove the last 1e-4 of the optimum of a tiny model."""
+    """HiGHS takes up to 2 s to prove the last 1e-4 of the optimum of a tiny model."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_global_allocation":
             patch.setattr(global_allocation, "_WINDOWS", (16,))

@@ -97,7 +97,7 @@ def test_models_are_solved_within_a_certified_gap(matrices, ranks):
     # All but the price of one rank is spent.
     assert spent > budget - max(int(table.cost.max()) for table in choices)
     assert found.error == pytest.approx(error, rel=1e-12)
-    assert found.error >= found.bound and found.gap <= 1e-6
+    assert found.error >= found.bound and found.gap <= 1e-4
 
 
 def relaxation(energies, choices, budget):
@@ -162,9 +162,9 @@ def test_a_wider_window_is_taken_when_the_first_does_not_prove_enough(monkeypatc
     opened = []
     improve = knapsack.improve
 
-    def recorded(relaxed, best):
+    def recorded(relaxed, best, nodes):
         opened.append(len(relaxed.errors) - 1)
-        return improve(relaxed, best)
+        return improve(relaxed, best, nodes)
 
     monkeypatch.setattr(knapsack, "improve", recorded)
     energies, choices, budget = model(2, 100)

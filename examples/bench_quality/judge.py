@@ -49,7 +49,7 @@ class Judge:
 
     @cached_property
     def batches(self) -> list[Batch]:
-        rows = 64 if self.encoder else 16  # logits of every token may take much memory
+        rows = 64 if self.encoder else 32  # logits of every token may take much memory
         return list(self.pair.batches("heldout", self.questions, batch_size=rows))
 
     @cached_property
