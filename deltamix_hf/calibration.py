@@ -43,7 +43,7 @@ def token_batches(config: DeltaMixConfig, load_tokenizer: Callable[[], Any]) -> 
     data = config.calibration
     if isinstance(data, Tensor):
         ids = data[: config.num_samples, : config.seq_length].long()
-        return list(ids.split(max(1, _TOKENS_PER_FORWARD // ids.shape[1])))
+        return list(split_rows(ids))
     texts = _read_texts(data) if isinstance(data, str) else list(data or ())
     texts = [text for text in texts if text and text.strip()]
     random.Random(config.seed).shuffle(texts)
@@ -60,7 +60,12 @@ def random_tokens(vocabulary: int, config: DeltaMixConfig) -> list[Tensor]:
     generator = torch.Generator().manual_seed(config.seed)
     length = min(config.seq_length, _RANDOM_LENGTH)
     ids = torch.randint(vocabulary, (config.num_samples, length), generator=generator)
-    return list(ids.split(max(1, _TOKENS_PER_FORWARD // length)))
+    return list(split_rows(ids))
+
+
+def split_rows(ids: Tensor, tokens: int = _TOKENS_PER_FORWARD) -> tuple[Tensor, ...]:
+    """Token ids [rows, length] in pieces of at most `tokens` tokens, or of one row."""
+    return ids.split(max(1, tokens // ids.shape[1]))
 
 
 def stacked(rows: Sequence[list[int]], seed: int) -> list[Tensor]:
@@ -77,11 +82,7 @@ def stacked(rows: Sequence[list[int]], seed: int) -> list[Tensor]:
         raise DeltaMixError(
             "calibration gave no tokens; give non-empty texts, or None for data-free"
         )
-    batches = [
-        batch
-        for length, group in same_length.items()
-        for batch in torch.tensor(group).split(max(1, _TOKENS_PER_FORWARD // length))
-    ]
+    batches = [batch for group in same_length.values() for batch in split_rows(torch.tensor(group))]
     random.Random(seed).shuffle(batches)
     return batches
 

@@ -21,7 +21,7 @@ Hessian. H is float64: the 1/sigma^2 terms span many orders of magnitude.
 import torch
 
 from deltamix_hf.gptq import cholesky
-from deltamix_hf.metric import times
+from deltamix_hf.metric import energies, times
 
 _BLOCK_ROWS = 4096
 
@@ -83,15 +83,11 @@ def metric_error(delta: torch.Tensor, approx: torch.Tensor, gram: torch.Tensor |
         raise ValueError(f"delta {list(delta.shape)} and approx {list(approx.shape)} differ")
     error = total = 0.0
     for rows, near in zip(delta.split(_BLOCK_ROWS), approx.split(_BLOCK_ROWS), strict=True):
-        error += _energy(rows - near, gram)
-        total += _energy(rows, gram)
+        error += float(energies(rows - near, gram).sum())
+        total += float(energies(rows, gram).sum())
     if total == 0:
         return 0.0 if error == 0 else float("inf")
     return error / total
-
-
-def _energy(rows: torch.Tensor, gram: torch.Tensor | None) -> float:
-    return float((times(rows, gram).to(torch.float64) * rows).sum())
 
 
 def _scaled_hessian(

@@ -17,7 +17,8 @@ its columns by G of its output. Where it is tied to an output layer, the two use
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,8 +110,6 @@ def collect(
     Raises:
         DeltaMixError: the model gives NaN on the calibration data.
     """
-    trainable = {p for p in model.parameters() if p.requires_grad}
-    model.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
     handles = [  # every one: encoder and decoder may each have their own
         module.register_forward_hook(lambda module, args, y: y.requires_grad_(fisher))
@@ -120,7 +119,7 @@ def collect(
     hooks = _Hooks(modules, fisher)
     scored = 0
     try:
-        with torch.set_grad_enabled(fisher):
+        with frozen(model), torch.set_grad_enabled(fisher):
             for ids in logging.tqdm(batches, desc="Calibrating", unit="batch"):
                 output = _predict(model, ids)
                 if fisher:
@@ -129,8 +128,6 @@ def collect(
         found = hooks.close()
         for handle in handles:
             handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
     # inputs first: gradients of all layers before the culprit are NaN too
     moments = [(name, layer.inputs) for name, layer in found.items()]
     moments += [(name, layer.gradients) for name, layer in found.items() if layer.gradients]
@@ -141,6 +138,18 @@ def collect(
                 f"calibration gave NaN or infinite values at {name}: check the fine-tune"
             )
     return found, scored
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of the model's own parameters; afterwards as before."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import grid
+from .calibration import split_rows
 from .modules import DeltaEmbedding, DeltaModule, delta_modules, weight_of
-from .statistics import inputs_of, prediction
+from .statistics import frozen, inputs_of, prediction
 
 LEARNING_RATE = 0.01
 TOKENS_PER_STEP = 256
@@ -51,8 +52,7 @@ def lessons(model: PreTrainedModel, batches: Sequence[Tensor], seed: int) -> lis
     """Run the fine-tune over the batches and keep its predictions at random positions."""
     random = torch.Generator().manual_seed(seed)
     made: list[Lesson] = []
-    pieces = [ids.split(max(1, TOKENS_PER_STEP // ids.shape[1])) for ids in batches]
-    batches = [piece for parts in pieces for piece in parts]
+    batches = [piece for ids in batches for piece in split_rows(ids, TOKENS_PER_STEP)]
     for ids in batches:
         values, is_logits = prediction(model(**inputs_of(model, ids)))
         if not is_logits:
@@ -78,47 +78,52 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
     }
     for module in modules.values():
         _open(module, gains[id(ranks_of(module))])
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    optimizer = torch.optim.Adam(gains.values(), lr=LEARNING_RATE)
-    losses: list[float] = []
-    kept_out = course[::_KEEP_OUT] if len(course) > 1 else []
-    course = [item for i, item in enumerate(course) if i % _KEEP_OUT or not kept_out]
     try:
-        before = _mean(model, kept_out)
-        lesson = 0
-        bar = logging.tqdm(total=steps, desc="Tuning scales", unit="step")
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-            batch: list[Lesson] = []
-            tokens = 0
-            while tokens < TOKENS_PER_STEP and len(batch) < len(course):
-                batch.append(course[lesson % len(course)])
-                tokens += batch[-1].ids.numel()
-                lesson += 1
-            scored = sum(len(item.positions) for item in batch)
-            total = 0.0
-            optimizer.zero_grad()
-            for item in batch:
-                loss = _divergence(model, item) / scored
-                if loss.requires_grad:  # not where text meets no packed matrix
-                    loss.backward()
-                total += loss.item()
-            optimizer.step()
-            losses.append(total)
-            bar.update()
-        bar.close()
-        if not _mean(model, kept_out) <= before:  # worse, or NaN
-            for gain in gains.values():
-                gain.detach().zero_()
+        with frozen(model):
+            losses = _train(model, list(gains.values()), course, steps)
     finally:
         for module in modules.values():
             _close(module)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
     for key, module in owners.items():
         _fold(module, gains[key].detach().exp())
+    return losses
+
+
+def _train(
+    model: PreTrainedModel, gains: list[Tensor], course: Sequence[Lesson], steps: int
+) -> list[float]:
+    """Adam on the gains; they end at 0 if they do not help on the texts kept out."""
+    optimizer = torch.optim.Adam(gains, lr=LEARNING_RATE)
+    losses: list[float] = []
+    kept_out = course[::_KEEP_OUT] if len(course) > 1 else []
+    course = [item for i, item in enumerate(course) if i % _KEEP_OUT or not kept_out]
+    before = _mean(model, kept_out)
+    lesson = 0
+    bar = logging.tqdm(total=steps, desc="Tuning scales", unit="step")
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        batch: list[Lesson] = []
+        tokens = 0
+        while tokens < TOKENS_PER_STEP and len(batch) < len(course):
+            batch.append(course[lesson % len(course)])
+            tokens += batch[-1].ids.numel()
+            lesson += 1
+        scored = sum(len(item.positions) for item in batch)
+        total = 0.0
+        optimizer.zero_grad()
+        for item in batch:
+            loss = _divergence(model, item) / scored
+            if loss.requires_grad:  # not where text meets no packed matrix
+                loss.backward()
+            total += loss.item()
+        optimizer.step()
+        losses.append(total)
+        bar.update()
+    bar.close()
+    if not _mean(model, kept_out) <= before:  # worse, or NaN
+        for gain in gains:
+            gain.detach().zero_()
     return losses
 
 

@@ -1,9 +1,9 @@
-"""Would rotating the rank vectors by a Hadamard matrix before rounding them help? And cost?
+"""Would rotating the rank vectors by a Hadamard matrix before rounding them help? At what cost?
 
-Rotation makes entries look normal and spreads outliers; products then need x·H and Hᵀ·y. Vectors are
-rotated in blocks (the largest power of two, at most 512, that divides their length) after random
-signs, rounded by GPTQ in the rotated metric, and rotated back; all else is the default method without
-tuning. The table names KL to the fine-tune on held-out rows; bytes are the same in every column.
+Rotation makes entries look normal and spreads outliers; products then need x·H and Hᵀ·y. Vectors
+are rotated in blocks (the largest power of two, at most 512, that divides their length) after
+random signs, rounded by GPTQ in the rotated metric, and rotated back; all else is the default
+method without tuning. Printed: KL to the fine-tune on held-out rows, at equal bytes.
 
     python examples/bench_quality/hadamard.py [pair ...]
 """
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from bench_quality.judge import Judge
-from pairs import build_pair
+from bench_quality.texts import get_pair
 from torch import Tensor
 from transformers.utils import logging
 
@@ -146,10 +146,11 @@ def main() -> None:
     print(f"rotating in and out / base product of 4096 x 4096, one row, CPU: {cost():.3f}")
     print("| pair | ratio | " + " | ".join(ARMS) + " |\n" + "| --- " * (2 + len(ARMS)) + "|")
     for name in sys.argv[1:] or PAIRS:
-        judge = Judge(build_pair(name))
+        judge = Judge(get_pair(name))
         for share in SHARES:
             found = [kl(judge, share, sides) for sides in ARMS.values()]
-            print(f"| {name} | 1/{share} | " + " | ".join(f"{x:.5f}" for x in found) + " |", flush=True)
+            cells = " | ".join(f"{x:.5f}" for x in found)
+            print(f"| {name} | 1/{share} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
