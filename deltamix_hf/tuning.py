@@ -31,7 +31,7 @@ from .modules import DeltaEmbedding, DeltaModule, delta_modules, weight_of
 from .statistics import frozen, inputs_of, prediction
 
 LEARNING_RATE = 0.01
-TOKENS_PER_STEP = 256
+TOKENS_PER_STEP = 128
 _KEEP_OUT = 8
 _LEAST = -1e4  # log-probability of what a model rules out: finite, and exp of it is 0
 # Log-probabilities of the fine-tune that are kept, float16.

@@ -16,7 +16,7 @@ from deltamix_hf.tuning import Lesson, lessons, tune
 SIZE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.1}
 SIZE |= {"tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-ONE_BATCH = [token_ids(16, 16)]  # so that none is kept out
+ONE_BATCH = [token_ids(8, 16)]  # so that none is kept out
 BATCHES = [token_ids(4, 16, seed=seed) for seed in range(4)]
 
 
@@ -167,8 +167,8 @@ def test_scaled_embeddings_keep_their_scales_and_so_do_their_heads(pair):
 
 def test_lessons(pair, monkeypatch):
     exact, _ = pair()
-    course = lessons(exact, [token_ids(24, 16), token_ids(1, 700)], 0)  # 256 tokens at a time
-    assert [tuple(item.ids.shape) for item in course] == [(16, 16), (8, 16), (1, 700)]
+    course = lessons(exact, [token_ids(24, 16), token_ids(1, 700)], 0)  # 128 tokens at a time
+    assert [tuple(item.ids.shape) for item in course] == [(8, 16), (8, 16), (8, 16), (1, 700)]
     for item in course:
         assert torch.equal(item.positions, torch.arange(item.ids.numel()))
         wanted = logits(exact, item.ids).flatten(0, 1).log_softmax(-1)

@@ -60,7 +60,11 @@ class Turned(Rounded):
 
 
 def turned_rows(
-    weight: Tensor, hessian: Tensor | None, bits: Tensor, group_size: int, gaussian: bool = False
+    weight: Tensor,
+    hessian: Tensor | None,
+    bits: Tensor,
+    group_size: int,
+    gaussian: bool = False,
 ) -> Rounded:
     if hessian is not None:
         hessian = rotate(rotate(hessian).T).T
@@ -94,17 +98,13 @@ def attach_dense(self: job.Job, name: str) -> None:
 
 
 def kl(judge: Judge, share: int, sides: str) -> float:
-    plain = compress.gptq_rows, compress.PackedFactors, compress.Compressor._round_v
-
-    def round_v(self: compress.Compressor, *args: object) -> Rounded:
-        compress.gptq_rows = turned_rows if "v" in sides else plain[0]
-        try:
-            return plain[2](self, *args)
-        finally:
-            compress.gptq_rows = turned_rows if "u" in sides else plain[0]
-
+    plain = compress.gptq_rows, compress.round_rows, compress.PackedFactors
+    if "v" in sides:
+        compress.gptq_rows = turned_rows
+    if "u" in sides:
+        compress.round_rows = lambda weight, *rest, **how: turned_rows(weight, None, *rest, **how)
     old_attach = job.Job._attach
-    compress.PackedFactors, compress.Compressor._round_v = Dense, round_v
+    compress.PackedFactors = Dense
     job.Job._attach = attach_dense
     try:
         config = DeltaMixConfig(
@@ -115,7 +115,7 @@ def kl(judge: Judge, share: int, sides: str) -> float:
         )
         model = judge.load(judge.pair.finetuned, quantization_config=config)
     finally:
-        compress.gptq_rows, compress.PackedFactors, compress.Compressor._round_v = plain
+        compress.gptq_rows, compress.round_rows, compress.PackedFactors = plain
         job.Job._attach = old_attach
     return judge.figures(model)["kl"]
 

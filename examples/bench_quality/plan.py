@@ -22,6 +22,9 @@ SMALL = ("rxnfp", "pocket-shakespeare")  # compressed in minutes
 # Held-out rows judged. An encoder scores one prediction a row, a language model each answer token.
 QUESTIONS = {"rxnfp": 512}
 DEFAULT_QUESTIONS = 192
+# Calibration texts of every method; fewer for the models that take longest.
+SAMPLES = {"smollm2-mixed": 64, "smollm2-shakespeare": 64}
+DEFAULT_SAMPLES = 128
 
 # One part of the preset changed at a time.
 PARTS: dict[str, dict[str, Any]] = {
@@ -43,6 +46,10 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
+def samples_of(pair: str) -> int:
+    return SAMPLES.get(pair, DEFAULT_SAMPLES)
+
+
 @dataclass(frozen=True)
 class Run:
     """One compression that becomes one record.
@@ -53,7 +60,7 @@ class Run:
         share: the budget is 1/share of the bf16 bytes; None: the method has a size of its own.
         seed: draws the calibration texts.
         calibration: "matched" (the pair's own texts), "mismatched", "self" or "none".
-        samples: calibration texts at most.
+        samples: calibration texts at most; 0: as many as the pair usually gets.
         switches: further arguments of `DeltaMixConfig`.
     """
 
@@ -63,8 +70,11 @@ class Run:
     share: int | None
     seed: int = 0
     calibration: str = "matched"
-    samples: int = 128
+    samples: int = 0
     switches: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", self.samples or samples_of(self.pair))
 
     @property
     def id(self) -> str:
@@ -86,8 +96,8 @@ def main(pairs: Iterable[str]) -> Iterator[Run]:
 
 def data_free(pairs: Iterable[str]) -> Iterator[Run]:
     for pair in pairs:
-        yield Run(pair, OURS, OURS, 16, calibration="none")
-        yield Run(pair, DELTA_COME, DELTA_COME, 16, calibration="none")
+        for method in (OURS, DELTA_COME):
+            yield Run(pair, method, method, 16, calibration="none")
         if pair not in ENCODERS:
             yield Run(pair, OURS, OURS, 16, calibration="self")
 
@@ -102,7 +112,7 @@ def parts(pairs: Iterable[str]) -> Iterator[Run]:
 def calibration(pairs: Iterable[str]) -> Iterator[Run]:
     for pair in pairs:
         for seed in (0, 1, 2) if pair == "pocket-shakespeare" else (0,):
-            for samples in (8, 32, 128, 512):
+            for samples in (8, 32, samples_of(pair), 512):
                 yield Run(pair, OURS, OURS, 32, seed, samples=samples)
             yield Run(pair, OURS, OURS, 32, seed, "mismatched")
             if pair not in ENCODERS:
