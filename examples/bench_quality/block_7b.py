@@ -53,9 +53,7 @@ def make_pair(folder: Path, hidden: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default=DEFAULT_METHOD)
-    parser.add_argument(
-        "--tokens", type=int, default=8192, help="of calibration; published: 262144"
-    )
+    parser.add_argument("--tokens", type=int, default=8192, help="for calibration")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
