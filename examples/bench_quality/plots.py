@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -57,12 +56,10 @@ def kl_against_calibration(found: Sequence[Record]) -> Figure | None:
         group = [r for r in chosen if r["pair"] == pair]
         sizes = sorted({r["samples"] for r in group if r["calibration"] == "matched"})
         if sizes:
-            axes.plot(sizes, [_mean(group, samples=n) for n in sizes], "o-", label="matched")
+            axes.plot(sizes, [_mean(group, "matched", n) for n in sizes], "o-", label="matched")
         for kind, style in (("mismatched", "--"), ("self", "-."), ("none", ":")):
             if any(r["calibration"] == kind for r in group):
-                axes.axhline(
-                    _mean(group, calibration=kind), linestyle=style, color="gray", label=kind
-                )
+                axes.axhline(_mean(group, kind, 128), linestyle=style, color="gray", label=kind)
         axes.set(xscale="log", yscale="log", title=pair, xlabel="texts (at most)")
         axes.set_ylabel("KL, nats per token")
         axes.grid(True, which="both", alpha=0.3)
@@ -70,8 +67,8 @@ def kl_against_calibration(found: Sequence[Record]) -> Figure | None:
     return figure
 
 
-def _mean(group: Sequence[Record], **wanted: Any) -> float:
-    values = [r["figures"]["kl"] for r in select(group, **wanted)]
+def _mean(group: Sequence[Record], kind: str, samples: int) -> float:
+    values = [r["figures"]["kl"] for r in select(group, calibration=kind, samples=samples)]
     return sum(values) / len(values)
 
 

@@ -19,10 +19,10 @@ Every delta was saved, its bytes counted on disk, loaded back and judged on held
 neither training nor calibration has seen. **KL** is that of the fine-tune's predictions to the
 delta's, in nats per scored token (0: the same predictions). **Ratio** is bytes of the weight
 files / bf16 bytes of all that differs from the base. A calibration text is one row of the training
-data; there are 128 (64 for the SmolLM2 pairs) unless said otherwise, drawn with the seed. A
-**gain kept** is the share of what the fine-tune gained over the base: of NLL, or, where there
-are no labels (`rxnfp`), 1 − KL / KL of the base. Baselines that are not ours keep their result in
-memory; their bytes are those of a file with the same content, counted tensor by tensor."""
+data; there are 128 unless said otherwise, drawn with the seed. A **gain kept** is the share of what
+the fine-tune gained over the base: of NLL, or, where there are no labels (`rxnfp`), 1 − KL / KL of
+the base. Baselines that are not ours keep their result in memory; their bytes are those of a file
+with the same content, counted tensor by tensor."""
 
 # Title, what the reader must know, the table, and its plot if there is one.
 SECTIONS = [

@@ -18,7 +18,6 @@ from bench_quality.plan import (
     PARTS,
     SYNTHETIC,
     Run,
-    samples_of,
 )
 
 Record = dict[str, Any]
@@ -29,13 +28,9 @@ SHARES = (8, 16, 32, 64, 128)
 
 
 def select(found: Iterable[Record], **wanted: Any) -> list[Record]:
-    """Records of the pair's usual number of matched texts, unless `wanted` says else."""
-    wanted = {"calibration": "matched"} | wanted
-    return [
-        r
-        for r in found
-        if all(r[k] == v for k, v in ({"samples": samples_of(r["pair"])} | wanted).items())
-    ]
+    """Records of 128 matched texts, unless `calibration` or `samples` say else."""
+    wanted = {"calibration": "matched", "samples": 128} | wanted
+    return [r for r in found if all(r[key] == value for key, value in wanted.items())]
 
 
 def record_of(found: Iterable[Record], run: Run) -> Record | None:
@@ -166,13 +161,13 @@ def parts(found: Sequence[Record], ends: Pairs) -> Rows:
 
 def calibration(found: Sequence[Record], ends: Pairs) -> Rows:
     known = present(found, PAIRS)
-    kinds: list[dict[str, Any]] = [{"calibration": k} for k in ("none", "self", "mismatched")]
-    kinds += [{"samples": samples} for samples in (8, 32, 64, 128, 512)]
+    kinds = [("none", 128), ("self", 128), ("mismatched", 128)]
+    kinds += [("matched", samples) for samples in (8, 32, 128, 512)]
     rows = [["texts", *known]]
-    for kind in kinds:
-        row = [kind.get("calibration") or f"matched, {kind['samples']}"]
+    for kind, samples in kinds:
+        row = [kind if kind != "matched" else f"matched, {samples}"]
         for pair in known:
-            wanted = kind | {"share": 32, "label": OURS}
+            wanted = {"calibration": kind, "samples": samples, "share": 32, "label": OURS}
             row.append(spread([r["figures"]["kl"] for r in select(found, pair=pair, **wanted)]))
         rows.append(row)
     return [rows[0], *(row for row in rows[1:] if set(row[1:]) - {NONE})]
