@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .errors import DeltaMixError
 from .format import PREFIX
-from .ops import low_rank, low_rank_rows
+from .ops import delta_linear, low_rank, low_rank_rows
 from .packed import DTYPES, PackedFactors, Runs, part_shapes, parts
 
 
@@ -74,8 +74,12 @@ class DeltaLinear(DeltaModule, nn.Linear):
     """y = x·W_baseᵀ + bias + (x·V̂ᵀ)·Ûᵀ."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        return y + low_rank(x.to(y.dtype), *self._op_arguments(), transposed=False)
+        packed = self._op_arguments()
+        if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
+            y = F.linear(x, self.weight, self.bias)
+            return y + low_rank(x.to(y.dtype), *packed, transposed=False)
+        *tensors, runs, _, _, group_size = packed
+        return delta_linear(x, self.weight, self.bias, *tensors, runs, group_size)
 
 
 class DeltaEmbedding(DeltaModule, nn.Embedding):

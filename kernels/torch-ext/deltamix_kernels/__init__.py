@@ -1,11 +1,12 @@
 """Triton kernels for a frozen matrix plus a packed mixed-precision low-rank delta."""
 
 from .config import DECODE_ROWS
-from .launch import Packed, delta_linear, expand, low_rank, shrink, supported
+from .launch import INTERPRETED, Packed, delta_linear, expand, low_rank, shrink, supported
 from .layout import runs_of
 
 __all__ = [
     "DECODE_ROWS",
+    "INTERPRETED",
     "Packed",
     "delta_linear",
     "expand",

@@ -10,18 +10,25 @@ import triton.language as tl
 
 
 @triton.jit
+def _plane(code, byte, j: tl.constexpr, p: tl.constexpr, above: tl.constexpr, row_stride, mask):
+    """`code` with the p bits of element j appended; `above`: byte rows of the planes before."""
+    at = byte + (above + (j * p) // 8) * row_stride
+    found = tl.load(at, mask=mask, other=0).to(tl.int32)
+    return (code << p) | ((found >> ((j * p) % 8)) & ((1 << p) - 1))
+
+
+@triton.jit
 def _element(byte, j: tl.constexpr, bits: tl.constexpr, row_stride, mask):
     """Codes int32 of element j of the byte columns at `byte` (the first byte row of each rank)."""
     code = tl.zeros(byte.shape, tl.int32)
-    row: tl.constexpr = 0
-    for plane in tl.static_range(0, 4):
-        p: tl.constexpr = 8 >> plane
-        present: tl.constexpr = (bits & p) != 0
-        if present:
-            above: tl.constexpr = bits & ~(2 * p - 1)  # rows of the planes before this one
-            at = byte + (above + (j * p) // 8) * row_stride
-            found = tl.load(at, mask=mask, other=0).to(tl.int32)
-            code = (code << p) | ((found >> ((j * p) % 8)) & ((1 << p) - 1))
+    if bits & 8:
+        code = _plane(code, byte, j, 8, 0, row_stride, mask)
+    if bits & 4:
+        code = _plane(code, byte, j, 4, bits & 8, row_stride, mask)
+    if bits & 2:
+        code = _plane(code, byte, j, 2, bits & 12, row_stride, mask)
+    if bits & 1:
+        code = _plane(code, byte, j, 1, bits & 14, row_stride, mask)
     return code
 
 
@@ -72,18 +79,26 @@ def bfloat(bits):
 
 
 @triton.jit
+def _zero_plane(code, zeros, row, element, p: tl.constexpr, above: tl.constexpr, columns, mask):
+    at = (row + above + (element * p) // 8).to(tl.int64) * columns
+    found = tl.load(zeros + at, mask=mask, other=0).to(tl.int32)
+    return (code << p) | ((found >> ((element * p) % 8)) & ((1 << p) - 1))
+
+
+@triton.jit
 def zero_point(zeros, row, bits: tl.constexpr, group, columns, mask):
     """Zero points float32 [R] of scale group `group`; `row` [R] is each rank's first byte row."""
+    zeros += group // 8
     element = group % 8
     code = tl.zeros(row.shape, tl.int32)
-    for plane in tl.static_range(0, 4):
-        p: tl.constexpr = 8 >> plane
-        present: tl.constexpr = (bits & p) != 0
-        if present:
-            above: tl.constexpr = bits & ~(2 * p - 1)
-            at = (row + above + (element * p) // 8).to(tl.int64) * columns + group // 8
-            found = tl.load(zeros + at, mask=mask, other=0).to(tl.int32)
-            code = (code << p) | ((found >> ((element * p) % 8)) & ((1 << p) - 1))
+    if bits & 8:
+        code = _zero_plane(code, zeros, row, element, 8, 0, columns, mask)
+    if bits & 4:
+        code = _zero_plane(code, zeros, row, element, 4, bits & 8, columns, mask)
+    if bits & 2:
+        code = _zero_plane(code, zeros, row, element, 2, bits & 12, columns, mask)
+    if bits & 1:
+        code = _zero_plane(code, zeros, row, element, 1, bits & 14, columns, mask)
     return code.to(tl.float32)
 
 
