@@ -50,6 +50,13 @@ def codes(byte, bits: tl.constexpr, row_stride, mask):
 
 
 @triton.jit
+def number(code):
+    """float32 of small integers. Written into the mantissa of 2^23: the hardware's own conversion
+    runs at an eighth of the speed of additions."""
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
 def cubic(code, bits: tl.constexpr):
     """Levels float32 of the Gaussian codebook, alpha·c + beta·c³ (deltamix_hf/codebook.py)."""
     if bits == 1:
@@ -68,7 +75,7 @@ def cubic(code, bits: tl.constexpr):
         alpha, beta = 0.0312720, 7.40792e-6
     else:
         alpha, beta = 0.0158606, 1.05197e-6
-    c = code.to(tl.float32) - ((1 << bits) - 1) * 0.5
+    c = number(code) - ((1 << bits) - 1) * 0.5
     return c * (alpha + beta * c * c)
 
 
@@ -99,7 +106,7 @@ def zero_point(zeros, row, bits: tl.constexpr, group, columns, mask):
         code = _zero_plane(code, zeros, row, element, 2, bits & 12, columns, mask)
     if bits & 1:
         code = _zero_plane(code, zeros, row, element, 1, bits & 14, columns, mask)
-    return code.to(tl.float32)
+    return number(code)
 
 
 @triton.jit
@@ -151,7 +158,7 @@ def factor(
                 if GAUSSIAN:
                     value = cubic(code, b)
                 else:
-                    value = code.to(tl.float32)
+                    value = number(code)
     if (not GAUSSIAN) or GROUP > 0:
         group = 0
         if GROUP > 0:

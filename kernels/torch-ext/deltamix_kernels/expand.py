@@ -35,6 +35,7 @@ def expand_kernel(
     stride,
     scale_column,
     zero_columns,
+    columns,  # byte columns of the codes; passed, so that Triton knows what divides it
     SIDE: tl.constexpr,  # 1: U, 0: V (backward)
     BASE: tl.constexpr,  # 0: nothing, 1: x·weightᵀ, 2: what y holds
     BIAS: tl.constexpr,
@@ -49,7 +50,6 @@ def expand_kernel(
     K: tl.constexpr,  # inputs of the base product at a time
 ):
     column = tl.program_id(0) * C
-    columns = tl.cdiv(m, 8)
     row = tl.program_id(1) * M + tl.arange(0, M)
     output = column * 8 + tl.arange(0, 8 * C)
     live = (row < rows)[:, None] & (output < m)[None, :]

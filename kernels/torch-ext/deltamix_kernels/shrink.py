@@ -34,6 +34,7 @@ def shrink_kernel(
     stride,
     scale_column,
     zero_columns,
+    columns,  # byte columns of the codes; passed, so that Triton knows what divides it
     SIDE: tl.constexpr,  # 0: V, 1: U (backward)
     GROUP: tl.constexpr,
     GAUSSIAN: tl.constexpr,
@@ -59,7 +60,6 @@ def shrink_kernel(
         packed, ranks, first = packed1, ranks1, first1
     if matrix == 2:
         packed, ranks, first = packed2, ranks2, first2
-    columns = tl.cdiv(n, 8)
     m = tl.program_id(2) * M + tl.arange(0, M)
     sums = tl.zeros([R, M], tl.float32)
     for column in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, columns), C):
