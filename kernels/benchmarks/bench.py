@@ -5,8 +5,8 @@
 Every way is timed over the whole block in one CUDA graph: (a) the base products alone, (b) base +
 delta by our kernels, (c) by the torch reference, (d) base + dense bf16 factors of the same ranks
 (the LoRA way), (e) base + a 1-bit dense delta (BitDelta), (f) base + a 2-bit dense delta by
-gemlite, if installed. Weights of several blocks take turns, so that none is left in the cache. Each way's
-result is compared with float64 first; a wrong one is never timed.
+gemlite, if installed. Weights of several blocks take turns, so that none is left in the cache. A
+way's result is compared with float64 first; a wrong one is never timed.
 """
 
 from __future__ import annotations
