@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import codebook, grid, packing
+from . import codebook, grid, lookup, packing
 from .kernels import TRITON, choose, triton_kernels
 from .packed import PackedFactors, row_bits, zero_points
 
@@ -49,7 +49,15 @@ def low_rank(
         k = triton_kernels()
         packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, group_size)
         return k.low_rank(x, packed, transposed)
-    factors = PackedFactors(m, n, group_size, _unflatten(runs), v, u, ranks, zeros)
+    triples = tuple(_unflatten(runs))
+    if x.device.type == "cpu" and lookup.supported(triples, zeros is None, group_size):
+        flat = x.reshape(-1, x.shape[-1])
+        product = lookup.low_rank_transposed if transposed else lookup.low_rank
+        with torch.autocast("cpu", enabled=False):
+            return product(flat, v, u, ranks, triples, m, n).view(
+                *x.shape[:-1], n if transposed else m
+            )
+    factors = PackedFactors(m, n, group_size, list(triples), v, u, ranks, zeros)
     right, left = factors.right().to(x.dtype), factors.left().to(x.dtype)
     if transposed:
         right, left = left, right
