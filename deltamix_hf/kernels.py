@@ -7,7 +7,6 @@ Both take "triton" or "reference".
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import Any
 
 import torch
@@ -39,14 +38,15 @@ def choose(device: torch.device, wanted: str | None = None) -> str:
     return name
 
 
-@cache
+try:
+    import deltamix_kernels as _kernels
+except ImportError:  # no Triton
+    _kernels = None
+
+
 def triton_kernels() -> Any:
     """The package `deltamix_kernels`, or None without Triton."""
-    try:
-        import deltamix_kernels
-    except ImportError:
-        return None
-    return deltamix_kernels
+    return _kernels
 
 
 def _runs_triton(device: torch.device) -> bool:

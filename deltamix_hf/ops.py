@@ -135,6 +135,63 @@ def _linear_backward(ctx, grad):
 delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 
+@torch.library.custom_op("deltamix::shrink", mutates_args=())
+def shrink(
+    x: Tensor,
+    v: list[Tensor],
+    u: list[Tensor],
+    ranks: list[Tensor],
+    runs: list[int],
+    run_lengths: list[int],
+    m: list[int],
+) -> Tensor:
+    """h = x·V̂ᵀ of several matrices at once, as partial sums float32 [splits, rows, all ranks].
+
+    By Triton only, of Gaussian codebooks with one scale a vector. `runs` are the flattened runs of
+    all matrices, `run_lengths` how many numbers belong to each. No gradients.
+    """
+    k = triton_kernels()
+    n, pieces = x.shape[-1], torch.tensor(runs).split(run_lengths)
+    matrices = [
+        k.Packed(*tensors, None, k.runs_of(piece.tolist()), outputs, n, 0)
+        for *tensors, piece, outputs in zip(v, u, ranks, pieces, m, strict=True)
+    ]
+    return k.shrink(x.reshape(-1, n), matrices)
+
+
+@shrink.register_fake
+def _(x, v, u, ranks, runs, run_lengths, m):
+    rows, n = x.numel() // x.shape[-1], x.shape[-1]
+    _, splits = triton_kernels().split_columns(x.device, rows, n)
+    return x.new_empty(splits, rows, sum(len(r) for r in ranks), dtype=torch.float32)
+
+
+@torch.library.custom_op("deltamix::expand_linear", mutates_args=())
+def expand_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    first: int,
+    v: Tensor,
+    u: Tensor,
+    ranks: Tensor,
+    runs: list[int],
+) -> Tensor:
+    """`delta_linear` whose h was made by `shrink`; its ranks begin at column `first`."""
+    k = triton_kernels()
+    m, n = weight.shape
+    flat = x.reshape(-1, n)
+    packed = k.Packed(v, u, ranks, None, k.runs_of(runs), m, n, 0)
+    y = k.finish_linear(flat, weight, bias, h, packed, first)
+    return y.view(*x.shape[:-1], m)
+
+
+@expand_linear.register_fake
+def _(x, weight, bias, h, first, v, u, ranks, runs):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def _by_triton(x: Tensor, group_size: int, kernel: str | None) -> bool:
     """The kernels know three dtypes and scale groups of 16·i elements; the rest is torch's."""
     if choose(x.device, kernel) != TRITON:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
-from deltamix_kernels import DECODE_ROWS, Packed, delta_linear, expand, shrink
+from deltamix_kernels import DECODE_ROWS, Packed, delta_linear, finish_linear, shrink
 from model import block_costs
 from rivals import OneBit, gemlite_linear, lora
 from shapes import MODELS, Linear, runs
@@ -84,13 +84,8 @@ def ours(layers: list[Layer], inputs: dict[str, Tensor]) -> list[Tensor]:
             continue
         h, first = shrink(x, [layer.packed for layer in group]), 0
         for layer in group:
-            p = layer.packed
-            if len(x) <= DECODE_ROWS:
-                how = {"x": x, "weight": layer.weight, "bias": layer.bias}
-            else:
-                how = {"add_to": F.linear(x, layer.weight, layer.bias)}
-            out.append(expand(h, p, x.dtype, first=first, **how))
-            first += p.rank
+            out.append(finish_linear(x, layer.weight, layer.bias, h, layer.packed, first))
+            first += layer.packed.rank
     return out
 
 

@@ -1,7 +1,17 @@
 """Triton kernels for a frozen matrix plus a packed mixed-precision low-rank delta."""
 
 from .config import DECODE_ROWS
-from .launch import INTERPRETED, Packed, delta_linear, expand, low_rank, shrink, supported
+from .launch import (
+    INTERPRETED,
+    Packed,
+    delta_linear,
+    expand,
+    finish_linear,
+    low_rank,
+    shrink,
+    split_columns,
+    supported,
+)
 from .layout import runs_of
 
 __all__ = [
@@ -10,8 +20,10 @@ __all__ = [
     "Packed",
     "delta_linear",
     "expand",
+    "finish_linear",
     "low_rank",
     "runs_of",
     "shrink",
+    "split_columns",
     "supported",
 ]

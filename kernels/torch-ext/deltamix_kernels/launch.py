@@ -59,6 +59,15 @@ def supported(group_size: int) -> bool:
     return group_size % 16 == 0
 
 
+def split_columns(device: torch.device, rows: int, n: int, group_size: int = 0) -> tuple[int, int]:
+    """Byte columns of one program of `shrink`, and how many programs share a tile's columns."""
+    chosen = config(device, rows, "shrink")
+    c = _columns(chosen["C"], group_size)
+    columns = triton.cdiv(n, 8)
+    split = triton.cdiv(triton.cdiv(columns, chosen["splits"]), c) * c
+    return split, max(1, triton.cdiv(columns, split))
+
+
 def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
     """Partial sums float32 [splits, rows, ranks of all matrices] of x [rows, n] times V̂ᵀ.
 
@@ -77,8 +86,7 @@ def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
     tiles = tile_table(tuple(p.runs for p in matrices), r, x.device)
     ranks = [p.rank for p in matrices]
     columns = triton.cdiv(n, 8)
-    split = triton.cdiv(triton.cdiv(columns, chosen["splits"]), c) * c
-    splits = max(1, triton.cdiv(columns, split))
+    split, splits = split_columns(x.device, rows, n, one.group_size)
     out = x.new_empty(splits, rows, sum(ranks), dtype=torch.float32)
     if out.numel() == 0:
         return out
@@ -198,12 +206,17 @@ def low_rank(x: Tensor, packed: Packed, transposed: bool = False) -> Tensor:
 def delta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
     """y [..., m] = x·weightᵀ + (x·V̂ᵀ)·Ûᵀ (+ bias)."""
     flat = _flat(x)
-    h = shrink(flat, [packed])
-    if len(flat) <= DECODE_ROWS:
-        y = expand(h, packed, x.dtype, x=flat, weight=weight, bias=bias)
-    else:
-        y = expand(h, packed, x.dtype, add_to=F.linear(flat, weight, bias))
+    y = finish_linear(flat, weight, bias, shrink(flat, [packed]), packed)
     return y.view(*x.shape[:-1], packed.m)
+
+
+def finish_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, packed: Packed, first: int = 0
+) -> Tensor:
+    """The rest of `delta_linear` for x [rows, n] and h; few rows: one launch with the base."""
+    if len(x) <= DECODE_ROWS:
+        return expand(h, packed, x.dtype, first=first, x=x, weight=weight, bias=bias)
+    return expand(h, packed, x.dtype, first=first, add_to=F.linear(x, weight, bias))
 
 
 def _flat(x: Tensor) -> Tensor:
