@@ -2,8 +2,9 @@
 
 Which layers may be siblings is known by name; whether they are is seen at run time: the first one
 that is called computes h = x·V̂ᵀ for all, the others take theirs if they are called with the very
-same tensor. Names that mislead (cross-attention: q reads another tensor than k and v) only cost the work
-that nobody takes, twice, then the group is dissolved. With gradients, every layer is on its own.
+same tensor. Names that mislead (cross-attention: q reads another tensor than k and v) only cost
+the work that nobody takes, twice, then the group is dissolved. With gradients, every layer is on
+its own.
 """
 
 from __future__ import annotations
