@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from types import MethodType
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .errors import DeltaMixError
 from .format import PREFIX
-from .ops import low_rank, low_rank_rows
+from .ops import delta_linear, expand_linear, low_rank, low_rank_rows
 from .packed import DTYPES, PackedFactors, Runs, part_shapes, parts
 
 
@@ -73,9 +73,18 @@ class DeltaModule(nn.Module):
 class DeltaLinear(DeltaModule, nn.Linear):
     """y = x·W_baseᵀ + bias + (x·V̂ᵀ)·Ûᵀ."""
 
+    dm_siblings: Any = None  # a siblings.Siblings, if h is shared with other layers
+
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        return y + low_rank(x.to(y.dtype), *self._op_arguments(), transposed=False)
+        packed = self._op_arguments()
+        if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
+            y = F.linear(x, self.weight, self.bias)
+            return y + low_rank(x.to(y.dtype), *packed, transposed=False)
+        *tensors, runs, _, _, group_size = packed
+        if self.dm_siblings is not None and self.dm_siblings.usable(x):
+            h, first = self.dm_siblings.shrunk(self, x)
+            return expand_linear(x, self.weight, self.bias, h, first, *tensors[:3], runs)
+        return delta_linear(x, self.weight, self.bias, *tensors, runs, group_size)
 
 
 class DeltaEmbedding(DeltaModule, nn.Embedding):
@@ -157,6 +166,7 @@ def detach(module: DeltaModule) -> None:
     for part in module.delta_parameters():
         delattr(module, PREFIX + part)
     del module.dm_runs, module.dm_group_size, module.dm_gaussian
+    module.__dict__.pop("dm_siblings", None)
     plain: type[nn.Module] = nn.Linear if isinstance(module, DeltaLinear) else nn.Embedding
     object.__setattr__(module, "__class__", getattr(type(module), "dm_plain_class", plain))
     if "_old_forward" in module.__dict__:  # accelerate's hooks keep the forward they found

@@ -1,19 +1,25 @@
-"""The one operation the rest of the code calls: y += ((x·V̂ᵀ)·Ûᵀ) from packed factors.
+"""The packed products the rest of the code calls, as torch custom ops.
 
-Registered as torch custom ops so that `torch.compile(fullgraph=True)` sees one opaque node. The
-implementation here is the plain-torch reference and the CPU path; device kernels register with
-`low_rank.register_kernel("cuda")` (kernels/ is their place).
+`delta_linear` is one linear layer with its delta,
 
-Both factors are stored rank-major, so the same op with its two sides swapped is its own backward:
+    y = x·W_baseᵀ + ((x·V̂ᵀ)·s)·Ûᵀ (+ bias),
+
+`low_rank` the delta's part of it in either direction, `low_rank_rows` the rows an embedding looks
+up. `torch.compile(fullgraph=True)` sees each as one opaque node. The plain-torch reference here is
+also the CPU path; on a GPU the Triton kernels of `deltamix_kernels` run (see `kernels.py`).
+
+Both factors are stored rank-major, so `low_rank` with its two sides swapped is its own backward:
 dL/dx = (g·Û)·V̂. No gradient flows to the packed factors, they are frozen integers.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import codebook, grid, packing
+from . import codebook, grid, lookup, packing
+from .kernels import TRITON, choose, triton_kernels
 from .packed import PackedFactors, row_bits, zero_points
 
 
@@ -33,12 +39,25 @@ def low_rank(
     n: int,
     group_size: int,
     transposed: bool,
+    kernel: str | None = None,
 ) -> Tensor:
     """x [..., n] -> [..., m] in x's dtype; `transposed` maps [..., m] -> [..., n] instead.
 
     `runs` is the flattened list of (count, v_bits, u_bits); see `packed.py` for the tensors.
     """
-    factors = PackedFactors(m, n, group_size, _unflatten(runs), v, u, ranks, zeros)
+    if _by_triton(x, group_size, kernel):
+        k = triton_kernels()
+        packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, group_size)
+        return k.low_rank(x, packed, transposed)
+    triples = tuple(_unflatten(runs))
+    if x.device.type == "cpu" and lookup.supported(triples, zeros is None, group_size):
+        flat = x.reshape(-1, x.shape[-1])
+        product = lookup.low_rank_transposed if transposed else lookup.low_rank
+        with torch.autocast("cpu", enabled=False):
+            return product(flat, v, u, ranks, triples, m, n).view(
+                *x.shape[:-1], n if transposed else m
+            )
+    factors = PackedFactors(m, n, group_size, list(triples), v, u, ranks, zeros)
     right, left = factors.right().to(x.dtype), factors.left().to(x.dtype)
     if transposed:
         right, left = left, right
@@ -47,21 +66,138 @@ def low_rank(
 
 
 @low_rank.register_fake
-def _(x, v, u, ranks, zeros, runs, m, n, group_size, transposed):
+def _(x, v, u, ranks, zeros, runs, m, n, group_size, transposed, kernel=None):
     return x.new_empty(*x.shape[:-1], n if transposed else m)
 
 
-def _setup_context(ctx, inputs, output):
-    _, v, u, ranks, zeros, runs, m, n, group_size, transposed = inputs
+def _low_rank_context(ctx, inputs, output):
+    _, v, u, ranks, zeros, runs, m, n, group_size, transposed, kernel = inputs
     ctx.save_for_backward(v, u, ranks, zeros)
-    ctx.layout = (runs, m, n, group_size, not transposed)
+    ctx.layout = (runs, m, n, group_size, not transposed, kernel)
 
 
-def _backward(ctx, grad):
-    return (low_rank(grad, *ctx.saved_tensors, *ctx.layout),) + (None,) * 9
+def _low_rank_backward(ctx, grad):
+    return (low_rank(grad, *ctx.saved_tensors, *ctx.layout),) + (None,) * 10
 
 
-low_rank.register_autograd(_backward, setup_context=_setup_context)
+low_rank.register_autograd(_low_rank_backward, setup_context=_low_rank_context)
+
+
+@torch.library.custom_op("deltamix::delta_linear", mutates_args=())
+def delta_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    v: Tensor,
+    u: Tensor,
+    ranks: Tensor,
+    zeros: Tensor | None,
+    runs: list[int],
+    group_size: int,
+    kernel: str | None = None,
+) -> Tensor:
+    """x [..., n], weight [m, n] and bias [m] of one dtype -> [..., m] in it."""
+    m, n = weight.shape
+    if _by_triton(x, group_size, kernel):
+        k = triton_kernels()
+        packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, group_size)
+        return k.delta_linear(x, weight, bias, packed)
+    y = F.linear(x, weight, bias)
+    return y.add_(low_rank(x, v, u, ranks, zeros, runs, m, n, group_size, False, kernel))
+
+
+@delta_linear.register_fake
+def _(x, weight, bias, v, u, ranks, zeros, runs, group_size, kernel=None):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_context(ctx, inputs, output):
+    x, weight, _, v, u, ranks, zeros, runs, group_size, kernel = inputs
+    _, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    ctx.save_for_backward(x if wants_weight else None, weight, v, u, ranks, zeros)
+    ctx.layout = (runs, *weight.shape, group_size, True, kernel)
+    ctx.wants_bias = wants_bias
+
+
+def _linear_backward(ctx, grad):
+    x, weight, *packed = ctx.saved_tensors
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        dx = grad @ weight + low_rank(grad, *packed, *ctx.layout)
+    flat = grad.flatten(0, -2)
+    if x is not None:
+        dw = flat.T @ x.flatten(0, -2)
+    if ctx.wants_bias:
+        db = flat.sum(0)
+    return (dx, dw, db) + (None,) * 7
+
+
+delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
+
+
+@torch.library.custom_op("deltamix::shrink", mutates_args=())
+def shrink(
+    x: Tensor,
+    v: list[Tensor],
+    u: list[Tensor],
+    ranks: list[Tensor],
+    runs: list[int],
+    run_lengths: list[int],
+    m: list[int],
+) -> Tensor:
+    """h = x·V̂ᵀ of several matrices at once, as partial sums float32 [splits, rows, all ranks].
+
+    By Triton only, of Gaussian codebooks with one scale a vector. `runs` are the flattened runs of
+    all matrices, `run_lengths` how many numbers belong to each. No gradients.
+    """
+    k = triton_kernels()
+    n, pieces = x.shape[-1], torch.tensor(runs).split(run_lengths)
+    matrices = [
+        k.Packed(*tensors, None, k.runs_of(piece.tolist()), outputs, n, 0)
+        for *tensors, piece, outputs in zip(v, u, ranks, pieces, m, strict=True)
+    ]
+    return k.shrink(x.reshape(-1, n), matrices)
+
+
+@shrink.register_fake
+def _(x, v, u, ranks, runs, run_lengths, m):
+    rows, n = x.numel() // x.shape[-1], x.shape[-1]
+    _, splits = triton_kernels().split_columns(x.device, rows, n)
+    return x.new_empty(splits, rows, sum(len(r) for r in ranks), dtype=torch.float32)
+
+
+@torch.library.custom_op("deltamix::expand_linear", mutates_args=())
+def expand_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    first: int,
+    v: Tensor,
+    u: Tensor,
+    ranks: Tensor,
+    runs: list[int],
+) -> Tensor:
+    """`delta_linear` whose h was made by `shrink`; its ranks begin at column `first`."""
+    k = triton_kernels()
+    m, n = weight.shape
+    flat = x.reshape(-1, n)
+    packed = k.Packed(v, u, ranks, None, k.runs_of(runs), m, n, 0)
+    y = k.finish_linear(flat, weight, bias, h, packed, first)
+    return y.view(*x.shape[:-1], m)
+
+
+@expand_linear.register_fake
+def _(x, weight, bias, h, first, v, u, ranks, runs):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _by_triton(x: Tensor, group_size: int, kernel: str | None) -> bool:
+    """The kernels know three dtypes and scale groups of 16·i elements; the rest is torch's."""
+    if choose(x.device, kernel) != TRITON:
+        return False
+    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return known and triton_kernels().supported(group_size)
 
 
 @torch.library.custom_op("deltamix::low_rank_rows", mutates_args=())

@@ -39,6 +39,7 @@ from .format import (
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, weight_of
 from .packed import parts, runs_of
 from .saving import delta_state_dict, install_save, uninstall_save
+from .siblings import link_siblings
 
 _HIDDEN = "deltamix.hidden."
 
@@ -215,6 +216,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
                 )
             base = BaseCheckpoint(self.base_files, model)
             self.seconds = compress_model(model, base, self.quantization_config, self.commit)
+        link_siblings(model)
         # transformers makes every float parameter trainable while loading
         model.requires_grad_(False)
         # what we save is in model form already

@@ -11,6 +11,9 @@ import tempfile
 # Before transformers and datasets are imported. Nothing here may depend on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton decides when kernels are defined: without a GPU they run in its interpreter.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), "deltamix_datasets"))
 
 import shutil

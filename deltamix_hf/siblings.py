@@ -1,0 +1,100 @@
+"""Layers that read the same tensor (q/k/v, gate/up) share one shrink launch on a GPU.
+
+Which layers may be siblings is known by name; whether they are is seen at run time: the first one
+that is called computes h = x·V̂ᵀ for all, the others take theirs if they are called with the very
+same tensor. Names that mislead (cross-attention: q reads another tensor than k and v) only cost
+the work that nobody takes, twice, then the group is dissolved. With gradients, every layer is on
+its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .kernels import TRITON, choose
+from .modules import DeltaLinear, weight_of
+
+NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+_MOST_MISSES = 2
+
+
+class Siblings:
+    """A group of layers with one input; holds h only until the last of them has taken it."""
+
+    def __init__(self, members: list[DeltaLinear]):
+        self.members = members
+        self.misses = 0
+        self._x: Tensor | None = None
+        self._h: Tensor | None = None
+        self._waiting: list[int] = []
+
+    def usable(self, x: Tensor) -> bool:
+        """Triton runs, nothing needs gradients, and all members lie where x does."""
+        if choose(x.device) != TRITON or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        return all(member.dm_v.device == x.device for member in self.members)
+
+    def shrunk(self, member: DeltaLinear, x: Tensor) -> tuple[Tensor, int]:
+        """Partial sums of all members for x, and the column where this member's begin."""
+        index = self.members.index(member)
+        if self._x is not x or index not in self._waiting:
+            if self._waiting:
+                self._miss()
+            self._x, self._waiting = x, list(range(len(self.members)))
+            self._h = ops.shrink(x, *_arguments(self.members))
+        h = self._h
+        assert h is not None
+        self._waiting.remove(index)
+        if not self._waiting:
+            self._x = self._h = None
+        return h, sum(_rank(m) for m in self.members[:index])
+
+    def _miss(self) -> None:
+        self.misses += 1
+        if self.misses >= _MOST_MISSES:
+            for member in self.members:
+                member.dm_siblings = None
+
+
+def link_siblings(model: nn.Module) -> None:
+    """Find the groups of a model; call it again when its layers have changed."""
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        for names in NAMES:
+            members = [c for n in names if isinstance(c := children.get(n), DeltaLinear)]
+            alike = [m for m in members if m.dm_gaussian and not m.dm_group_size]
+            alike = [m for m in alike if weight_of(m).shape[1] == weight_of(alike[0]).shape[1]]
+            for member in members:
+                member.dm_siblings = None
+            if len(alike) > 1:
+                group = Siblings(alike)
+                for member in alike:
+                    member.dm_siblings = group
+
+
+def _rank(member: DeltaLinear) -> int:
+    return sum(count for count, _, _ in member.dm_runs)
+
+
+def _arguments(members: list[DeltaLinear]) -> tuple[Any, ...]:
+    """The lists that `ops.shrink` takes."""
+    flat = [[number for run in m.dm_runs for number in run] for m in members]
+    return (
+        [m.dm_v for m in members],
+        [m.dm_u for m in members],
+        [m.dm_ranks for m in members],
+        [number for runs in flat for number in runs],
+        [len(runs) for runs in flat],
+        [weight_of(m).shape[0] for m in members],
+    )

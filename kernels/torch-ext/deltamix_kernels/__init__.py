@@ -1,0 +1,29 @@
+"""Triton kernels for a frozen matrix plus a packed mixed-precision low-rank delta."""
+
+from .config import DECODE_ROWS
+from .launch import (
+    INTERPRETED,
+    Packed,
+    delta_linear,
+    expand,
+    finish_linear,
+    low_rank,
+    shrink,
+    split_columns,
+    supported,
+)
+from .layout import runs_of
+
+__all__ = [
+    "DECODE_ROWS",
+    "INTERPRETED",
+    "Packed",
+    "delta_linear",
+    "expand",
+    "finish_linear",
+    "low_rank",
+    "runs_of",
+    "shrink",
+    "split_columns",
+    "supported",
+]

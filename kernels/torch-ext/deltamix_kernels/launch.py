@@ -1,0 +1,240 @@
+"""Host side: choose tiles, allocate the partial sums, launch `shrink` and `expand`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from .config import DECODE_ROWS, config
+from .expand import expand_kernel
+from .layout import Runs, rank_count, tile_table, widths_mask
+from .shrink import shrink_kernel
+
+INTERPRETED = triton.knobs.runtime.interpret
+V, U = 0, 1
+_NOTHING, _PRODUCT, _ADD = 0, 1, 2
+
+
+class Packed(NamedTuple):
+    """The packed delta of one [m, n] matrix; the tensors are those of the file format."""
+
+    v: Tensor
+    u: Tensor
+    ranks: Tensor
+    zeros: Tensor | None
+    runs: Runs
+    m: int
+    n: int
+    group_size: int
+
+    @property
+    def rank(self) -> int:
+        return rank_count(self.runs)
+
+    def codes(self, side: int) -> Tensor:
+        return self.u if side == U else self.v
+
+    def length(self, side: int) -> int:
+        return self.m if side == U else self.n
+
+    def scale_column(self, side: int) -> int:
+        """Where this side's scales begin in `ranks`."""
+        if side == V:
+            return 1
+        return 1 + (-(-self.n // self.group_size) if self.group_size else 1)
+
+    @property
+    def groupable(self) -> bool:
+        """May share a shrink launch: one scale a vector, no zero points."""
+        return self.zeros is None and self.group_size == 0
+
+
+def supported(group_size: int) -> bool:
+    """Whether the kernels know this group size: a block of 16 elements must lie in one group."""
+    return group_size % 16 == 0
+
+
+def split_columns(device: torch.device, rows: int, n: int, group_size: int = 0) -> tuple[int, int]:
+    """Byte columns of one program of `shrink`, and how many programs share a tile's columns."""
+    chosen = config(device, rows, "shrink")
+    c = _columns(chosen["C"], group_size)
+    columns = triton.cdiv(n, 8)
+    split = triton.cdiv(triton.cdiv(columns, chosen["splits"]), c) * c
+    return split, max(1, triton.cdiv(columns, split))
+
+
+def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
+    """Partial sums float32 [splits, rows, ranks of all matrices] of x [rows, n] times V̂ᵀ.
+
+    `side=U` multiplies with Û's codes instead (x is [rows, m]). Several matrices must read the same
+    x and be `groupable`.
+    """
+    one = matrices[0]
+    if len(matrices) > 1 and not all(p.groupable and p.n == one.n for p in matrices):
+        raise ValueError("only matrices of one input and one scale a vector share a launch")
+    if len(matrices) > 3:
+        raise ValueError(f"at most three matrices share a launch, got {len(matrices)}")
+    rows, n = x.shape
+    assert n == one.length(side)
+    chosen = config(x.device, rows, "shrink")
+    r, c, m = chosen["R"], _columns(chosen["C"], one.group_size), chosen["M"]
+    tiles = tile_table(tuple(p.runs for p in matrices), r, x.device)
+    ranks = [p.rank for p in matrices]
+    columns = triton.cdiv(n, 8)
+    split, splits = split_columns(x.device, rows, n, one.group_size)
+    out = x.new_empty(splits, rows, sum(ranks), dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    full = [*matrices, one, one][:3]
+    mask = 0
+    for p in matrices:
+        mask |= widths_mask(p.runs, 1 + side)
+    shrink_kernel[(len(tiles), splits, triton.cdiv(rows, m))](
+        x,
+        out,
+        tiles,
+        *(p.codes(side) for p in full),
+        *(p.ranks for p in full),
+        one.ranks if one.zeros is None else one.zeros,
+        ranks[0],
+        sum(ranks[:2]),
+        rows,
+        n,
+        sum(ranks),
+        x.stride(0),
+        one.ranks.shape[1],
+        one.scale_column(side),
+        1 if one.zeros is None else one.zeros.shape[1],
+        columns,
+        SIDE=side,
+        GROUP=one.group_size,
+        GAUSSIAN=one.zeros is None,
+        WIDTHS=mask,
+        ZERO_WIDTHS=_zero_widths(one),
+        SPLIT=split,
+        WIDEN=INTERPRETED,
+        M=m,
+        R=r,
+        C=c,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
+    )
+    return out
+
+
+def expand(
+    h: Tensor,
+    packed: Packed,
+    dtype: torch.dtype,
+    side: int = U,
+    *,
+    first: int = 0,
+    x: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """y [rows, m] = base + h·Ûᵀ (+ bias), the base x·weightᵀ, `add_to` (in place) or nothing.
+
+    `h` are `shrink`'s partial sums; this matrix's ranks begin at column `first`.
+    """
+    splits, rows, total = h.shape
+    m = packed.length(side)
+    chosen = config(h.device, rows, "expand")
+    r, c, block = chosen["R"], _columns(chosen["C"], packed.group_size), chosen["M"]
+    base = _PRODUCT if weight is not None else _NOTHING if add_to is None else _ADD
+    y = h.new_empty(rows, m, dtype=dtype) if add_to is None else add_to
+    if y.numel() == 0:
+        return y
+    tiles = tile_table((packed.runs,), r, h.device)
+    columns = triton.cdiv(m, 8)
+    source, matrix = (y, y) if x is None or weight is None else (x, weight)
+    expand_kernel[(triton.cdiv(columns, c), triton.cdiv(rows, block))](
+        source,
+        matrix,
+        y if bias is None else bias,
+        h,
+        y,
+        tiles,
+        packed.codes(side),
+        packed.ranks,
+        packed.ranks if packed.zeros is None else packed.zeros,
+        len(tiles),
+        first,
+        rows,
+        source.shape[1],
+        m,
+        splits,
+        total,
+        source.stride(0),
+        matrix.stride(0),
+        packed.ranks.shape[1],
+        packed.scale_column(side),
+        1 if packed.zeros is None else packed.zeros.shape[1],
+        columns,
+        SIDE=side,
+        BASE=base,
+        BIAS=bias is not None,
+        GROUP=packed.group_size,
+        GAUSSIAN=packed.zeros is None,
+        WIDTHS=widths_mask(packed.runs, 1 + side),
+        ZERO_WIDTHS=_zero_widths(packed),
+        WIDEN=INTERPRETED,
+        M=block,
+        R=r,
+        C=c,
+        K=chosen["K"],
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
+    )
+    return y
+
+
+def low_rank(x: Tensor, packed: Packed, transposed: bool = False) -> Tensor:
+    """x [..., n] -> (x·V̂ᵀ)·Ûᵀ [..., m] in x's dtype; `transposed`: [..., m] -> [..., n]."""
+    enter, leave = (U, V) if transposed else (V, U)
+    flat = _flat(x)
+    y = expand(shrink(flat, [packed], enter), packed, x.dtype, leave)
+    return y.view(*x.shape[:-1], packed.length(leave))
+
+
+def delta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
+    """y [..., m] = x·weightᵀ + (x·V̂ᵀ)·Ûᵀ (+ bias)."""
+    flat = _flat(x)
+    y = finish_linear(flat, weight, bias, shrink(flat, [packed]), packed)
+    return y.view(*x.shape[:-1], packed.m)
+
+
+def finish_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, packed: Packed, first: int = 0
+) -> Tensor:
+    """The rest of `delta_linear` for x [rows, n] and h; few rows: one launch with the base."""
+    if len(x) <= DECODE_ROWS:
+        return expand(h, packed, x.dtype, first=first, x=x, weight=weight, bias=bias)
+    return expand(h, packed, x.dtype, first=first, add_to=F.linear(x, weight, bias))
+
+
+def _flat(x: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _columns(wanted: int, group_size: int) -> int:
+    """Byte columns at a time, so that a block lies in one scale group."""
+    if not group_size:
+        return wanted
+    return min(wanted, (group_size // 8) & -(group_size // 8))
+
+
+def _zero_widths(packed: Packed) -> int:
+    if packed.zeros is None:
+        return 0
+    mask = 0
+    for _, v, u in packed.runs:
+        mask |= 1 << max(v, u)
+    return mask

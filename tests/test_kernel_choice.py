@@ -1,0 +1,88 @@
+"""Which implementation runs: argument over environment over device; and the ops through Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_kernels import DEVICE, inputs
+from test_ops import arguments, relative
+from test_packed import pack
+
+from deltamix_hf import DeltaMixError, kernels, ops
+from deltamix_hf.kernels import REFERENCE, TRITON, VARIABLE, choose
+
+LAYOUT = (40, 70, [3, 2], [2, 4], 0)
+
+
+@pytest.fixture
+def case():
+    packed, delta = pack(*LAYOUT, gaussian=True)
+    for name, tensor in packed.tensors.items():
+        setattr(packed, name, tensor.to(DEVICE))
+    return packed, delta.to(DEVICE)
+
+
+def linear(packed, x, weight, bias, kernel):
+    *tensors, runs, _, _, group_size = arguments(packed)
+    return ops.delta_linear(x, weight, bias, *tensors, runs, group_size, kernel)
+
+
+def test_choice(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert choose(cpu) == REFERENCE and choose(gpu) == TRITON
+    monkeypatch.setenv(VARIABLE, REFERENCE)
+    assert choose(gpu) == REFERENCE and choose(gpu, TRITON) == TRITON
+    monkeypatch.setenv(VARIABLE, TRITON)
+    assert choose(cpu, REFERENCE) == REFERENCE and choose(gpu) == TRITON
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(DeltaMixError, match=r"'fast'.*'triton' or 'reference'"):
+        choose(cpu)
+
+
+def test_no_triton(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "triton_kernels", lambda: None)
+    assert choose(torch.device("cuda")) == REFERENCE
+    with pytest.raises(DeltaMixError, match="cannot run on cuda: install triton"):
+        choose(torch.device("cuda"), TRITON)
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setattr(kernels.triton_kernels(), "INTERPRETED", False)
+    with pytest.raises(DeltaMixError, match="cannot run on cpu"):
+        choose(torch.device("cpu"), TRITON)
+
+
+def test_both_implementations_agree(case):
+    packed, delta = case
+    x, weight, bias = inputs(3, 70, torch.float32), inputs(40, 70, torch.float32), None
+    expected = x.double() @ (weight.double() + delta).T
+    for kernel in (REFERENCE, TRITON):
+        assert relative(linear(packed, x, weight, bias, kernel), expected) < 1e-6
+    bias = inputs(1, 40, torch.float32, 3)[0]
+    both = [linear(packed, x, weight, bias, kernel) for kernel in (REFERENCE, TRITON)]
+    assert relative(both[0], both[1].double()) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", [REFERENCE, TRITON])
+def test_gradients(case, kernel):
+    packed, delta = case
+    x, weight = inputs(3, 70, torch.float32), inputs(40, 70, torch.float32, 1)
+    bias = inputs(1, 40, torch.float32, 2)[0]
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    plain = [t.detach().double().requires_grad_() for t in leaves]
+    grad = inputs(3, 40, torch.float32, 3)
+    linear(packed, *leaves, kernel).backward(grad)
+    (plain[0] @ (plain[1] + delta).T + plain[2]).backward(grad.double())
+    for ours, theirs in zip(leaves, plain, strict=True):
+        assert relative(ours.grad, theirs.grad) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", [REFERENCE, TRITON])
+def test_the_ops_keep_torchs_rules(case, kernel):
+    packed, _ = case
+    x, weight = inputs(2, 70, torch.float32).requires_grad_(), inputs(40, 70, torch.float32, 1)
+    *tensors, runs, m, n, group_size = arguments(packed)
+    torch.library.opcheck(ops.delta_linear, (x, weight, None, *tensors, runs, group_size, kernel))
+    torch.library.opcheck(ops.low_rank, (x, *tensors, runs, m, n, group_size, False, kernel))

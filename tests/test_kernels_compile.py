@@ -1,0 +1,57 @@
+"""The kernels compile for an H100 on a machine without one.
+
+Triton's interpreter accepts what its compiler does not, so this runs in a process of its own,
+without the interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import itertools
+from deltamix_kernels.expand import expand_kernel
+from deltamix_kernels.shrink import shrink_kernel
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {"h": "*fp32", "out": "*fp32", "tiles": "*i32", "zeros": "*u8"}
+
+def build(kernel, dtype, **constants):
+    signature = {}
+    for name in kernel.arg_names:
+        kind = TYPES.get(name, "i32")
+        if name in ("x", "weight", "bias", "y"):
+            kind = "*" + dtype
+        elif name.startswith("packed"):
+            kind = "*u8"
+        elif name.startswith("ranks"):
+            kind = "*i16"
+        signature[name] = "constexpr" if name in constants else kind
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"] and "atom." not in compiled.asm["ptx"]
+
+EVERY = 0b111111110
+for dtype, gaussian in itertools.product(("bf16", "fp16", "fp32"), (True, False)):
+    shared = dict(
+        GROUP=0 if gaussian else 128, GAUSSIAN=gaussian, WIDTHS=EVERY,
+        ZERO_WIDTHS=0 if gaussian else EVERY, WIDEN=False, M=16, R=16,
+    )
+    build(shrink_kernel, dtype, SIDE=0, SPLIT=128, C=16, **shared)
+    for base in (0, 1, 2):
+        build(expand_kernel, dtype, SIDE=1, BASE=base, BIAS=True, C=4, K=128, **shared)
+print("compiled")
+"""
+
+
+def test_kernels_compile_for_an_h100(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # compiled here, not remembered
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == "compiled\n", done.stderr

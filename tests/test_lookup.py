@@ -1,0 +1,69 @@
+"""The CPU product by table look-up, against float64 and against the general path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import TOLERANCES, relative
+from test_packed import pack
+
+from deltamix_hf import lookup
+
+WIDTHS = (8, 4, 3, 2)
+
+
+def products(packed, delta, x, z):
+    """(found, expected) of both directions."""
+    tensors = packed.v, packed.u, packed.ranks, tuple(packed.runs), packed.m, packed.n
+    return [
+        (lookup.low_rank(x, *tensors), x.double() @ delta.T),
+        (lookup.low_rank_transposed(z, *tensors), z.double() @ delta),
+    ]
+
+
+@given(
+    widths=st.lists(st.tuples(st.sampled_from(WIDTHS), st.sampled_from(WIDTHS)), min_size=1),
+    m=st.integers(1, 70),
+    n=st.integers(1, 70),
+    rows=st.integers(0, 5),
+)
+@settings(max_examples=60)
+def test_any_layout_against_float64(widths, m, n, rows):
+    packed, delta = pack(m, n, *([w[i] for w in widths] for i in (0, 1)), 0, gaussian=True)
+    random = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(rows, size, generator=random) for size in (n, m))
+    for found, expected in products(packed, delta, x, z):
+        assert found.shape == expected.shape
+        # of the sizes that went in: terms may cancel
+        size = max(x.norm(), z.norm()) * packed.right().norm() * packed.left().norm()
+        assert (found - expected).norm() <= 1e-6 * size
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_every_dtype(dtype):
+    packed, delta = pack(65, 130, WIDTHS, WIDTHS[::-1], 0, gaussian=True)
+    x, z = torch.randn(3, 130).to(dtype), torch.randn(3, 65).to(dtype)
+    for found, expected in products(packed, delta, x, z):
+        # levels are float32
+        tolerance = max(TOLERANCES[dtype], TOLERANCES[torch.float32])
+        assert found.dtype == dtype and relative(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tables_are_the_codebook(width):
+    packed, _ = pack(8, 64, [width] * 3, [width] * 3, 0, gaussian=True)
+    (part,) = lookup.parts(tuple(packed.runs), 1)
+    order = lookup._ORDER[width]
+    levels = lookup._levels(packed.v, part, torch.float32)
+    levels = levels.view(3, order, 8, 8 // order).transpose(1, 2).reshape(3, 64)
+    scales = packed.right() / levels
+    assert torch.allclose(scales, scales[:, :1].expand_as(scales))
+
+
+def test_supported():
+    runs = ((3, 8, 2), (1, 3, 4))
+    assert lookup.supported(runs, True, 0)
+    assert not lookup.supported(runs, False, 0) and not lookup.supported(runs, True, 128)
+    assert not lookup.supported(((3, 5, 2),), True, 0)
