@@ -50,7 +50,8 @@ def low_rank(
         packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, group_size)
         return k.low_rank(x, packed, transposed)
     triples = tuple(_unflatten(runs))
-    if x.device.type == "cpu" and lookup.supported(triples, zeros is None, group_size):
+    quick = x.device.type == "cpu" and x.dtype != torch.float64  # whose factors are float32's
+    if quick and lookup.supported(triples, zeros is None, group_size):
         flat = x.reshape(-1, x.shape[-1])
         product = lookup.low_rank_transposed if transposed else lookup.low_rank
         with torch.autocast("cpu", enabled=False):
