@@ -157,7 +157,7 @@ def shrink(
         k.Packed(*tensors, None, k.runs_of(piece.tolist()), outputs, n, 0)
         for *tensors, piece, outputs in zip(v, u, ranks, pieces, m, strict=True)
     ]
-    return k.shrink(x.reshape(-1, n), matrices)
+    return k.shrink(x, matrices)
 
 
 @shrink.register_fake
@@ -182,9 +182,8 @@ def expand_linear(
     """`delta_linear` whose h was made by `shrink`; its ranks begin at column `first`."""
     k = triton_kernels()
     m, n = weight.shape
-    flat = x.reshape(-1, n)
     packed = k.Packed(v, u, ranks, None, k.runs_of(runs), m, n, 0)
-    y = k.finish_linear(flat, weight, bias, h, packed, first)
+    y = k.finish_linear(x, weight, bias, h, packed, first)
     return y.view(*x.shape[:-1], m)
 
 

@@ -120,6 +120,7 @@ def test_strided_input():
     wide = inputs(4, 66, torch.float32)
     for x in (wide[:, :33], wide[:, ::2], wide[::2, 33:]):
         assert error(dk.low_rank(x, packed), x.double() @ delta.T) < 2e-6
+        assert torch.equal(dk.shrink(x, [packed]), dk.shrink(x.contiguous(), [packed]))
 
 
 def test_supported_group_sizes():

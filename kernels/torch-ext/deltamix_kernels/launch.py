@@ -69,7 +69,7 @@ def split_columns(device: torch.device, rows: int, n: int, group_size: int = 0) 
 
 
 def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
-    """Partial sums float32 [splits, rows, ranks of all matrices] of x [rows, n] times V̂ᵀ.
+    """Partial sums float32 [splits, rows, ranks of all matrices] of x [..., n] times V̂ᵀ.
 
     `side=U` multiplies with Û's codes instead (x is [rows, m]). Several matrices must read the same
     x and be `groupable`.
@@ -79,6 +79,7 @@ def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
         raise ValueError("only matrices of one input and one scale a vector share a launch")
     if len(matrices) > 3:
         raise ValueError(f"at most three matrices share a launch, got {len(matrices)}")
+    x = _flat(x)
     rows, n = x.shape
     assert n == one.length(side)
     chosen = config(x.device, rows, "shrink")
@@ -91,9 +92,6 @@ def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
     if out.numel() == 0:
         return out
     full = [*matrices, one, one][:3]
-    mask = 0
-    for p in matrices:
-        mask |= widths_mask(p.runs, 1 + side)
     shrink_kernel[(len(tiles), splits, triton.cdiv(rows, m))](
         x,
         out,
@@ -114,7 +112,7 @@ def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
         SIDE=side,
         GROUP=one.group_size,
         GAUSSIAN=one.zeros is None,
-        WIDTHS=mask,
+        WIDTHS=widths_mask(run[1 + side] for p in matrices for run in p.runs),
         ZERO_WIDTHS=_zero_widths(one),
         SPLIT=split,
         WIDEN=INTERPRETED,
@@ -182,7 +180,7 @@ def expand(
         BIAS=bias is not None,
         GROUP=packed.group_size,
         GAUSSIAN=packed.zeros is None,
-        WIDTHS=widths_mask(packed.runs, 1 + side),
+        WIDTHS=widths_mask(run[1 + side] for run in packed.runs),
         ZERO_WIDTHS=_zero_widths(packed),
         WIDEN=INTERPRETED,
         M=block,
@@ -198,22 +196,21 @@ def expand(
 def low_rank(x: Tensor, packed: Packed, transposed: bool = False) -> Tensor:
     """x [..., n] -> (x·V̂ᵀ)·Ûᵀ [..., m] in x's dtype; `transposed`: [..., m] -> [..., n]."""
     enter, leave = (U, V) if transposed else (V, U)
-    flat = _flat(x)
-    y = expand(shrink(flat, [packed], enter), packed, x.dtype, leave)
+    y = expand(shrink(x, [packed], enter), packed, x.dtype, leave)
     return y.view(*x.shape[:-1], packed.length(leave))
 
 
 def delta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
     """y [..., m] = x·weightᵀ + (x·V̂ᵀ)·Ûᵀ (+ bias)."""
-    flat = _flat(x)
-    y = finish_linear(flat, weight, bias, shrink(flat, [packed]), packed)
+    y = finish_linear(x, weight, bias, shrink(x, [packed]), packed)
     return y.view(*x.shape[:-1], packed.m)
 
 
 def finish_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, packed: Packed, first: int = 0
 ) -> Tensor:
-    """The rest of `delta_linear` for x [rows, n] and h; few rows: one launch with the base."""
+    """The rest of `delta_linear`, [rows, m], of x [..., n] and h; few rows: with the base."""
+    x = _flat(x)
     if len(x) <= DECODE_ROWS:
         return expand(h, packed, x.dtype, first=first, x=x, weight=weight, bias=bias)
     return expand(h, packed, x.dtype, first=first, add_to=F.linear(x, weight, bias))
@@ -234,7 +231,4 @@ def _columns(wanted: int, group_size: int) -> int:
 def _zero_widths(packed: Packed) -> int:
     if packed.zeros is None:
         return 0
-    mask = 0
-    for _, v, u in packed.runs:
-        mask |= 1 << max(v, u)
-    return mask
+    return widths_mask(max(v, u) for _, v, u in packed.runs)

@@ -8,7 +8,7 @@ number of ranks, v_bits, u_bits, and which matrix of a group it belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -28,12 +28,9 @@ def rank_count(runs: Runs) -> int:
     return sum(count for count, _, _ in runs)
 
 
-def widths_mask(runs: Runs, side: int) -> int:
-    """Bit b is set if some rank has width b; `side` 1 is V, 2 is U."""
-    mask = 0
-    for run in runs:
-        mask |= 1 << run[side]
-    return mask
+def widths_mask(widths: Iterable[int]) -> int:
+    """Bit b is set if b is among the widths."""
+    return sum(1 << width for width in set(widths))
 
 
 def tile_rows(runs: Runs, tile: int, matrix: int = 0) -> list[list[int]]:
