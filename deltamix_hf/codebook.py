@@ -80,8 +80,10 @@ def decode(codes: Tensor, bits: Tensor) -> Tensor:
     return _TABLE.to(codes.device)[index]
 
 
-def fit(x: Tensor, bits: Tensor) -> Tensor:
+def fit(x: Tensor, bits: Tensor, weights: Tensor | None = None) -> Tensor:
     """Scale float32 `[...]` of the groups `x` `[..., g]`, exactly representable in bfloat16.
+
+    `weights` > 0, broadcast against `x`, say what an error of each element costs (None: the same).
 
     The best of several scales from 0.35 root mean squares up to the one that clips nothing, each
     refined by least squares. (Refining the root mean square alone stops far from the best where
@@ -91,7 +93,8 @@ def fit(x: Tensor, bits: Tensor) -> Tensor:
     x, wide = x.float(), bits[..., None]
     peak = x.abs().amax(-1)
     x = x / torch.where(peak > 0, peak, 1.0)[..., None]  # squares stay in range
-    rms = x.square().mean(-1).sqrt()
+    weights = torch.ones_like(x) if weights is None else weights.expand_as(x)
+    rms = ((weights * x.square()).sum(-1) / weights.sum(-1)).sqrt()
     top = decode((2 ** bits.to(torch.int64) - 1).to(torch.uint8), bits)
     narrowest = (0.35 * rms).clamp(min=_NOTHING)
     ratio = torch.maximum(1 / top.clamp(min=0.1), rms).clamp(min=_NOTHING) / narrowest
@@ -101,24 +104,35 @@ def fit(x: Tensor, bits: Tensor) -> Tensor:
         tried = narrowest * ratio ** (step / (_FIT_STEPS - 1))
         level = decode(encode(x / tried[..., None], wide), wide)
         # least-squares scale of these codes, and its error
-        found = (x * level).sum(-1) / level.square().sum(-1).clamp(min=1e-30)
-        error = (x - found[..., None] * level).square().sum(-1)
+        found = (weights * x * level).sum(-1)
+        found /= (weights * level.square()).sum(-1).clamp(min=1e-30)
+        error = (weights * (x - found[..., None] * level).square()).sum(-1)
         better = (error < best) & (found > 0)
         best, scale = torch.where(better, error, best), torch.where(better, found, scale)
     return (scale * peak).clamp(min=_NOTHING).to(torch.bfloat16).float()
 
 
-def fit_rows(x: Tensor, bits: Tensor, group_size: int) -> Tensor:
-    """`fit` of every group of the rows of `x` `[k, n]`, row i at width `bits[i]`: `[k, G]`."""
+def fit_rows(x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None) -> Tensor:
+    """`fit` of every group of the rows of `x` `[k, n]`, row i at width `bits[i]`: `[k, G]`.
+
+    `weights` `[n]`: what an error in each column costs.
+    """
     body, rest = _grouped(x, group_size)
-    found = [fit(body, bits[:, None])] if body.shape[1] else []
-    found += [fit(rest, bits)[:, None]] if rest.shape[1] else []
+    inside, end = None, None
+    if weights is not None:
+        # A group whose errors cost nothing still needs a scale.
+        weights = (weights.float() / weights.max().clamp(min=_NOTHING)).clamp(min=1e-6)
+        inside, end = _grouped(weights[None], group_size)
+    found = [fit(body, bits[:, None], inside)] if body.shape[1] else []
+    found += [fit(rest, bits, end)[:, None]] if rest.shape[1] else []
     return torch.cat(found, 1)
 
 
-def round_to_nearest(x: Tensor, bits: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 `[k, n]` and scales float32 `[k, G]` of the rows of `x` `[k, n]`."""
-    scales = fit_rows(x, bits, group_size)
+def round_to_nearest(
+    x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 `[k, n]` and scales float32 `[k, G]` of the rows of `x` `[k, n]`; see `fit`."""
+    scales = fit_rows(x, bits, group_size, weights)
     return encode(x.float() / _spread(scales, x.shape[1], group_size), bits[:, None]), scales
 
 

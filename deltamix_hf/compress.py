@@ -32,7 +32,7 @@ from .factor import Factors, factorise
 from .format import GUARD, PREFIX, header_bytes
 from .global_allocation import Choices, solve_global
 from .gptq import Rounded, gptq_columns, gptq_rows, round_rows
-from .metric import coupling, damped
+from .metric import damped, diagonal
 from .packed import DTYPES, PackedFactors, part_shapes, rank_bytes
 from .statistics import Metrics
 
@@ -236,7 +236,8 @@ class Compressor:
         if self.gaussian:
             # GPTQ in A is no better here: KL at 1/16 and 1/64 0.00041 and 0.0229 on
             # pocket-shakespeare, 0.00042 and 0.0229 without it. The gains make up for it.
-            u = round_rows(target.T.contiguous(), u_bits, config.group_size, gaussian=True)
+            rows, costs = target.T.contiguous(), diagonal(near.outputs)
+            u = round_rows(rows, u_bits, config.group_size, gaussian=True, weights=costs)
         else:
             u = gptq_columns(target, inner, u_bits, config.group_size)
         if config.unbiased_gains:
@@ -248,8 +249,7 @@ class Compressor:
         return Compressed(packed if packed.rank else None, error)
 
     def _round_v(self, right: Tensor, near: Metrics, bits: Tensor) -> Rounded:
-        group_size = self.config.group_size
-        return gptq_rows(right, coupling(near.inputs), bits, group_size, self.gaussian)
+        return gptq_rows(right, near.inputs, bits, self.config.group_size, self.gaussian)
 
     def _within(
         self, share: int, delta: Tensor, metrics: Metrics, near: Metrics
@@ -266,9 +266,13 @@ class Compressor:
         # All ranks are candidates: with C, a rank may be worth more than one of larger sigma.
         rank = None if 0 in config.bits else max(share // cost[least], 0)
         factors = self._factors(delta, near, rank)
-        inputs = coupling(metrics.inputs)
         table, candidates = error_table(
-            factors.right, factors.sigma, inputs, config.bits, config.group_size, self.gaussian
+            factors.right,
+            factors.sigma,
+            metrics.inputs,
+            config.bits,
+            config.group_size,
+            self.gaussian,
         )
         prices = [cost[b] for b in config.bits]
         bits = allocation.solve(table, prices, config.bits, share, f_max=config.f_max).bits

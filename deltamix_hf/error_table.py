@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from deltamix_hf import gptq
+from deltamix_hf.metric import damped, energies
 
 _BLOCK_ROWS = 4096
 
@@ -41,8 +42,9 @@ def error_table(
 ) -> tuple[torch.Tensor, Candidates]:
     """Error table float64 `[k, B]` and the rounded candidates.
 
-    `right` V `[k, n]`, `sigma` `[k]`, `gram` C `[n, n]` undamped (None: identity), `widths` the B
-    candidate widths, distinct, in 0..8. Raises ValueError for repeated widths or wrong shapes.
+    `right` V `[k, n]`, `sigma` `[k]`, `gram` C `[n, n]` or its diagonal `[n]`, undamped (None:
+    identity), `widths` the B candidate widths, distinct, in 0..8. Raises ValueError for repeated
+    widths or wrong shapes.
     """
     widths = tuple(int(width) for width in widths)
     if not widths or len(set(widths)) != len(widths):
@@ -51,9 +53,8 @@ def error_table(
     if tuple(sigma.shape) != (ranks,):
         raise ValueError(f"sigma {list(sigma.shape)} does not match right {list(right.shape)}")
     bits = torch.tensor(widths, device=right.device).repeat_interleave(ranks)
-    hessian = None if gram is None else gptq.damp(gram, damping)
+    hessian = damped(gram, damping)
     rounded = gptq.gptq_rows(right.repeat(len(widths), 1), hessian, bits, group_size, gaussian)
-    metric = None if gram is None else gram.to(torch.float64)
     power = sigma.to(torch.float64) ** 2
     table = torch.empty(ranks, len(widths), dtype=torch.float64, device=right.device)
     for start in range(0, ranks * len(widths), _BLOCK_ROWS):
@@ -61,8 +62,7 @@ def error_table(
             start, min(start + _BLOCK_ROWS, ranks * len(widths)), device=right.device
         )
         error = right[rows % ranks].to(torch.float64) - rounded.rows(rows).dequantize()
-        image = error if metric is None else error @ metric
-        table[rows % ranks, rows // ranks] = (image * error).sum(1) * power[rows % ranks]
+        table[rows % ranks, rows // ranks] = energies(error, gram) * power[rows % ranks]
     return table, Candidates(rounded, widths, ranks)
 
 

@@ -93,12 +93,20 @@ def damp(hessian: torch.Tensor, fraction: float = 0.01) -> torch.Tensor:
 
 
 def round_rows(
-    weight: torch.Tensor, bits: torch.Tensor, group_size: int, gaussian: bool = False
+    weight: torch.Tensor,
+    bits: torch.Tensor,
+    group_size: int,
+    gaussian: bool = False,
+    weights: torch.Tensor | None = None,
 ) -> Rounded:
-    """Round every element of `weight` `[r, c]` to the nearest value of its row's grid."""
+    """Round every element of `weight` `[r, c]` to the nearest value of its row's grid.
+
+    `weights` `[c]`: what an error in each column costs. Scales of the Gaussian codebook are fitted
+    for it; a min-max grid has no choice.
+    """
     bits = bits.to(weight.device)
     if gaussian:
-        codes, scales = codebook.round_to_nearest(weight.float(), bits, group_size)
+        codes, scales = codebook.round_to_nearest(weight.float(), bits, group_size, weights)
         return Rounded(codes, scales, None, group_size, bits)
     return Rounded(*grid.round_to_nearest(weight.float(), bits, group_size), group_size, bits)
 
@@ -112,18 +120,19 @@ def gptq_rows(
 ) -> Rounded:
     """Round `weight` `[r, c]`, row i at width `bits[i]`, for least error in `hessian` `[c, c]`.
 
-    `hessian` is used as given (see `damp`); None means the identity, which is plain rounding.
-    `gaussian` chooses the codebook. Returns codes `[r, c]`. Raises ValueError for wrong shapes,
-    values that are not finite, or a Hessian that stays indefinite after damping.
+    `hessian` is used as given (see `damp`); a diagonal `[c]` or None, the identity, leave plain
+    rounding. `gaussian` chooses the codebook; its scales are fitted for the Hessian's diagonal.
+    Returns codes `[r, c]`. Raises ValueError for wrong shapes, values that are not finite, or a
+    Hessian that stays indefinite after damping.
     """
     rows, columns = weight.shape
     _check(weight, hessian, bits, rows, columns)
     bits = bits.to(weight.device)
-    if hessian is None:
-        return round_rows(weight, bits, group_size, gaussian)
+    if hessian is None or hessian.dim() == 1:
+        return round_rows(weight, bits, group_size, gaussian, hessian)
     zeros = None
     if gaussian:
-        scales = codebook.fit_rows(weight.float(), bits, group_size)
+        scales = codebook.fit_rows(weight.float(), bits, group_size, hessian.diagonal())
     else:
         scales, zeros = grid.fit_rows(weight.float(), bits, group_size)
     top = grid.top_code(bits)
@@ -264,7 +273,8 @@ def _check(
         raise ValueError("the weight to round holds NaN or infinity")
     if hessian is None:
         return
-    if tuple(hessian.shape) != (steps, steps):
-        raise ValueError(f"hessian must be [{steps}, {steps}], got {list(hessian.shape)}")
+    if tuple(hessian.shape) not in ((steps, steps), (steps,)):
+        shape = list(hessian.shape)
+        raise ValueError(f"hessian must be [{steps}, {steps}] or [{steps}], got {shape}")
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("the Hessian holds NaN or infinity")

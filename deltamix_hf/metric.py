@@ -85,9 +85,9 @@ def damped(metric: Metric, fraction: float) -> Metric:
     return damp(metric, fraction)
 
 
-def coupling(metric: Metric) -> Metric:
-    """The metric if it couples directions, else None: under a diagonal GPTQ is plain rounding."""
-    return metric if metric is not None and metric.dim() == 2 else None
+def diagonal(metric: Metric) -> Tensor | None:
+    """The cost of each direction on its own, `[d]`; None stays None."""
+    return metric.diagonal() if metric is not None and metric.dim() == 2 else metric
 
 
 def times(rows: Tensor, metric: Metric) -> Tensor:

@@ -78,20 +78,22 @@ def test_rounding_loses_what_the_table_says(bits):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
 @pytest.mark.parametrize("shape", ["normal", "uniform", "heavy"])
-def test_the_scale_is_nearly_the_best(bits, shape):
+def test_the_scale_is_nearly_the_best(bits, shape, weighted):
     x = normal(20, 300, seed=bits)
     x = {"normal": x, "uniform": x.erf(), "heavy": x * x.abs()}[shape] * 1e-3
     wide = torch.full((20,), bits)
 
     def error(scale):
         near = decode(encode(x / scale[:, None], wide[:, None]), wide[:, None]) * scale[:, None]
-        return (x - near).square().sum(1)
+        return (costs * (x - near).square()).sum(1)
 
-    found = fit(x, wide)
-    rms = x.square().mean(1).sqrt()
+    costs = normal(300, seed=9).exp() if weighted else torch.ones(300)
+    found = fit(x, wide, costs if weighted else None)
+    rms = ((costs * x.square()).sum(1) / costs.sum()).sqrt()
     tried = torch.stack([error(rms * step) for step in torch.logspace(-0.5, 0.7, 150)])
-    assert error(found).sum() < 1.1 * tried.amin(0).sum()
+    assert error(found).sum() < (1.15 if weighted else 1.1) * tried.amin(0).sum()
     assert torch.equal(found, found.bfloat16().float())
 
 

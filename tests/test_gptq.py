@@ -68,7 +68,7 @@ def slow_rows(weight, hessian, bits, group_size):
 def slow_gaussian_rows(weight, hessian, bits, group_size):
     """Scales are codebook's own (`test_codebook`); levels are found by comparing with all."""
     width = group_size or weight.shape[1]
-    scales = codebook.fit_rows(weight, bits, group_size).double()
+    scales = codebook.fit_rows(weight, bits, group_size, hessian.diagonal()).double()
     levels = [codebook.levels(b).double() for b in bits.tolist()]
 
     def quant(i, values):
@@ -213,8 +213,10 @@ def test_identity_hessian_is_plain_rounding():
         swept = rounder(factor, torch.eye(factor.shape[1]), bits, 16)
         for name in ("codes", "scales", "zeros", "bits"):
             assert torch.equal(getattr(plain, name), getattr(swept, name)), name
-    plain, swept = (gptq_rows(weight, h, bits, 16, gaussian=True) for h in (None, torch.eye(40)))
-    assert torch.equal(plain.codes, swept.codes) and torch.equal(plain.scales, swept.scales)
+    costs = normal(40).square()
+    for plain, hessian in ((None, torch.eye(40)), (costs, torch.diag(costs))):
+        near, swept = (gptq_rows(weight, h, bits, 16, gaussian=True) for h in (plain, hessian))
+        assert torch.equal(near.codes, swept.codes) and torch.equal(near.scales, swept.scales)
 
 
 @pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
@@ -223,10 +225,10 @@ def test_dead_columns_are_rounded_on_their_own(gaussian):
     hessian = gram(24)
     hessian[3], hessian[:, 3] = 0, 0
     result = gptq_rows(weight, hessian, bits, 8, gaussian)
-    plain = gptq_rows(weight, None, bits, 8, gaussian)
+    plain = gptq_rows(weight, hessian.diagonal(), bits, 8, gaussian)
     assert torch.equal(result.codes[:, 3], plain.codes[:, 3])
-    living = torch.arange(24) != 3
-    alone = gptq_rows(weight, hessian + torch.diag((~living).float()), bits, 8, gaussian)
+    hessian[3, 3] = 1e-6 * hessian.diagonal().max()  # the share at which scales are fitted to it
+    alone = gptq_rows(weight, hessian, bits, 8, gaussian)
     assert torch.equal(result.codes, alone.codes)
 
 
@@ -288,7 +290,7 @@ def test_damp():
 
 def test_errors_name_the_problem():
     weight, bits = normal(4, 6), torch.full((4,), 3)
-    with pytest.raises(ValueError, match=r"hessian must be \[6, 6\], got \[4, 4\]"):
+    with pytest.raises(ValueError, match=r"hessian must be \[6, 6\] or \[6\], got \[4, 4\]"):
         gptq_rows(weight, torch.eye(4), bits, 0)
     with pytest.raises(ValueError, match="one width for each of 6 ranks"):
         gptq_columns(weight, torch.eye(6), bits, 0)

@@ -65,9 +65,11 @@ def turned_rows(
     bits: Tensor,
     group_size: int,
     gaussian: bool = False,
+    weights: Tensor | None = None,
 ) -> Rounded:
-    if hessian is not None:
-        hessian = rotate(rotate(hessian).T).T
+    """`gptq_rows` of rotated rows. A diagonal cost, or `weights`, is nearly even once rotated."""
+    full = hessian is not None and hessian.dim() == 2
+    hessian = rotate(rotate(hessian).T).T if full else None
     return Turned(**vars(gptq_rows(rotate(weight), hessian, bits, group_size, gaussian)))
 
 
