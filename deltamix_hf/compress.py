@@ -10,7 +10,7 @@ measures its own table, and Delta-CoMe has fixed bands.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ from .format import GUARD, PREFIX, header_bytes
 from .global_allocation import Choices, solve_global
 from .gptq import Rounded, gptq_columns, gptq_rows, round_rows
 from .metric import damped, diagonal
-from .packed import DTYPES, PackedFactors, part_shapes, rank_bytes
+from .packed import DTYPES, GroupSizes, PackedFactors, part_shapes, rank_bytes
 from .statistics import Metrics
 
 # Shares of the mean diagonal added to the metrics before they are used.
@@ -52,6 +52,7 @@ class Matrix:
     shape: tuple[int, int]
     delta: Callable[[], Tensor]
     metrics: Callable[[], Metrics] = Metrics
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def plan_budget(
     overlay: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     guards: list[str],
     config: DeltaMixConfig,
+    embeddings: Collection[str] = (),
 ) -> Budget:
     """Split the promised bytes into what is fixed and what is left for ranks.
 
@@ -95,6 +97,7 @@ def plan_budget(
         shapes: module name -> [m, n] of each matrix to pack.
         overlay: tensor name -> (dtype, shape) of everything stored whole.
         guards: names of the guard tensors.
+        embeddings: which of the matrices are embeddings.
 
     Raises:
         DeltaMixError: the overlay and headers alone exceed the budget, or no matrix could keep
@@ -107,13 +110,15 @@ def plan_budget(
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(overlay)
     entries |= dict.fromkeys(guards, GUARD)
     for name, (m, n) in shapes.items():
-        worst = part_shapes(m, n, [(min(m, n), 8, 8)], config.group_size, gaussian)
+        sizes = config.group_sizes(name in embeddings)
+        worst = part_shapes(m, n, [(min(m, n), 8, 8)], sizes, gaussian)
         entries |= {f"{name}.{PREFIX}{part}": (DTYPES[part], s) for part, s in worst.items()}
     whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
     whole += len(guards)  # a byte each
     least = min(b for b in config.bits if b > 0)
     one_rank = sum(
-        rank_bytes(m, n, least, least, config.group_size, gaussian) for m, n in shapes.values()
+        rank_bytes(m, n, least, least, config.group_sizes(name in embeddings), gaussian)
+        for name, (m, n) in shapes.items()
     )
     if config.allocation == "global":  # some matrix can keep one
         one_rank //= max(len(shapes), 1)
@@ -144,6 +149,7 @@ class Compressor:
         self.config = config
         self.gaussian = config.codebook == "gaussian"
         self.sizes = {name: m * n for name, (m, n) in _shapes(matrices).items()}
+        self.group_sizes = {n: config.group_sizes(m.embedding) for n, m in matrices.items()}
         self.gap = 0.0
         self._left, self._weight = budget.ranks, sum(self.sizes.values())
         self._plan: dict[str, Widths] = {}
@@ -159,7 +165,10 @@ class Compressor:
             energies.append(factors.sigma.double() ** 2)
             bar.update()
         bar.close()
-        options = [self._options(*matrix.shape) for matrix in matrices.values()]
+        options = [
+            self._options(*matrix.shape, self.group_sizes[name])
+            for name, matrix in matrices.items()
+        ]
         found = solve_global(energies, [choices for choices, _ in options], budget)
         self.gap = found.gap
         for name, (_, pairs), picked in zip(matrices, options, found.choice, strict=True):
@@ -168,14 +177,16 @@ class Compressor:
             widths = widths[torch.argsort((widths[:, 0] == 0).int(), stable=True)]
             self._plan[name] = Widths(widths[:, 0], widths[:, 1])
 
-    def _options(self, m: int, n: int) -> tuple[Choices, list[tuple[int, int]]]:
+    def _options(
+        self, m: int, n: int, group_sizes: GroupSizes
+    ) -> tuple[Choices, list[tuple[int, int]]]:
         """Relative error and bytes of every pair of widths of a rank of an [m, n] matrix."""
         config = self.config
         used = [b for b in config.bits if b > 0]
         pairs = [(v, u) for v in used for u in used if config.split_widths or v == u]
         left = codebook.DISTORTION if self.gaussian else _MIN_MAX
         error = [1 - (1 - _V_GPTQ * left[v]) * (1 - left[u]) for v, u in pairs]
-        bytes_ = [rank_bytes(m, n, v, u, config.group_size, self.gaussian) for v, u in pairs]
+        bytes_ = [rank_bytes(m, n, v, u, group_sizes, self.gaussian) for v, u in pairs]
         choices = Choices(
             torch.tensor([config.drop_penalty, *error], dtype=torch.float64),
             torch.tensor([0, *bytes_], dtype=torch.int64),
@@ -207,7 +218,7 @@ class Compressor:
         return result
 
     def _compress(self, name: str, delta: Tensor, metrics: Metrics) -> Compressed:
-        config, near = self.config, self._damped(metrics)
+        config, near, group_sizes = self.config, self._damped(metrics), self.group_sizes[name]
         if name in self._plan:
             widths = self._plan[name]
             kept = int((widths.v > 0).sum())
@@ -217,7 +228,7 @@ class Compressor:
             widths = Widths(widths.v[:k], widths.u[:k])
         else:
             share = self._left * self.sizes[name] // self._weight
-            factors, v = self._within(share, delta, metrics, near)
+            factors, v = self._within(share, delta, metrics, near, group_sizes)
             widths = Widths(v.bits, v.bits)
         kept_ranks = (widths.v > 0).to(delta.device)
         v = v.rows(kept_ranks)
@@ -237,9 +248,9 @@ class Compressor:
             # GPTQ in A is no better here: KL at 1/16 and 1/64 0.00041 and 0.0229 on
             # pocket-shakespeare, 0.00042 and 0.0229 without it. The gains make up for it.
             rows, costs = target.T.contiguous(), diagonal(near.outputs)
-            u = round_rows(rows, u_bits, config.group_size, gaussian=True, weights=costs)
+            u = round_rows(rows, u_bits, group_sizes[1], gaussian=True, weights=costs)
         else:
-            u = gptq_columns(target, inner, u_bits, config.group_size)
+            u = gptq_columns(target, inner, u_bits, group_sizes[1])
         if config.unbiased_gains:
             exact, rounded = left * sigma, u.dequantize().T
             gains = unbiased_gains(exact, rounded, right, right_hat, near.outputs, near.inputs)
@@ -252,12 +263,17 @@ class Compressor:
         return gptq_rows(right, near.inputs, bits, self.config.group_size, self.gaussian)
 
     def _within(
-        self, share: int, delta: Tensor, metrics: Metrics, near: Metrics
+        self,
+        share: int,
+        delta: Tensor,
+        metrics: Metrics,
+        near: Metrics,
+        group_sizes: GroupSizes,
     ) -> tuple[Factors, Rounded]:
         """Widths that fit `share` bytes, and V rounded to them; `near` are the damped metrics."""
         config, (m, n) = self.config, tuple(delta.shape)
         widths = range(9)
-        cost = {b: rank_bytes(m, n, b, b, config.group_size, self.gaussian) for b in widths}
+        cost = {b: rank_bytes(m, n, b, b, group_sizes, self.gaussian) for b in widths}
         least = min(b for b in config.bits if b > 0)
         if config.allocation == "bands":
             factors = self._factors(delta, near, max(share // cost[least], 0))

@@ -73,6 +73,7 @@ def compress_model(
         },
         guard_names(weights_from_base(model, base, overlay), model.base_model_prefix),
         config,
+        {name for name, module in targets.items() if isinstance(module, nn.Embedding)},
     )
     job = Job(model, base, config, targets)
     job.measure(_batches(model, config, revision))

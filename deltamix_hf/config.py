@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import DeltaMixError
+from .packed import GROUP_EXPONENTS, GroupSizes
 from .presets import ALLOCATIONS, CODEBOOKS, PRESETS, SWITCHES, resolve
 
 QUANT_METHOD = "deltamix"
@@ -48,6 +49,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
         f_max: at most this many distinct widths per matrix (`allocation="matrix"`; `None`: no
             limit).
         group_size: weights that share a scale; 0 means one scale per rank vector.
+        embedding_group_size: elements of U that share a scale in embeddings, whose rows differ in
+            size as tokens differ in use; a power of two from 16, or 0 for as elsewhere.
         whiten: take the SVD of ΔW weighted by the layer's metric instead of ΔW itself.
         fisher: weigh output errors by what they do to the model's predictions.
         allocation: `"bands"`, `"matrix"` (each gets the same ratio) or `"global"`.
@@ -82,6 +85,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
 
     bits: list[int]
     group_size: int
+    embedding_group_size: int
     whiten: bool
     fisher: bool
     allocation: str
@@ -105,6 +109,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         bits: Sequence[int] | None = None,
         f_max: int | None = None,
         group_size: int | None = None,
+        embedding_group_size: int | None = None,
         whiten: bool | None = None,
         fisher: bool | None = None,
         allocation: str | None = None,
@@ -182,6 +187,12 @@ class DeltaMixConfig(QuantizationConfigMixin):
         if self.f_max is not None:
             _check_int("f_max", self.f_max, 1)
         _check_int("group_size", self.group_size, 0)
+        _check_int("embedding_group_size", self.embedding_group_size, 0)
+        if self.embedding_group_size not in (0, *(2**e for e in GROUP_EXPONENTS)):
+            raise DeltaMixError(
+                f"embedding_group_size is {self.embedding_group_size}; it must be 0 or a power of "
+                f"two from {2 ** GROUP_EXPONENTS[0]} to {2 ** GROUP_EXPONENTS[-1]}"
+            )
         _check_int("num_samples", self.num_samples, 1)
         _check_int("seq_length", self.seq_length, 1)
         _check_int("seed", self.seed, 0)
@@ -272,6 +283,11 @@ class DeltaMixConfig(QuantizationConfigMixin):
         if self.bits_per_weight is not None:
             return int(self.bits_per_weight / 16 * reference_bytes)
         return int((self.ratio or DEFAULT_RATIO) * reference_bytes)
+
+    def group_sizes(self, embedding: bool) -> GroupSizes:
+        """Elements of V and of U that share a scale, in an embedding or any other matrix."""
+        own = self.embedding_group_size if embedding else 0
+        return self.group_size, own or self.group_size
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a user may override when loading an existing delta repo."""

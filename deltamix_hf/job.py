@@ -104,7 +104,12 @@ class Job:
         """Compress every target, then tune."""
         config = self.config
         matrices = {
-            name: Matrix(shape_of(module), partial(self.delta, name), partial(self.metrics, name))
+            name: Matrix(
+                shape_of(module),
+                partial(self.delta, name),
+                partial(self.metrics, name),
+                isinstance(module, nn.Embedding),
+            )
             for name, module in self.targets.items()
         }
         with self._timed("allocation"):
@@ -158,7 +163,7 @@ class Job:
             self.config.dropped.append(name)
         else:
             self.config.errors[name] = error
-            attach_with_ties(self.model, name, packed.runs, packed.group_size, packed.tensors)
+            attach_with_ties(self.model, name, packed.runs, packed.group_sizes, packed.tensors)
         del self._results[name]
 
     @contextmanager

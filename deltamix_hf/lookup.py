@@ -7,7 +7,8 @@ the low one, 4096 entries). Levels come out in the order (byte row, byte column,
 byte); instead of putting them in order, x is permuted on the way in and y on the way out, once for
 each of the orders in use.
 
-Widths 2, 3, 4 and 8, Gaussian codebook, one scale a vector: what the default method makes.
+Widths 2, 3, 4 and 8, Gaussian codebook, one scale a vector except for U of embeddings: what the
+default method makes. Levels of a U with groups are multiplied by their scales as they are read.
 """
 
 from __future__ import annotations
@@ -37,54 +38,77 @@ class Part:
     ranks: slice | Tensor
 
 
-def supported(runs: Runs, gaussian: bool, group_size: int) -> bool:
-    return gaussian and group_size == 0 and all(v in _ORDER and u in _ORDER for _, v, u in runs)
+@dataclass(frozen=True)
+class _Side:
+    """Packed codes of one factor, `number` 1 for V and 2 for U, and its scales.
+
+    `scales` float32 [k, byte columns], or None: one scale a vector, applied to h.
+    """
+
+    packed: Tensor
+    number: int
+    length: int
+    scales: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.packed.shape[1]
 
 
-def low_rank(x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, n: int) -> Tensor:
-    """x [M, n] -> (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype."""
-    return _product(x, (v, 1, n), (u, 2, m), ranks, runs)
+def supported(runs: Runs, gaussian: bool, group_sizes: tuple[int, int]) -> bool:
+    v, u = group_sizes
+    whole_bytes = v == 0 and u % 8 == 0
+    return gaussian and whole_bytes and all(v in _ORDER and u in _ORDER for _, v, u in runs)
+
+
+def low_rank(
+    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, n: int, u_group: int = 0
+) -> Tensor:
+    """x [M, n] -> (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype; `u_group`: U's group size."""
+    right, left, scales = _sides(v, u, ranks, m, n, u_group)
+    return _product(x, right, left, scales, runs)
 
 
 def low_rank_transposed(
-    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, n: int
+    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, n: int, u_group: int = 0
 ) -> Tensor:
     """x [M, m] -> (x·Û)·V̂ [M, n] in x's dtype."""
-    return _product(x, (u, 2, m), (v, 1, n), ranks, runs)
+    right, left, scales = _sides(v, u, ranks, m, n, u_group)
+    return _product(x, left, right, scales, runs)
 
 
-def _product(
-    x: Tensor,
-    enter: tuple[Tensor, int, int],
-    leave: tuple[Tensor, int, int],
-    ranks: Tensor,
-    runs: Runs,
-) -> Tensor:
-    packed, side, length = enter
-    columns = packed.shape[1]
-    x = F.pad(x, (0, 8 * columns - length)).view(len(x), columns, 8)
+def _sides(
+    v: Tensor, u: Tensor, ranks: Tensor, m: int, n: int, u_group: int
+) -> tuple[_Side, _Side, Tensor]:
+    """Both factors, and the scales [k] that apply to whole ranks."""
+    scales = grid.scales_from_bits(ranks[:, 1:].contiguous())
+    right = _Side(v, 1, n)
+    if not u_group:
+        return right, _Side(u, 2, m), scales.prod(1)
+    by_column = scales[:, 1:].repeat_interleave(u_group // 8, 1)[:, : u.shape[1]]
+    return right, _Side(u, 2, m, by_column), scales[:, 0]
+
+
+def _product(x: Tensor, enter: _Side, leave: _Side, scales: Tensor, runs: Runs) -> Tensor:
+    x = F.pad(x, (0, 8 * enter.columns - enter.length)).view(len(x), enter.columns, 8)
     turned: dict[int, Tensor] = {}
-    h = x.new_empty(len(x), len(ranks))
-    for part in parts(runs, side):
+    h = x.new_empty(len(x), len(scales))
+    for part in parts(runs, enter.number):
         order = _ORDER[part.width]
         if order not in turned:
             turned[order] = x.unflatten(2, (order, -1)).transpose(1, 2).flatten(1)
-        h[:, part.ranks] = turned[order] @ _levels(packed, part, x.dtype).T
-    scales = grid.scales_from_bits(ranks[:, 1:].contiguous())
-    wide = torch.promote_types(x.dtype, torch.float32)
-    h = (h * scales.to(wide).prod(1)).to(x.dtype)
+        h[:, part.ranks] = turned[order] @ _levels(enter, part, x.dtype).T
+    h = (h * scales.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
-    packed, side, length = leave
-    columns = packed.shape[1]
     sums: dict[int, Tensor] = {}
-    for part in parts(runs, side):
+    for part in parts(runs, leave.number):
         order = _ORDER[part.width]
-        found = h[:, part.ranks] @ _levels(packed, part, x.dtype)
+        found = h[:, part.ranks] @ _levels(leave, part, x.dtype)
         sums[order] = sums[order].add_(found) if order in sums else found
-    y = x.new_zeros(len(x), columns, 8)
+    y = x.new_zeros(len(x), leave.columns, 8)
     for order, found in sums.items():
-        y += found.view(len(x), order, columns, 8 // order).transpose(1, 2).flatten(2)
-    return y.flatten(1)[:, :length]
+        y += found.view(len(x), order, leave.columns, 8 // order).transpose(1, 2).flatten(2)
+    return y.flatten(1)[:, : leave.length]
 
 
 @lru_cache(maxsize=8192)
@@ -111,15 +135,18 @@ def _index(numbers: list[int]) -> slice | Tensor:
     return torch.tensor(numbers)
 
 
-def _levels(packed: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
-    """Levels [ranks, 8·columns] of a part, in the order of its width, without scales."""
-    rows = packed[part.rows].view(part.count, part.width, -1)
+def _levels(side: _Side, part: Part, dtype: torch.dtype) -> Tensor:
+    """Levels [ranks, 8·columns] of a part, in the order of its width; times the side's scales."""
+    rows = side.packed[part.rows].view(part.count, part.width, -1)
     if part.width == 3:
         low = rows[:, 2:].int() >> _NIBBLES
         index = rows[:, :2].int() | ((low & 15) << 8)
     else:
         index = rows.int()
-    return F.embedding(index, _table(part.width, dtype)).flatten(1)
+    levels = F.embedding(index, _table(part.width, dtype))  # [ranks, order, columns, 8 / order]
+    if side.scales is not None:
+        levels *= side.scales[part.ranks, None, :, None].to(dtype)
+    return levels.flatten(1)
 
 
 _NIBBLES = torch.tensor([0, 4], dtype=torch.int32)[:, None]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .errors import DeltaMixError
 from .format import PREFIX
 from .ops import delta_linear, expand_linear, low_rank, low_rank_rows
-from .packed import DTYPES, PackedFactors, Runs, part_shapes, parts
+from .packed import DTYPES, GroupSizes, PackedFactors, Runs, part_shapes, parts
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -45,7 +45,7 @@ class DeltaModule(nn.Module):
     """What both kinds share: the packed parameters and the way back to a dense weight."""
 
     dm_runs: Runs
-    dm_group_size: int
+    dm_group_sizes: GroupSizes
     dm_gaussian: bool
 
     def delta_parameters(self) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ class DeltaModule(nn.Module):
 
     def packed(self) -> PackedFactors:
         m, n = weight_of(self).shape
-        return PackedFactors(m, n, self.dm_group_size, self.dm_runs, **self.delta_parameters())
+        return PackedFactors(m, n, self.dm_group_sizes, self.dm_runs, **self.delta_parameters())
 
     def _op_arguments(self) -> tuple:
         """The packed tensors and the layout, in the order the ops take them."""
@@ -61,7 +61,7 @@ class DeltaModule(nn.Module):
         m, n = weight_of(self).shape
         tensors = self.delta_parameters()
         zeros = tensors.pop("zeros", None)
-        return (*tensors.values(), zeros, flat, m, n, self.dm_group_size)
+        return (*tensors.values(), zeros, flat, m, n, list(self.dm_group_sizes))
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -80,11 +80,11 @@ class DeltaLinear(DeltaModule, nn.Linear):
         if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
             y = F.linear(x, self.weight, self.bias)
             return y + low_rank(x.to(y.dtype), *packed, transposed=False)
-        *tensors, runs, _, _, group_size = packed
+        *tensors, runs, _, _, group_sizes = packed
         if self.dm_siblings is not None and self.dm_siblings.usable(x):
             h, first = self.dm_siblings.shrunk(self, x)
             return expand_linear(x, self.weight, self.bias, h, first, *tensors[:3], runs)
-        return delta_linear(x, self.weight, self.bias, *tensors, runs, group_size)
+        return delta_linear(x, self.weight, self.bias, *tensors, runs, group_sizes)
 
 
 class DeltaEmbedding(DeltaModule, nn.Embedding):
@@ -113,7 +113,9 @@ def delta_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     return None
 
 
-def attach(module: nn.Module, runs: Runs, group_size: int, tensors: dict[str, Tensor]) -> None:
+def attach(
+    module: nn.Module, runs: Runs, group_sizes: GroupSizes, tensors: dict[str, Tensor]
+) -> None:
     """Turn `module` into its delta counterpart holding `tensors` (meta placeholders are fine)."""
     plain = type(module)
     counterpart = delta_class(plain)
@@ -121,7 +123,7 @@ def attach(module: nn.Module, runs: Runs, group_size: int, tensors: dict[str, Te
         raise DeltaMixError(f"a {plain.__name__} cannot carry a packed delta")
     m, n = weight_of(module).shape
     gaussian = "zeros" not in tensors
-    expected = part_shapes(m, n, runs, group_size, gaussian)
+    expected = part_shapes(m, n, runs, group_sizes, gaussian)
     for part in expected:
         if tuple(tensors[part].shape) != expected[part] or tensors[part].dtype != DTYPES[part]:
             raise DeltaMixError(
@@ -132,7 +134,7 @@ def attach(module: nn.Module, runs: Runs, group_size: int, tensors: dict[str, Te
             )
     module.__class__ = counterpart
     assert isinstance(module, DeltaModule)
-    module.dm_runs, module.dm_group_size, module.dm_gaussian = runs, group_size, gaussian
+    module.dm_runs, module.dm_group_sizes, module.dm_gaussian = runs, group_sizes, gaussian
     for part in expected:
         tensor = tensors[part]
         if not isinstance(tensor, nn.Parameter):
@@ -142,7 +144,11 @@ def attach(module: nn.Module, runs: Runs, group_size: int, tensors: dict[str, Te
 
 
 def attach_with_ties(
-    model: PreTrainedModel, name: str, runs: Runs, group_size: int, tensors: dict[str, Tensor]
+    model: PreTrainedModel,
+    name: str,
+    runs: Runs,
+    group_sizes: GroupSizes,
+    tensors: dict[str, Tensor],
 ) -> None:
     """`attach` to the module `name` and to every module tied to its weight (lm_head, say).
 
@@ -151,12 +157,12 @@ def attach_with_ties(
     """
     weight = f"{name}.weight"
     module = model.get_submodule(name)
-    attach(module, runs, group_size, tensors)
+    attach(module, runs, group_sizes, tensors)
     assert isinstance(module, DeltaModule)
     shared = module.delta_parameters()
     for target in [t for t, source in model.all_tied_weights_keys.items() if source == weight]:
         twin = target.removesuffix(".weight")
-        attach(model.get_submodule(twin), runs, group_size, shared)
+        attach(model.get_submodule(twin), runs, group_sizes, shared)
         for part in shared:
             model.all_tied_weights_keys[f"{twin}.{PREFIX}{part}"] = f"{name}.{PREFIX}{part}"
 
@@ -165,7 +171,7 @@ def detach(module: DeltaModule) -> None:
     """The inverse of `attach`: drop the delta and restore the plain class (weight untouched)."""
     for part in module.delta_parameters():
         delattr(module, PREFIX + part)
-    del module.dm_runs, module.dm_group_size, module.dm_gaussian
+    del module.dm_runs, module.dm_group_sizes, module.dm_gaussian
     module.__dict__.pop("dm_siblings", None)
     plain: type[nn.Module] = nn.Linear if isinstance(module, DeltaLinear) else nn.Embedding
     object.__setattr__(module, "__class__", getattr(type(module), "dm_plain_class", plain))

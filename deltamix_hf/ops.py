@@ -20,11 +20,16 @@ from torch import Tensor
 
 from . import codebook, grid, lookup, packing
 from .kernels import TRITON, choose, triton_kernels
-from .packed import PackedFactors, row_bits, zero_points
+from .packed import GroupSizes, PackedFactors, row_bits, scale_counts, zero_points
 
 
 def _unflatten(runs: list[int]) -> list[tuple[int, int, int]]:
     return list(zip(runs[0::3], runs[1::3], runs[2::3], strict=True))
+
+
+def _pair(group_sizes: list[int]) -> GroupSizes:
+    v, u = group_sizes
+    return v, u
 
 
 @torch.library.custom_op("deltamix::low_rank", mutates_args=())
@@ -37,7 +42,7 @@ def low_rank(
     runs: list[int],
     m: int,
     n: int,
-    group_size: int,
+    group_sizes: list[int],
     transposed: bool,
     kernel: str | None = None,
 ) -> Tensor:
@@ -45,20 +50,20 @@ def low_rank(
 
     `runs` is the flattened list of (count, v_bits, u_bits); see `packed.py` for the tensors.
     """
-    if _by_triton(x, group_size, kernel):
+    if _by_triton(x, group_sizes, kernel):
         k = triton_kernels()
-        packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, group_size)
+        packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, _pair(group_sizes))
         return k.low_rank(x, packed, transposed)
     triples = tuple(_unflatten(runs))
     quick = x.device.type == "cpu" and x.dtype != torch.float64  # whose factors are float32's
-    if quick and lookup.supported(triples, zeros is None, group_size):
+    if quick and lookup.supported(triples, zeros is None, _pair(group_sizes)):
         flat = x.reshape(-1, x.shape[-1])
         product = lookup.low_rank_transposed if transposed else lookup.low_rank
         with torch.autocast("cpu", enabled=False):
-            return product(flat, v, u, ranks, triples, m, n).view(
+            return product(flat, v, u, ranks, triples, m, n, group_sizes[1]).view(
                 *x.shape[:-1], n if transposed else m
             )
-    factors = PackedFactors(m, n, group_size, list(triples), v, u, ranks, zeros)
+    factors = PackedFactors(m, n, _pair(group_sizes), list(triples), v, u, ranks, zeros)
     right, left = factors.right().to(x.dtype), factors.left().to(x.dtype)
     if transposed:
         right, left = left, right
@@ -67,14 +72,14 @@ def low_rank(
 
 
 @low_rank.register_fake
-def _(x, v, u, ranks, zeros, runs, m, n, group_size, transposed, kernel=None):
+def _(x, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, kernel=None):
     return x.new_empty(*x.shape[:-1], n if transposed else m)
 
 
 def _low_rank_context(ctx, inputs, output):
-    _, v, u, ranks, zeros, runs, m, n, group_size, transposed, kernel = inputs
+    _, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, kernel = inputs
     ctx.save_for_backward(v, u, ranks, zeros)
-    ctx.layout = (runs, m, n, group_size, not transposed, kernel)
+    ctx.layout = (runs, m, n, group_sizes, not transposed, kernel)
 
 
 def _low_rank_backward(ctx, grad):
@@ -94,29 +99,29 @@ def delta_linear(
     ranks: Tensor,
     zeros: Tensor | None,
     runs: list[int],
-    group_size: int,
+    group_sizes: list[int],
     kernel: str | None = None,
 ) -> Tensor:
     """x [..., n], weight [m, n] and bias [m] of one dtype -> [..., m] in it."""
     m, n = weight.shape
-    if _by_triton(x, group_size, kernel):
+    if _by_triton(x, group_sizes, kernel):
         k = triton_kernels()
-        packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, group_size)
+        packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, _pair(group_sizes))
         return k.delta_linear(x, weight, bias, packed)
     y = F.linear(x, weight, bias)
-    return y.add_(low_rank(x, v, u, ranks, zeros, runs, m, n, group_size, False, kernel))
+    return y.add_(low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False, kernel))
 
 
 @delta_linear.register_fake
-def _(x, weight, bias, v, u, ranks, zeros, runs, group_size, kernel=None):
+def _(x, weight, bias, v, u, ranks, zeros, runs, group_sizes, kernel=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_context(ctx, inputs, output):
-    x, weight, _, v, u, ranks, zeros, runs, group_size, kernel = inputs
+    x, weight, _, v, u, ranks, zeros, runs, group_sizes, kernel = inputs
     _, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     ctx.save_for_backward(x if wants_weight else None, weight, v, u, ranks, zeros)
-    ctx.layout = (runs, *weight.shape, group_size, True, kernel)
+    ctx.layout = (runs, *weight.shape, group_sizes, True, kernel)
     ctx.wants_bias = wants_bias
 
 
@@ -154,7 +159,7 @@ def shrink(
     k = triton_kernels()
     n, pieces = x.shape[-1], torch.tensor(runs).split(run_lengths)
     matrices = [
-        k.Packed(*tensors, None, k.runs_of(piece.tolist()), outputs, n, 0)
+        k.Packed(*tensors, None, k.runs_of(piece.tolist()), outputs, n, (0, 0))
         for *tensors, piece, outputs in zip(v, u, ranks, pieces, m, strict=True)
     ]
     return k.shrink(x, matrices)
@@ -182,7 +187,7 @@ def expand_linear(
     """`delta_linear` whose h was made by `shrink`; its ranks begin at column `first`."""
     k = triton_kernels()
     m, n = weight.shape
-    packed = k.Packed(v, u, ranks, None, k.runs_of(runs), m, n, 0)
+    packed = k.Packed(v, u, ranks, None, k.runs_of(runs), m, n, (0, 0))
     y = k.finish_linear(x, weight, bias, h, packed, first)
     return y.view(*x.shape[:-1], m)
 
@@ -192,12 +197,12 @@ def _(x, weight, bias, h, first, v, u, ranks, runs):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _by_triton(x: Tensor, group_size: int, kernel: str | None) -> bool:
+def _by_triton(x: Tensor, group_sizes: list[int], kernel: str | None) -> bool:
     """The kernels know three dtypes and scale groups of 16·i elements; the rest is torch's."""
     if choose(x.device, kernel) != TRITON:
         return False
     known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return known and triton_kernels().supported(group_size)
+    return known and triton_kernels().supported(_pair(group_sizes))
 
 
 @torch.library.custom_op("deltamix::low_rank_rows", mutates_args=())
@@ -210,16 +215,16 @@ def low_rank_rows(
     runs: list[int],
     m: int,
     n: int,
-    group_size: int,
+    group_sizes: list[int],
 ) -> Tensor:
     """Rows `index` (int64, any shape, values below m) of Û·V̂: float32 [*index.shape, n]."""
     triples = _unflatten(runs)
-    right = PackedFactors(m, n, group_size, triples, v, u, ranks, zeros).right()
+    right = PackedFactors(m, n, _pair(group_sizes), triples, v, u, ranks, zeros).right()
     sides = [(c, b) for c, _, b in triples]
     flat = index.reshape(-1)
     codes = packing.unpack_columns(u, sides, flat)
-    own_group = flat // group_size if group_size else torch.zeros_like(flat)
-    group = grid.group_count(n, group_size) + own_group
+    v_groups, _ = scale_counts(m, n, _pair(group_sizes))
+    group = v_groups + (flat // group_sizes[1] if group_sizes[1] else torch.zeros_like(flat))
     scales = grid.scales_from_bits(ranks[:, 1:].contiguous())[:, group]
     if zeros is None:
         left = codebook.decode(codes, row_bits(sides, codes)[:, None]) * scales
@@ -232,5 +237,5 @@ def low_rank_rows(
 
 
 @low_rank_rows.register_fake
-def _(index, v, u, ranks, zeros, runs, m, n, group_size):
+def _(index, v, u, ranks, zeros, runs, m, n, group_sizes):
     return torch.empty(*index.shape, n, dtype=torch.float32, device=index.device)

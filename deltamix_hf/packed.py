@@ -1,16 +1,17 @@
 """The packed form of one matrix: ΔW ≈ Û·V̂ as integer codes, scales and per-rank widths.
 
 Three or four integer tensors hold everything (docs/format.md is normative). With k ranks,
-g = group size, Gn = ceil(n/g), Gm = ceil(m/g), and ranks sorted by falling (V width, U width):
+Gn and Gm scale groups on the two sides, and ranks sorted by falling (V width, U width):
 
     v      uint8 [Σ v_bits, ceil(n/8)]     codes of V̂, one rank after the other
     u      uint8 [Σ u_bits, ceil(m/8)]     codes of Ûᵀ (rank-major too)
-    ranks  int16 [k, 1 + Gn + Gm]          v_bits + 16·u_bits | V scales | U scales
+    ranks  int16 [k, 1 + Gn + Gm]          v_bits + 16·u_bits + 256·e | V scales | U scales
     zeros  uint8 [Σ max bits, ceil((Gn+Gm)/8)]   zero points, packed like codes; min-max only
 
 Scales are bit patterns of bfloat16 in an integer tensor, so that `.to(dtype)` on a model cannot
 round them; σ is folded into U's scales. A value is (code − zero)·scale on the min-max grid, and
-level(code)·scale with the Gaussian codebook, which has no zero points.
+level(code)·scale with the Gaussian codebook, which has no zero points. e says how long U's scale
+groups are: 2^e elements, or as V's if e is 0.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from .errors import DeltaMixError
 from .gptq import Rounded
 
 PARTS = ("v", "u", "ranks", "zeros")
+GROUP_EXPONENTS = range(4, 16)  # 2^e elements: the kernels want a multiple of 16
 DTYPES = {"v": torch.uint8, "u": torch.uint8, "ranks": torch.int16, "zeros": torch.uint8}
 
 Runs = list[tuple[int, int, int]]  # (count, v_bits, u_bits)
+GroupSizes = tuple[int, int]  # elements of V and of U that share a scale; 0: the whole vector
 
 
 def parts(gaussian: bool) -> tuple[str, ...]:
@@ -36,23 +39,28 @@ def parts(gaussian: bool) -> tuple[str, ...]:
     return PARTS[:-1] if gaussian else PARTS
 
 
+def scale_counts(m: int, n: int, group_sizes: GroupSizes) -> tuple[int, int]:
+    """Scale groups of one rank's V and U, (Gn, Gm)."""
+    return grid.group_count(n, group_sizes[0]), grid.group_count(m, group_sizes[1])
+
+
 def rank_bytes(
-    m: int, n: int, v_bits: int, u_bits: int, group_size: int, gaussian: bool = False
+    m: int, n: int, v_bits: int, u_bits: int, group_sizes: GroupSizes, gaussian: bool = False
 ) -> int:
     """True bytes of one rank: codes of both vectors, scales, zero points and widths."""
     if v_bits == 0 or u_bits == 0:
         return 0  # a rank with an empty side contributes nothing and is not stored
-    scale_groups = grid.group_count(n, group_size) + grid.group_count(m, group_size)
+    scale_groups = sum(scale_counts(m, n, group_sizes))
     codes = v_bits * -(-n // 8) + u_bits * -(-m // 8)
     zeros = 0 if gaussian else max(v_bits, u_bits) * -(-scale_groups // 8)
     return codes + 2 * (1 + scale_groups) + zeros
 
 
 def part_shapes(
-    m: int, n: int, runs: Runs, group_size: int, gaussian: bool = False
+    m: int, n: int, runs: Runs, group_sizes: GroupSizes, gaussian: bool = False
 ) -> dict[str, tuple[int, int]]:
     """Shapes of the tensors that `runs` imply for an [m, n] matrix."""
-    scale_groups = grid.group_count(n, group_size) + grid.group_count(m, group_size)
+    scale_groups = sum(scale_counts(m, n, group_sizes))
     shapes = {
         "v": (sum(c * v for c, v, _ in runs), -(-n // 8)),
         "u": (sum(c * u for c, _, u in runs), -(-m // 8)),
@@ -62,23 +70,41 @@ def part_shapes(
     return {part: shapes[part] for part in parts(gaussian)}
 
 
-def runs_of(ranks: Tensor) -> Runs:
-    """Read the widths column of `ranks` [k, 1+G] as runs of equal (v_bits, u_bits).
+def layout_of(ranks: Tensor, group_size: int) -> tuple[Runs, GroupSizes]:
+    """Read column 0 of `ranks` [k, 1+G]: runs of equal (v_bits, u_bits), and the group sizes.
+
+    Args:
+        group_size: of V, and of U where the column does not say otherwise.
 
     Raises:
-        DeltaMixError: a width outside 1..8, or ranks that are not sorted.
+        DeltaMixError: a width outside 1..8, ranks that are not sorted, or a group size that does
+            not exist.
     """
     if ranks.ndim != 2 or ranks.shape[1] == 0 or ranks.dtype != DTYPES["ranks"]:
         raise DeltaMixError(
             f"the ranks are {ranks.dtype} {list(ranks.shape)}, not int16 [k, 1 + groups]: "
             "the file is damaged"
         )
-    pairs = [(int(w) % 16, int(w) // 16) for w in ranks[:, 0].tolist()]
+    words = ranks[:, 0].tolist()
+    pairs = [(w % 16, w // 16 % 16) for w in words]
     if any(not (1 <= v <= 8 and 1 <= u <= 8) for v, u in pairs):
         raise DeltaMixError("a rank has a bit width outside 1..8: the file is damaged")
     if pairs != sorted(pairs, reverse=True):
         raise DeltaMixError("ranks are not sorted by width: the file is damaged")
-    return [(len(list(same)), v, u) for (v, u), same in groupby(pairs)]
+    exponents = {w // 256 for w in words} or {0}
+    (exponent,) = exponents if len(exponents) == 1 else (-1,)
+    if exponent not in (0, *GROUP_EXPONENTS):
+        raise DeltaMixError(
+            f"the scale groups of U are 2^{sorted(exponents)} elements, not one power from "
+            f"2^{GROUP_EXPONENTS[0]} to 2^{GROUP_EXPONENTS[-1]}: the file is damaged"
+        )
+    runs = [(len(list(same)), v, u) for (v, u), same in groupby(pairs)]
+    return runs, (group_size, 2**exponent if exponent else group_size)
+
+
+def exponent_of(group_sizes: GroupSizes) -> int:
+    """What column 0 of `ranks` holds of U's group size: e of 2^e, or 0 if it is V's."""
+    return 0 if group_sizes[0] == group_sizes[1] else group_sizes[1].bit_length() - 1
 
 
 @dataclass
@@ -87,7 +113,7 @@ class PackedFactors:
 
     m: int
     n: int
-    group_size: int
+    group_sizes: GroupSizes
     runs: Runs
     v: Tensor
     u: Tensor
@@ -99,18 +125,19 @@ class PackedFactors:
         """Sort ranks by width, drop the empty ones, pack: V̂ [k, n] and Ûᵀ [k, m]."""
         k, n = v.codes.shape
         m = u.codes.shape[1]
-        v_bits, u_bits, group_size = v.bits, u.bits, v.group_size
+        v_bits, u_bits, group_sizes = v.bits, u.bits, (v.group_size, u.group_size)
         keep = [i for i in range(k) if v_bits[i] > 0 and u_bits[i] > 0]
         keep.sort(key=lambda i: (-int(v_bits[i]), -int(u_bits[i])))  # stable: σ order within a run
         order = torch.tensor(keep, dtype=torch.long, device=v.codes.device)
         widths = v_bits.to(order.device)[order] + 16 * u_bits.to(order.device)[order]
+        widths += 256 * exponent_of(group_sizes)
         scales = grid.scales_to_bits(torch.cat([v.scales[order], u.scales[order]], 1))
         ranks = torch.cat([widths.to(torch.int16)[:, None], scales], 1)
-        runs = runs_of(ranks)
+        runs, _ = layout_of(ranks, v.group_size)
         return cls(
             m=m,
             n=n,
-            group_size=group_size,
+            group_sizes=group_sizes,
             runs=runs,
             v=packing.pack(v.codes[order], [(c, b) for c, b, _ in runs]),
             u=packing.pack(u.codes[order], [(c, b) for c, _, b in runs]),
@@ -149,14 +176,15 @@ class PackedFactors:
 
     def _side(self, codes: Tensor, length: int, v_side: bool) -> Tensor:
         runs = [(c, v if v_side else u) for c, v, u in self.runs]
-        split = grid.group_count(self.n, self.group_size)
+        split, _ = scale_counts(self.m, self.n, self.group_sizes)
         part = slice(None, split) if v_side else slice(split, None)
+        group_size = self.group_sizes[0 if v_side else 1]
         plain = packing.unpack(codes, runs, length)
         scales = grid.scales_from_bits(self.ranks[:, 1:].contiguous())[:, part]
         if self.zeros is None:
-            return codebook.dequantize(plain, scales, row_bits(runs, codes), self.group_size)
+            return codebook.dequantize(plain, scales, row_bits(runs, codes), group_size)
         points = zero_points(self.zeros, self.runs, self.ranks.shape[1] - 1)[:, part]
-        return grid.dequantize(plain, scales, points, self.group_size)
+        return grid.dequantize(plain, scales, points, group_size)
 
     def right(self) -> Tensor:
         """V̂, float32 [k, n]."""

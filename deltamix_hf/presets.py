@@ -33,6 +33,8 @@ class Preset:
     codebook: str
     # elements that share a scale; 0: one scale per rank vector
     group_size: int
+    # elements of U that share a scale in embeddings, whose rows differ in size; 0: as `group_size`
+    embedding_group_size: int
     # U is re-fitted to the full ΔW, given the rounded V
     correct_target: bool
     # later layers are fitted to undo what compressing the earlier ones did
@@ -56,6 +58,7 @@ PRESETS = {
         bits=(0, 2, 3, 4, 8),
         codebook="gaussian",
         group_size=0,
+        embedding_group_size=128,
         correct_target=True,
         sequential=True,
         unbiased_gains=True,
@@ -71,6 +74,7 @@ PRESETS = {
         bits=(0, 2, 3, 4, 8),
         codebook="min-max",
         group_size=128,
+        embedding_group_size=0,
         correct_target=True,
         sequential=False,
         unbiased_gains=False,
@@ -86,6 +90,7 @@ PRESETS = {
         bits=(0, 2, 3, 8),
         codebook="min-max",
         group_size=128,
+        embedding_group_size=0,
         correct_target=False,
         sequential=False,
         unbiased_gains=False,

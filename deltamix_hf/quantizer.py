@@ -37,7 +37,7 @@ from .format import (
     read_headers,
 )
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, weight_of
-from .packed import parts, runs_of
+from .packed import layout_of, parts
 from .saving import delta_state_dict, install_save, uninstall_save
 from .siblings import link_siblings
 
@@ -183,11 +183,11 @@ class DeltaMixHfQuantizer(HfQuantizer):
         with safe_open(info.file, framework="pt") as handle:
             ranks = handle.get_tensor(f"{stored}.{PREFIX}ranks")
         name = weight.removesuffix(".weight")
-        group_size = self.quantization_config.group_size
-        kinds = parts(self.quantization_config.codebook == "gaussian")
+        config = self.quantization_config
+        kinds = parts(config.codebook == "gaussian")
         try:
             placeholders = {part: infos[f"{stored}.{PREFIX}{part}"].placeholder() for part in kinds}
-            attach_with_ties(model, name, runs_of(ranks), group_size, placeholders)
+            attach_with_ties(model, name, *layout_of(ranks, config.group_size), placeholders)
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
         return True

@@ -73,7 +73,7 @@ def link_siblings(model: nn.Module) -> None:
         children = dict(parent.named_children())
         for names in NAMES:
             members = [c for n in names if isinstance(c := children.get(n), DeltaLinear)]
-            alike = [m for m in members if m.dm_gaussian and not m.dm_group_size]
+            alike = [m for m in members if m.dm_gaussian and not any(m.dm_group_sizes)]
             alike = [m for m in alike if weight_of(m).shape[1] == weight_of(alike[0]).shape[1]]
             for member in members:
                 member.dm_siblings = None

@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 from . import grid
 from .calibration import split_rows
-from .modules import DeltaEmbedding, DeltaModule, delta_modules, weight_of
+from .modules import DeltaEmbedding, DeltaModule, delta_modules, shape_of, weight_of
+from .packed import scale_counts
 from .statistics import frozen, inputs_of, prediction
 
 LEARNING_RATE = 0.01
@@ -183,7 +184,7 @@ def _close(module: DeltaModule) -> None:
 @torch.no_grad()
 def _fold(module: DeltaModule, gains: Tensor) -> None:
     """Multiply the stored scales of U by `gains` [k]."""
-    first = 1 + grid.group_count(weight_of(module).shape[1], module.dm_group_size)
+    first = 1 + scale_counts(*shape_of(module), module.dm_group_sizes)[0]
     ranks = ranks_of(module)
     scales = grid.scales_from_bits(ranks[:, first:].contiguous()) * gains[:, None]
     ranks[:, first:] = grid.scales_to_bits(scales)

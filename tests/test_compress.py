@@ -51,7 +51,7 @@ def compress_matrix(single: Matrix, budget: int, config: DeltaMixConfig) -> Comp
 
 
 def bytes_of_rank(m, n, bits, config: DeltaMixConfig) -> int:
-    return rank_bytes(m, n, bits, bits, config.group_size, config.codebook == "gaussian")
+    return rank_bytes(m, n, bits, bits, config.group_sizes(False), config.codebook == "gaussian")
 
 
 def true_error(delta, approx, gram) -> float:

@@ -49,6 +49,7 @@ switches = st.fixed_dictionaries(
         "allocation": st.sampled_from(ALLOCATIONS),
         "codebook": st.sampled_from(CODEBOOKS),
         "group_size": st.integers(0, 4096),
+        "embedding_group_size": st.sampled_from([0, 16, 128, 2**15]),
         "drop_penalty": st.floats(1, 1e6) | st.integers(1, 9),
         "tune_steps": st.integers(0, 999),
         **{
@@ -189,6 +190,10 @@ def test_loading_attributes_are_what_the_user_gave():
         ({"group_size": 64.0}, "group_size"),
         ({"group_size": True}, "group_size"),
         ({"group_size": "128"}, "group_size"),
+        ({"embedding_group_size": 100}, "embedding_group_size"),
+        ({"embedding_group_size": 8}, "embedding_group_size"),
+        ({"embedding_group_size": 2**16}, "embedding_group_size"),
+        ({"embedding_group_size": -1}, "embedding_group_size"),
         *(
             ({name: value}, f"{name} is {value!r}")
             for name, switch in vars(PRESETS[DEFAULT_METHOD]).items()
@@ -286,6 +291,7 @@ OTHER = {
     "bits": [0, 2, 8],
     "codebook": "min-max",
     "group_size": 64,
+    "embedding_group_size": 32,
     "drop_penalty": 1.0,
     "tune_steps": 0,
 }

@@ -23,8 +23,8 @@ def case():
 
 
 def linear(packed, x, weight, bias, kernel):
-    *tensors, runs, _, _, group_size = arguments(packed)
-    return ops.delta_linear(x, weight, bias, *tensors, runs, group_size, kernel)
+    *tensors, runs, _, _, group_sizes = arguments(packed)
+    return ops.delta_linear(x, weight, bias, *tensors, runs, group_sizes, kernel)
 
 
 def test_choice(monkeypatch):
@@ -81,6 +81,6 @@ def test_gradients(case, kernel):
 def test_the_ops_keep_torchs_rules(case, kernel):
     packed, _ = case
     x, weight = inputs(2, 70, torch.float32).requires_grad_(), inputs(40, 70, torch.float32, 1)
-    *tensors, runs, m, n, group_size = arguments(packed)
-    torch.library.opcheck(ops.delta_linear, (x, weight, None, *tensors, runs, group_size, kernel))
-    torch.library.opcheck(ops.low_rank, (x, *tensors, runs, m, n, group_size, False, kernel))
+    *tensors, runs, m, n, group_sizes = arguments(packed)
+    torch.library.opcheck(ops.delta_linear, (x, weight, None, *tensors, runs, group_sizes, kernel))
+    torch.library.opcheck(ops.low_rank, (x, *tensors, runs, m, n, group_sizes, False, kernel))

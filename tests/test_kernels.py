@@ -23,6 +23,7 @@ LAYOUTS = [  # m, n, v_bits, u_bits, group_size, gaussian
     pytest.param(64, 64, [3] * 40 + [2] * 9, [2] * 40 + [4] * 9, 0, True, id="tiles of one run"),
     pytest.param(17, 300, EVERY, EVERY, 128, False, id="min-max, every width"),
     pytest.param(130, 90, [5, 2], [3, 6], 16, True, id="gaussian in groups of 16"),
+    pytest.param(300, 50, [8, 3, 2], [2, 3, 2], (0, 128), True, id="groups of U alone"),
 ]
 
 
@@ -42,7 +43,9 @@ def packed_of(m, n, v_bits, u_bits, group_size, gaussian):
     packed, delta = pack(m, n, v_bits, u_bits, group_size, gaussian=gaussian)
     on = {k: t.to(DEVICE) for k, t in packed.tensors.items()}
     runs = tuple(packed.runs)
-    kernel = dk.Packed(on["v"], on["u"], on["ranks"], on.get("zeros"), runs, m, n, group_size)
+    kernel = dk.Packed(
+        on["v"], on["u"], on["ranks"], on.get("zeros"), runs, m, n, packed.group_sizes
+    )
     return kernel, delta.to(DEVICE)
 
 
@@ -124,5 +127,7 @@ def test_strided_input():
 
 
 def test_supported_group_sizes():
-    assert [g for g in (0, 1, 8, 16, 24, 32, 48, 128) if dk.supported(g)] == [0, 16, 32, 48, 128]
+    sizes = (0, 1, 8, 16, 24, 32, 48, 128)
+    assert [g for g in sizes if dk.supported((0, g))] == [0, 16, 32, 48, 128]
+    assert dk.supported((16, 0)) and not dk.supported((8, 0))
     assert launch._columns(16, 48) == 2 and launch._columns(16, 0) == 16

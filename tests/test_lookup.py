@@ -17,6 +17,7 @@ WIDTHS = (8, 4, 3, 2)
 def products(packed, delta, x, z):
     """(found, expected) of both directions."""
     tensors = packed.v, packed.u, packed.ranks, tuple(packed.runs), packed.m, packed.n
+    tensors = (*tensors, packed.group_sizes[1])
     return [
         (lookup.low_rank(x, *tensors), x.double() @ delta.T),
         (lookup.low_rank_transposed(z, *tensors), z.double() @ delta),
@@ -28,10 +29,13 @@ def products(packed, delta, x, z):
     m=st.integers(1, 70),
     n=st.integers(1, 70),
     rows=st.integers(0, 5),
+    u_group=st.sampled_from([0, 16, 32]),
 )
 @settings(max_examples=60)
-def test_any_layout_against_float64(widths, m, n, rows):
-    packed, delta = pack(m, n, *([w[i] for w in widths] for i in (0, 1)), 0, gaussian=True)
+def test_any_layout_against_float64(widths, m, n, rows, u_group):
+    packed, delta = pack(
+        m, n, *([w[i] for w in widths] for i in (0, 1)), (0, u_group), gaussian=True
+    )
     random = torch.Generator().manual_seed(0)
     x, z = (torch.randn(rows, size, generator=random) for size in (n, m))
     for found, expected in products(packed, delta, x, z):
@@ -42,8 +46,9 @@ def test_any_layout_against_float64(widths, m, n, rows):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_every_dtype(dtype):
-    packed, delta = pack(65, 130, WIDTHS, WIDTHS[::-1], 0, gaussian=True)
+@pytest.mark.parametrize("u_group", [0, 32])
+def test_every_dtype(dtype, u_group):
+    packed, delta = pack(65, 130, WIDTHS, WIDTHS[::-1], (0, u_group), gaussian=True)
     x, z = torch.randn(3, 130).to(dtype), torch.randn(3, 65).to(dtype)
     for found, expected in products(packed, delta, x, z):
         # levels are float32
@@ -56,7 +61,7 @@ def test_tables_are_the_codebook(width):
     packed, _ = pack(8, 64, [width] * 3, [width] * 3, 0, gaussian=True)
     (part,) = lookup.parts(tuple(packed.runs), 1)
     order = lookup._ORDER[width]
-    levels = lookup._levels(packed.v, part, torch.float32)
+    levels = lookup._levels(lookup._Side(packed.v, 1, 64), part, torch.float32)
     levels = levels.view(3, order, 8, 8 // order).transpose(1, 2).reshape(3, 64)
     scales = packed.right() / levels
     assert torch.allclose(scales, scales[:, :1].expand_as(scales))
@@ -64,6 +69,6 @@ def test_tables_are_the_codebook(width):
 
 def test_supported():
     runs = ((3, 8, 2), (1, 3, 4))
-    assert lookup.supported(runs, True, 0)
-    assert not lookup.supported(runs, False, 0) and not lookup.supported(runs, True, 128)
-    assert not lookup.supported(((3, 5, 2),), True, 0)
+    assert lookup.supported(runs, True, (0, 0)) and lookup.supported(runs, True, (0, 128))
+    assert not lookup.supported(runs, False, (0, 0)) and not lookup.supported(runs, True, (128, 0))
+    assert not lookup.supported(((3, 5, 2),), True, (0, 0))

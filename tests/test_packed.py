@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.gptq import round_rows
-from deltamix_hf.packed import DTYPES, PackedFactors, part_shapes, parts, rank_bytes, runs_of
+from deltamix_hf.packed import DTYPES, PackedFactors, layout_of, part_shapes, parts, rank_bytes
 
 each_codebook = pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
+
+
+def both(group_size):
+    """Group sizes of V and U; a single one is meant for both."""
+    return group_size if isinstance(group_size, tuple) else (group_size, group_size)
 
 
 def random_factors(m, n, v_bits, u_bits, group_size, seed=0, gaussian=False):
@@ -22,10 +27,10 @@ def random_factors(m, n, v_bits, u_bits, group_size, seed=0, gaussian=False):
         round_rows(
             torch.randn(len(bits), length, generator=random),
             torch.tensor(bits, dtype=torch.int64),
-            group_size,
+            size,
             gaussian,
         )
-        for bits, length in ((v_bits, n), (u_bits, m))
+        for bits, length, size in zip((v_bits, u_bits), (n, m), both(group_size), strict=True)
     ]
 
 
@@ -42,7 +47,7 @@ cases = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=9).fl
         st.just(widths),
         st.integers(1, 70),
         st.integers(1, 70),
-        st.sampled_from([0, 1, 7, 32, 128]),
+        st.sampled_from([0, 1, 7, 32, 128, (0, 16), (0, 128), (7, 32)]),
         st.integers(0, 2**31),
         st.booleans(),
     )
@@ -62,14 +67,17 @@ def test_round_trip(case):
     assert torch.equal(packed.right(), v.dequantize()[order])
     assert torch.equal(packed.left(), u.dequantize()[order])
     # Shapes, dtypes and bytes are what the format promises.
-    shapes = part_shapes(m, n, packed.runs, group_size, gaussian)
+    shapes = part_shapes(m, n, packed.runs, both(group_size), gaussian)
     assert tuple(packed.tensors) == tuple(shapes) == parts(gaussian)
     for part, tensor in packed.tensors.items():
         assert tuple(tensor.shape) == shapes[part] and tensor.dtype == DTYPES[part]
-    assert runs_of(packed.ranks) == packed.runs
+    assert packed.group_sizes == both(group_size)
+    if kept:  # an empty matrix has no ranks to say it in
+        found = layout_of(packed.ranks, both(group_size)[0])
+        assert found == (packed.runs, packed.group_sizes)
     true_bytes = sum(t.numel() * t.element_size() for t in packed.tensors.values())
     assert sum(packed.nbytes.values()) == true_bytes
-    assert true_bytes == sum(rank_bytes(m, n, *widths[i], group_size, gaussian) for i in kept)
+    assert true_bytes == sum(rank_bytes(m, n, *widths[i], both(group_size), gaussian) for i in kept)
 
 
 # docs/format.md: alpha and beta of widths 1 to 8
@@ -101,7 +109,8 @@ def code_at(packed: torch.Tensor, first_row: int, bits: int, i: int) -> int:
 def decoded(packed: PackedFactors, v_side: bool) -> np.ndarray:
     """One side as docs/format.md says, an element at a time, from the stored tensors alone."""
     length, stored = (packed.n, packed.v) if v_side else (packed.m, packed.u)
-    size = packed.group_size
+    word = packed.ranks[0, 0].item() // 256
+    size = packed.group_sizes[0] if v_side or not word else 2**word
     groups, all_groups = -(-length // size) if size else 1, packed.ranks.shape[1] - 1
     first_group = 0 if v_side else all_groups - groups
     words = packed.ranks.numpy()
@@ -109,7 +118,7 @@ def decoded(packed: PackedFactors, v_side: bool) -> np.ndarray:
     found = np.zeros((len(words), length), np.float32)
     row = zero_row = 0
     for k, word in enumerate(words[:, 0].tolist()):
-        v_bits, u_bits = word % 16, word // 16
+        v_bits, u_bits = word % 16, word // 16 % 16
         bits = v_bits if v_side else u_bits
         for i in range(length):
             code = code_at(stored, row, bits, i)
@@ -127,7 +136,7 @@ def decoded(packed: PackedFactors, v_side: bool) -> np.ndarray:
 
 
 @each_codebook
-@pytest.mark.parametrize("group_size", [0, 7, 16])
+@pytest.mark.parametrize("group_size", [0, 7, 16, (0, 16)])
 def test_values_as_documented(group_size, gaussian):
     """Every width on both sides, odd sizes, by an independent reader of docs/format.md."""
     widths = [8, 7, 6, 5, 4, 3, 2, 1]
@@ -138,7 +147,7 @@ def test_values_as_documented(group_size, gaussian):
 
 
 @each_codebook
-@pytest.mark.parametrize("group_size", [0, 32, 128])
+@pytest.mark.parametrize("group_size", [0, 32, 128, (0, 32)])
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (65, 33), (130, 257)])
 def test_dense_is_the_product(m, n, group_size, gaussian):
     widths = [8, 3, 2, 2, 0, 1], [8, 4, 2, 3, 5, 1]
@@ -173,7 +182,7 @@ def test_documented_bytes():
     shapes = {part: tuple(tensor.shape) for part, tensor in packed.tensors.items()}
     assert shapes == {"v": (3, 16), "u": (2, 8), "ranks": (1, 1 + 1 + 1)}
     assert packed.nbytes == {"payload": 48 + 16, "scales": 2 * 2, "metadata": 2}
-    assert rank_bytes(64, 128, 3, 2, 0, gaussian=True) == 48 + 16 + 4 + 2
+    assert rank_bytes(64, 128, 3, 2, (0, 0), gaussian=True) == 48 + 16 + 4 + 2
 
 
 @pytest.mark.parametrize("width", [0, 9, 15, 16, 3 + 16 * 9, -1, 2**15 - 1])
@@ -181,16 +190,31 @@ def test_impossible_widths_are_refused(width):
     packed, _ = pack(8, 8, [3, 2], [3, 2], 0)
     packed.ranks[0, 0] = width
     with pytest.raises(DeltaMixError, match="bit width"):
-        runs_of(packed.ranks)
+        layout_of(packed.ranks, 0)
+
+
+@pytest.mark.parametrize("exponent", [1, 3, 16, 127, -1])
+def test_impossible_group_sizes_are_refused(exponent):
+    packed, _ = pack(200, 8, [3, 2], [3, 2], (0, 64))
+    packed.ranks[:, 0] += 256 * (exponent - 6)
+    with pytest.raises(DeltaMixError, match="scale groups of U"):
+        layout_of(packed.ranks, 0)
+
+
+def test_ranks_of_two_group_sizes_are_refused():
+    packed, _ = pack(200, 8, [3, 2], [3, 2], (0, 64))
+    packed.ranks[0, 0] += 256
+    with pytest.raises(DeltaMixError, match="scale groups of U"):
+        layout_of(packed.ranks, 0)
 
 
 def test_unsorted_ranks_are_refused():
     packed, _ = pack(8, 8, [3, 2], [3, 2], 0)
     with pytest.raises(DeltaMixError, match="not sorted"):
-        runs_of(packed.ranks.flip(0))
+        layout_of(packed.ranks.flip(0), 0)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 0)])
 def test_a_widths_tensor_without_widths_is_refused(shape):
     with pytest.raises(DeltaMixError, match="damaged"):
-        runs_of(torch.ones(shape, dtype=torch.int16))
+        layout_of(torch.ones(shape, dtype=torch.int16), 0)

@@ -48,7 +48,7 @@ class Layer:
         tensors = factors.tensors
         layout = tuple(factors.runs)
         self.factors = factors
-        self.packed = Packed(**tensors, zeros=None, runs=layout, m=m, n=n, group_size=0)
+        self.packed = Packed(**tensors, zeros=None, runs=layout, m=m, n=n, group_sizes=(0, 0))
         self.right, self.left = (t.bfloat16() for t in (factors.right(), factors.left()))
 
     def _random(self, layout: list[tuple[int, int, int]]) -> PackedFactors:

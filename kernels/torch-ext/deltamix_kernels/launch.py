@@ -30,7 +30,7 @@ class Packed(NamedTuple):
     runs: Runs
     m: int
     n: int
-    group_size: int
+    group_sizes: tuple[int, int]  # elements of V and of U that share a scale; 0: all
 
     @property
     def rank(self) -> int:
@@ -46,17 +46,18 @@ class Packed(NamedTuple):
         """Where this side's scales begin in `ranks`."""
         if side == V:
             return 1
-        return 1 + (-(-self.n // self.group_size) if self.group_size else 1)
+        size = self.group_sizes[V]
+        return 1 + (-(-self.n // size) if size else 1)
 
     @property
     def groupable(self) -> bool:
         """May share a shrink launch: one scale a vector, no zero points."""
-        return self.zeros is None and self.group_size == 0
+        return self.zeros is None and self.group_sizes[V] == 0
 
 
-def supported(group_size: int) -> bool:
-    """Whether the kernels know this group size: a block of 16 elements must lie in one group."""
-    return group_size % 16 == 0
+def supported(group_sizes: tuple[int, int]) -> bool:
+    """Whether the kernels know these group sizes: a block of 16 elements must lie in one group."""
+    return all(size % 16 == 0 for size in group_sizes)
 
 
 def split_columns(device: torch.device, rows: int, n: int, group_size: int = 0) -> tuple[int, int]:
@@ -83,11 +84,11 @@ def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
     rows, n = x.shape
     assert n == one.length(side)
     chosen = config(x.device, rows, "shrink")
-    r, c, m = chosen["R"], _columns(chosen["C"], one.group_size), chosen["M"]
+    r, c, m = chosen["R"], _columns(chosen["C"], one.group_sizes[side]), chosen["M"]
     tiles = tile_table(tuple(p.runs for p in matrices), r, x.device)
     ranks = [p.rank for p in matrices]
     columns = triton.cdiv(n, 8)
-    split, splits = split_columns(x.device, rows, n, one.group_size)
+    split, splits = split_columns(x.device, rows, n, one.group_sizes[side])
     out = x.new_empty(splits, rows, sum(ranks), dtype=torch.float32)
     if out.numel() == 0:
         return out
@@ -110,7 +111,7 @@ def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
         1 if one.zeros is None else one.zeros.shape[1],
         columns,
         SIDE=side,
-        GROUP=one.group_size,
+        GROUP=one.group_sizes[side],
         GAUSSIAN=one.zeros is None,
         WIDTHS=widths_mask(run[1 + side] for p in matrices for run in p.runs),
         ZERO_WIDTHS=_zero_widths(one),
@@ -144,7 +145,7 @@ def expand(
     splits, rows, total = h.shape
     m = packed.length(side)
     chosen = config(h.device, rows, "expand")
-    r, c, block = chosen["R"], _columns(chosen["C"], packed.group_size), chosen["M"]
+    r, c, block = chosen["R"], _columns(chosen["C"], packed.group_sizes[side]), chosen["M"]
     base = _PRODUCT if weight is not None else _NOTHING if add_to is None else _ADD
     y = h.new_empty(rows, m, dtype=dtype) if add_to is None else add_to
     if y.numel() == 0:
@@ -178,7 +179,7 @@ def expand(
         SIDE=side,
         BASE=base,
         BIAS=bias is not None,
-        GROUP=packed.group_size,
+        GROUP=packed.group_sizes[side],
         GAUSSIAN=packed.zeros is None,
         WIDTHS=widths_mask(run[1 + side] for run in packed.runs),
         ZERO_WIDTHS=_zero_widths(packed),
