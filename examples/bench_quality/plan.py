@@ -31,6 +31,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "one width a rank": {"split_widths": False},
     "min-max, groups of 128": {"codebook": "min-max", "group_size": 128},
     "groups of 128": {"group_size": 128},
+    "no groups in embeddings": {"embedding_group_size": 0},
     "no target correction": {"correct_target": False},
     "no sequential target": {"sequential": False},
     "no unbiased gains": {"unbiased_gains": False, "drop_penalty": 1.0},
