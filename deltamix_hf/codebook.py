@@ -1,8 +1,8 @@
 """One Gaussian codebook per width: the levels a normal variable is best rounded to.
 
 A rank vector of a whitened delta looks normal, so it is stored as codes into a fixed table and one
-scale per group (normally one for the whole vector), without a zero point. The table of width b has
-2**b levels, symmetric around 0. With the centred code c = code - (2**b - 1) / 2,
+scale for the whole vector (one for every 128 tokens in embeddings), without a zero point. The table
+of width b has 2**b levels, symmetric around 0. With the centred code c = code - (2**b - 1) / 2,
 
     level_b(c) = alpha_b * c + beta_b * c**3
 
