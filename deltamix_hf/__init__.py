@@ -5,6 +5,7 @@ Importing the package registers quant_method "deltamix" with transformers.
 
 from .config import QUANT_METHOD, DeltaMixConfig
 from .errors import DeltaMixError
+from .merged import cache_merged
 from .modules import DeltaEmbedding, DeltaLinear
 from .quantizer import DeltaMixHfQuantizer
 from .registration import register
@@ -18,6 +19,7 @@ __all__ = [
     "DeltaMixError",
     "DeltaMixHfQuantizer",
     "__version__",
+    "cache_merged",
 ]
 
 register(DeltaMixConfig, DeltaMixHfQuantizer)

@@ -47,6 +47,7 @@ class DeltaModule(nn.Module):
     dm_runs: Runs
     dm_group_sizes: GroupSizes
     dm_gaussian: bool
+    dm_merged: Tensor | None  # a buffer that is not saved; see `merged.py`
 
     def delta_parameters(self) -> dict[str, Tensor]:
         return {part: getattr(self, PREFIX + part) for part in parts(self.dm_gaussian)}
@@ -76,6 +77,8 @@ class DeltaLinear(DeltaModule, nn.Linear):
     dm_siblings: Any = None  # a siblings.Siblings, if h is shared with other layers
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.dm_merged is not None:
+            return F.linear(x, self.dm_merged, self.bias)
         packed = self._op_arguments()
         if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
             y = F.linear(x, self.weight, self.bias)
@@ -91,6 +94,8 @@ class DeltaEmbedding(DeltaModule, nn.Embedding):
     """y = W_base[ids] + Û[ids]·V̂."""
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.dm_merged is not None:
+            return F.embedding(ids, self.dm_merged)
         base = super().forward(ids)  # cooperates with subclasses such as scaled embeddings
         return base + low_rank_rows(ids.long(), *self._op_arguments()).to(base.dtype)
 
@@ -140,6 +145,7 @@ def attach(
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         module.register_parameter(PREFIX + part, tensor)
+    module.register_buffer("dm_merged", None, persistent=False)
     module.weight.requires_grad_(False)
 
 
@@ -171,7 +177,7 @@ def detach(module: DeltaModule) -> None:
     """The inverse of `attach`: drop the delta and restore the plain class (weight untouched)."""
     for part in module.delta_parameters():
         delattr(module, PREFIX + part)
-    del module.dm_runs, module.dm_group_sizes, module.dm_gaussian
+    del module.dm_runs, module.dm_group_sizes, module.dm_gaussian, module.dm_merged
     module.__dict__.pop("dm_siblings", None)
     plain: type[nn.Module] = nn.Linear if isinstance(module, DeltaLinear) else nn.Embedding
     object.__setattr__(module, "__class__", getattr(type(module), "dm_plain_class", plain))
