@@ -15,6 +15,7 @@ from test_packed import pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+ROWS = {torch.float32: (5,), torch.bfloat16: (1, 64), torch.float16: (5,)}
 EVERY = list(range(8, 0, -1))
 LAYOUTS = [  # m, n, v_bits, u_bits, group_size, gaussian
     pytest.param(50, 130, EVERY, EVERY[::-1], 0, True, id="every width"),
@@ -64,7 +65,7 @@ def test_linear_against_float64(layout, dtype):
     packed, delta = packed_of(*layout)
     m, n = layout[:2]
     weight, bias = inputs(m, n, dtype, 1), inputs(1, m, dtype, 2)[0]
-    for rows in (1, 64) if dtype == torch.bfloat16 else (5,):
+    for rows in ROWS[dtype]:
         x = inputs(rows, n, dtype)
         expected = x.double() @ (weight.double() + delta).T
         assert error(dk.delta_linear(x, weight, None, packed), expected) < TOLERANCES[dtype]
@@ -72,6 +73,17 @@ def test_linear_against_float64(layout, dtype):
         assert found.dtype == dtype and found.shape == (rows, m)
         assert error(found, expected + bias.double()) < TOLERANCES[dtype]
         assert torch.equal(found, dk.delta_linear(x, weight, bias, packed))  # bit for bit
+
+
+@pytest.mark.parametrize("m, n", [(4097, 50), (50, 4097)])
+def test_long_sides(m, n):
+    packed, delta = packed_of(m, n, [3, 2], [4, 2], 0, True)
+    for rows, dtype in ((1, torch.float32), (64, torch.bfloat16)):
+        x, weight = inputs(rows, n, dtype), inputs(m, n, dtype, 1)
+        bias = inputs(1, m, dtype, 2)[0]
+        expected = x.double() @ (weight.double() + delta).T + bias.double()
+        found = dk.delta_linear(x, weight, bias, packed)
+        assert error(found, expected) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
