@@ -65,7 +65,7 @@ class Layer:
     @property
     def arguments(self) -> tuple:
         p = self.packed
-        return p.v, p.u, p.ranks, None, [number for run in p.runs for number in run], 0
+        return p.v, p.u, p.ranks, None, [number for run in p.runs for number in run], [0, 0]
 
     def reference(self, x: Tensor) -> Tensor:
         return ops.delta_linear(x, self.weight, self.bias, *self.arguments, "reference")
