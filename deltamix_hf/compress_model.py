@@ -19,12 +19,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from .base import BaseCheckpoint, same, weights_from_base
 from .calibration import SELF, describe, random_tokens, stacked, token_batches
 from .compress import plan_budget
-from .config import DeltaMixConfig, overlay_form
+from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError
 from .format import fingerprints, guard_names
 from .job import Job
 from .modules import delta_class, shape_of, weight_of
-from .self_text import self_texts
+from .self_text import self_texts, writes_text
 
 # At 64 x 64 the four header entries of a packed matrix (about 430 bytes) take most of a 1/16 share
 # (512 bytes); anything smaller is stored whole.
@@ -65,10 +65,7 @@ def compress_model(
     budget = plan_budget(
         shapes,
         {
-            name: (
-                overlay_form(tensor[:0] if tensor.ndim else tensor, config).dtype,
-                tuple(tensor.shape),
-            )
+            name: (overlay_dtype(tensor.dtype, config), tuple(tensor.shape))
             for name, tensor in overlay.items()
         },
         guard_names(weights_from_base(model, base, overlay), model.base_model_prefix),
@@ -80,7 +77,7 @@ def compress_model(
     if config.bf16_overlay:
         with torch.no_grad():
             for tensor in overlay.values():
-                tensor.copy_(overlay_form(tensor, config))
+                tensor.copy_(tensor.to(overlay_dtype(tensor.dtype, config)))
     job.run(budget)
     if not isinstance(config.calibration, str):
         config.calibration = None
@@ -137,10 +134,8 @@ def _batches(model: PreTrainedModel, config: DeltaMixConfig, revision: str | Non
     (texts: 0.0009). Not so a classifier, whose predictions on noise say nothing (`rxnfp`: 0.088
     instead of 0.009), so for others there is nothing to run: empty.
     """
-    if config.calibration is None:
-        writes = model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
-        if not (config.fisher and writes):
-            return []
+    if config.calibration is None and not (config.fisher and writes_text(model)):
+        return []
     vocabulary = weight_of(model.get_input_embeddings()).shape[0]
     if config.calibration is None:
         return random_tokens(vocabulary, config)

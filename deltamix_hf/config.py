@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import DeltaMixError
@@ -186,6 +185,10 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.bits = [int(b) for b in widths]
         if self.f_max is not None:
             _check_int("f_max", self.f_max, 1)
+            if self.allocation != "matrix":
+                raise DeltaMixError(
+                    f"f_max limits the widths of allocation='matrix', this is {self.allocation!r}"
+                )
         _check_int("group_size", self.group_size, 0)
         _check_int("embedding_group_size", self.embedding_group_size, 0)
         if self.embedding_group_size not in (0, *(2**e for e in GROUP_EXPONENTS)):
@@ -323,7 +326,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value or {})
 
 
-def overlay_form(tensor: Tensor, config: DeltaMixConfig) -> Tensor:
-    """A tensor that is stored whole, in the dtype it is stored in."""
-    wide = tensor.dtype in (torch.float32, torch.float64)
-    return tensor.to(torch.bfloat16) if wide and config.bf16_overlay else tensor
+def overlay_dtype(dtype: torch.dtype, config: DeltaMixConfig) -> torch.dtype:
+    """The dtype in which a tensor of `dtype` is stored whole."""
+    wide = dtype in (torch.float32, torch.float64)
+    return torch.bfloat16 if wide and config.bf16_overlay else dtype

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .base import BaseCheckpoint, same, weights_from_base
-from .config import overlay_form
+from .config import overlay_dtype
 from .errors import DeltaMixError
 from .format import GUARD, PREFIX, guard_names
 from .modules import delta_modules
@@ -86,9 +86,9 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
                     "model instead: model.dequantize(), then save_pretrained"
                 )
             if not unchanged:
-                stored[name] = overlay_form(tensor, config)
+                stored[name] = tensor.to(overlay_dtype(tensor.dtype, config))
         elif not base.supplies(name):
-            stored[name] = overlay_form(tensor, config)
+            stored[name] = tensor.to(overlay_dtype(tensor.dtype, config))
     dtype, shape = GUARD
     for name in guard_names(weights_from_base(model, base, stored), model.base_model_prefix):
         stored[name] = torch.zeros(shape, dtype=dtype)

@@ -22,13 +22,18 @@ _ROWS = 32
 _MARK = "\x00"
 
 
+def writes_text(model: PreTrainedModel) -> bool:
+    """Whether it is a causal language model."""
+    return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
+
+
 def self_texts(model: PreTrainedModel, tokenizer: Any, samples: int, seed: int) -> list[list[int]]:
     """`samples` lists of at most SELF_LENGTH token ids.
 
     Raises:
         DeltaMixError: the model cannot generate.
     """
-    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+    if not writes_text(model):
         raise DeltaMixError(
             f"calibration='self' needs a causal language model, not a {type(model).__name__}; give "
             "texts or token ids, or None for data-free"

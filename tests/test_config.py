@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
-from deltamix_hf.config import DEFAULT_METHOD, FORMAT_VERSION, overlay_form
+from deltamix_hf.config import DEFAULT_METHOD, FORMAT_VERSION, overlay_dtype
 from deltamix_hf.presets import ALLOCATIONS, CODEBOOKS, PRESETS, SWITCHES
 
 budgets = st.one_of(
@@ -28,7 +28,6 @@ options = st.fixed_dictionaries(
         "base_model": st.text(min_size=1),
         "base_revision": st.text(min_size=1),
         "bits": st.sets(st.integers(0, 8)).filter(any).map(sorted),
-        "f_max": st.integers(1, 9),
         "calibration": st.text(min_size=1),
         "num_samples": st.integers(1, 10**6),
         "seq_length": st.integers(1, 10**6),
@@ -52,6 +51,7 @@ switches = st.fixed_dictionaries(
         "embedding_group_size": st.sampled_from([0, 16, 128, 2**15]),
         "drop_penalty": st.floats(1, 1e6) | st.integers(1, 9),
         "tune_steps": st.integers(0, 999),
+        "f_max": st.integers(1, 9),
         **{
             name: st.booleans()
             for name, value in vars(PRESETS[DEFAULT_METHOD]).items()
@@ -67,6 +67,8 @@ def possible(chosen: dict) -> dict:
     allocation = chosen.get("allocation", preset.allocation)
     if allocation != "global":
         chosen.pop("split_widths", None)
+    if allocation != "matrix":
+        chosen.pop("f_max", None)
     if allocation == "bands":
         chosen["codebook"] = "min-max"
     return chosen
@@ -185,6 +187,7 @@ def test_loading_attributes_are_what_the_user_gave():
         ({"bits": 4}, "bits is 4"),
         ({"bits": (2, None)}, "None"),
         ({"f_max": 0}, "f_max"),
+        ({"f_max": 2}, "allocation='matrix', this is 'global'"),
         ({"f_max": 2.0}, "f_max"),
         ({"group_size": -1}, "group_size"),
         ({"group_size": 64.0}, "group_size"),
@@ -315,10 +318,10 @@ def test_one_argument_adds_a_part_to_a_published_method(method, name):
     assert switches_of(DeltaMixConfig("b", method=method, **{name: True})) == whole | {name: True}
 
 
-def test_overlay_form():
+def test_overlay_dtype():
     def form(dtype, rounded):
         config = DeltaMixConfig("b", bf16_overlay=rounded)
-        return overlay_form(torch.ones(2, dtype=dtype), config).dtype
+        return overlay_dtype(dtype, config)
 
     for dtype in (torch.float32, torch.float64):
         assert form(dtype, True) == torch.bfloat16 and form(dtype, False) == dtype
