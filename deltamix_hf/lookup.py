@@ -138,12 +138,19 @@ def _index(numbers: list[int]) -> slice | Tensor:
 def _levels(side: _Side, part: Part, dtype: torch.dtype) -> Tensor:
     """Levels [ranks, 8·columns] of a part, in the order of its width; times the side's scales."""
     rows = side.packed[part.rows].view(part.count, part.width, -1)
+    if part.width == 8:  # a look-up yields one level: 3.3 times slower than computing it
+        alpha, beta = codebook.CUBIC[7]
+        c = rows.float().sub_(127.5)
+        levels = c.mul_((c * c).mul_(beta).add_(alpha)).to(dtype)
+        if side.scales is not None:
+            levels *= side.scales[part.ranks, None, :].to(dtype)
+        return levels.flatten(1)
     if part.width == 3:
         low = rows[:, 2:].int() >> _NIBBLES
         index = rows[:, :2].int() | ((low & 15) << 8)
     else:
         index = rows.int()
-    levels = F.embedding(index, _table(part.width, dtype))  # [ranks, order, columns, 8 / order]
+    levels = torch.embedding(_table(part.width, dtype), index)  # [ranks, order, columns, 8 / order]
     if side.scales is not None:
         levels *= side.scales[part.ranks, None, :, None].to(dtype)
     return levels.flatten(1)

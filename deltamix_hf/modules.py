@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 
 from .errors import DeltaMixError
 from .format import PREFIX
-from .ops import delta_linear, expand_linear, low_rank, low_rank_rows
+from .ops import (
+    delta_linear,
+    expand_linear,
+    low_rank,
+    low_rank_rows,
+    plain_delta_linear,
+    recorded,
+)
 from .packed import DTYPES, GroupSizes, PackedFactors, Runs, part_shapes, parts
 
 
@@ -87,7 +94,8 @@ class DeltaLinear(DeltaModule, nn.Linear):
         if self.dm_siblings is not None and self.dm_siblings.usable(x):
             h, first = self.dm_siblings.shrunk(self, x)
             return expand_linear(x, self.weight, self.bias, h, first, *tensors[:3], runs)
-        return delta_linear(x, self.weight, self.bias, *tensors, runs, group_sizes)
+        linear = delta_linear if recorded() else plain_delta_linear
+        return linear(x, self.weight, self.bias, *tensors, runs=runs, group_sizes=group_sizes)
 
 
 class DeltaEmbedding(DeltaModule, nn.Embedding):
