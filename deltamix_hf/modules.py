@@ -94,8 +94,8 @@ class DeltaLinear(DeltaModule, nn.Linear):
         if self.dm_siblings is not None and self.dm_siblings.usable(x):
             h, first = self.dm_siblings.shrunk(self, x)
             return expand_linear(x, self.weight, self.bias, h, first, *tensors[:3], runs)
-        linear = delta_linear if recorded() else plain_delta_linear
-        return linear(x, self.weight, self.bias, *tensors, runs=runs, group_sizes=group_sizes)
+        linear: Any = delta_linear if recorded() else plain_delta_linear
+        return linear(x, self.weight, self.bias, *tensors, runs, group_sizes)
 
 
 class DeltaEmbedding(DeltaModule, nn.Embedding):
