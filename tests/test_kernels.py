@@ -143,3 +143,18 @@ def test_supported_group_sizes():
     assert [g for g in sizes if dk.supported((0, g))] == [0, 16, 32, 48, 128]
     assert dk.supported((16, 0)) and not dk.supported((8, 0))
     assert launch._columns(16, 48) == 2 and launch._columns(16, 0) == 16
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 16, 70])
+def test_a_captured_graph_runs_on_new_inputs(rows):
+    packed, delta = packed_of(50, 130, [8, 3, 2], [4, 3, 2], 0, True)
+    x, weight = inputs(rows, 130, torch.bfloat16), inputs(50, 130, torch.bfloat16, 1)
+    dk.delta_linear(x, weight, None, packed)  # compiles, and copies the tile table
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = dk.delta_linear(x, weight, None, packed)
+    x.copy_(inputs(rows, 130, torch.bfloat16, 5))
+    graph.replay()
+    expected = x.double() @ (weight.double() + delta).T
+    assert error(y, expected) < TOLERANCES[torch.bfloat16]

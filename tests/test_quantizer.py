@@ -332,6 +332,16 @@ def test_compiles_in_one_graph(delta, backend, method):
     torch.testing.assert_close(found, repo.logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_static_cache_and_a_compiled_decode_write_the_same(delta):
+    repo = delta("llama_tied", "deltamix-kl")
+    model = repo.pair.load(repo.folder)
+    written = generated(model)
+    assert torch.equal(generated(model, cache_implementation="static"), written)
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(generated(model, cache_implementation="static"), written)
+
+
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
     """Folders of a base and a fine-tune of twelve experts, which transformers fuses."""

@@ -193,8 +193,8 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def generated(model: PreTrainedModel) -> Tensor:
-    return model.generate(token_ids(), max_new_tokens=6, do_sample=False)
+def generated(model: PreTrainedModel, **options: Any) -> Tensor:
+    return model.generate(token_ids(), max_new_tokens=6, do_sample=False, **options)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
