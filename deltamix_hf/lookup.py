@@ -2,10 +2,13 @@
 
 Unpacking codes and computing levels are a dozen small tensor operations a width, and at one token
 their overhead is all the time there is. A byte of a plane holds 8/p codes of p bits, so one look-up
-in a table [256, 8/p] of levels does both at once (3 bits: a byte of the high plane and four bits of
-the low one, 4096 entries). Levels come out in the order (byte row, byte column, element in the
-byte); instead of putting them in order, x is permuted on the way in and y on the way out, once for
-each of the orders in use.
+in a table [256, 8/p] of levels does both at once. Widths 2 and 3 share one look-up: of 3 bits, a
+byte of the high plane and four bits of the low one make a number of twelve bits, and both give four
+levels. At 8 bits a byte is one code, and computing its level is 3.3 times faster than a look-up.
+
+So there are at most three parts on a side, each with its own order of levels: byte row, byte
+column, element in the byte. Instead of putting levels in order, x is permuted on the way in and y
+on the way out.
 
 Widths 2, 3, 4 and 8, Gaussian codebook, one scale a vector except for U of embeddings: what the
 default method makes. Levels of a U with groups are multiplied by their scales as they are read.
@@ -24,17 +27,26 @@ from . import codebook, grid
 
 Runs = tuple[tuple[int, int, int], ...]
 
-# Width -> planes that order its levels: the byte rows its table look-ups come from.
+# Width -> byte rows that a look-up result belongs to: 8 / order elements come from one byte.
 _ORDER = {2: 2, 3: 2, 4: 4, 8: 8}
+_TWO_BITS = 4096  # where the 2-bit entries begin, after the 3-bit ones
 
 
 @dataclass(frozen=True)
-class Part:
-    """Ranks of one width on one side: their byte rows and their numbers, as slices or indices."""
+class Piece:
+    """Ranks of one width on one side: their byte rows, as a slice or indices."""
 
     width: int
     count: int
     rows: slice | Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Ranks whose levels come in one order: their numbers, in the order of the pieces."""
+
+    order: int
+    pieces: tuple[Piece, ...]
     ranks: slice | Tensor
 
 
@@ -77,10 +89,15 @@ def low_rank_transposed(
     return _product(x, left, right, scales, runs)
 
 
+def times_right(h: Tensor, v: Tensor, runs: Runs, n: int) -> Tensor:
+    """h float32 [M, k], V's scales included, -> h·V̂ [M, n]."""
+    return _leave(h, _Side(v, 1, n), runs)
+
+
 def _sides(
     v: Tensor, u: Tensor, ranks: Tensor, m: int, n: int, u_group: int
 ) -> tuple[_Side, _Side, Tensor]:
-    """Both factors, and the scales [k] that apply to whole ranks."""
+    """Both factors, and the scales float32 [k] that apply to whole ranks."""
     scales = grid.scales_from_bits(ranks[:, 1:].contiguous())
     right = _Side(v, 1, n)
     if not u_group:
@@ -90,30 +107,30 @@ def _sides(
 
 
 def _product(x: Tensor, enter: _Side, leave: _Side, scales: Tensor, runs: Runs) -> Tensor:
-    x = F.pad(x, (0, 8 * enter.columns - enter.length)).view(len(x), enter.columns, 8)
-    turned: dict[int, Tensor] = {}
-    h = x.new_empty(len(x), len(scales))
+    rows, columns = len(x), enter.columns
+    if enter.length < 8 * columns:
+        x = F.pad(x, (0, 8 * columns - enter.length))
+    h = x.new_empty(rows, len(scales))
     for part in parts(runs, enter.number):
-        order = _ORDER[part.width]
-        if order not in turned:
-            turned[order] = x.unflatten(2, (order, -1)).transpose(1, 2).flatten(1)
-        h[:, part.ranks] = turned[order] @ _levels(enter, part, x.dtype).T
+        turned = x.view(rows, columns, part.order, 8 // part.order).transpose(1, 2).flatten(1)
+        h[:, part.ranks] = turned @ _levels(enter, part, x.dtype).T
     h = (h * scales.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+    return _leave(h, leave, runs)
 
-    sums: dict[int, Tensor] = {}
+
+def _leave(h: Tensor, leave: _Side, runs: Runs) -> Tensor:
+    rows, columns = len(h), leave.columns
+    y = h.new_zeros(rows, columns, 8)
     for part in parts(runs, leave.number):
-        order = _ORDER[part.width]
-        found = h[:, part.ranks] @ _levels(leave, part, x.dtype)
-        sums[order] = sums[order].add_(found) if order in sums else found
-    y = x.new_zeros(len(x), leave.columns, 8)
-    for order, found in sums.items():
-        y += found.view(len(x), order, leave.columns, 8 // order).transpose(1, 2).flatten(2)
+        found = h[:, part.ranks] @ _levels(leave, part, h.dtype)
+        turned = found.view(rows, part.order, columns, 8 // part.order).transpose(1, 2)
+        y.view(rows, columns, part.order, 8 // part.order).add_(turned)
     return y.flatten(1)[:, : leave.length]
 
 
 @lru_cache(maxsize=8192)
 def parts(runs: Runs, side: int) -> tuple[Part, ...]:
-    """The ranks of `runs` by their width on one side (1: V, 2: U)."""
+    """The ranks of `runs` by the order of their levels on one side (1: V, 2: U)."""
     rows: dict[int, list[int]] = {}
     ranks: dict[int, list[int]] = {}
     row = rank = 0
@@ -122,51 +139,71 @@ def parts(runs: Runs, side: int) -> tuple[Part, ...]:
         rows.setdefault(width, []).extend(range(row, row + count * width))
         ranks.setdefault(width, []).extend(range(rank, rank + count))
         row, rank = row + count * width, rank + count
-    return tuple(
-        Part(width, len(ranks[width]), _index(rows[width]), _index(ranks[width])) for width in rows
-    )
+    found = []
+    for order in (8, 4, 2):
+        widths = [width for width in (8, 4, 3, 2) if width in rows and _ORDER[width] == order]
+        if widths:
+            pieces = tuple(Piece(w, len(ranks[w]), _index(rows[w])) for w in widths)
+            found.append(Part(order, pieces, _index([r for w in widths for r in ranks[w]])))
+    return tuple(found)
 
 
 def _index(numbers: list[int]) -> slice | Tensor:
     """A slice if the numbers are consecutive."""
-    first, last = numbers[0], numbers[-1]
-    if last - first + 1 == len(numbers):
-        return slice(first, last + 1)
+    first = numbers[0]
+    if numbers == list(range(first, first + len(numbers))):
+        return slice(first, first + len(numbers))
     return torch.tensor(numbers)
 
 
 def _levels(side: _Side, part: Part, dtype: torch.dtype) -> Tensor:
-    """Levels [ranks, 8·columns] of a part, in the order of its width; times the side's scales."""
-    rows = side.packed[part.rows].view(part.count, part.width, -1)
-    if part.width == 8:  # a look-up yields one level: 3.3 times slower than computing it
-        alpha, beta = codebook.CUBIC[7]
-        c = rows.float().sub_(127.5)
-        levels = c.mul_((c * c).mul_(beta).add_(alpha)).to(dtype)
-        if side.scales is not None:
-            levels *= side.scales[part.ranks, None, :].to(dtype)
-        return levels.flatten(1)
-    if part.width == 3:
-        low = rows[:, 2:].int() >> _NIBBLES
-        index = rows[:, :2].int() | ((low & 15) << 8)
+    """Levels [ranks, 8·columns] of a part, in its own order; times the side's scales."""
+    if part.order == 8:
+        (piece,) = part.pieces
+        levels = _eight_bits(side.packed[piece.rows], dtype).view(piece.count, 8, -1, 1)
     else:
-        index = rows.int()
-    levels = torch.embedding(_table(part.width, dtype), index)  # [ranks, order, columns, 8 / order]
-    if side.scales is not None:
+        found = [_entries(side.packed, piece) for piece in part.pieces]
+        index = found[0] if len(found) == 1 else torch.cat(found)
+        levels = torch.embedding(_table(part.order, dtype), index)
+    if side.scales is not None:  # levels are [ranks, order, columns, 8 / order]
         levels *= side.scales[part.ranks, None, :, None].to(dtype)
     return levels.flatten(1)
 
 
-_NIBBLES = torch.tensor([0, 4], dtype=torch.int32)[:, None]
+def _eight_bits(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """alpha·c + beta·c³ of centred codes."""
+    alpha, beta = codebook.CUBIC[7]
+    c = torch.sub(codes, 127.5).mul_(alpha)
+    return torch.addcmul(c, c * c, c, value=beta / alpha**3).to(dtype)
+
+
+def _entries(packed: Tensor, piece: Piece) -> Tensor:
+    """Where in `_table` the levels of each byte are: int32 [ranks, order, columns]."""
+    rows = packed[piece.rows].view(piece.count, piece.width, -1)
+    if piece.width == 4:
+        return rows.int()
+    if piece.width == 2:
+        return rows.int().add_(_TWO_BITS)
+    low = (rows[:, 2:] >> _NIBBLES).bitwise_and_(15)
+    return torch.add(rows[:, :2].int(), low, alpha=256)
+
+
+_NIBBLES = torch.tensor([0, 4], dtype=torch.uint8)[:, None]
 
 
 @cache
-def _table(width: int, dtype: torch.dtype) -> Tensor:
-    """Levels [256, 8 / order] of every byte; of 3 bits [4096, 4], by high byte and low nibble."""
-    plane = _ORDER[width]
-    numbers = torch.arange(4096 if width == 3 else 256)
-    element = torch.arange(8 // plane)
-    codes = (numbers[:, None] >> (element * plane)) & ((1 << plane) - 1)
-    if width == 3:
-        codes = (codes << 1) | ((numbers[:, None] >> (8 + element)) & 1)
-    bits = torch.tensor(width)
-    return codebook.decode(codes.to(torch.uint8), bits).to(dtype)
+def _table(order: int, dtype: torch.dtype) -> Tensor:
+    """Levels [entries, 8 / order] of every entry."""
+    if order == 4:
+        return _of_bytes(4).to(dtype)
+    numbers, element = torch.arange(_TWO_BITS)[:, None], torch.arange(4)
+    codes = ((numbers >> (element * 2)) & 3) << 1 | ((numbers >> (8 + element)) & 1)
+    three = codebook.decode(codes.to(torch.uint8), torch.tensor(3))
+    return torch.cat([three, _of_bytes(2)]).to(dtype)
+
+
+def _of_bytes(width: int) -> Tensor:
+    """Levels [256, 8 / width] of the codes in a byte."""
+    shifts = torch.arange(8 // width) * width
+    codes = (torch.arange(256)[:, None] >> shifts) & ((1 << width) - 1)
+    return codebook.decode(codes.to(torch.uint8), torch.tensor(width))

@@ -25,6 +25,7 @@ from .ops import (
     low_rank,
     low_rank_rows,
     plain_delta_linear,
+    plain_low_rank_rows,
     recorded,
 )
 from .packed import DTYPES, GroupSizes, PackedFactors, Runs, part_shapes, parts
@@ -105,7 +106,8 @@ class DeltaEmbedding(DeltaModule, nn.Embedding):
         if self.dm_merged is not None:
             return F.embedding(ids, self.dm_merged)
         base = super().forward(ids)  # cooperates with subclasses such as scaled embeddings
-        return base + low_rank_rows(ids.long(), *self._op_arguments()).to(base.dtype)
+        rows: Any = low_rank_rows if recorded() else plain_low_rank_rows
+        return base + rows(ids.long(), *self._op_arguments()).to(base.dtype)
 
 
 def delta_class(cls: type[nn.Module]) -> type[nn.Module] | None:

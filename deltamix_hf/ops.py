@@ -220,8 +220,7 @@ def _by_triton(x: Tensor, group_sizes: list[int], kernel: str | None) -> bool:
     return known and triton_kernels().supported(_pair(group_sizes))
 
 
-@torch.library.custom_op("deltamix::low_rank_rows", mutates_args=())
-def low_rank_rows(
+def plain_low_rank_rows(
     index: Tensor,
     v: Tensor,
     u: Tensor,
@@ -234,7 +233,6 @@ def low_rank_rows(
 ) -> Tensor:
     """Rows `index` (int64, any shape, values below m) of Û·V̂: float32 [*index.shape, n]."""
     triples = _unflatten(runs)
-    right = PackedFactors(m, n, _pair(group_sizes), triples, v, u, ranks, zeros).right()
     sides = [(c, b) for c, _, b in triples]
     flat = index.reshape(-1)
     codes = packing.unpack_columns(u, sides, flat)
@@ -248,7 +246,18 @@ def low_rank_rows(
         points = zero_points(zeros, triples, ranks.shape[1] - 1)[:, group].to(torch.int16)
         left = (codes.to(torch.int16) - points) * scales
     with torch.autocast(index.device.type, enabled=False):
+        if index.device.type == "cpu" and lookup.supported(
+            tuple(triples), zeros is None, _pair(group_sizes)
+        ):
+            h = (left * grid.scales_from_bits(ranks[:, 1:2].contiguous())).T
+            return lookup.times_right(h, v, tuple(triples), n).reshape(*index.shape, n)
+        right = PackedFactors(m, n, _pair(group_sizes), triples, v, u, ranks, zeros).right()
         return (left.T @ right).reshape(*index.shape, n)
+
+
+low_rank_rows = torch.library.custom_op("deltamix::low_rank_rows", mutates_args=())(
+    plain_low_rank_rows
+)
 
 
 @low_rank_rows.register_fake

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import TOLERANCES, relative
+from test_ops import TOLERANCES, arguments, relative
 from test_packed import pack
 
-from deltamix_hf import lookup
+from deltamix_hf import lookup, ops
 
 WIDTHS = (8, 4, 3, 2)
 
@@ -60,9 +60,8 @@ def test_every_dtype(dtype, u_group):
 def test_tables_are_the_codebook(width):
     packed, _ = pack(8, 64, [width] * 3, [width] * 3, 0, gaussian=True)
     (part,) = lookup.parts(tuple(packed.runs), 1)
-    order = lookup._ORDER[width]
     levels = lookup._levels(lookup._Side(packed.v, 1, 64), part, torch.float32)
-    levels = levels.view(3, order, 8, 8 // order).transpose(1, 2).reshape(3, 64)
+    levels = levels.view(3, part.order, 8, -1).transpose(1, 2).reshape(3, 64)
     scales = packed.right() / levels
     assert torch.allclose(scales, scales[:, :1].expand_as(scales))
 
@@ -72,3 +71,11 @@ def test_supported():
     assert lookup.supported(runs, True, (0, 0)) and lookup.supported(runs, True, (0, 128))
     assert not lookup.supported(runs, False, (0, 0)) and not lookup.supported(runs, True, (128, 0))
     assert not lookup.supported(((3, 5, 2),), True, (0, 0))
+
+
+@pytest.mark.parametrize("u_group", [0, 32])
+def test_rows_of_an_embedding(u_group):
+    packed, delta = pack(65, 30, WIDTHS, WIDTHS[::-1], (0, u_group), gaussian=True)
+    index = torch.tensor([[0, 64, 3], [3, 33, 31]])
+    found = ops.low_rank_rows(index, *arguments(packed))
+    assert found.shape == (2, 3, 30) and relative(found, delta[index]) < 1e-6
