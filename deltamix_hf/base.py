@@ -44,19 +44,8 @@ def resolve_base(
     """
     if not base_model:
         raise DeltaMixError("no base model given; pass DeltaMixConfig(base_model=<path or Hub id>)")
-    kwargs = {**base_kwargs, "revision": revision}
     try:
-        config = _required_file(base_model, CONFIG, kwargs)
-        kwargs["revision"] = commit_of(config) or revision  # the rest from this very commit
-        index = cached_file(
-            base_model, INDEX, _raise_exceptions_for_missing_entries=False, **kwargs
-        )
-        if index is None:
-            files = [_required_file(base_model, WEIGHTS, kwargs)]
-        else:
-            files, _ = get_checkpoint_shard_files(base_model, index, **kwargs)
-        with open(config) as handle:
-            quantized = json.load(handle).get("quantization_config")
+        files, config, commit = repo_files(base_model, {**base_kwargs, "revision": revision})
     except (OSError, ValueError) as error:
         raise DeltaMixError(
             f"cannot find the base model {base_model!r} (revision {revision or 'main'}): it needs "
@@ -64,12 +53,30 @@ def resolve_base(
             "pass DeltaMixConfig(base_model=..., base_kwargs={'token': ...}). "
             f"[{str(error).splitlines()[0]}]"
         ) from error
-    if quantized:
+    if quantized := config.get("quantization_config"):
         raise DeltaMixError(
             f"the base {base_model!r} is itself quantized ({quantized.get('quant_method')}); "
             "give the plain base model"
         )
-    return files, commit_of(config)
+    return files, commit
+
+
+def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any], str | None]:
+    """Weight files, config.json's content and the commit (None for a local folder) of a repo.
+
+    Raises:
+        OSError, ValueError: not found, or not readable.
+    """
+    path = _required_file(repo, CONFIG, kwargs)
+    commit = commit_of(path)
+    kwargs = kwargs | {"revision": commit or kwargs.get("revision")}  # the rest from this very one
+    index = cached_file(repo, INDEX, _raise_exceptions_for_missing_entries=False, **kwargs)
+    if index is None:
+        files = [_required_file(repo, WEIGHTS, kwargs)]
+    else:
+        files, _ = get_checkpoint_shard_files(repo, index, **kwargs)
+    with open(path) as handle:
+        return files, json.load(handle), commit
 
 
 def commit_of(path: str) -> str | None:

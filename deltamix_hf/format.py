@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +132,15 @@ def fingerprints(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
         return dict(zip(infos, pool.map(fingerprint, infos.values()), strict=True))
 
 
-def check_base(recorded: Mapping[str, str], base: Mapping[str, TensorInfo], where: str) -> None:
+def check_base(
+    recorded: Mapping[str, str],
+    base: Mapping[str, TensorInfo],
+    where: str,
+    measure: Callable[[Mapping[str, TensorInfo]], Mapping[str, str]] = fingerprints,
+) -> None:
     """Refuse a base whose tensors are not the very ones the delta was made against.
+
+    `measure` gives fingerprints; one that remembers spares a second delta the hashing.
 
     Raises:
         DeltaMixError: names the first tensors that are missing or changed.
@@ -148,7 +155,7 @@ def check_base(recorded: Mapping[str, str], base: Mapping[str, TensorInfo], wher
             f"wrong base: {where} lacks {len(missing)} tensors the delta needs, first "
             f"{missing[0]!r}; give the right base as DeltaMixConfig(base_model=...)"
         )
-    found = fingerprints({name: base[name] for name in recorded})
+    found = measure({name: base[name] for name in recorded})
     changed = [name for name in recorded if found[name] != recorded[name]]
     if changed:
         raise DeltaMixError(

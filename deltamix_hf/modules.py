@@ -28,7 +28,7 @@ from .ops import (
     plain_low_rank_rows,
     recorded,
 )
-from .packed import DTYPES, GroupSizes, PackedFactors, Runs, part_shapes, parts
+from .packed import GroupSizes, PackedFactors, Runs, check_parts, parts
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -65,12 +65,7 @@ class DeltaModule(nn.Module):
         return PackedFactors(m, n, self.dm_group_sizes, self.dm_runs, **self.delta_parameters())
 
     def _op_arguments(self) -> tuple:
-        """The packed tensors and the layout, in the order the ops take them."""
-        flat = [number for run in self.dm_runs for number in run]
-        m, n = weight_of(self).shape
-        tensors = self.delta_parameters()
-        zeros = tensors.pop("zeros", None)
-        return (*tensors.values(), zeros, flat, m, n, list(self.dm_group_sizes))
+        return self.packed().op_arguments
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -138,19 +133,11 @@ def attach(
         raise DeltaMixError(f"a {plain.__name__} cannot carry a packed delta")
     m, n = weight_of(module).shape
     gaussian = "zeros" not in tensors
-    expected = part_shapes(m, n, runs, group_sizes, gaussian)
-    for part in expected:
-        if tuple(tensors[part].shape) != expected[part] or tensors[part].dtype != DTYPES[part]:
-            raise DeltaMixError(
-                f"packed tensor {PREFIX}{part} is {tensors[part].dtype} "
-                f"{list(tensors[part].shape)}, an [{m}, {n}] matrix with these widths needs "
-                f"{DTYPES[part]} {list(expected[part])}: the delta does not belong to this model, "
-                "or the file is damaged"
-            )
+    check_parts(m, n, runs, group_sizes, tensors)
     module.__class__ = counterpart
     assert isinstance(module, DeltaModule)
     module.dm_runs, module.dm_group_sizes, module.dm_gaussian = runs, group_sizes, gaussian
-    for part in expected:
+    for part in parts(gaussian):
         tensor = tensors[part]
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)

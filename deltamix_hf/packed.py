@@ -16,8 +16,9 @@ groups are: 2^e elements, or as V's if e is 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,24 @@ def part_shapes(
         "zeros": (sum(c * max(v, u) for c, v, u in runs), -(-scale_groups // 8)),
     }
     return {part: shapes[part] for part in parts(gaussian)}
+
+
+def check_parts(
+    m: int, n: int, runs: Runs, group_sizes: GroupSizes, tensors: dict[str, Tensor]
+) -> None:
+    """Refuse tensors that are not those of an [m, n] matrix with these widths.
+
+    Raises:
+        DeltaMixError: names the first part of another shape or dtype.
+    """
+    expected = part_shapes(m, n, runs, group_sizes, gaussian="zeros" not in tensors)
+    for part, shape in expected.items():
+        if tuple(tensors[part].shape) != shape or tensors[part].dtype != DTYPES[part]:
+            raise DeltaMixError(
+                f"packed tensor dm_{part} is {tensors[part].dtype} {list(tensors[part].shape)}, an "
+                f"[{m}, {n}] matrix with these widths needs {DTYPES[part]} {list(shape)}: the "
+                "delta does not belong to this model, or the file is damaged"
+            )
 
 
 def layout_of(ranks: Tensor, group_size: int) -> tuple[Runs, GroupSizes]:
@@ -157,6 +176,17 @@ class PackedFactors:
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {part: getattr(self, part) for part in parts(self.gaussian)}
+
+    @property
+    def op_arguments(self) -> tuple:
+        """The packed tensors and the layout, in the order the ops take them."""
+        flat = [number for run in self.runs for number in run]
+        layout = flat, self.m, self.n, list(self.group_sizes)
+        return self.v, self.u, self.ranks, self.zeros, *layout
+
+    def to(self, device: torch.device) -> PackedFactors:
+        moved: Any = {part: tensor.to(device) for part, tensor in self.tensors.items()}
+        return replace(self, **moved)
 
     @property
     def rank(self) -> int:

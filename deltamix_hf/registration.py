@@ -1,10 +1,21 @@
-"""Makes quant_method "deltamix" known to transformers."""
+"""Makes quant_method "deltamix" known to transformers, and the tenant methods to its models."""
 
 from __future__ import annotations
 
+from transformers import PreTrainedModel
 from transformers.quantizers import auto
 
+from . import tenants
 from .config import QUANT_METHOD
+
+METHODS = (
+    "load_delta",
+    "set_delta",
+    "disable_deltas",
+    "enable_deltas",
+    "delete_delta",
+    "list_deltas",
+)
 
 
 def register(config_class: type, quantizer_class: type) -> None:
@@ -13,6 +24,9 @@ def register(config_class: type, quantizer_class: type) -> None:
         auto.register_quantization_config(QUANT_METHOD)(config_class)
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(QUANT_METHOD)(quantizer_class)
+    for name in METHODS:
+        setattr(PreTrainedModel, name, getattr(tenants, name))
+    setattr(PreTrainedModel, "active_deltas", property(tenants.active_deltas))  # noqa: B010
     # transformers lists by hand the config classes whose options a user may override at load
     if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
         known = auto.LOADING_ATTRIBUTES_CONFIG_TYPES

@@ -187,9 +187,9 @@ def inputs_of(model: PreTrainedModel, ids: Tensor | None = None) -> dict[str, Te
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
+def logits(model: PreTrainedModel, ids: Tensor | None = None, **options: Any) -> Tensor:
     """Logits [2, 12, vocabulary], or the last hidden state of a headless model."""
-    return model(**inputs_of(model, ids))[0]
+    return model(**inputs_of(model, ids), **options)[0]
 
 
 @torch.no_grad()

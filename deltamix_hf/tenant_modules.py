@@ -1,0 +1,180 @@
+"""Layers that apply a different delta to each row of a batch.
+
+The base's product is made for the whole batch, as the plain base makes it, and each delta adds its
+part to its rows: rows of the base stay what they are, bit for bit. Whatever a delta stores whole
+(norms, biases, heads) is routed the same way: the module is run once more on that delta's rows with
+that delta's tensors in place of the base's.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DeltaMixError
+from .ops import low_rank, low_rank_rows, plain_low_rank, plain_low_rank_rows, recorded
+from .packed import PackedFactors
+from .routing import Combination, Route, Router
+
+Overlay = dict[str, Tensor]  # name of a parameter or buffer of one module -> its value
+
+
+class TenantModule(nn.Module):
+    """Base weights and, by name, what each delta puts beside them or in their place.
+
+    Attributes:
+        dm_router: says which rows take which deltas.
+        dm_packed: delta name -> its packed factors for this weight.
+        dm_overlay: delta name -> tensors in place of the base's; the weight is never among them if
+            the delta packs it.
+        dm_plain_class: whose forward makes the base's output.
+        dm_has_batch: whether the first dimension of its input is the batch, or 1 for all rows
+            alike. (T5's table of relative positions is looked up without one.)
+    """
+
+    dm_router: Router
+    dm_packed: dict[str, PackedFactors]
+    dm_overlay: dict[str, Overlay]
+    dm_plain_class: type[nn.Module]
+    dm_has_batch: bool = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        route = self.dm_router.route
+        single = route.single
+        if single is not None:
+            if not self._touched(single):
+                return self._plain(self, args, kwargs)
+            return self._combined(single, args, kwargs, None)
+        y = self._plain(self, args, kwargs)
+        if not any(self._touched(combination) for combination in route.distinct):
+            return y
+        x, batch = _first_tensor(args, kwargs), len(route.rows)
+        length = x.shape[0]
+        flat = x.dim() == 2 and length % batch == 0
+        if not (isinstance(y, Tensor) and self.dm_has_batch and (length in (1, batch) or flat)):
+            raise DeltaMixError(
+                f"a {self.dm_plain_class.__name__} that maps {list(x.shape)} to a "
+                f"{type(y).__name__} does not see the {batch} rows of the batch apart; give all "
+                "rows the same delta"
+            )
+        if length == 1 < batch:  # positions, say
+            y = y.expand(batch, *y.shape[1:])
+        for combination, rows in route.groups(y.shape[0], x.device):
+            if self._touched(combination):
+                chosen = tuple(_pick(value, rows, length) for value in args)
+                named = {key: _pick(value, rows, length) for key, value in kwargs.items()}
+                part = self._combined(combination, chosen, named, y[rows])
+                y = y.index_copy(0, rows, part.expand(len(rows), *part.shape[1:]).to(y.dtype))
+        return y
+
+    def _touched(self, combination: Combination) -> bool:
+        return any(name in self.dm_packed or name in self.dm_overlay for name in combination)
+
+    def _combined(
+        self, combination: Combination, args: tuple, kwargs: dict[str, Any], base: Tensor | None
+    ) -> Any:
+        """The output with these deltas; `base`, if known, is that of the base's tensors."""
+        overlay = self._merged(combination)
+        if overlay or base is None:
+            with self.dm_router.using(Route([combination])):  # children see these rows alone
+                base = self._plain(self._with(overlay), args, kwargs)
+        for name in combination:
+            if name in self.dm_packed:
+                x = _first_tensor(args, kwargs)
+                base = base + self._delta(self.dm_packed[name], x).to(base.dtype)
+        return base
+
+    def _merged(self, combination: Combination) -> Overlay:
+        """Overlay tensors of a combination: of several deltas, base plus all differences."""
+        found = [self.dm_overlay[name] for name in combination if name in self.dm_overlay]
+        if len(found) < 2:
+            return found[0] if found else {}
+        merged: Overlay = {}
+        for key in {key for overlay in found for key in overlay}:
+            base = getattr(self, key)
+            changes = [o[key].float() - base.float() for o in found if key in o]
+            merged[key] = (base.float() + torch.stack(changes).sum(0)).to(base.dtype)
+        return merged
+
+    def _with(self, overlay: Overlay) -> nn.Module:
+        """This module with other tensors; it shares everything else."""
+        if not overlay:
+            return self
+        shadow = copy.copy(self)
+        for kind in ("_parameters", "_buffers"):
+            own = {key: overlay.get(key, value) for key, value in getattr(self, kind).items()}
+            shadow.__dict__[kind] = own
+        return shadow
+
+    def _plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return self.dm_plain_class.forward(module, *args, **kwargs)
+
+    def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        tensors = [
+            t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None
+        ]
+        for overlay in self.dm_overlay.values():
+            overlay.update({key: fn(value) for key, value in overlay.items()})
+        if tensors:
+            device = tensors[0].device
+            self.dm_packed.update({name: p.to(device) for name, p in self.dm_packed.items()})
+        return self
+
+
+class TenantLinear(TenantModule, nn.Linear):
+    """y = x·W_baseᵀ + bias + (x·V̂ᵀ)·Ûᵀ with the row's own factors."""
+
+    def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
+        product: Any = low_rank if recorded() else plain_low_rank
+        return product(x, *packed.op_arguments, transposed=False)
+
+
+class TenantEmbedding(TenantModule, nn.Embedding):
+    """y = W_base[ids] + Û[ids]·V̂ with the row's own factors."""
+
+    def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
+        rows: Any = low_rank_rows if recorded() else plain_low_rank_rows
+        return rows(x.long(), *packed.op_arguments)
+
+
+def make_tenant(module: nn.Module, router: Router) -> TenantModule:
+    """Change `module`'s class in place, so that deltas can be added to it; once is enough.
+
+    A subclass of `nn.Embedding` keeps its own forward, whose `super().forward` meets ours: what it
+    does to the rows (Gemma scales them) is done to the delta's too.
+    """
+    if isinstance(module, TenantModule):
+        return module
+    cls = type(module)
+    plain: type[nn.Module] = cls
+    if cls is nn.Linear:
+        tenant: type[nn.Module] = TenantLinear
+    elif cls is nn.Embedding:
+        tenant = TenantEmbedding
+    elif isinstance(module, nn.Embedding):
+        tenant, plain = type(cls.__name__, (cls, TenantEmbedding), {}), nn.Embedding
+    else:
+        tenant = type(cls.__name__, (TenantModule, cls), {})
+    module.__class__ = tenant
+    assert isinstance(module, TenantModule)
+    module.dm_router, module.dm_packed, module.dm_overlay = router, {}, {}
+    module.dm_plain_class = plain
+    return module
+
+
+def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _pick(value: Any, rows: Tensor, length: int) -> Any:
+    """The rows of what has `length` of them, more than one; anything else as it is."""
+    if length > 1 and isinstance(value, Tensor) and value.dim() and value.shape[0] == length:
+        return value[rows]
+    return value

@@ -1,0 +1,338 @@
+"""Many fine-tunes on one base in one process: load, choose for a call or a row, disable, delete.
+
+`model.load_delta(repo, "math")` works on any model whose weights are a base's, and on a model
+loaded from a delta repo, whose own delta is then called "default". Names and behaviour are those of
+PEFT's adapters: `set_delta` chooses for all calls (several names are added up), and
+`model(..., delta_names=[...])` or `model.generate(..., delta_names=[...])` for each row of a call,
+None or "__base__" being the base. Names given to a call win over what is set or disabled.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .base import BaseCheckpoint, resolve_base, same
+from .delta_repo import StoredDelta, find_delta, read_delta
+from .errors import DeltaMixError
+from .format import PREFIX, TensorInfo, check_base, fingerprints
+from .modules import delta_modules, detach, tied_modules
+from .routing import BASE, Combination, Route, Router
+from .tenant_modules import TenantModule, make_tenant
+
+DEFAULT = "default"  # what PEFT calls the first one
+Names = str | Sequence[str | None] | None
+
+
+class Tenants:
+    """The deltas of one model."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.router = Router()
+        self.deltas: dict[str, StoredDelta] = {}
+        self.active: Combination = ()
+        self.enabled = True
+        self._lock = threading.RLock()
+        self._modules: dict[str, list[str]] = {}  # delta name -> modules it changes
+        self._fingerprints: dict[str, str] = {}  # of the base's tensors, once asked for
+        self._base = _base_of(model)
+        self._adopt_own()
+
+    # Loading and deleting
+
+    def load(self, repo: str, name: str, **kwargs: Any) -> None:
+        """Read a delta repo, check that it belongs to this base, and add it as `name`."""
+        self._check_new(name)
+        files, config = find_delta(repo, kwargs)
+        check_base(config.base_fingerprints, self._base.infos, "the model's base", self._known)
+        self.add(name, read_delta(repo, files, config, self._base.keys))
+
+    def add(self, name: str, stored: StoredDelta) -> None:
+        """Put a delta's tensors beside the base's, on the base's devices."""
+        with self._lock:
+            self._check_new(name)
+            touched: set[str] = set()
+            for module_name, packed in stored.packed.items():
+                for twin in tied_modules(self.model, module_name):
+                    module = self._tenant(twin)
+                    module.dm_packed[name] = packed.to(_weight(module).device)
+                    touched.add(twin)
+            for tensor_name, value in stored.overlay.items():
+                for twin in self._tied_tensors(tensor_name):
+                    owner, _, leaf = twin.rpartition(".")
+                    module = self._tenant(owner)
+                    own = getattr(module, leaf)
+                    placed = value.to(own.device, own.dtype)
+                    module.dm_overlay.setdefault(name, {})[leaf] = placed
+                    touched.add(owner)
+            self.deltas[name], self._modules[name] = stored, sorted(touched)
+
+    def _tenant(self, name: str) -> TenantModule:
+        module = self.model.get_submodule(name)
+        if isinstance(module, TenantModule):
+            return module
+        made = make_tenant(module, self.router)
+        if isinstance(made, nn.Embedding) and made is not self.model.get_input_embeddings():
+            made.dm_has_batch = self._looked_up_by_row(made)
+        return made
+
+    @torch.no_grad()
+    def _looked_up_by_row(self, module: nn.Module) -> bool:
+        """Whether an embedding's ids come as [batch, ...] or [1, ...]: tried out."""
+        seen: list[int] = []
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+        try:
+            with self.router.using(Route([()])):
+                tried = {key: t.to(self.model.device) for key, t in self.model.dummy_inputs.items()}
+                self.model(**tried)
+        except Exception:  # a model that needs other inputs: better refuse mixed batches
+            return False
+        finally:
+            handle.remove()
+        rows = len(next(iter(tried.values())))
+        return bool(seen) and all(length in (1, rows) for length in seen)
+
+    def delete(self, name: str) -> None:
+        """Forget a delta; it is no longer active."""
+        with self._lock:
+            self._check_known([name])
+            for module_name in self._modules.pop(name):
+                module = self.model.get_submodule(module_name)
+                assert isinstance(module, TenantModule)
+                module.dm_packed.pop(name, None)
+                module.dm_overlay.pop(name, None)
+            del self.deltas[name]
+            self.choose([other for other in self.active if other != name])
+
+    # Choosing
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Deltas of all calls that name none; several are added up, none is the base."""
+        self._check_known(names)
+        self.active = tuple(dict.fromkeys(names))
+        self._refresh()
+
+    def enable(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.router.default = Route([self.active if self.enabled else ()])
+
+    def route(self, names: Names) -> Route | None:
+        """The route of one call; None if it names no deltas.
+
+        Raises:
+            DeltaMixError: an unknown name, or no names at all.
+        """
+        if names is None:
+            return None
+        rows = [names] if isinstance(names, str) else list(names)
+        if not rows:
+            raise DeltaMixError("delta_names is empty; give one name for each row, or one for all")
+        chosen = [() if name in (None, BASE) else (name,) for name in rows]
+        self._check_known([name for row in chosen for name in row])
+        return Route(chosen)
+
+    # What it needs to know
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name or name == BASE:
+            raise DeltaMixError(f"{name!r} cannot name a delta; give a text other than {BASE!r}")
+        if name in self.deltas:
+            raise DeltaMixError(f"a delta called {name!r} is loaded already; delete it first")
+
+    def _check_known(self, names: Sequence[Any]) -> None:
+        for name in names:
+            if name not in self.deltas:
+                raise DeltaMixError(
+                    f"no delta called {name!r} is loaded; there are {sorted(self.deltas)}"
+                )
+
+    def _tied_tensors(self, name: str) -> list[str]:
+        ties = self.model.all_tied_weights_keys.items()
+        return [name, *(target for target, source in ties if source == name)]
+
+    def _known(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+        """Fingerprints of the base's tensors; each is hashed once for all deltas."""
+        missing = {key: info for key, info in infos.items() if key not in self._fingerprints}
+        self._fingerprints |= fingerprints(missing)
+        return {key: self._fingerprints[key] for key in infos}
+
+    @torch.no_grad()
+    def _adopt_own(self) -> None:
+        """Make a loaded delta repo's own delta one of many, and the model its base."""
+        model, base = self.model, self._base
+        own = delta_modules(model)
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        if quantizer is None or not hasattr(quantizer, "base_files"):
+            return
+        tied = set(model.all_tied_weights_keys)
+        packed = {n: m.packed() for n, m in own.items() if f"{n}.weight" not in tied}
+        for module in own.values():
+            detach(module)
+        for name in [name for name in tied if name.rpartition(".")[2].startswith(PREFIX)]:
+            del model.all_tied_weights_keys[name]
+        overlay: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            if name not in tied and name in base and not same(tensor, value := base.read(name)):
+                overlay[name] = tensor.clone()
+                tensor.copy_(value)
+        recorded = quantizer.quantization_config.base_fingerprints
+        self.add(DEFAULT, StoredDelta(packed, overlay, recorded, str(model.name_or_path)))
+        self.choose([DEFAULT])
+
+
+def tenants_of(model: PreTrainedModel) -> Tenants:
+    """The model's tenants; the first call makes the model ready for them."""
+    if "dm_tenants" not in model.__dict__:
+        if any(t.device.type == "meta" for t in model.state_dict().values()):
+            raise DeltaMixError(
+                "parts of the model are offloaded; load it whole to serve several deltas from it"
+            )
+        model.__dict__["dm_tenants"] = Tenants(model)
+        model.__class__ = _tenant_model_class(type(model))
+    return model.__dict__["dm_tenants"]
+
+
+def _tenant_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`cls` whose `forward` and `generate` take `delta_names`."""
+
+    def naming(method: Any, forward: bool) -> Any:
+        @wraps(method)  # transformers looks at the signature
+        def named(self: Any, *args: Any, delta_names: Names = None, **kwargs: Any) -> Any:
+            if delta_names is not None and not isinstance(delta_names, str):
+                _check_rows(len(delta_names), _rows(args, kwargs))
+            tenants: Tenants = self.__dict__["dm_tenants"]
+            route = tenants.route(delta_names)
+            if forward:  # in `generate`, rows may be repeated since they were named
+                route = (route or tenants.router.route).of_batch(_rows(args, kwargs))
+            with tenants.router.using(route):
+                return method(self, *args, **kwargs)
+
+        return named
+
+    methods = {"forward": naming(cls.forward, forward=True)}
+    if hasattr(cls, "generate"):
+        methods["generate"] = naming(cls.generate, forward=False)
+    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+
+
+def _rows(args: tuple, kwargs: dict[str, Any]) -> int:
+    """Rows of a batch: of the first tensor given."""
+    values = (*args, *kwargs.values())
+    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def _check_rows(names: int, rows: int) -> None:
+    if rows != names:
+        raise DeltaMixError(
+            f"delta_names has {names} names for a batch of {rows} rows; give one name for each "
+            "row, or a single text for all"
+        )
+
+
+def _weight(module: TenantModule) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _base_of(model: PreTrainedModel) -> BaseCheckpoint:
+    """The checkpoint the model's weights, or its delta's base weights, came from."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if hasattr(quantizer, "base_files"):
+        return BaseCheckpoint(quantizer.base_files, model)
+    commit = getattr(model.config, "_commit_hash", None)
+    files, _ = resolve_base(model.name_or_path, commit, {})
+    return BaseCheckpoint(files, model)
+
+
+# What `registration.register` makes methods of PreTrainedModel
+
+
+def load_delta(self: PreTrainedModel, repo: Any, name: str = DEFAULT, **base_kwargs: Any) -> None:
+    """Load a delta repo beside the base, under a name; the first one becomes active.
+
+    Args:
+        repo: folder or Hub id of a delta repo made from this model's base.
+        name: what to call it in `set_delta` and `delta_names`.
+        base_kwargs: how to fetch it (`revision`, `token`, `cache_dir`, `local_files_only`).
+
+    Raises:
+        DeltaMixError: not a delta repo, made from another base, damaged, or the name is taken; the
+            model is as it was.
+    """
+    tenants = tenants_of(self)
+    first = not tenants.deltas
+    tenants.load(str(repo), name, **base_kwargs)
+    if first:
+        tenants.choose([name])
+
+
+def set_delta(self: PreTrainedModel, names: str | Sequence[str]) -> None:
+    """Use these deltas for all calls that name none; several are added up.
+
+    Raises:
+        DeltaMixError: no delta of that name is loaded.
+    """
+    tenants_of(self).choose([names] if isinstance(names, str) else list(names))
+
+
+class _Disabled:
+    """Deltas are off from now on; as a context manager, until its end."""
+
+    def __init__(self, tenants: Tenants):
+        self.tenants, self.before = tenants, tenants.enabled
+        tenants.enable(False)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: Any) -> None:
+        self.tenants.enable(self.before)
+
+
+def disable_deltas(self: PreTrainedModel) -> _Disabled:
+    """Run the plain base, until `enable_deltas` or, in a `with`, until its end."""
+    return _Disabled(tenants_of(self))
+
+
+def enable_deltas(self: PreTrainedModel) -> None:
+    """Undo `disable_deltas`."""
+    tenants_of(self).enable(True)
+
+
+def delete_delta(self: PreTrainedModel, name: str) -> None:
+    """Forget a delta and free its memory.
+
+    Raises:
+        DeltaMixError: no delta of that name is loaded.
+    """
+    tenants_of(self).delete(name)
+
+
+def list_deltas(self: PreTrainedModel) -> dict[str, int]:
+    """Name -> bytes of every loaded delta."""
+    if not _has_deltas(self):
+        return {}
+    return {name: stored.nbytes for name, stored in tenants_of(self).deltas.items()}
+
+
+def active_deltas(self: PreTrainedModel) -> list[str]:
+    """Names in use for calls that name none; empty if disabled."""
+    if "dm_tenants" not in self.__dict__:  # a property must not change the model
+        return [DEFAULT] if _has_deltas(self) else []
+    tenants = tenants_of(self)
+    return list(tenants.active) if tenants.enabled else []
+
+
+def _has_deltas(model: PreTrainedModel) -> bool:
+    return "dm_tenants" in model.__dict__ or bool(delta_modules(model))
