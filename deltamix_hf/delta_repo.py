@@ -58,11 +58,7 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
     """
     infos = read_headers(files)
     gaussian = config.codebook == "gaussian"
-    modules = packed_modules(infos, gaussian)
-    if absent := sorted(config.errors.keys() - modules.keys()):
-        raise DeltaMixError(
-            f"the delta repo lacks the packed matrix {absent[0]}: the file is incomplete"
-        )
+    modules = packed_modules(infos, gaussian, config.errors)
     packed: dict[str, PackedFactors] = {}
     for stored in modules:
         name = keys.rename(f"{stored}.weight")[0].removesuffix(".weight")

@@ -165,13 +165,16 @@ def check_base(
         )
 
 
-def packed_modules(names: Iterable[str], gaussian: bool) -> dict[str, set[str]]:
+def packed_modules(
+    names: Iterable[str], gaussian: bool, expected: Iterable[str] = ()
+) -> dict[str, set[str]]:
     """Module name -> parts present, from tensor names; incomplete sets are refused.
 
-    `gaussian`: the codebook, which has no zero points.
+    `gaussian`: the codebook, which has no zero points. `expected`: modules that must be there.
 
     Raises:
-        DeltaMixError: a packed module lacks one of its tensors, or has one of the other codebook.
+        DeltaMixError: a module is missing, lacks one of its tensors, or has one of the other
+            codebook.
     """
     wanted = set(parts(gaussian))
     modules: dict[str, set[str]] = {}
@@ -179,6 +182,10 @@ def packed_modules(names: Iterable[str], gaussian: bool) -> dict[str, set[str]]:
         module, _, leaf = name.rpartition(".")
         if leaf.startswith(PREFIX) and leaf.removeprefix(PREFIX) in PARTS:
             modules.setdefault(module, set()).add(leaf.removeprefix(PREFIX))
+    if absent := sorted(set(expected) - modules.keys()):
+        raise DeltaMixError(
+            f"the delta repo lacks the packed matrix {absent[0]}: the file is incomplete"
+        )
     for module, present in modules.items():
         if missing := sorted(wanted - present):
             raise DeltaMixError(

@@ -117,11 +117,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         delta_files = list(checkpoint_files)
         infos = read_headers(delta_files)
         gaussian = self.quantization_config.codebook == "gaussian"
-        modules = packed_modules(infos, gaussian)
-        if absent := sorted(self.quantization_config.errors.keys() - modules.keys()):
-            raise DeltaMixError(
-                f"the delta repo lacks the packed matrix {absent[0]}: the file is incomplete"
-            )
+        modules = packed_modules(infos, gaussian, self.quantization_config.errors)
         keys = KeyMap(model)
         guards = {name for name in infos if is_guard(name)}
         packed = {f"{module}.{PREFIX}{part}" for module in modules for part in parts(gaussian)}
