@@ -100,7 +100,8 @@ class KeyMap:
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self.model = model
-        self.state = model.state_dict()
+        # Shapes and dtypes: the tensors themselves would stay in memory when the model moves away.
+        self.state = {name: t.to("meta") for name, t in model.state_dict().items()}
 
     def rename(self, key: str) -> tuple[str, str | None]:
         """Model name of a checkpoint key (or model-form name), and its converter's pattern."""
