@@ -15,6 +15,8 @@ METHODS = (
     "enable_deltas",
     "delete_delta",
     "list_deltas",
+    "set_delta_memory",
+    "delta_memory",
 )
 
 

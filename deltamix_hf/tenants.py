@@ -9,9 +9,9 @@ None or "__base__" being the base. Names given to a call win over what is set or
 
 from __future__ import annotations
 
-import threading
+import os
 from collections.abc import Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .delta_repo import StoredDelta, find_delta, read_delta
 from .errors import DeltaMixError
 from .format import PREFIX, TensorInfo, check_base, fingerprints
 from .modules import delta_modules, detach, tied_modules
+from .pool import DeltaMemory, Pool
 from .routing import BASE, Combination, Route, Router
 from .tenant_modules import TenantModule, make_tenant
 
@@ -36,11 +37,10 @@ class Tenants:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.router = Router()
-        self.deltas: dict[str, StoredDelta] = {}
+        self.pool = Pool(self._place, self._remove)
         self.active: Combination = ()
         self.enabled = True
-        self._lock = threading.RLock()
-        self._modules: dict[str, list[str]] = {}  # delta name -> modules it changes
+        self._modules: dict[str, set[str]] = {}  # resident delta -> modules it changes
         self._fingerprints: dict[str, str] = {}  # of the base's tensors, once asked for
         self._base = _base_of(model)
         self._adopt_own()
@@ -49,30 +49,38 @@ class Tenants:
 
     def load(self, repo: str, name: str, **kwargs: Any) -> None:
         """Read a delta repo, check that it belongs to this base, and add it as `name`."""
-        self._check_new(name)
+        if not isinstance(name, str) or not name or name == BASE:
+            raise DeltaMixError(f"{name!r} cannot name a delta; give a text other than {BASE!r}")
+        if name in self.pool.entries:
+            raise DeltaMixError(f"a delta called {name!r} is loaded already; delete it first")
         files, config = find_delta(repo, kwargs)
         check_base(config.base_fingerprints, self._base.infos, "the model's base", self._known)
-        self.add(name, read_delta(repo, files, config, self._base.keys))
+        read = partial(read_delta, repo, files, config, self._base.keys)
+        self.pool.add(name, read(), read)
 
-    def add(self, name: str, stored: StoredDelta) -> None:
+    def _place(self, name: str, stored: StoredDelta) -> None:
         """Put a delta's tensors beside the base's, on the base's devices."""
-        with self._lock:
-            self._check_new(name)
-            touched: set[str] = set()
-            for module_name, packed in stored.packed.items():
-                for twin in tied_modules(self.model, module_name):
-                    module = self._tenant(twin)
-                    module.dm_packed[name] = packed.to(_weight(module).device)
-                    touched.add(twin)
-            for tensor_name, value in stored.overlay.items():
-                for twin in self._tied_tensors(tensor_name):
-                    owner, _, leaf = twin.rpartition(".")
-                    module = self._tenant(owner)
-                    own = getattr(module, leaf)
-                    placed = value.to(own.device, own.dtype)
-                    module.dm_overlay.setdefault(name, {})[leaf] = placed
-                    touched.add(owner)
-            self.deltas[name], self._modules[name] = stored, sorted(touched)
+        touched = self._modules.setdefault(name, set())
+        for module_name, packed in stored.packed.items():
+            for twin in tied_modules(self.model, module_name):
+                module = self._tenant(twin)
+                touched.add(twin)
+                module.dm_packed[name] = packed.to(_weight(module).device)
+        for tensor_name, value in stored.overlay.items():
+            for twin in self._tied_tensors(tensor_name):
+                owner, _, leaf = twin.rpartition(".")
+                module = self._tenant(owner)
+                touched.add(owner)
+                own = getattr(module, leaf)
+                placed = value.to(own.device, own.dtype)
+                module.dm_overlay.setdefault(name, {})[leaf] = placed
+
+    def _remove(self, name: str) -> None:
+        for module_name in self._modules.pop(name, ()):
+            module = self.model.get_submodule(module_name)
+            assert isinstance(module, TenantModule)
+            module.dm_packed.pop(name, None)
+            module.dm_overlay.pop(name, None)
 
     def _tenant(self, name: str) -> TenantModule:
         module = self.model.get_submodule(name)
@@ -100,22 +108,16 @@ class Tenants:
         return bool(seen) and all(length in (1, rows) for length in seen)
 
     def delete(self, name: str) -> None:
-        """Forget a delta; it is no longer active."""
-        with self._lock:
-            self._check_known([name])
-            for module_name in self._modules.pop(name):
-                module = self.model.get_submodule(module_name)
-                assert isinstance(module, TenantModule)
-                module.dm_packed.pop(name, None)
-                module.dm_overlay.pop(name, None)
-            del self.deltas[name]
+        """Forget a delta once no call uses it; it is no longer active."""
+        if name in self.active:
             self.choose([other for other in self.active if other != name])
+        self.pool.discard(name)
 
     # Choosing
 
     def choose(self, names: Sequence[str]) -> None:
         """Deltas of all calls that name none; several are added up, none is the base."""
-        self._check_known(names)
+        self.pool.activate(names)
         self.active = tuple(dict.fromkeys(names))
         self._refresh()
 
@@ -130,7 +132,7 @@ class Tenants:
         """The route of one call; None if it names no deltas.
 
         Raises:
-            DeltaMixError: an unknown name, or no names at all.
+            DeltaMixError: an empty list.
         """
         if names is None:
             return None
@@ -138,23 +140,9 @@ class Tenants:
         if not rows:
             raise DeltaMixError("delta_names is empty; give one name for each row, or one for all")
         chosen = [() if name in (None, BASE) else (name,) for name in rows]
-        self._check_known([name for row in chosen for name in row])
         return Route(chosen)
 
     # What it needs to know
-
-    def _check_new(self, name: str) -> None:
-        if not isinstance(name, str) or not name or name == BASE:
-            raise DeltaMixError(f"{name!r} cannot name a delta; give a text other than {BASE!r}")
-        if name in self.deltas:
-            raise DeltaMixError(f"a delta called {name!r} is loaded already; delete it first")
-
-    def _check_known(self, names: Sequence[Any]) -> None:
-        for name in names:
-            if name not in self.deltas:
-                raise DeltaMixError(
-                    f"no delta called {name!r} is loaded; there are {sorted(self.deltas)}"
-                )
 
     def _tied_tensors(self, name: str) -> list[str]:
         ties = self.model.all_tied_weights_keys.items()
@@ -186,7 +174,12 @@ class Tenants:
                 overlay[name] = tensor.clone()
                 tensor.copy_(value)
         recorded = quantizer.quantization_config.base_fingerprints
-        self.add(DEFAULT, StoredDelta(packed, overlay, recorded, str(model.name_or_path)))
+        source = str(model.name_or_path)
+        stored = StoredDelta(packed, overlay, recorded, source)
+        read = None
+        if quantizer.pre_quantized and os.path.isdir(source):
+            read = partial(read_delta, source, *find_delta(source, {}), base.keys)
+        self.pool.add(DEFAULT, stored, read)
         self.choose([DEFAULT])
 
 
@@ -214,7 +207,8 @@ def _tenant_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
             route = tenants.route(delta_names)
             if forward:  # in `generate`, rows may be repeated since they were named
                 route = (route or tenants.router.route).of_batch(_rows(args, kwargs))
-            with tenants.router.using(route):
+            names = [name for row in route.distinct for name in row] if route else []
+            with tenants.pool.holding(names), tenants.router.using(route):
                 return method(self, *args, **kwargs)
 
         return named
@@ -271,7 +265,7 @@ def load_delta(self: PreTrainedModel, repo: Any, name: str = DEFAULT, **base_kwa
             model is as it was.
     """
     tenants = tenants_of(self)
-    first = not tenants.deltas
+    first = not tenants.pool.entries
     tenants.load(str(repo), name, **base_kwargs)
     if first:
         tenants.choose([name])
@@ -320,10 +314,28 @@ def delete_delta(self: PreTrainedModel, name: str) -> None:
 
 
 def list_deltas(self: PreTrainedModel) -> dict[str, int]:
-    """Name -> bytes of every loaded delta."""
+    """Name -> bytes of every loaded delta, wherever it is now."""
     if not _has_deltas(self):
         return {}
-    return {name: stored.nbytes for name, stored in tenants_of(self).deltas.items()}
+    return {name: entry.nbytes for name, entry in tenants_of(self).pool.entries.items()}
+
+
+def set_delta_memory(self: PreTrainedModel, budget_bytes: int | None, host_bytes: int = 0) -> None:
+    """Bound the memory of loaded deltas; those used longest ago are moved out and come back.
+
+    Args:
+        budget_bytes: for deltas beside the base, on its device; None: no bound.
+        host_bytes: for copies in host memory, from which a delta comes back faster than from disk.
+
+    Raises:
+        DeltaMixError: deltas in use, or on no disk, take more; nothing is changed.
+    """
+    tenants_of(self).pool.resize(budget_bytes, host_bytes)
+
+
+def delta_memory(self: PreTrainedModel) -> DeltaMemory:
+    """Bytes of every delta by where it is, and their budget."""
+    return tenants_of(self).pool.memory()
 
 
 def active_deltas(self: PreTrainedModel) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -234,3 +236,52 @@ def test_what_sees_no_batch_is_refused_in_a_mixed_one(make_family):
         torch.testing.assert_close(found, family.alone(name, ids), **CLOSE)
     with pytest.raises(DeltaMixError, match="give all rows the same delta"):
         logits(model, ids, delta_names=["one", "two", *["three"] * 5])
+
+
+def test_twenty_deltas_through_room_for_four(make_family):
+    """Threads ask at random; whatever was moved out meanwhile, every row is right."""
+    family = make_family("llama_tied")
+    model = family.pair.load(family.pair.base)
+    model.load_delta(family.repos["one"], "first")
+    budget = 4 * max(find_delta_bytes(family, name) for name in NAMES)
+    model.set_delta([])
+    model.set_delta_memory(budget)
+    kinds = {f"tenant{i}": NAMES[i % 3] for i in range(20)}
+    for name, kind in kinds.items():
+        model.load_delta(family.repos[kind], name)
+    ids = token_ids(4, 6)
+    expected = {name: family.alone(name, ids) for name in (None, *NAMES)}
+    failures: list[object] = []
+
+    def ask(seed: int) -> None:
+        own = random.Random(seed)
+        try:
+            for _ in range(12):
+                names = [None, *own.sample(list(kinds), 3)]
+                own.shuffle(names)
+                found = logits(model, ids, delta_names=names)
+                if model.delta_memory().total > budget:
+                    failures.append("above the budget")
+                for row, name in enumerate(names):
+                    right = expected[kinds.get(name)][row]
+                    if not torch.allclose(found[row], right, **CLOSE):
+                        failures.append(name)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not failures and not any(thread.is_alive() for thread in threads)
+    memory = model.delta_memory()
+    assert len(memory.resident) < 8 and len(model.list_deltas()) == 21 and memory.host == {}
+    with pytest.raises(DeltaMixError, match="cannot hold"):
+        logits(model, token_ids(6), delta_names=list(kinds)[:6])
+
+
+def find_delta_bytes(family: Family, name: str) -> int:
+    model = family.pair.load(family.pair.base)
+    model.load_delta(family.repos[name], name)
+    return model.list_deltas()[name]
