@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 from transformers.quantizers import auto
 
-from . import tenants
+from . import tenant_methods
 from .config import QUANT_METHOD
 
 METHODS = (
@@ -27,8 +27,8 @@ def register(config_class: type, quantizer_class: type) -> None:
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(QUANT_METHOD)(quantizer_class)
     for name in METHODS:
-        setattr(PreTrainedModel, name, getattr(tenants, name))
-    setattr(PreTrainedModel, "active_deltas", property(tenants.active_deltas))  # noqa: B010
+        setattr(PreTrainedModel, name, getattr(tenant_methods, name))
+    setattr(PreTrainedModel, "active_deltas", property(tenant_methods.active_deltas))  # noqa: B010
     # transformers lists by hand the config classes whose options a user may override at load
     if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
         known = auto.LOADING_ATTRIBUTES_CONFIG_TYPES

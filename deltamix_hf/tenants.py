@@ -23,7 +23,7 @@ from .delta_repo import StoredDelta, find_delta, read_delta
 from .errors import DeltaMixError
 from .format import PREFIX, TensorInfo, check_base, fingerprints
 from .modules import delta_modules, detach, tied_modules
-from .pool import DeltaMemory, Pool
+from .pool import Pool
 from .routing import BASE, Combination, Route, Router
 from .tenant_modules import TenantModule, make_tenant
 
@@ -247,104 +247,3 @@ def _base_of(model: PreTrainedModel) -> BaseCheckpoint:
     commit = getattr(model.config, "_commit_hash", None)
     files, _ = resolve_base(model.name_or_path, commit, {})
     return BaseCheckpoint(files, model)
-
-
-# What `registration.register` makes methods of PreTrainedModel
-
-
-def load_delta(self: PreTrainedModel, repo: Any, name: str = DEFAULT, **base_kwargs: Any) -> None:
-    """Load a delta repo beside the base, under a name; the first one becomes active.
-
-    Args:
-        repo: folder or Hub id of a delta repo made from this model's base.
-        name: what to call it in `set_delta` and `delta_names`.
-        base_kwargs: how to fetch it (`revision`, `token`, `cache_dir`, `local_files_only`).
-
-    Raises:
-        DeltaMixError: not a delta repo, made from another base, damaged, or the name is taken; the
-            model is as it was.
-    """
-    tenants = tenants_of(self)
-    first = not tenants.pool.entries
-    tenants.load(str(repo), name, **base_kwargs)
-    if first:
-        tenants.choose([name])
-
-
-def set_delta(self: PreTrainedModel, names: str | Sequence[str]) -> None:
-    """Use these deltas for all calls that name none; several are added up.
-
-    Raises:
-        DeltaMixError: no delta of that name is loaded.
-    """
-    tenants_of(self).choose([names] if isinstance(names, str) else list(names))
-
-
-class _Disabled:
-    """Deltas are off from now on; as a context manager, until its end."""
-
-    def __init__(self, tenants: Tenants):
-        self.tenants, self.before = tenants, tenants.enabled
-        tenants.enable(False)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: Any) -> None:
-        self.tenants.enable(self.before)
-
-
-def disable_deltas(self: PreTrainedModel) -> _Disabled:
-    """Run the plain base, until `enable_deltas` or, in a `with`, until its end."""
-    return _Disabled(tenants_of(self))
-
-
-def enable_deltas(self: PreTrainedModel) -> None:
-    """Undo `disable_deltas`."""
-    tenants_of(self).enable(True)
-
-
-def delete_delta(self: PreTrainedModel, name: str) -> None:
-    """Forget a delta and free its memory.
-
-    Raises:
-        DeltaMixError: no delta of that name is loaded.
-    """
-    tenants_of(self).delete(name)
-
-
-def list_deltas(self: PreTrainedModel) -> dict[str, int]:
-    """Name -> bytes of every loaded delta, wherever it is now."""
-    if not _has_deltas(self):
-        return {}
-    return {name: entry.nbytes for name, entry in tenants_of(self).pool.entries.items()}
-
-
-def set_delta_memory(self: PreTrainedModel, budget_bytes: int | None, host_bytes: int = 0) -> None:
-    """Bound the memory of loaded deltas; those used longest ago are moved out and come back.
-
-    Args:
-        budget_bytes: for deltas beside the base, on its device; None: no bound.
-        host_bytes: for copies in host memory, from which a delta comes back faster than from disk.
-
-    Raises:
-        DeltaMixError: deltas in use, or on no disk, take more; nothing is changed.
-    """
-    tenants_of(self).pool.resize(budget_bytes, host_bytes)
-
-
-def delta_memory(self: PreTrainedModel) -> DeltaMemory:
-    """Bytes of every delta by where it is, and their budget."""
-    return tenants_of(self).pool.memory()
-
-
-def active_deltas(self: PreTrainedModel) -> list[str]:
-    """Names in use for calls that name none; empty if disabled."""
-    if "dm_tenants" not in self.__dict__:  # a property must not change the model
-        return [DEFAULT] if _has_deltas(self) else []
-    tenants = tenants_of(self)
-    return list(tenants.active) if tenants.enabled else []
-
-
-def _has_deltas(model: PreTrainedModel) -> bool:
-    return "dm_tenants" in model.__dict__ or bool(delta_modules(model))
