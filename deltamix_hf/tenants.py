@@ -181,6 +181,15 @@ class Tenants:
             read = partial(read_delta, source, *find_delta(source, {}), base.keys)
         self.pool.add(DEFAULT, stored, read)
         self.choose([DEFAULT])
+        for method in ("save_pretrained", "dequantize"):  # they would take the base for the delta
+            model.__dict__[method] = partial(_refuse, method)
+
+
+def _refuse(method: str, *args: Any, **kwargs: Any) -> None:
+    raise DeltaMixError(
+        f"{method} is for a model with one delta, and this one took several in: load the delta "
+        "repo you mean once more, without load_delta"
+    )
 
 
 def tenants_of(model: PreTrainedModel) -> Tenants:

@@ -124,6 +124,15 @@ def test_a_delta_repo_becomes_one_of_many(family):
     torch.testing.assert_close(found[0], family.alone("one", ids)[0], **CLOSE)
     torch.testing.assert_close(found[1], before[1], **CLOSE)
     assert torch.equal(found[2], family.alone(None, ids)[2])
+    for refused in (model.save_pretrained, model.dequantize):
+        with pytest.raises(DeltaMixError, match="is for a model with one delta"):
+            refused("anywhere")
+
+
+def test_saving_a_base_saves_the_base(family, model, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    again = family.pair.load(tmp_path / "base")
+    assert torch.equal(logits(again, token_ids()), family.alone(None, token_ids()))
 
 
 mixes = st.lists(
