@@ -113,7 +113,11 @@ def _product(x: Tensor, enter: _Side, leave: _Side, scales: Tensor, runs: Runs) 
     h = x.new_empty(rows, len(scales))
     for part in parts(runs, enter.number):
         turned = x.view(rows, columns, part.order, 8 // part.order).transpose(1, 2).flatten(1)
-        h[:, part.ranks] = turned @ _levels(enter, part, x.dtype).T
+        found = turned @ _levels(enter, part, x.dtype).T
+        if isinstance(part.ranks, slice):
+            h[:, part.ranks] = found
+        else:
+            h.index_copy_(1, part.ranks, found)
     h = (h * scales.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
     return _leave(h, leave, runs)
 
@@ -122,7 +126,7 @@ def _leave(h: Tensor, leave: _Side, runs: Runs) -> Tensor:
     rows, columns = len(h), leave.columns
     y = h.new_zeros(rows, columns, 8)
     for part in parts(runs, leave.number):
-        found = h[:, part.ranks] @ _levels(leave, part, h.dtype)
+        found = _take(h, 1, part.ranks) @ _levels(leave, part, h.dtype)
         turned = found.view(rows, part.order, columns, 8 // part.order).transpose(1, 2)
         y.view(rows, columns, part.order, 8 // part.order).add_(turned)
     return y.flatten(1)[:, : leave.length]
@@ -156,11 +160,18 @@ def _index(numbers: list[int]) -> slice | Tensor:
     return torch.tensor(numbers)
 
 
+def _take(tensor: Tensor, dim: int, index: slice | Tensor) -> Tensor:
+    """Some rows or columns; `tensor[index]` with a tensor takes twice as long."""
+    if isinstance(index, Tensor):
+        return tensor.index_select(dim, index)
+    return tensor[index] if dim == 0 else tensor[:, index]
+
+
 def _levels(side: _Side, part: Part, dtype: torch.dtype) -> Tensor:
     """Levels [ranks, 8·columns] of a part, in its own order; times the side's scales."""
     if part.order == 8:
         (piece,) = part.pieces
-        levels = _eight_bits(side.packed[piece.rows], dtype).view(piece.count, 8, -1, 1)
+        levels = _eight_bits(_take(side.packed, 0, piece.rows), dtype).view(piece.count, 8, -1, 1)
     else:
         found = [_entries(side.packed, piece) for piece in part.pieces]
         index = found[0] if len(found) == 1 else torch.cat(found)
@@ -179,7 +190,7 @@ def _eight_bits(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _entries(packed: Tensor, piece: Piece) -> Tensor:
     """Where in `_table` the levels of each byte are: int32 [ranks, order, columns]."""
-    rows = packed[piece.rows].view(piece.count, piece.width, -1)
+    rows = _take(packed, 0, piece.rows).view(piece.count, piece.width, -1)
     if piece.width == 4:
         return rows.int()
     if piece.width == 2:
