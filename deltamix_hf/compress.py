@@ -109,15 +109,15 @@ def plan_budget(
     total = config.budget(reference)
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(overlay)
     entries |= dict.fromkeys(guards, GUARD)
+    group_sizes = {name: config.group_sizes(name in embeddings) for name in shapes}
     for name, (m, n) in shapes.items():
-        sizes = config.group_sizes(name in embeddings)
-        worst = part_shapes(m, n, [(min(m, n), 8, 8)], sizes, gaussian)
+        worst = part_shapes(m, n, [(min(m, n), 8, 8)], group_sizes[name], gaussian)
         entries |= {f"{name}.{PREFIX}{part}": (DTYPES[part], s) for part, s in worst.items()}
     whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
     whole += len(guards)  # a byte each
     least = min(b for b in config.bits if b > 0)
     one_rank = sum(
-        rank_bytes(m, n, least, least, config.group_sizes(name in embeddings), gaussian)
+        rank_bytes(m, n, least, least, group_sizes[name], gaussian)
         for name, (m, n) in shapes.items()
     )
     if config.allocation == "global":  # some matrix can keep one

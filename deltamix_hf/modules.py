@@ -19,15 +19,7 @@ from transformers import PreTrainedModel
 
 from .errors import DeltaMixError
 from .format import PREFIX
-from .ops import (
-    delta_linear,
-    expand_linear,
-    low_rank,
-    low_rank_rows,
-    plain_delta_linear,
-    plain_low_rank_rows,
-    recorded,
-)
+from .ops import cheapest, delta_linear, expand_linear, low_rank, low_rank_rows
 from .packed import GroupSizes, PackedFactors, Runs, check_parts, parts
 
 
@@ -42,10 +34,15 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return m, n
 
 
+def tied_tensors(model: PreTrainedModel, name: str) -> list[str]:
+    """The tensor's own name and those of the tensors tied to it."""
+    ties = model.all_tied_weights_keys.items()
+    return [name, *(target for target, source in ties if source == name)]
+
+
 def tied_modules(model: PreTrainedModel, name: str) -> dict[str, nn.Module]:
     """The module itself and every module whose weight is tied to its weight, by name."""
-    ties = model.all_tied_weights_keys.items()
-    names = [name, *(t.removesuffix(".weight") for t, s in ties if s == f"{name}.weight")]
+    names = [tensor.removesuffix(".weight") for tensor in tied_tensors(model, f"{name}.weight")]
     return {n: model.get_submodule(n) for n in names}
 
 
@@ -90,7 +87,7 @@ class DeltaLinear(DeltaModule, nn.Linear):
         if self.dm_siblings is not None and self.dm_siblings.usable(x):
             h, first = self.dm_siblings.shrunk(self, x)
             return expand_linear(x, self.weight, self.bias, h, first, *tensors[:3], runs)
-        linear: Any = delta_linear if recorded() else plain_delta_linear
+        linear = cheapest(delta_linear)
         return linear(x, self.weight, self.bias, *tensors, runs, group_sizes)
 
 
@@ -101,8 +98,8 @@ class DeltaEmbedding(DeltaModule, nn.Embedding):
         if self.dm_merged is not None:
             return F.embedding(ids, self.dm_merged)
         base = super().forward(ids)  # cooperates with subclasses such as scaled embeddings
-        rows: Any = low_rank_rows if recorded() else plain_low_rank_rows
-        return base + rows(ids.long(), *self._op_arguments()).to(base.dtype)
+        rows = cheapest(low_rank_rows)(ids.long(), *self._op_arguments())
+        return base + rows.to(base.dtype)
 
 
 def delta_class(cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -158,12 +155,11 @@ def attach_with_ties(
     The twins share the very same parameters, and `model.all_tied_weights_keys` learns so: then
     transformers loads, offloads and saves one copy, as it does for the tied weight itself.
     """
-    weight = f"{name}.weight"
     module = model.get_submodule(name)
     attach(module, runs, group_sizes, tensors)
     assert isinstance(module, DeltaModule)
     shared = module.delta_parameters()
-    for target in [t for t, source in model.all_tied_weights_keys.items() if source == weight]:
+    for target in tied_tensors(model, f"{name}.weight")[1:]:
         twin = target.removesuffix(".weight")
         attach(model.get_submodule(twin), runs, group_sizes, shared)
         for part in shared:

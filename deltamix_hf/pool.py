@@ -43,6 +43,11 @@ class Entry:
         """Whether it stays resident however long one waits."""
         return self.resident and (self.active or self.read is None)
 
+    @property
+    def movable(self) -> bool:
+        """Whether it may be moved out now."""
+        return not (self.users or self.active or self.read is None)
+
 
 @dataclass(frozen=True)
 class DeltaMemory:
@@ -80,8 +85,7 @@ class Pool:
             DeltaMixError: the name is taken, or there is no room for it.
         """
         with self._changed:
-            if name in self.entries:
-                raise DeltaMixError(f"a delta called {name!r} is loaded already; delete it first")
+            self.check_new(name)
             self.entries[name] = Entry(stored.nbytes, read, stored)
             try:
                 with self.holding([name]):
@@ -89,6 +93,11 @@ class Pool:
             except BaseException:
                 del self.entries[name]
                 raise
+
+    def check_new(self, name: str) -> None:
+        """Raises DeltaMixError if the name is taken."""
+        if name in self.entries:
+            raise DeltaMixError(f"a delta called {name!r} is loaded already; delete it first")
 
     def discard(self, name: str) -> None:
         """Forget a delta as soon as no batch uses it."""
@@ -132,7 +141,7 @@ class Pool:
             before, self.budget = self.budget, budget
             if not self._make_room(0, keep=()):
                 self.budget = before
-                staying = {n: e.nbytes for n, e in self.entries.items() if not _movable(e)}
+                staying = {n: e.nbytes for n, e in self.entries.items() if not e.movable}
                 raise DeltaMixError(
                     f"{sorted(staying)} are in use, or on no disk, and take "
                     f"{sum(staying.values()):,} bytes; the budget cannot be {budget:,}"
@@ -217,7 +226,7 @@ class Pool:
         excess = sum(e.nbytes for e in resident.values()) + missing - self.budget
         leaving = []
         for name, entry in sorted(resident.items(), key=lambda item: item[1].used):
-            if excess > 0 and name not in keep and _movable(entry):
+            if excess > 0 and name not in keep and entry.movable:
                 leaving.append(name)
                 excess -= entry.nbytes
         if excess > 0:
@@ -235,7 +244,3 @@ class Pool:
             if excess > 0:
                 entry.stored = None
                 excess -= entry.nbytes
-
-
-def _movable(entry: Entry) -> bool:
-    return not (entry.users or entry.active or entry.read is None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DeltaMixError
-from .ops import low_rank, low_rank_rows, plain_low_rank, plain_low_rank_rows, recorded
+from .ops import cheapest, low_rank, low_rank_rows
 from .packed import PackedFactors
 from .routing import Combination, Route, Router
 
@@ -132,16 +132,14 @@ class TenantLinear(TenantModule, nn.Linear):
     """y = x·W_baseᵀ + bias + (x·V̂ᵀ)·Ûᵀ with the row's own factors."""
 
     def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
-        product: Any = low_rank if recorded() else plain_low_rank
-        return product(x, *packed.op_arguments, transposed=False)
+        return cheapest(low_rank)(x, *packed.op_arguments, transposed=False)
 
 
 class TenantEmbedding(TenantModule, nn.Embedding):
     """y = W_base[ids] + Û[ids]·V̂ with the row's own factors."""
 
     def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
-        rows: Any = low_rank_rows if recorded() else plain_low_rank_rows
-        return rows(x.long(), *packed.op_arguments)
+        return cheapest(low_rank_rows)(x.long(), *packed.op_arguments)
 
 
 def make_tenant(module: nn.Module, router: Router) -> TenantModule:

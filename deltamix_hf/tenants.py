@@ -22,7 +22,7 @@ from .base import BaseCheckpoint, resolve_base, same
 from .delta_repo import StoredDelta, find_delta, read_delta
 from .errors import DeltaMixError
 from .format import PREFIX, TensorInfo, check_base, fingerprints
-from .modules import delta_modules, detach, tied_modules
+from .modules import delta_modules, detach, tied_modules, tied_tensors
 from .pool import Pool
 from .routing import BASE, Combination, Route, Router
 from .tenant_modules import TenantModule, make_tenant
@@ -51,8 +51,7 @@ class Tenants:
         """Read a delta repo, check that it belongs to this base, and add it as `name`."""
         if not isinstance(name, str) or not name or name == BASE:
             raise DeltaMixError(f"{name!r} cannot name a delta; give a text other than {BASE!r}")
-        if name in self.pool.entries:
-            raise DeltaMixError(f"a delta called {name!r} is loaded already; delete it first")
+        self.pool.check_new(name)
         files, config = find_delta(repo, kwargs)
         check_base(config.base_fingerprints, self._base.infos, "the model's base", self._known)
         read = partial(read_delta, repo, files, config, self._base.keys)
@@ -67,7 +66,7 @@ class Tenants:
                 touched.add(twin)
                 module.dm_packed[name] = packed.to(_weight(module).device)
         for tensor_name, value in stored.overlay.items():
-            for twin in self._tied_tensors(tensor_name):
+            for twin in tied_tensors(self.model, tensor_name):
                 owner, _, leaf = twin.rpartition(".")
                 module = self._tenant(owner)
                 touched.add(owner)
@@ -144,10 +143,6 @@ class Tenants:
 
     # What it needs to know
 
-    def _tied_tensors(self, name: str) -> list[str]:
-        ties = self.model.all_tied_weights_keys.items()
-        return [name, *(target for target, source in ties if source == name)]
-
     def _known(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
         """Fingerprints of the base's tensors; each is hashed once for all deltas."""
         missing = {key: info for key, info in infos.items() if key not in self._fingerprints}
@@ -158,10 +153,10 @@ class Tenants:
     def _adopt_own(self) -> None:
         """Make a loaded delta repo's own delta one of many, and the model its base."""
         model, base = self.model, self._base
-        own = delta_modules(model)
         quantizer: Any = getattr(model, "hf_quantizer", None)
-        if quantizer is None or not hasattr(quantizer, "base_files"):
+        if not hasattr(quantizer, "base_files"):
             return
+        own = delta_modules(model)
         tied = set(model.all_tied_weights_keys)
         packed = {n: m.packed() for n, m in own.items() if f"{n}.weight" not in tied}
         for module in own.values():
