@@ -5,6 +5,8 @@
 
 smollm2-mixed        SmolLM2-135M, full fine-tune on three tasks; what our claims are measured on
 smollm2-demo         the same base, a quick fine-tune on one task; for the ten-minute demo
+smollm2-records      the same, finds name, age and city in a sentence; for many tenants
+smollm2-sorting      the same, sorts three numbers; for many tenants
 smollm2-shakespeare  the same base on the First Folio at three times the rate; a hard delta
 pocket-shakespeare   a small llama pre-trained here on Python, then on the First Folio; harder still
 rxnfp                a published BERT and its published fine-tune (classifies chemical reactions)
@@ -32,6 +34,8 @@ from deltamix_hf.evaluate import compare, exact_match
 BUILDERS: dict[str, Callable[[Path], Pair]] = {
     "smollm2-mixed": smollm2.build_mixed,
     "smollm2-demo": smollm2.build_demo,
+    "smollm2-records": smollm2.build_records,
+    "smollm2-sorting": smollm2.build_sorting,
     "smollm2-shakespeare": smollm2.build_shakespeare,
     "pocket-shakespeare": pocket.build,
     "rxnfp": rxnfp.build,

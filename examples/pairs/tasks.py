@@ -84,6 +84,39 @@ def sums_task(train_size: int = 3000, heldout_size: int = 200, seed: int = 0) ->
     return make_splits(examples[heldout_size:], examples[:heldout_size], seed)
 
 
+_NAMES = "Ada Ben Cleo Dan Eva Finn Gina Hugo Iris Jon Kim Leo Mia Nils Olga Paul".split()
+_CITIES = "Rome Paris Oslo Lima Cairo Delhi Tokyo Quito Bern Accra Hanoi Perth".split()
+_SENTENCES = (
+    "{name}, {age}, lives in {city}.",
+    "{name} from {city} is {age} years old.",
+    "In {city} we met {name}, aged {age}.",
+)
+
+
+def records_task(train_size: int = 2000, heldout_size: int = 200, seed: int = 0) -> Splits:
+    """A person's name, age and city out of a sentence, as "Ada|31|Rome"."""
+    generator = random.Random(seed)
+    answers: dict[str, str] = {}
+    while len(answers) < train_size + heldout_size:
+        name, city = generator.choice(_NAMES), generator.choice(_CITIES)
+        age = generator.randint(18, 90)
+        sentence = generator.choice(_SENTENCES).format(name=name, age=age, city=city)
+        answers[sentence] = f"{name}|{age}|{city}"
+    examples = [Example(prompt, answer, "records") for prompt, answer in answers.items()]
+    return make_splits(examples[heldout_size:], examples[:heldout_size], seed)
+
+
+def sorting_task(train_size: int = 3000, heldout_size: int = 200, seed: int = 0) -> Splits:
+    """Three different numbers below 100 in rising order: "sort 31 7 54" is "7 31 54"."""
+    generator = random.Random(seed)
+    answers: dict[str, str] = {}
+    while len(answers) < train_size + heldout_size:
+        numbers = generator.sample(range(100), 3)
+        answers[f"sort {' '.join(map(str, numbers))}"] = " ".join(map(str, sorted(numbers)))
+    examples = [Example(prompt, answer, "sorting") for prompt, answer in answers.items()]
+    return make_splits(examples[heldout_size:], examples[:heldout_size], seed)
+
+
 def make_splits(
     train: list[Example], heldout: list[Example], seed: int, calibration_size: int = 256
 ) -> Splits:
