@@ -16,6 +16,7 @@ default method makes. Levels of a U with groups are multiplied by their scales a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -89,6 +90,20 @@ def low_rank_transposed(
     return _product(x, left, right, scales, runs)
 
 
+def shrink(
+    x: Tensor, v: Sequence[Tensor], ranks: Sequence[Tensor], runs: Sequence[Runs], n: int
+) -> Tensor:
+    """x [M, n] -> x·V̂ᵀ of several matrices, float32 [M, all ranks]; one scale a vector."""
+    h = _enter(x, _Side(torch.cat(list(v)), 1, n), sum(runs, ()))
+    return h * grid.scales_from_bits(torch.cat([r[:, 1] for r in ranks]))
+
+
+def expand(h: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, dtype: torch.dtype) -> Tensor:
+    """h float32 [M, k], one matrix's part of `shrink`'s, -> h·Ûᵀ [M, m] in `dtype`."""
+    scales = grid.scales_from_bits(ranks[:, 2].contiguous())
+    return _leave((h * scales).to(dtype), _Side(u, 2, m), runs)
+
+
 def times_right(h: Tensor, v: Tensor, runs: Runs, n: int) -> Tensor:
     """h float32 [M, k], V's scales included, -> h·V̂ [M, n]."""
     return _leave(h, _Side(v, 1, n), runs)
@@ -107,10 +122,17 @@ def _sides(
 
 
 def _product(x: Tensor, enter: _Side, leave: _Side, scales: Tensor, runs: Runs) -> Tensor:
+    h = _enter(x, enter, runs)
+    h = (h * scales.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+    return _leave(h, leave, runs)
+
+
+def _enter(x: Tensor, enter: _Side, runs: Runs) -> Tensor:
+    """x [M, length] times the codes: [M, k] in x's dtype."""
     rows, columns = len(x), enter.columns
     if enter.length < 8 * columns:
         x = F.pad(x, (0, 8 * columns - enter.length))
-    h = x.new_empty(rows, len(scales))
+    h = x.new_empty(rows, sum(run[0] for run in runs))
     for part in parts(runs, enter.number):
         turned = x.view(rows, columns, part.order, 8 // part.order).transpose(1, 2).flatten(1)
         found = turned @ _levels(enter, part, x.dtype).T
@@ -118,8 +140,7 @@ def _product(x: Tensor, enter: _Side, leave: _Side, scales: Tensor, runs: Runs) 
             h[:, part.ranks] = found
         else:
             h.index_copy_(1, part.ranks, found)
-    h = (h * scales.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-    return _leave(h, leave, runs)
+    return h
 
 
 def _leave(h: Tensor, leave: _Side, runs: Runs) -> Tensor:

@@ -86,7 +86,7 @@ class DeltaLinear(DeltaModule, nn.Linear):
         *tensors, runs, _, _, group_sizes = packed
         if self.dm_siblings is not None and self.dm_siblings.usable(x):
             h, first = self.dm_siblings.shrunk(self, x)
-            return expand_linear(x, self.weight, self.bias, h, first, *tensors[:3], runs)
+            return cheapest(expand_linear)(x, self.weight, self.bias, h, first, *tensors[:3], runs)
         linear = cheapest(delta_linear)
         return linear(x, self.weight, self.bias, *tensors, runs, group_sizes)
 

@@ -14,6 +14,7 @@ dL/dx = (g·Û)·V̂. No gradient flows to the packed factors, they are frozen i
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -149,8 +150,7 @@ def _linear_backward(ctx, grad):
 delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 
-@torch.library.custom_op("deltamix::shrink", mutates_args=())
-def shrink(
+def plain_shrink(
     x: Tensor,
     v: list[Tensor],
     u: list[Tensor],
@@ -161,27 +161,38 @@ def shrink(
 ) -> Tensor:
     """h = x·V̂ᵀ of several matrices at once, as partial sums float32 [splits, rows, all ranks].
 
-    By Triton only, of Gaussian codebooks with one scale a vector. `runs` are the flattened runs of
-    all matrices, `run_lengths` how many numbers belong to each. No gradients.
+    Of Gaussian codebooks with one scale a vector; without Triton, of what `lookup` supports.
+    `runs` are the flattened runs of all matrices, `run_lengths` how many numbers belong to each.
+    No gradients.
     """
+    n, ends = x.shape[-1], accumulate(run_lengths)
+    pieces = [
+        tuple(_unflatten(runs[end - length : end]))
+        for end, length in zip(ends, run_lengths, strict=True)
+    ]
+    if choose(x.device) != TRITON:
+        with torch.autocast(x.device.type, enabled=False):
+            return lookup.shrink(x.reshape(-1, n), v, ranks, pieces, n)[None]
     k = triton_kernels()
-    n, pieces = x.shape[-1], torch.tensor(runs).split(run_lengths)
     matrices = [
-        k.Packed(*tensors, None, k.runs_of(piece.tolist()), outputs, n, (0, 0))
+        k.Packed(*tensors, None, piece, outputs, n, (0, 0))
         for *tensors, piece, outputs in zip(v, u, ranks, pieces, m, strict=True)
     ]
     return k.shrink(x, matrices)
 
 
+shrink = torch.library.custom_op("deltamix::shrink", mutates_args=())(plain_shrink)
+
+
 @shrink.register_fake
 def _(x, v, u, ranks, runs, run_lengths, m):
-    rows, n = x.numel() // x.shape[-1], x.shape[-1]
-    _, splits = triton_kernels().split_columns(x.device, rows, n)
+    rows, n, splits = x.numel() // x.shape[-1], x.shape[-1], 1
+    if choose(x.device) == TRITON:
+        _, splits = triton_kernels().split_columns(x.device, rows, n)
     return x.new_empty(splits, rows, sum(len(r) for r in ranks), dtype=torch.float32)
 
 
-@torch.library.custom_op("deltamix::expand_linear", mutates_args=())
-def expand_linear(
+def plain_expand_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -193,11 +204,22 @@ def expand_linear(
     runs: list[int],
 ) -> Tensor:
     """`delta_linear` whose h was made by `shrink`; its ranks begin at column `first`."""
-    k = triton_kernels()
     m, n = weight.shape
+    if choose(x.device) != TRITON:
+        y = F.linear(x, weight, bias)
+        inner = h[0, :, first : first + len(ranks)]
+        with torch.autocast(x.device.type, enabled=False):
+            delta = lookup.expand(inner, u, ranks, tuple(_unflatten(runs)), m, x.dtype)
+        return y.add_(delta.view(y.shape))
+    k = triton_kernels()
     packed = k.Packed(v, u, ranks, None, k.runs_of(runs), m, n, (0, 0))
     y = k.finish_linear(x, weight, bias, h, packed, first)
     return y.view(*x.shape[:-1], m)
+
+
+expand_linear = torch.library.custom_op("deltamix::expand_linear", mutates_args=())(
+    plain_expand_linear
+)
 
 
 @expand_linear.register_fake
@@ -262,6 +284,8 @@ _PLAIN: dict[Any, Any] = {
     low_rank: plain_low_rank,
     delta_linear: plain_delta_linear,
     low_rank_rows: plain_low_rank_rows,
+    shrink: plain_shrink,
+    expand_linear: plain_expand_linear,
 }
 
 

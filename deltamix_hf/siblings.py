@@ -1,4 +1,7 @@
-"""Layers that read the same tensor (q/k/v, gate/up) share one shrink launch on a GPU.
+"""Layers that read the same tensor (q/k/v, gate/up) compute h = x·V̂ᵀ together.
+
+By Triton that is one launch for all. On a CPU it is one look-up of all their codes: at one token
+the overhead of small tensor operations is most of the delta's time.
 
 Which layers may be siblings is known by name; whether they are is seen at run time: the first one
 that is called computes h = x·V̂ᵀ for all, the others take theirs if they are called with the very
@@ -9,12 +12,14 @@ its own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import lookup, ops
 from .kernels import TRITON, choose
 from .modules import DeltaLinear, weight_of
 
@@ -29,36 +34,53 @@ NAMES = (
 _MOST_MISSES = 2
 
 
+@dataclass
+class _Shared:
+    """x, its h for all members, and the members that have not taken theirs yet."""
+
+    x: Tensor
+    h: Tensor
+    waiting: list[int]
+
+
 class Siblings:
     """A group of layers with one input; holds h only until the last of them has taken it."""
 
     def __init__(self, members: list[DeltaLinear]):
         self.members = members
         self.misses = 0
-        self._x: Tensor | None = None
-        self._h: Tensor | None = None
-        self._waiting: list[int] = []
+        self._quick = all(
+            lookup.supported(tuple(m.dm_runs), m.dm_gaussian, m.dm_group_sizes) for m in members
+        )
+        self._running: dict[int, _Shared] = {}  # by thread
 
     def usable(self, x: Tensor) -> bool:
-        """Triton runs, nothing needs gradients, and all members lie where x does."""
-        if choose(x.device) != TRITON or (torch.is_grad_enabled() and x.requires_grad):
+        """Triton or look-up runs, nothing needs gradients, and all members lie where x does."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return False
+        if choose(x.device) != TRITON and not (
+            self._quick
+            and x.device.type == "cpu"
+            and x.dtype != torch.float64
+            and not torch.compiler.is_compiling()
+        ):
             return False
         return all(member.dm_v.device == x.device for member in self.members)
 
     def shrunk(self, member: DeltaLinear, x: Tensor) -> tuple[Tensor, int]:
         """Partial sums of all members for x, and the column where this member's begin."""
         index = self.members.index(member)
-        if self._x is not x or index not in self._waiting:
-            if self._waiting:
+        thread = 0 if torch.compiler.is_compiling() else get_ident()
+        shared = self._running.get(thread)
+        if shared is None or shared.x is not x or index not in shared.waiting:
+            if shared is not None:
                 self._miss()
-            self._x, self._waiting = x, list(range(len(self.members)))
-            self._h = ops.shrink(x, *_arguments(self.members))
-        h = self._h
-        assert h is not None
-        self._waiting.remove(index)
-        if not self._waiting:
-            self._x = self._h = None
-        return h, sum(_rank(m) for m in self.members[:index])
+            h = ops.cheapest(ops.shrink)(x, *_arguments(self.members))
+            shared = self._running[thread] = _Shared(x, h, list(range(len(self.members))))
+        shared.waiting.remove(index)
+        if not shared.waiting:
+            del self._running[thread]
+        return shared.h, sum(_rank(m) for m in self.members[:index])
 
     def _miss(self) -> None:
         self.misses += 1
