@@ -185,7 +185,14 @@ class PackedFactors:
         return self.v, self.u, self.ranks, self.zeros, *layout
 
     def to(self, device: torch.device) -> PackedFactors:
-        moved: Any = {part: tensor.to(device) for part, tensor in self.tensors.items()}
+        """On `device`; from pinned memory to a GPU without waiting for the copy."""
+        later = device.type == "cuda"
+        moved: Any = {p: t.to(device, non_blocking=later) for p, t in self.tensors.items()}
+        return replace(self, **moved)
+
+    def pinned(self) -> PackedFactors:
+        """In page-locked host memory; needs a GPU."""
+        moved: Any = {part: tensor.pin_memory() for part, tensor in self.tensors.items()}
         return replace(self, **moved)
 
     @property

@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
 from .delta_repo import StoredDelta
 from .errors import DeltaMixError
@@ -28,6 +29,7 @@ class Entry:
         users: batches that are using it.
         active: it is in use for all calls, until another is chosen.
         used: when it was last asked for, by the pool's own count.
+        serial: tells it from another delta loaded under the same name.
     """
 
     nbytes: int
@@ -37,6 +39,7 @@ class Entry:
     users: int = 0
     active: bool = False
     used: int = 0
+    serial: int = field(default_factory=count().__next__)
 
     @property
     def fixed(self) -> bool:
@@ -189,6 +192,13 @@ class Pool:
                 entry.users += 1
             return entries
 
+    def check_possible(self, names: Sequence[str]) -> None:
+        """Raises DeltaMixError: an unknown name, or these can never be resident at once."""
+        with self._changed:
+            for name in names:
+                self._entry(name)
+            self._check_possible(list(dict.fromkeys(names)))
+
     def _check_possible(self, names: list[str]) -> None:
         needed = sum(self.entries[name].nbytes for name in names)
         others = {n: e.nbytes for n, e in self.entries.items() if e.fixed and n not in names}
@@ -217,6 +227,8 @@ class Pool:
             raise
         entry.resident, entry.stored = True, stored
         self._trim_host()
+        if entry.stored is not None and entry.read is not None:  # kept, to come back fast
+            entry.stored = stored.pinned()
 
     def _make_room(self, missing: int, keep: Sequence[str]) -> bool:
         """Move out what was used longest ago until `missing` bytes fit; False: not possible now."""

@@ -11,6 +11,7 @@ from .config import QUANT_METHOD
 METHODS = (
     "load_delta",
     "set_delta",
+    "use_deltas",
     "disable_deltas",
     "enable_deltas",
     "delete_delta",

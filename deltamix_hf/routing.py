@@ -4,6 +4,9 @@ A row takes a combination of deltas, normally one, or none: the plain base. Seve
 The rows named by the caller may each stand for several rows of what a layer sees: beams and
 returned sequences repeat rows in place, and layers that flatten [batch, length] to one dimension
 repeat each row `length` times. Both keep the order, so row i of L is row i // (L / batch).
+
+Continuous batching packs the tokens of many requests into one row [1, tokens]; there, every token
+has its own route.
 """
 
 from __future__ import annotations
@@ -11,14 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock, RLock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import DeltaMixError
+from .plans import SLOTS, Combination, Plan, Slots, capturing
 
-Combination = tuple[str, ...]  # names of deltas that are added up; () is the base
 BASE = "__base__"  # what PEFT calls it; None means the same
+_MOST_PLANS = 64  # batch sizes for which a graph may be recorded
 
 
 class Route:
@@ -28,6 +33,8 @@ class Route:
         self.rows = tuple(rows)
         self.distinct = tuple(dict.fromkeys(self.rows))
         self._index: dict[tuple[int, torch.device], list[tuple[Combination, Tensor]]] = {}
+        self._batches: dict[int, Route] = {}
+        self._plans: dict[tuple[int, torch.device], Plan] = {}
 
     @property
     def single(self) -> Combination | None:
@@ -47,7 +54,24 @@ class Route:
                 f"{len(self.rows)} rows were named, but the batch has {rows}: give one name for "
                 "each row"
             )
-        return Route([row for row in self.rows for _ in range(rows // len(self.rows))])
+        if rows not in self._batches:
+            self._batches[rows] = Route(self.of_rows(rows))
+        return self._batches[rows]
+
+    def of_rows(self, rows: int) -> Sequence[Combination]:
+        """The combination of each of `rows` rows, a multiple of those named if these differ."""
+        if self.single is not None:
+            return [self.single] * rows
+        return [row for row in self.rows for _ in range(rows // len(self.rows))]
+
+    def plan(self, rows: int, device: torch.device, slots: Slots) -> Plan:
+        """Slots of `rows` rows, for as long as the route's deltas stay resident."""
+        key = rows, device
+        if key not in self._plans:
+            plan = Plan(rows, sum(map(bool, self.distinct)), device)
+            plan.load(self.of_rows(rows), slots)
+            self._plans[key] = plan
+        return self._plans[key]
 
     def groups(self, length: int, device: torch.device) -> list[tuple[Combination, Tensor]]:
         """Row numbers int64 of every combination but the base, among `length` rows."""
@@ -62,12 +86,53 @@ class Route:
         return self._index[key]
 
 
+class PackedRoute(Route):
+    """Combinations of the tokens of many requests in one row [1, tokens].
+
+    Args:
+        rows: a combination for each request, in the order of their tokens.
+        lengths: how many tokens each has.
+        kept: combinations of the tokens whose logits are wanted, in order.
+        head: the module that sees these alone; None: it sees all tokens, as any other does.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Combination],
+        lengths: Sequence[int],
+        kept: Sequence[Combination] = (),
+        head: nn.Module | None = None,
+    ):
+        super().__init__([row for row, n in zip(rows, lengths, strict=True) for _ in range(n)])
+        self._tokens, self._kept, self._head = Route(self.rows), Route(kept), head
+
+    def of_batch(self, rows: int) -> Route:
+        return self
+
+    def seen_by(self, module: nn.Module) -> Route:
+        """The route of what `module` sees, a row for each token."""
+        return self._kept if module is self._head else self._tokens
+
+
 class Router:
-    """The route in force: the one of the running call, or else of all calls."""
+    """The route in force: the one of the running call, or else of all calls.
+
+    Captured CUDA graphs follow another: the route last set for all calls, or the one announced
+    until a `with` ends.
+
+    Attributes:
+        slots: of the resident deltas, for the kernels' tables.
+        turn: held by the thread that announces.
+    """
 
     def __init__(self) -> None:
         self.default = Route([()])
+        self.slots = Slots()
+        self.turn = RLock()
         self._current: ContextVar[Route | None] = ContextVar("deltamix_route", default=None)
+        self._announced: list[Route] = []  # the last one counts
+        self._fixed: dict[tuple[int, torch.device], Plan] = {}
+        self._writing = Lock()
 
     @property
     def route(self) -> Route:
@@ -84,3 +149,75 @@ class Router:
             yield
         finally:
             self._current.reset(token)
+
+    def set_default(self, route: Route) -> None:
+        """Use `route` in all calls that name none, and in captured graphs."""
+        self.default = route
+        self._load_fixed()
+
+    @contextmanager
+    def announcing(self, route: Route) -> Iterator[None]:
+        """Use `route` within, in captured graphs too; the thread has its turn.
+
+        Raises:
+            DeltaMixError: a graph cannot run it.
+        """
+        self.check_graphs(route)
+        self._announced.append(route)
+        try:
+            self._load_fixed()
+            with self.using(route):
+                yield
+        finally:
+            self._announced.pop()
+            self._load_fixed()
+
+    def check_graphs(self, route: Route) -> None:
+        """Raises DeltaMixError if a graph was captured and some row adds up several deltas."""
+        captured = any(plan.captured for plan in self._fixed.values())
+        if captured and any(len(row) > 1 for row in route.distinct):
+            raise DeltaMixError(
+                "a CUDA graph was captured, and its rows cannot add up several deltas: give each "
+                "row one"
+            )
+
+    def plan(self, rows: int, device: torch.device) -> Plan:
+        """Slots of the rows of a batch; while a CUDA graph is recorded, in memory that stays.
+
+        Raises:
+            DeltaMixError: a graph is recorded, but no call like it ran before, or its deltas were
+                named in the call.
+        """
+        fixed = self._fixed.get((rows, device))
+        if capturing(device):
+            if fixed is None or self.route.of_rows(rows) != self._of_graphs.of_rows(rows):
+                raise DeltaMixError(
+                    "before a CUDA graph is recorded, run the same once, and name the deltas with "
+                    "use_deltas or set_delta around both, not in the call"
+                )
+            fixed.captured = True
+            return fixed
+        if fixed is None:
+            self._add_fixed(rows, device)
+        return self.route.plan(rows, device, self.slots)
+
+    @property
+    def _of_graphs(self) -> Route:
+        return (self._announced or [self.default])[-1]
+
+    def _add_fixed(self, rows: int, device: torch.device) -> None:
+        """Memory for graphs of this batch size, should one be recorded."""
+        with self._writing:
+            idle = [key for key, plan in self._fixed.items() if not plan.captured]
+            for key in idle[: max(0, len(idle) + 1 - _MOST_PLANS)]:
+                del self._fixed[key]
+            self._fixed[rows, device] = Plan(rows, min(rows, SLOTS), device)
+        self._load_fixed()
+
+    def _load_fixed(self) -> None:
+        """Write the rows that captured graphs follow; the base where they do not fit a batch."""
+        with self._writing:
+            route = self._of_graphs
+            for (rows, _), plan in self._fixed.items():
+                fits = rows % len(route.rows) == 0 and all(len(row) < 2 for row in route.distinct)
+                plan.load(route.of_rows(rows) if fits else [()] * rows, self.slots)

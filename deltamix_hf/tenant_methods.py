@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -38,6 +39,23 @@ def set_delta(self: PreTrainedModel, names: str | Sequence[str]) -> None:
         DeltaMixError: no delta of that name is loaded.
     """
     tenants_of(self).choose([names] if isinstance(names, str) else list(names))
+
+
+@contextmanager
+def use_deltas(self: PreTrainedModel, names: str | Sequence[str | None]) -> Iterator[None]:
+    """Use these deltas in all calls within that name none; for compiled models and CUDA graphs.
+
+    A compiled model takes its rows' deltas from here, and so does a captured graph that is replayed
+    within. Only one thread can be within at a time.
+
+    Args:
+        names: one for each row of a batch, None or "__base__" for the base, or one for all rows.
+
+    Raises:
+        DeltaMixError: no delta of that name is loaded, or no room for all of them.
+    """
+    with tenants_of(self).using(names):
+        yield
 
 
 class _Disabled:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import tenant_ops
+from .at_once import at_once
 from .errors import DeltaMixError
 from .ops import cheapest, low_rank, low_rank_rows
 from .packed import PackedFactors
-from .routing import Combination, Route, Router
+from .routing import Combination, PackedRoute, Route, Router
 
 Overlay = dict[str, Tensor]  # name of a parameter or buffer of one module -> its value
 
@@ -33,16 +35,34 @@ class TenantModule(nn.Module):
         dm_plain_class: whose forward makes the base's output.
         dm_has_batch: whether the first dimension of its input is the batch, or 1 for all rows
             alike. (T5's table of relative positions is looked up without one.)
+        dm_number: its number among the modules that compiled code asks for.
+        dm_table: an `at_once.Table`, once `dm_tried` what the kernels can do for it.
+        dm_captured: a CUDA graph was recorded with it.
     """
 
     dm_router: Router
     dm_packed: dict[str, PackedFactors]
     dm_overlay: dict[str, Overlay]
     dm_plain_class: type[nn.Module]
+    dm_number: int
     dm_has_batch: bool = True
+    dm_table: Any = None
+    dm_tried: bool = False
+    dm_captured: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return tenant_ops.opaque(self, args, kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, by the route now in force."""
         route = self.dm_router.route
+        if isinstance(route, PackedRoute) and route.single is None:
+            return self._unpacked(route.seen_by(self), args, kwargs)
+        together = at_once(self, args, kwargs)
+        if together is not None:
+            return together
         single = route.single
         if single is not None:
             if not self._touched(single):
@@ -69,6 +89,27 @@ class TenantModule(nn.Module):
                 part = self._combined(combination, chosen, named, y[rows])
                 y = y.index_copy(0, rows, part.expand(len(rows), *part.shape[1:]).to(y.dtype))
         return y
+
+    def _unpacked(self, route: Route, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The output for one row of many tokens, as if each token were a row of its own."""
+        if not any(self._touched(combination) for combination in route.distinct):
+            return self._plain(self, args, kwargs)
+        x, length = _first_tensor(args, kwargs), len(route.rows)
+        found = [dim for dim, size in enumerate(x.shape) if size == length]
+        with self.dm_router.using(route):
+            if route.single is not None or x.shape[0] > 1:  # alike, or flattened: rows already
+                return self.run(*args, **kwargs)
+            if not found:
+                raise DeltaMixError(
+                    f"a {self.dm_plain_class.__name__} that sees {list(x.shape)} does not see the "
+                    f"{length} tokens of the batch apart; give all requests the same delta"
+                )
+            # [1, tokens, heads, ...] and [1, heads, tokens, ...] both have the tokens outermost
+            # in memory, which tells them apart where there are as many heads as tokens.
+            dim = max(found, key=x.stride)
+            chosen = [_to_front(value, dim, length) for value in args]
+            named = {key: _to_front(value, dim, length) for key, value in kwargs.items()}
+            return self.run(*chosen, **named).movedim(0, dim)
 
     def _touched(self, combination: Combination) -> bool:
         return any(name in self.dm_packed or name in self.dm_overlay for name in combination)
@@ -117,6 +158,7 @@ class TenantModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
+        self.dm_table, self.dm_tried, self.dm_captured = None, False, False  # new addresses
         tensors = [
             t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None
         ]
@@ -163,12 +205,19 @@ def make_tenant(module: nn.Module, router: Router) -> TenantModule:
     module.__class__ = tenant
     assert isinstance(module, TenantModule)
     module.dm_router, module.dm_packed, module.dm_overlay = router, {}, {}
-    module.dm_plain_class = plain
+    module.dm_plain_class, module.dm_number = plain, tenant_ops.register(module)
     return module
 
 
 def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _to_front(value: Any, dim: int, length: int) -> Any:
+    """`value` with dimension `dim` first, if it has `length` entries there."""
+    if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == length:
+        return value.movedim(dim, 0)
+    return value
 
 
 def _pick(value: Any, rows: Tensor, length: int) -> Any:

@@ -9,26 +9,34 @@ None or "__base__" being the base. Names given to a call win over what is set or
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping, Sequence
-from functools import partial, wraps
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from .at_once import refresh
 from .base import BaseCheckpoint, resolve_base, same
 from .delta_repo import StoredDelta, find_delta, read_delta
 from .errors import DeltaMixError
 from .format import PREFIX, TensorInfo, check_base, fingerprints
+from .kernels import TRITON, choose
 from .modules import delta_modules, detach, tied_modules, tied_tensors
+from .packed import PackedFactors
+from .plans import SLOTS
 from .pool import Pool
 from .routing import BASE, Combination, Route, Router
+from .tenant_model import Names, tenant_model_class
 from .tenant_modules import TenantModule, make_tenant
 
 DEFAULT = "default"  # what PEFT calls the first one
-Names = str | Sequence[str | None] | None
+_WORTH_A_BAR = 100_000_000  # bytes; a second or two from a disk
 
 
 class Tenants:
@@ -44,6 +52,9 @@ class Tenants:
         self._fingerprints: dict[str, str] = {}  # of the base's tensors, once asked for
         self._base = _base_of(model)
         self._adopt_own()
+        for module_name, module in model.named_modules():
+            if _maps_one_tensor(module):  # now, not with the first delta that changes it: what
+                self._tenant(module_name)  # torch.compile has seen must not change its class
 
     # Loading and deleting
 
@@ -60,26 +71,48 @@ class Tenants:
     def _place(self, name: str, stored: StoredDelta) -> None:
         """Put a delta's tensors beside the base's, on the base's devices."""
         touched = self._modules.setdefault(name, set())
-        for module_name, packed in stored.packed.items():
+        self._take_slot(name)
+        matrices: Iterable[tuple[str, PackedFactors]] = stored.packed.items()
+        if stored.nbytes >= _WORTH_A_BAR:
+            matrices = logging.tqdm(matrices, desc=f"Loading delta {name}", unit="matrix")
+        for module_name, packed in matrices:
+            placed: dict[torch.device, PackedFactors] = {}  # twins share it
             for twin in tied_modules(self.model, module_name):
                 module = self._tenant(twin)
                 touched.add(twin)
-                module.dm_packed[name] = packed.to(_weight(module).device)
+                device = _weight(module).device
+                if device not in placed:
+                    placed[device] = packed.to(device)
+                module.dm_packed[name] = placed[device]
         for tensor_name, value in stored.overlay.items():
             for twin in tied_tensors(self.model, tensor_name):
                 owner, _, leaf = twin.rpartition(".")
                 module = self._tenant(owner)
                 touched.add(owner)
                 own = getattr(module, leaf)
-                placed = value.to(own.device, own.dtype)
-                module.dm_overlay.setdefault(name, {})[leaf] = placed
+                module.dm_overlay.setdefault(name, {})[leaf] = value.to(own.device, own.dtype)
+        self._refresh_tables(name, touched)
 
     def _remove(self, name: str) -> None:
-        for module_name in self._modules.pop(name, ()):
+        touched = self._modules.pop(name, set())
+        for module_name in touched:
             module = self.model.get_submodule(module_name)
             assert isinstance(module, TenantModule)
             module.dm_packed.pop(name, None)
             module.dm_overlay.pop(name, None)
+        self._refresh_tables(name, touched)
+        self.router.slots.pop(name, None)
+
+    def _take_slot(self, name: str) -> None:
+        if not self.router.slots.take(name) and choose(self.model.device) == TRITON:
+            raise DeltaMixError(
+                f"the kernels' tables hold {SLOTS} deltas on the device at a time: delete some, or "
+                "bound them with set_delta_memory"
+            )
+
+    def _refresh_tables(self, name: str, touched: set[str]) -> None:
+        for module_name in touched:
+            refresh(self.model.get_submodule(module_name), name)
 
     def _tenant(self, name: str) -> TenantModule:
         module = self.model.get_submodule(name)
@@ -116,6 +149,7 @@ class Tenants:
 
     def choose(self, names: Sequence[str]) -> None:
         """Deltas of all calls that name none; several are added up, none is the base."""
+        self.router.check_graphs(Route([tuple(names)]))
         self.pool.activate(names)
         self.active = tuple(dict.fromkeys(names))
         self._refresh()
@@ -125,7 +159,17 @@ class Tenants:
         self._refresh()
 
     def _refresh(self) -> None:
-        self.router.default = Route([self.active if self.enabled else ()])
+        self.router.set_default(Route([self.active if self.enabled else ()]))
+
+    @contextmanager
+    def using(self, names: str | Sequence[str | None]) -> Iterator[None]:
+        """Within, calls that name no deltas use these, compiled or in a captured graph too."""
+        route = self.route(names)
+        assert route is not None
+        held = [name for row in route.distinct for name in row]
+        router = self.router  # its turn first: who waits for it must not hold deltas
+        with router.turn, self.pool.holding(held), router.announcing(route):
+            yield
 
     def route(self, names: Names) -> Route | None:
         """The route of one call; None if it names no deltas.
@@ -195,46 +239,17 @@ def tenants_of(model: PreTrainedModel) -> Tenants:
                 "parts of the model are offloaded; load it whole to serve several deltas from it"
             )
         model.__dict__["dm_tenants"] = Tenants(model)
-        model.__class__ = _tenant_model_class(type(model))
+        model.__class__ = tenant_model_class(type(model))
     return model.__dict__["dm_tenants"]
 
 
-def _tenant_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`cls` whose `forward` and `generate` take `delta_names`."""
-
-    def naming(method: Any, forward: bool) -> Any:
-        @wraps(method)  # transformers looks at the signature
-        def named(self: Any, *args: Any, delta_names: Names = None, **kwargs: Any) -> Any:
-            if delta_names is not None and not isinstance(delta_names, str):
-                _check_rows(len(delta_names), _rows(args, kwargs))
-            tenants: Tenants = self.__dict__["dm_tenants"]
-            route = tenants.route(delta_names)
-            if forward:  # in `generate`, rows may be repeated since they were named
-                route = (route or tenants.router.route).of_batch(_rows(args, kwargs))
-            names = [name for row in route.distinct for name in row] if route else []
-            with tenants.pool.holding(names), tenants.router.using(route):
-                return method(self, *args, **kwargs)
-
-        return named
-
-    methods = {"forward": naming(cls.forward, forward=True)}
-    if hasattr(cls, "generate"):
-        methods["generate"] = naming(cls.generate, forward=False)
-    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
-
-
-def _rows(args: tuple, kwargs: dict[str, Any]) -> int:
-    """Rows of a batch: of the first tensor given."""
-    values = (*args, *kwargs.values())
-    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), 1)
-
-
-def _check_rows(names: int, rows: int) -> None:
-    if rows != names:
-        raise DeltaMixError(
-            f"delta_names has {names} names for a batch of {rows} rows; give one name for each "
-            "row, or a single text for all"
-        )
+def _maps_one_tensor(module: nn.Module) -> bool:
+    """Whether it is a layer that a delta may change and that maps one tensor to another."""
+    own = list(module.parameters(recurse=False))
+    if not own or any(module.children()) or not all(p.is_floating_point() for p in own):
+        return False
+    _, *taken = inspect.signature(type(module).forward).parameters.values()
+    return sum(parameter.default is parameter.empty for parameter in taken) == 1
 
 
 def _weight(module: TenantModule) -> Tensor:

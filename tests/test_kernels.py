@@ -142,7 +142,7 @@ def test_supported_group_sizes():
     sizes = (0, 1, 8, 16, 24, 32, 48, 128)
     assert [g for g in sizes if dk.supported((0, g))] == [0, 16, 32, 48, 128]
     assert dk.supported((16, 0)) and not dk.supported((8, 0))
-    assert launch._columns(16, 48) == 2 and launch._columns(16, 0) == 16
+    assert launch.columns_at_once(16, 48) == 2 and launch.columns_at_once(16, 0) == 16
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")

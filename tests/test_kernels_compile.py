@@ -13,18 +13,24 @@ import sys
 SCRIPT = """
 import itertools
 from deltamix_kernels.expand import expand_kernel
+from deltamix_kernels.gather import gather_kernel
+from deltamix_kernels.grouped import (
+    grouped_expand_kernel, grouped_rows_kernel, grouped_shrink_kernel,
+)
 from deltamix_kernels.shrink import shrink_kernel
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TYPES = {"h": "*fp32", "out": "*fp32", "tiles": "*i32", "zeros": "*u8"}
+TYPES = {"h": "*fp32", "out": "*fp32", "tiles": "*i32", "zeros": "*u8", "ids": "*i64"}
+TYPES |= {"table": "*i64", "addresses": "*i64"}
+TYPES |= dict.fromkeys(("order", "starts", "slots", "of_rows"), "*i32")
 
-def build(kernel, dtype, **constants):
+def build(kernel, dtype, *typed, **constants):
     signature = {}
     for name in kernel.arg_names:
         kind = TYPES.get(name, "i32")
-        if name in ("x", "weight", "bias", "y"):
+        if name in ("x", "weight", "bias", "y", *typed):
             kind = "*" + dtype
         elif name.startswith("packed"):
             kind = "*u8"
@@ -44,6 +50,13 @@ for dtype, gaussian in itertools.product(("bf16", "fp16", "fp32"), (True, False)
     build(shrink_kernel, dtype, SIDE=0, SPLIT=128, C=16, **shared)
     for base in (0, 1, 2):
         build(expand_kernel, dtype, SIDE=1, BASE=base, BIAS=True, C=4, K=128, **shared)
+for dtype, group in (("bf16", 0), ("bf16", 128), ("fp32", 0)):
+    shared = dict(GROUP=group, M=16, R=16)
+    build(grouped_shrink_kernel, dtype, SPLIT=128, C=16, WIDEN=False, **shared)
+    build(grouped_expand_kernel, dtype, SIDE=1, BIAS=True, C=4, WIDEN=False, **shared)
+    build(grouped_rows_kernel, dtype, **shared)
+    build(gather_kernel, dtype, "base", "out", BLOCK=1024)
+build(grouped_expand_kernel, "bf16", SIDE=0, BIAS=False, C=4, WIDEN=False, GROUP=0, M=16, R=16)
 print("compiled")
 """
 

@@ -15,7 +15,8 @@ from tiny_pairs import Pair, fine_tune, logits, make_tokenizer, quick, text_of, 
 from torch import Tensor
 from transformers import PreTrainedModel, pipeline
 
-from deltamix_hf import DeltaMixError
+from deltamix_hf import DeltaMixError, tenants
+from deltamix_hf.packed import PackedFactors
 
 NAMES = ("one", "two", "three")
 METHODS = ("deltamix-kl", "delta-come", "deltamix-kl")
@@ -101,6 +102,61 @@ def test_choosing_for_all_calls(family, model):
     torch.testing.assert_close(logits(model, ids), family.alone("three", ids), **CLOSE)
     model.delete_delta("three")
     assert model.active_deltas == [] and torch.equal(logits(model, ids), base)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_load_cut_off_leaves_the_model_as_it_was(family, monkeypatch, error):
+    model, ids = family.pair.load(family.pair.base), token_ids(3, 7)
+    for name in ("one", "two"):
+        model.load_delta(family.repos[name], name)
+    plain, calls = PackedFactors.to, []
+
+    def to(self, device):
+        calls.append(device)
+        if len(calls) == 2:
+            raise error
+        return plain(self, device)
+
+    for again in (False, True):  # a new delta, and one that must come back
+        with monkeypatch.context() as patched:
+            if again:
+                model.load_delta(family.repos["three"], "three")
+                model.set_delta_memory(max(model.list_deltas().values()))
+                model.set_delta_memory(None)
+            calls.clear()
+            patched.setattr(PackedFactors, "to", to)
+            with pytest.raises(error):
+                if again:
+                    logits(model, ids, delta_names=["two", "three", None])
+                else:
+                    model.load_delta(family.repos["three"], "three")
+        assert "three" not in model.delta_memory().resident
+        assert list(model.list_deltas()) == list(NAMES if again else NAMES[:2])
+        found = logits(model, ids, delta_names=["two", "one", None])
+        for row, name in enumerate(("two", "one", None)):
+            torch.testing.assert_close(found[row], family.alone(name, ids)[row], **CLOSE)
+
+
+def test_a_long_load_shows_its_progress(family, monkeypatch):
+    bars = []
+
+    def tqdm(items, **how):
+        bars.append(how)
+        return items
+
+    monkeypatch.setattr(tenants.logging, "tqdm", tqdm)
+    model = loaded(family)
+    assert bars == []  # these are small
+    monkeypatch.setattr(tenants, "_WORTH_A_BAR", 0)
+    model.load_delta(family.repos["one"], "again")
+    assert bars == [{"desc": "Loading delta again", "unit": "matrix"}]
+
+
+def test_tied_weights_share_a_delta(make_family):
+    model = loaded(make_family("llama_tied"))
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    assert set(head.dm_packed) == set(NAMES)
+    assert all(head.dm_packed[name] is embeddings.dm_packed[name] for name in NAMES)
 
 
 def test_bytes_are_those_of_the_files(family, model):

@@ -84,8 +84,14 @@ def sums_task(train_size: int = 3000, heldout_size: int = 200, seed: int = 0) ->
     return make_splits(examples[heldout_size:], examples[:heldout_size], seed)
 
 
-_NAMES = "Ada Ben Cleo Dan Eva Finn Gina Hugo Iris Jon Kim Leo Mia Nils Olga Paul".split()
-_CITIES = "Rome Paris Oslo Lima Cairo Delhi Tokyo Quito Bern Accra Hanoi Perth".split()
+_NAMES = (
+    *("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo"),
+    *("Iris", "Jon", "Kim", "Leo", "Mia", "Nils", "Olga", "Paul"),
+)
+_CITIES = (
+    *("Rome", "Paris", "Oslo", "Lima", "Cairo", "Delhi"),
+    *("Tokyo", "Quito", "Bern", "Accra", "Hanoi", "Perth"),
+)
 _SENTENCES = (
     "{name}, {age}, lives in {city}.",
     "{name} from {city} is {age} years old.",

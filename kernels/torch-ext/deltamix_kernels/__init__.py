@@ -1,6 +1,7 @@
 """Triton kernels for a frozen matrix plus a packed mixed-precision low-rank delta."""
 
 from .config import DECODE_ROWS
+from .grouped_launch import Rows, Table, gather, grouped_add, grouped_embed
 from .launch import (
     INTERPRETED,
     Packed,
@@ -18,9 +19,14 @@ __all__ = [
     "DECODE_ROWS",
     "INTERPRETED",
     "Packed",
+    "Rows",
+    "Table",
     "delta_linear",
     "expand",
     "finish_linear",
+    "gather",
+    "grouped_add",
+    "grouped_embed",
     "low_rank",
     "runs_of",
     "shrink",

@@ -2,8 +2,9 @@
 
 R: ranks of a tile. C: byte columns (8 elements each) at a time. M: rows of x at a time (decode: the
 next power of two from 16). K: inputs of the base product at a time. splits: programs that share the
-input columns of a rank tile. All but splits are powers of two, and `tl.dot` needs R, 8·C, M and K
-of at least 16.
+input columns of a rank tile. programs and row_programs: of the grouped kernels, at most how many
+share a delta's rank tiles and its rows. All but these three are powers of two, and `tl.dot` needs
+R, 8·C, M and K of at least 16.
 """
 
 from __future__ import annotations

@@ -86,27 +86,28 @@ def bfloat(bits):
 
 
 @triton.jit
-def _zero_plane(code, zeros, row, element, p: tl.constexpr, above: tl.constexpr, columns, mask):
+def _one_plane(code, packed, row, element, p: tl.constexpr, above: tl.constexpr, columns, mask):
     at = (row + above + (element * p) // 8).to(tl.int64) * columns
-    found = tl.load(zeros + at, mask=mask, other=0).to(tl.int32)
+    found = tl.load(packed + at, mask=mask, other=0).to(tl.int32)
     return (code << p) | ((found >> ((element * p) % 8)) & ((1 << p) - 1))
 
 
 @triton.jit
-def zero_point(zeros, row, bits: tl.constexpr, group, columns, mask):
-    """Zero points float32 [R] of scale group `group`; `row` [R] is each rank's first byte row."""
-    zeros += group // 8
-    element = group % 8
-    code = tl.zeros(row.shape, tl.int32)
+def code_of(packed, row, bits: tl.constexpr, element, columns, mask):
+    """Codes int32 of single elements, in the shape of `mask`, with which `row`, each rank's first
+    byte row, and `element` broadcast."""
+    packed += element // 8
+    element = element % 8
+    code = tl.zeros(mask.shape, tl.int32)
     if bits & 8:
-        code = _zero_plane(code, zeros, row, element, 8, 0, columns, mask)
+        code = _one_plane(code, packed, row, element, 8, 0, columns, mask)
     if bits & 4:
-        code = _zero_plane(code, zeros, row, element, 4, bits & 8, columns, mask)
+        code = _one_plane(code, packed, row, element, 4, bits & 8, columns, mask)
     if bits & 2:
-        code = _zero_plane(code, zeros, row, element, 2, bits & 12, columns, mask)
+        code = _one_plane(code, packed, row, element, 2, bits & 12, columns, mask)
     if bits & 1:
-        code = _zero_plane(code, zeros, row, element, 1, bits & 14, columns, mask)
-    return number(code)
+        code = _one_plane(code, packed, row, element, 1, bits & 14, columns, mask)
+    return code
 
 
 @triton.jit
@@ -170,8 +171,8 @@ def factor(
                 if (ZERO_WIDTHS >> b) & 1:
                     if zero_bits == b:
                         row = first_zero_row + r * b
-                        zero = zero_point(
-                            zeros, row, b, scale_column - 1 + group, zero_columns, live
+                        zero = number(
+                            code_of(zeros, row, b, scale_column - 1 + group, zero_columns, live)
                         )
             value = value - zero[:, None]
         if GROUP > 0:

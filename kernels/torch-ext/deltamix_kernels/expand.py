@@ -13,6 +13,77 @@ from .decode import dot, factor, whole_scales
 
 
 @triton.jit
+def add_tiles(
+    sums,  # float32 [M, 8·C]
+    h,  # float32 [splits, rows, total]
+    row,  # int [M]: rows of h
+    live,  # bool [M]
+    tiles,
+    tile_count,
+    packed,
+    ranks,
+    zeros,
+    column,  # first byte column of the block
+    columns,
+    first,
+    rows,
+    splits,
+    total,
+    stride,
+    scale_column,
+    zero_columns,
+    dtype: tl.constexpr,  # of the products
+    SIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ZERO_WIDTHS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """sums + h·Ûᵀ over all rank tiles, for one block of output columns."""
+    r = tl.arange(0, R)
+    for t in range(tile_count):
+        tile = tiles + t * 8
+        first_rank = tl.load(tile + 3)
+        count = tl.load(tile + 4)
+        mask = live[:, None] & (r < count)[None, :]
+        inner = tl.zeros([M, R], tl.float32)
+        for split in range(splits):
+            at = (split * rows + row).to(tl.int64)[:, None] * total
+            at += (first + first_rank + r)[None, :]
+            inner += tl.load(h + at, mask=mask, other=0.0)
+        if GROUP == 0:
+            inner *= whole_scales(ranks, first_rank, count, stride, scale_column, R)[None, :]
+        value = factor(
+            packed,
+            ranks,
+            zeros,
+            tl.load(tile + SIDE),
+            tl.load(tile + 2),
+            first_rank,
+            count,
+            tl.load(tile + 5 + SIDE),
+            tl.maximum(tl.load(tile + 5), tl.load(tile + 6)),
+            column,
+            columns,
+            stride,
+            scale_column,
+            zero_columns,
+            GROUP,
+            GAUSSIAN,
+            WIDTHS,
+            ZERO_WIDTHS,
+            R,
+            C,
+        )
+        sums = dot(inner.to(dtype), value.to(dtype), sums, WIDEN)
+    return sums
+
+
+@triton.jit
 def expand_kernel(
     x,  # [rows, n]; read if BASE == 1
     weight,  # [m, n]; read if BASE == 1
@@ -65,43 +136,36 @@ def expand_kernel(
             sums = dot(part, w, sums, WIDEN)
     if BASE == 2:
         sums = tl.load(y_at, mask=live, other=0.0).to(tl.float32)
-    r = tl.arange(0, R)
-    for t in range(tile_count):
-        tile = tiles + t * 8
-        first_rank = tl.load(tile + 3)
-        count = tl.load(tile + 4)
-        mask = (row < rows)[:, None] & (r < count)[None, :]
-        inner = tl.zeros([M, R], tl.float32)
-        for split in range(splits):
-            at = (split * rows + row).to(tl.int64)[:, None] * total
-            at += (first + first_rank + r)[None, :]
-            inner += tl.load(h + at, mask=mask, other=0.0)
-        if GROUP == 0:
-            inner *= whole_scales(ranks, first_rank, count, stride, scale_column, R)[None, :]
-        value = factor(
-            packed,
-            ranks,
-            zeros,
-            tl.load(tile + SIDE),
-            tl.load(tile + 2),
-            first_rank,
-            count,
-            tl.load(tile + 5 + SIDE),
-            tl.maximum(tl.load(tile + 5), tl.load(tile + 6)),
-            column,
-            columns,
-            stride,
-            scale_column,
-            zero_columns,
-            GROUP,
-            GAUSSIAN,
-            WIDTHS,
-            ZERO_WIDTHS,
-            R,
-            C,
-        )
-        dtype = y.dtype.element_ty
-        sums = dot(inner.to(dtype), value.to(dtype), sums, WIDEN)
+    sums = add_tiles(
+        sums,
+        h,
+        row,
+        row < rows,
+        tiles,
+        tile_count,
+        packed,
+        ranks,
+        zeros,
+        column,
+        columns,
+        first,
+        rows,
+        splits,
+        total,
+        stride,
+        scale_column,
+        zero_columns,
+        y.dtype.element_ty,
+        SIDE,
+        GROUP,
+        GAUSSIAN,
+        WIDTHS,
+        ZERO_WIDTHS,
+        WIDEN,
+        M,
+        R,
+        C,
+    )
     if BIAS:
         sums += tl.load(bias + output, mask=output < m, other=0.0).to(tl.float32)[None, :]
     tl.store(y_at, sums.to(y.dtype.element_ty), mask=live)

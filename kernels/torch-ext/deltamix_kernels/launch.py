@@ -60,10 +60,12 @@ def supported(group_sizes: tuple[int, int]) -> bool:
     return all(size % 16 == 0 for size in group_sizes)
 
 
-def split_columns(device: torch.device, rows: int, n: int, group_size: int = 0) -> tuple[int, int]:
+def split_columns(
+    device: torch.device, rows: int, n: int, group_size: int = 0, kernel: str = "shrink"
+) -> tuple[int, int]:
     """Byte columns of one program of `shrink`, and how many programs share a tile's columns."""
-    chosen = config(device, rows, "shrink")
-    c = _columns(chosen["C"], group_size)
+    chosen = config(device, rows, kernel)
+    c = columns_at_once(chosen["C"], group_size)
     columns = triton.cdiv(n, 8)
     split = triton.cdiv(triton.cdiv(columns, chosen["splits"]), c) * c
     return split, max(1, triton.cdiv(columns, split))
@@ -80,11 +82,11 @@ def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
         raise ValueError("only matrices of one input and one scale a vector share a launch")
     if len(matrices) > 3:
         raise ValueError(f"at most three matrices share a launch, got {len(matrices)}")
-    x = _flat(x)
+    x = flat(x)
     rows, n = x.shape
     assert n == one.length(side)
     chosen = config(x.device, rows, "shrink")
-    r, c, m = chosen["R"], _columns(chosen["C"], one.group_sizes[side]), chosen["M"]
+    r, c, m = chosen["R"], columns_at_once(chosen["C"], one.group_sizes[side]), chosen["M"]
     tiles = tile_table(tuple(p.runs for p in matrices), r, x.device)
     ranks = [p.rank for p in matrices]
     columns = triton.cdiv(n, 8)
@@ -145,7 +147,7 @@ def expand(
     splits, rows, total = h.shape
     m = packed.length(side)
     chosen = config(h.device, rows, "expand")
-    r, c, block = chosen["R"], _columns(chosen["C"], packed.group_sizes[side]), chosen["M"]
+    r, c, block = chosen["R"], columns_at_once(chosen["C"], packed.group_sizes[side]), chosen["M"]
     base = _PRODUCT if weight is not None else _NOTHING if add_to is None else _ADD
     y = h.new_empty(rows, m, dtype=dtype) if add_to is None else add_to
     if y.numel() == 0:
@@ -211,18 +213,19 @@ def finish_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, packed: Packed, first: int = 0
 ) -> Tensor:
     """The rest of `delta_linear`, [rows, m], of x [..., n] and h; few rows: with the base."""
-    x = _flat(x)
+    x = flat(x)
     if len(x) <= DECODE_ROWS:
         return expand(h, packed, x.dtype, first=first, x=x, weight=weight, bias=bias)
     return expand(h, packed, x.dtype, first=first, add_to=F.linear(x, weight, bias))
 
 
-def _flat(x: Tensor) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+def flat(x: Tensor) -> Tensor:
+    """x [..., n] as [rows, n], its rows contiguous."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _columns(wanted: int, group_size: int) -> int:
+def columns_at_once(wanted: int, group_size: int) -> int:
     """Byte columns at a time, so that a block lies in one scale group."""
     if not group_size:
         return wanted
