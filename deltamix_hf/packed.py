@@ -190,6 +190,11 @@ class PackedFactors:
         moved: Any = {p: t.to(device, non_blocking=later) for p, t in self.tensors.items()}
         return replace(self, **moved)
 
+    def move(self, device: torch.device) -> None:
+        """`to`, in place."""
+        for part, tensor in self.tensors.items():
+            setattr(self, part, tensor.to(device))
+
     def pinned(self) -> PackedFactors:
         """In page-locked host memory; needs a GPU."""
         moved: Any = {part: tensor.pin_memory() for part, tensor in self.tensors.items()}

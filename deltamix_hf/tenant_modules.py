@@ -166,7 +166,8 @@ class TenantModule(nn.Module):
             overlay.update({key: fn(value) for key, value in overlay.items()})
         if tensors:
             device = tensors[0].device
-            self.dm_packed.update({name: p.to(device) for name, p in self.dm_packed.items()})
+            for packed in self.dm_packed.values():
+                packed.move(device)  # in place: tied modules share it
         return self
 
 

@@ -157,6 +157,11 @@ def test_tied_weights_share_a_delta(make_family):
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     assert set(head.dm_packed) == set(NAMES)
     assert all(head.dm_packed[name] is embeddings.dm_packed[name] for name in NAMES)
+    model.to("meta")
+    for name in NAMES:
+        packed = head.dm_packed[name]
+        assert packed is embeddings.dm_packed[name]
+        assert {t.device.type for t in packed.tensors.values()} == {"meta"}
 
 
 def test_bytes_are_those_of_the_files(family, model):

@@ -27,9 +27,10 @@ step versions 60 python3 -c "
 import datetime, torch, transformers, triton
 print(datetime.date.today(), torch.cuda.get_device_name(), 'torch', torch.__version__,
       'triton', triton.__version__, 'transformers', transformers.__version__)"
-step tests 240 python3 -m pytest -q -p no:cacheprovider tests/test_kernels.py \
+step tests 220 python3 -m pytest -q -p no:cacheprovider tests/test_kernels.py \
     tests/test_grouped.py tests/test_tenant_ops.py tests/test_kernel_choice.py \
     tests/test_siblings.py tests/test_ops.py tests/test_modules.py
-step kernels 200 python3 kernels/benchmarks/bench.py --json "$out/kernels.json"
+step kernels 170 python3 kernels/benchmarks/bench.py --json "$out/kernels.json"
+step tenants 60 python3 kernels/benchmarks/tenants.py --json "$out/tenants.json"
 step block_7b 80 python3 examples/bench_quality/block_7b.py --device cuda
 exit $status
