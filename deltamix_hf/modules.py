@@ -120,6 +120,13 @@ def delta_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     return None
 
 
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make `module` an instance of `cls`, for accelerate's hooks too: they keep a forward."""
+    object.__setattr__(module, "__class__", cls)
+    if "_old_forward" in module.__dict__:
+        object.__setattr__(module, "_old_forward", MethodType(cls.forward, module))
+
+
 def attach(
     module: nn.Module, runs: Runs, group_sizes: GroupSizes, tensors: dict[str, Tensor]
 ) -> None:
@@ -131,7 +138,7 @@ def attach(
     m, n = weight_of(module).shape
     gaussian = "zeros" not in tensors
     check_parts(m, n, runs, group_sizes, tensors)
-    module.__class__ = counterpart
+    change_class(module, counterpart)
     assert isinstance(module, DeltaModule)
     module.dm_runs, module.dm_group_sizes, module.dm_gaussian = runs, group_sizes, gaussian
     for part in parts(gaussian):
@@ -173,9 +180,7 @@ def detach(module: DeltaModule) -> None:
     del module.dm_runs, module.dm_group_sizes, module.dm_gaussian, module.dm_merged
     module.__dict__.pop("dm_siblings", None)
     plain: type[nn.Module] = nn.Linear if isinstance(module, DeltaLinear) else nn.Embedding
-    object.__setattr__(module, "__class__", getattr(type(module), "dm_plain_class", plain))
-    if "_old_forward" in module.__dict__:  # accelerate's hooks keep the forward they found
-        object.__setattr__(module, "_old_forward", MethodType(type(module).forward, module))
+    change_class(module, getattr(type(module), "dm_plain_class", plain))
 
 
 def delta_modules(model: nn.Module) -> dict[str, DeltaModule]:

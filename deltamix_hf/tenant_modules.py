@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import tenant_ops
 from .at_once import at_once
 from .errors import DeltaMixError
+from .modules import change_class
 from .ops import cheapest, low_rank, low_rank_rows
 from .packed import PackedFactors
 from .routing import Combination, PackedRoute, Route, Router
@@ -203,7 +204,7 @@ def make_tenant(module: nn.Module, router: Router) -> TenantModule:
         tenant, plain = type(cls.__name__, (cls, TenantEmbedding), {}), nn.Embedding
     else:
         tenant = type(cls.__name__, (TenantModule, cls), {})
-    module.__class__ = tenant
+    change_class(module, tenant)
     assert isinstance(module, TenantModule)
     module.dm_router, module.dm_packed, module.dm_overlay = router, {}, {}
     module.dm_plain_class, module.dm_number = plain, tenant_ops.register(module)

@@ -27,7 +27,7 @@ from .delta_repo import StoredDelta, find_delta, read_delta
 from .errors import DeltaMixError
 from .format import PREFIX, TensorInfo, check_base, fingerprints
 from .kernels import TRITON, choose
-from .modules import delta_modules, detach, tied_modules, tied_tensors
+from .modules import change_class, delta_modules, detach, tied_modules, tied_tensors
 from .packed import PackedFactors
 from .plans import SLOTS
 from .pool import Pool
@@ -239,7 +239,7 @@ def tenants_of(model: PreTrainedModel) -> Tenants:
                 "parts of the model are offloaded; load it whole to serve several deltas from it"
             )
         model.__dict__["dm_tenants"] = Tenants(model)
-        model.__class__ = tenant_model_class(type(model))
+        change_class(model, tenant_model_class(type(model)))
     return model.__dict__["dm_tenants"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_pairs import Pair, fine_tune, logits, make_tokenizer, quick, text_of, token_ids
@@ -162,6 +163,18 @@ def test_tied_weights_share_a_delta(make_family):
         packed = head.dm_packed[name]
         assert packed is embeddings.dm_packed[name]
         assert {t.device.type for t in packed.tensors.values()} == {"meta"}
+
+
+def test_beneath_the_hooks_of_a_device_map(family):
+    """Accelerate's hooks replace each module's forward."""
+    model, ids = family.pair.load(family.pair.base), token_ids(3, 7)
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    for name in NAMES:
+        model.load_delta(family.repos[name], name)
+    found = logits(model, ids, delta_names=["two", None, "one"])
+    for row, name in enumerate(("two", None, "one")):
+        torch.testing.assert_close(found[row], family.alone(name, ids)[row], **CLOSE)
 
 
 def test_bytes_are_those_of_the_files(family, model):
