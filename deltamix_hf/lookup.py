@@ -111,20 +111,21 @@ def times_right(h: Tensor, v: Tensor, runs: Runs, n: int) -> Tensor:
 
 def _sides(
     v: Tensor, u: Tensor, ranks: Tensor, m: int, n: int, u_group: int
-) -> tuple[_Side, _Side, Tensor]:
-    """Both factors, and the scales float32 [k] that apply to whole ranks."""
+) -> tuple[_Side, _Side, Sequence[Tensor]]:
+    """Both factors, and the scales float32 [k] that apply to whole ranks, one after the other."""
     scales = grid.scales_from_bits(ranks[:, 1:].contiguous())
     right = _Side(v, 1, n)
     if not u_group:
-        return right, _Side(u, 2, m), scales.prod(1)
+        return right, _Side(u, 2, m), scales.unbind(1)
     by_column = scales[:, 1:].repeat_interleave(u_group // 8, 1)[:, : u.shape[1]]
-    return right, _Side(u, 2, m, by_column), scales[:, 0]
+    return right, _Side(u, 2, m, by_column), scales[:, :1].unbind(1)
 
 
-def _product(x: Tensor, enter: _Side, leave: _Side, scales: Tensor, runs: Runs) -> Tensor:
+def _product(x: Tensor, enter: _Side, leave: _Side, scales: Sequence[Tensor], runs: Runs) -> Tensor:
     h = _enter(x, enter, runs)
-    h = (h * scales.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-    return _leave(h, leave, runs)
+    for scale in scales:  # in this order, as `shrink` and `expand` apply them
+        h = h * scale
+    return _leave(h.to(x.dtype), leave, runs)
 
 
 def _enter(x: Tensor, enter: _Side, runs: Runs) -> Tensor:

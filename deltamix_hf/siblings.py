@@ -5,9 +5,8 @@ the overhead of small tensor operations is most of the delta's time.
 
 Which layers may be siblings is known by name; whether they are is seen at run time: the first one
 that is called computes h = x·V̂ᵀ for all, the others take theirs if they are called with the very
-same tensor. Names that mislead (cross-attention: q reads another tensor than k and v) only cost
-the work that nobody takes, twice, then the group is dissolved. With gradients, every layer is on
-its own.
+same tensor. Names that mislead only cost the work that nobody takes, twice, then the group is
+dissolved. With gradients, every layer is on its own.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ NAMES = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
+# Cross-attention: its q reads another tensor than its k and v.
+_CROSS = ("cross", "encdec", "encoder_attn")
 _MOST_MISSES = 2
 
 
@@ -91,7 +92,9 @@ class Siblings:
 
 def link_siblings(model: nn.Module) -> None:
     """Find the groups of a model; call it again when its layers have changed."""
-    for parent in model.modules():
+    for name, parent in model.named_modules():
+        if any(mark in name.lower() for mark in _CROSS):
+            continue
         children = dict(parent.named_children())
         for names in NAMES:
             members = [c for n in names if isinstance(c := children.get(n), DeltaLinear)]

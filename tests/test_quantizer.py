@@ -438,6 +438,8 @@ def test_device_maps_on_the_cpu(delta, tmp_path, name, device_map):
     assert (tmp_path / "again" / name).read_bytes() == (repo.folder / name).read_bytes()
 
 
+# Layers that are not all here do not look their codes up together: other orders of additions.
+ALONE = {"rtol": 1e-5, "atol": 1e-5}
 OFFLOADS = {
     "llama": {
         "model.embed_tokens": "cpu",
@@ -480,7 +482,7 @@ def test_disk_offload(delta, tmp_path, name, method):
     repo = delta(name, method)
     model = repo.pair.load(repo.folder, device_map=OFFLOADS[name], offload_folder=tmp_path / "off")
     assert any(p.device.type == "meta" for p in model.parameters())
-    assert torch.equal(logits(model), repo.logits)
+    torch.testing.assert_close(logits(model), repo.logits, **ALONE)
 
 
 def test_offloaded_model_says_it_cannot_be_saved_or_merged(delta, tmp_path):
@@ -492,7 +494,7 @@ def test_offloaded_model_says_it_cannot_be_saved_or_merged(delta, tmp_path):
     assert not (tmp_path / "again").exists()
     with pytest.raises(DeltaMixError, match="offload"):
         model.dequantize()
-    assert torch.equal(logits(model), repo.logits)
+    torch.testing.assert_close(logits(model), repo.logits, **ALONE)
     dense = DeltaMixConfig(dequantize=True)
     with pytest.raises(DeltaMixError, match="offload"):
         repo.pair.load(repo.folder, quantization_config=dense, **options)

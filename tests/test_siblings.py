@@ -125,6 +125,18 @@ def test_another_tensor_dissolves_the_group_in_time(model, launches):
     assert one.dm_siblings is None and other.dm_siblings is None
 
 
+def test_cross_attention_is_left_alone(delta):
+    """Its q reads another tensor than its k and v: the first call would differ from the second."""
+    repo = delta("t5", "deltamix-kl")
+    model = repo.pair.load(repo.folder)
+    grouped = {id(member) for group in groups(model) for member in group.members}
+    alone = {name for name, m in delta_modules(model).items() if id(m) not in grouped}
+    crossing = {name for name in delta_modules(model) if "EncDecAttention" in name}
+    assert crossing and crossing <= alone and grouped
+    with torch.no_grad():
+        assert torch.equal(logits(model), logits(model))
+
+
 def test_a_copy_has_groups_of_its_own(model):
     twin = copy.deepcopy(model)
     for ours, theirs in zip(groups(model), groups(twin), strict=True):
