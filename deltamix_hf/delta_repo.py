@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from .base import KeyMap, repo_files
 from .config import QUANT_METHOD, DeltaMixConfig
 from .errors import DeltaMixError
-from .format import PREFIX, TensorInfo, is_guard, packed_modules, read_headers
+from .format import PREFIX, is_guard, packed_modules, read_headers
 from .packed import PackedFactors, check_parts, layout_of, parts
 
 
@@ -69,6 +68,12 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
         DeltaMixError: damaged, incomplete, or of another model.
     """
     infos = read_headers(files)
+    handles = {file: safe_open(file, framework="pt") for file in files}
+
+    def read(name: str) -> Tensor:
+        """A copy: every tensor of a file that is not copied maps the whole file once more."""
+        return handles[infos[name].file].get_tensor(name).clone()
+
     gaussian = config.codebook == "gaussian"
     modules = packed_modules(infos, gaussian, config.errors)
     packed: dict[str, PackedFactors] = {}
@@ -77,7 +82,7 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
         if f"{name}.weight" not in keys.state:
             raise DeltaMixError(f"the model has no {name}, which {source!r} changes")
         m, n = keys.state[f"{name}.weight"].shape
-        tensors = {part: _read(infos, f"{stored}.{PREFIX}{part}") for part in parts(gaussian)}
+        tensors = {part: read(f"{stored}.{PREFIX}{part}") for part in parts(gaussian)}
         try:
             runs, group_sizes = layout_of(tensors["ranks"], config.group_size)
             check_parts(m, n, runs, group_sizes, tensors)
@@ -90,7 +95,7 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
         if is_guard(stored):
             continue
         name = keys.rename(stored)[0]
-        value = _read(infos, stored)
+        value = read(stored)
         if name not in keys.state or keys.state[name].shape != value.shape:
             has = list(keys.state[name].shape) if name in keys.state else "none such"
             raise DeltaMixError(
@@ -98,8 +103,3 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
             )
         overlay[name] = value
     return StoredDelta(packed, overlay, config.base_fingerprints, source)
-
-
-def _read(infos: Mapping[str, TensorInfo], name: str) -> Tensor:
-    with safe_open(infos[name].file, framework="pt") as handle:
-        return handle.get_tensor(name)

@@ -10,6 +10,9 @@ So there are at most three parts on a side, each with its own order of levels: b
 column, element in the byte. Instead of putting levels in order, x is permuted on the way in and y
 on the way out.
 
+All is computed in float32: products in bfloat16 with levels that are new at every call made oneDNN
+keep 600 MB for good (SmolLM2-135M).
+
 Widths 2, 3, 4 and 8, Gaussian codebook, one scale a vector except for U of embeddings: what the
 default method makes. Levels of a U with groups are multiplied by their scales as they are read.
 """
@@ -101,7 +104,7 @@ def shrink(
 def expand(h: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, dtype: torch.dtype) -> Tensor:
     """h float32 [M, k], one matrix's part of `shrink`'s, -> h·Ûᵀ [M, m] in `dtype`."""
     scales = grid.scales_from_bits(ranks[:, 2].contiguous())
-    return _leave((h * scales).to(dtype), _Side(u, 2, m), runs)
+    return _leave(h * scales, _Side(u, 2, m), runs).to(dtype)
 
 
 def times_right(h: Tensor, v: Tensor, runs: Runs, n: int) -> Tensor:
@@ -125,18 +128,19 @@ def _product(x: Tensor, enter: _Side, leave: _Side, scales: Sequence[Tensor], ru
     h = _enter(x, enter, runs)
     for scale in scales:  # in this order, as `shrink` and `expand` apply them
         h = h * scale
-    return _leave(h.to(x.dtype), leave, runs)
+    return _leave(h, leave, runs).to(x.dtype)
 
 
 def _enter(x: Tensor, enter: _Side, runs: Runs) -> Tensor:
-    """x [M, length] times the codes: [M, k] in x's dtype."""
+    """x [M, length] times the codes: float32 [M, k]."""
     rows, columns = len(x), enter.columns
+    x = x.float()
     if enter.length < 8 * columns:
         x = F.pad(x, (0, 8 * columns - enter.length))
     h = x.new_empty(rows, sum(run[0] for run in runs))
     for part in parts(runs, enter.number):
         turned = x.view(rows, columns, part.order, 8 // part.order).transpose(1, 2).flatten(1)
-        found = turned @ _levels(enter, part, x.dtype).T
+        found = turned @ _levels(enter, part).T
         if isinstance(part.ranks, slice):
             h[:, part.ranks] = found
         else:
@@ -148,7 +152,7 @@ def _leave(h: Tensor, leave: _Side, runs: Runs) -> Tensor:
     rows, columns = len(h), leave.columns
     y = h.new_zeros(rows, columns, 8)
     for part in parts(runs, leave.number):
-        found = _take(h, 1, part.ranks) @ _levels(leave, part, h.dtype)
+        found = _take(h, 1, part.ranks) @ _levels(leave, part)
         turned = found.view(rows, part.order, columns, 8 // part.order).transpose(1, 2)
         y.view(rows, columns, part.order, 8 // part.order).add_(turned)
     return y.flatten(1)[:, : leave.length]
@@ -169,17 +173,17 @@ def parts(runs: Runs, side: int) -> tuple[Part, ...]:
     for order in (8, 4, 2):
         widths = [width for width in (8, 4, 3, 2) if width in rows and _ORDER[width] == order]
         if widths:
-            pieces = tuple(Piece(w, len(ranks[w]), _index(rows[w])) for w in widths)
+            pieces = tuple(Piece(w, len(ranks[w]), _index(rows[w], torch.int32)) for w in widths)
             found.append(Part(order, pieces, _index([r for w in widths for r in ranks[w]])))
     return tuple(found)
 
 
-def _index(numbers: list[int]) -> slice | Tensor:
+def _index(numbers: list[int], dtype: torch.dtype = torch.int64) -> slice | Tensor:
     """A slice if the numbers are consecutive."""
     first = numbers[0]
     if numbers == list(range(first, first + len(numbers))):
         return slice(first, first + len(numbers))
-    return torch.tensor(numbers)
+    return torch.tensor(numbers, dtype=dtype)
 
 
 def _take(tensor: Tensor, dim: int, index: slice | Tensor) -> Tensor:
@@ -189,25 +193,25 @@ def _take(tensor: Tensor, dim: int, index: slice | Tensor) -> Tensor:
     return tensor[index] if dim == 0 else tensor[:, index]
 
 
-def _levels(side: _Side, part: Part, dtype: torch.dtype) -> Tensor:
+def _levels(side: _Side, part: Part) -> Tensor:
     """Levels [ranks, 8·columns] of a part, in its own order; times the side's scales."""
     if part.order == 8:
         (piece,) = part.pieces
-        levels = _eight_bits(_take(side.packed, 0, piece.rows), dtype).view(piece.count, 8, -1, 1)
+        levels = _eight_bits(_take(side.packed, 0, piece.rows)).view(piece.count, 8, -1, 1)
     else:
         found = [_entries(side.packed, piece) for piece in part.pieces]
         index = found[0] if len(found) == 1 else torch.cat(found)
-        levels = torch.embedding(_table(part.order, dtype), index)
+        levels = torch.embedding(_table(part.order), index)
     if side.scales is not None:  # levels are [ranks, order, columns, 8 / order]
-        levels *= side.scales[part.ranks, None, :, None].to(dtype)
+        levels *= side.scales[part.ranks, None, :, None]
     return levels.flatten(1)
 
 
-def _eight_bits(codes: Tensor, dtype: torch.dtype) -> Tensor:
+def _eight_bits(codes: Tensor) -> Tensor:
     """alpha·c + beta·c³ of centred codes."""
     alpha, beta = codebook.CUBIC[7]
     c = torch.sub(codes, 127.5).mul_(alpha)
-    return torch.addcmul(c, c * c, c, value=beta / alpha**3).to(dtype)
+    return torch.addcmul(c, c * c, c, value=beta / alpha**3)
 
 
 def _entries(packed: Tensor, piece: Piece) -> Tensor:
@@ -225,14 +229,14 @@ _NIBBLES = torch.tensor([0, 4], dtype=torch.uint8)[:, None]
 
 
 @cache
-def _table(order: int, dtype: torch.dtype) -> Tensor:
+def _table(order: int) -> Tensor:
     """Levels [entries, 8 / order] of every entry."""
     if order == 4:
-        return _of_bytes(4).to(dtype)
+        return _of_bytes(4)
     numbers, element = torch.arange(_TWO_BITS)[:, None], torch.arange(4)
     codes = ((numbers >> (element * 2)) & 3) << 1 | ((numbers >> (8 + element)) & 1)
     three = codebook.decode(codes.to(torch.uint8), torch.tensor(3))
-    return torch.cat([three, _of_bytes(2)]).to(dtype)
+    return torch.cat([three, _of_bytes(2)])
 
 
 def _of_bytes(width: int) -> Tensor:

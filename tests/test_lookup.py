@@ -60,7 +60,7 @@ def test_every_dtype(dtype, u_group):
 def test_tables_are_the_codebook(width):
     packed, _ = pack(8, 64, [width] * 3, [width] * 3, 0, gaussian=True)
     (part,) = lookup.parts(tuple(packed.runs), 1)
-    levels = lookup._levels(lookup._Side(packed.v, 1, 64), part, torch.float32)
+    levels = lookup._levels(lookup._Side(packed.v, 1, 64), part)
     levels = levels.view(3, part.order, 8, -1).transpose(1, 2).reshape(3, 64)
     scales = packed.right() / levels
     assert torch.allclose(scales, scales[:, :1].expand_as(scales))
