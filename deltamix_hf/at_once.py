@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DeltaMixError
-from .kernels import TRITON, choose, triton_kernels
+from .kernels import TRITON, TRITON_DTYPES, choose, triton_kernels
 from .packed import PackedFactors
 from .plans import SLOTS, Plan, capturing
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Table(Protocol):
@@ -173,7 +171,7 @@ def _table(module: Any, x: Tensor, recording: bool) -> Table | None:
     """The module's table, made when it first runs: trying out what a norm does takes a while."""
     if not module.dm_tried and not recording:
         weights = _tensors(module)
-        plain = all(t.dtype in DTYPES and t.device == x.device for t in weights.values())
+        plain = all(t.dtype in TRITON_DTYPES and t.device == x.device for t in weights.values())
         if plain and module.dm_plain_class in (nn.Linear, nn.Embedding):
             module.dm_table = Factors(module, x.device)
         elif plain and x.dim() > 1 and _multiplies_rows(module, x):

@@ -16,6 +16,7 @@ from .errors import DeltaMixError
 
 VARIABLE = "DELTAMIX_KERNEL"
 TRITON, REFERENCE = "triton", "reference"
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x and the base weight
 
 
 def choose(device: torch.device, wanted: str | None = None) -> str:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import codebook, grid, lookup, packing
-from .kernels import TRITON, choose, triton_kernels
+from .kernels import TRITON, TRITON_DTYPES, choose, triton_kernels
 from .packed import GroupSizes, PackedFactors, row_bits, scale_counts, zero_points
 
 
@@ -231,8 +231,7 @@ def _by_triton(x: Tensor, group_sizes: list[int], kernel: str | None) -> bool:
     """The kernels know three dtypes and scale groups of 16·i elements; the rest is torch's."""
     if choose(x.device, kernel) != TRITON:
         return False
-    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return known and triton_kernels().supported(_pair(group_sizes))
+    return x.dtype in TRITON_DTYPES and triton_kernels().supported(_pair(group_sizes))
 
 
 def plain_low_rank_rows(

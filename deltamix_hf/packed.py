@@ -16,6 +16,7 @@ groups are: 2^e elements, or as V's if e is 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -187,18 +188,19 @@ class PackedFactors:
     def to(self, device: torch.device) -> PackedFactors:
         """On `device`; from pinned memory to a GPU without waiting for the copy."""
         later = device.type == "cuda"
-        moved: Any = {p: t.to(device, non_blocking=later) for p, t in self.tensors.items()}
-        return replace(self, **moved)
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=later))
 
     def move(self, device: torch.device) -> None:
         """`to`, in place."""
-        for part, tensor in self.tensors.items():
-            setattr(self, part, tensor.to(device))
+        vars(self).update(self.to(device).tensors)
 
     def pinned(self) -> PackedFactors:
         """In page-locked host memory; needs a GPU."""
-        moved: Any = {part: tensor.pin_memory() for part, tensor in self.tensors.items()}
-        return replace(self, **moved)
+        return self._changed(Tensor.pin_memory)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> PackedFactors:
+        changed: Any = {part: change(tensor) for part, tensor in self.tensors.items()}
+        return replace(self, **changed)
 
     @property
     def rank(self) -> int:

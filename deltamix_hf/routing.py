@@ -211,13 +211,17 @@ class Router:
             idle = [key for key, plan in self._fixed.items() if not plan.captured]
             for key in idle[: max(0, len(idle) + 1 - _MOST_PLANS)]:
                 del self._fixed[key]
-            self._fixed[rows, device] = Plan(rows, min(rows, SLOTS), device)
-        self._load_fixed()
+            plan = self._fixed[rows, device] = Plan(rows, min(rows, SLOTS), device)
+            self._load(plan)
 
     def _load_fixed(self) -> None:
-        """Write the rows that captured graphs follow; the base where they do not fit a batch."""
+        """Write the rows that captured graphs follow."""
         with self._writing:
-            route = self._of_graphs
-            for (rows, _), plan in self._fixed.items():
-                fits = rows % len(route.rows) == 0 and all(len(row) < 2 for row in route.distinct)
-                plan.load(route.of_rows(rows) if fits else [()] * rows, self.slots)
+            for plan in self._fixed.values():
+                self._load(plan)
+
+    def _load(self, plan: Plan) -> None:
+        """The rows of graphs into one plan; the base where they do not fit a batch."""
+        route, rows = self._of_graphs, plan.rows
+        fits = rows % len(route.rows) == 0 and all(len(row) < 2 for row in route.distinct)
+        plan.load(route.of_rows(rows) if fits else [()] * rows, self.slots)
