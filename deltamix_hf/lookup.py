@@ -201,17 +201,16 @@ def _levels(side: _Side, part: Part) -> Tensor:
     else:
         found = [_entries(side.packed, piece) for piece in part.pieces]
         index = found[0] if len(found) == 1 else torch.cat(found)
-        levels = torch.embedding(_table(part.order), index)
+        levels = _look_up(part.order, index)
     if side.scales is not None:  # levels are [ranks, order, columns, 8 / order]
         levels *= side.scales[part.ranks, None, :, None]
     return levels.flatten(1)
 
 
 def _eight_bits(codes: Tensor) -> Tensor:
-    """alpha·c + beta·c³ of centred codes."""
-    alpha, beta = codebook.CUBIC[7]
-    c = torch.sub(codes, 127.5).mul_(alpha)
-    return torch.addcmul(c, c * c, c, value=beta / alpha**3)
+    """c·(alpha + beta·c²) of centred codes."""
+    c = codes.float().sub_(127.5)
+    return torch.addcmul(_ALPHA, c, c, value=codebook.CUBIC[7][1]).mul_(c)
 
 
 def _entries(packed: Tensor, piece: Piece) -> Tensor:
@@ -225,7 +224,19 @@ def _entries(packed: Tensor, piece: Piece) -> Tensor:
     return torch.add(rows[:, :2].int(), low, alpha=256)
 
 
+_ALPHA = torch.tensor(codebook.CUBIC[7][0])
 _NIBBLES = torch.tensor([0, 4], dtype=torch.uint8)[:, None]
+
+
+def _look_up(order: int, index: Tensor) -> Tensor:
+    """Levels [*index.shape, 8 / order] of entries.
+
+    Of a vector of 16-byte elements `index_select` reads one in 0.8 ns, of a matrix of four columns
+    it copies a row in 2.4 ns.
+    """
+    wide = torch.complex64 if order == 4 else torch.complex128
+    found = torch.index_select(_table(order).view(wide).view(-1), 0, index.view(-1))
+    return found.view(torch.float32).view(*index.shape, -1)
 
 
 @cache
