@@ -32,7 +32,7 @@ from .factor import Factors, factorise
 from .format import GUARD, PREFIX, header_bytes
 from .global_allocation import Choices, solve_global
 from .gptq import Rounded, gptq_columns, gptq_rows, round_rows
-from .metric import damped, diagonal
+from .metric import blended, damped, diagonal
 from .packed import DTYPES, GroupSizes, PackedFactors, part_shapes, rank_bytes
 from .statistics import Metrics
 
@@ -161,7 +161,9 @@ class Compressor:
         bar = logging.tqdm(total=len(matrices), desc="Measuring spectra", unit="matrix")
         for name, matrix in matrices.items():
             with _named(name):
-                factors = self._factors(matrix.delta(), self._damped(matrix.metrics()))
+                delta = matrix.delta()
+                metrics = self._informed(delta, matrix.metrics())
+                factors = self._factors(delta, self._damped(metrics))
             energies.append(factors.sigma.double() ** 2)
             bar.update()
         bar.close()
@@ -198,6 +200,21 @@ class Compressor:
         whitening = near if self.config.whiten else Metrics()
         return factorise(delta, whitening.outputs, whitening.inputs, rank)
 
+    def _informed(self, delta: Tensor, metrics: Metrics) -> Metrics:
+        """The metrics, with what ΔW itself says of them if no text does.
+
+        Training changes a weight by sums of g·xᵀ: the columns of ΔW are made of the gradients at
+        its outputs, its rows of its inputs. So ΔW·ΔWᵀ stands in for G and ΔWᵀ·ΔW for C.
+        """
+        share = self.config.delta_metric if self.config.calibration is None else 0.0
+        if not share:
+            return metrics
+        if not torch.isfinite(delta).all():
+            raise ValueError("the delta holds NaN or infinity")
+        return Metrics(
+            blended(metrics.outputs, delta, share), blended(metrics.inputs, delta.T, share)
+        )
+
     def _damped(self, metrics: Metrics) -> Metrics:
         return Metrics(
             damped(metrics.outputs, OUTPUT_DAMPING) if self.config.fisher else None,
@@ -218,7 +235,9 @@ class Compressor:
         return result
 
     def _compress(self, name: str, delta: Tensor, metrics: Metrics) -> Compressed:
-        config, near, group_sizes = self.config, self._damped(metrics), self.group_sizes[name]
+        config, group_sizes, measured = self.config, self.group_sizes[name], metrics.inputs
+        metrics = self._informed(delta, metrics)
+        near = self._damped(metrics)
         if name in self._plan:
             widths = self._plan[name]
             kept = int((widths.v > 0).sum())
@@ -238,7 +257,7 @@ class Compressor:
             factors.right[kept_ranks],
         )
         if not len(sigma):
-            return Compressed(None, metric_error(delta, torch.zeros_like(delta), metrics.inputs))
+            return Compressed(None, metric_error(delta, torch.zeros_like(delta), measured))
         right_hat, u_bits = v.dequantize(), widths.u.to(delta.device)[kept_ranks]
         if config.correct_target:
             target, inner = corrected_left_factor(delta, metrics.inputs, right_hat, sigma)
@@ -255,7 +274,7 @@ class Compressor:
             exact, rounded = left * sigma, u.dequantize().T
             gains = unbiased_gains(exact, rounded, right, right_hat, near.outputs, near.inputs)
             u = u.scaled(gains)
-        error = metric_error(delta, u.dequantize().T @ right_hat, metrics.inputs)
+        error = metric_error(delta, u.dequantize().T @ right_hat, measured)
         packed = PackedFactors.pack(v, u)
         return Compressed(packed if packed.rank else None, error)
 

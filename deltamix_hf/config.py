@@ -52,6 +52,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
             size as tokens differ in use; a power of two from 16, or 0 for as elsewhere.
         whiten: take the SVD of ΔW weighted by the layer's metric instead of ΔW itself.
         fisher: weigh output errors by what they do to the model's predictions.
+        delta_metric: in data-free compression, the share of both metrics that is taken from ΔW
+            itself, 0 to 1.
         allocation: `"bands"`, `"matrix"` (each gets the same ratio) or `"global"`.
         split_widths: U and V of a rank may have different widths (`allocation="global"`).
         codebook: `"min-max"` (uniform, with zero points) or `"gaussian"`.
@@ -87,6 +89,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
     embedding_group_size: int
     whiten: bool
     fisher: bool
+    delta_metric: float
     allocation: str
     split_widths: bool
     codebook: str
@@ -111,6 +114,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         embedding_group_size: int | None = None,
         whiten: bool | None = None,
         fisher: bool | None = None,
+        delta_metric: float | None = None,
         allocation: str | None = None,
         split_widths: bool | None = None,
         codebook: str | None = None,
@@ -224,12 +228,12 @@ class DeltaMixConfig(QuantizationConfigMixin):
                     f"{name} is {getattr(self, name)!r}; choose one of {list(choices)}"
                 )
         _check_int("tune_steps", self.tune_steps, 0)
-        penalty = self.drop_penalty
-        number = isinstance(penalty, int | float) and not isinstance(penalty, bool)
-        if not number or not 1 <= penalty < math.inf:
+        if not _is_number(self.drop_penalty) or not 1 <= self.drop_penalty < math.inf:
             raise DeltaMixError(
-                f"drop_penalty is {penalty!r}; it must be a finite number of at least 1"
+                f"drop_penalty is {self.drop_penalty!r}; it must be a finite number of at least 1"
             )
+        if not _is_number(self.delta_metric) or not 0 <= self.delta_metric <= 1:
+            raise DeltaMixError(f"delta_metric is {self.delta_metric!r}; it must lie in 0 to 1")
         if self.split_widths and self.allocation != "global":
             raise DeltaMixError('split_widths=True needs allocation="global"')
         if self.allocation == "bands" and self.codebook != "min-max":
@@ -313,6 +317,10 @@ class DeltaMixConfig(QuantizationConfigMixin):
         records = ("base_fingerprints", "errors", "dropped")
         shown = {k: v for k, v in self.to_dict().items() if k not in records}
         return f"DeltaMixConfig {json.dumps(shown, indent=2)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

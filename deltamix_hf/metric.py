@@ -25,6 +25,7 @@ Metric = Tensor | None
 FULL = 6144
 SKETCH = 2048
 DIAGONAL = 32768
+_NOTHING = 2.0**-100
 
 
 class SecondMoment:
@@ -74,6 +75,25 @@ class SecondMoment:
         found.mul_(scale).mul_(scale[:, None]).mul_(0.5)
         found.diagonal().copy_(self.squares)
         return found.div_(count)
+
+
+def blended(metric: Metric, rows: Tensor, share: float) -> Tensor:
+    """(1 − share)·metric + share·rows·rowsᵀ, for rows `[d, k]`; a new tensor, None being I.
+
+    The product is brought to the metric's mean diagonal first. Where the metric is a diagonal, or
+    would be, so is the product.
+    """
+    dim = len(rows)
+    full = dim <= FULL if metric is None else metric.dim() == 2
+    product = rows @ rows.T if full else rows.square().sum(1)
+    sizes = product.diagonal() if full else product
+    known = rows.new_ones(dim) if metric is None else metric
+    mean = (known.diagonal() if known.dim() == 2 else known).mean()
+    product *= share * mean / sizes.mean().clamp(min=_NOTHING)
+    if known.dim() < product.dim():
+        product.diagonal().add_(known, alpha=1 - share)
+        return product
+    return product.add_(known, alpha=1 - share)
 
 
 def damped(metric: Metric, fraction: float) -> Metric:

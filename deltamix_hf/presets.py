@@ -23,6 +23,8 @@ class Preset:
     whiten: bool
     # metric on outputs: Fisher information G = E[g·gᵀ] of the fine-tune's own predictions
     fisher: bool
+    # data-free, the share of both metrics that is ΔW's own second moments; 0: none
+    delta_metric: float
     # who shares the budget: fixed bands of ranks, ranks of one matrix, or ranks of the whole model
     allocation: str
     # U and V of a rank may have different widths
@@ -53,6 +55,7 @@ PRESETS = {
     "deltamix-kl": Preset(
         whiten=True,
         fisher=True,
+        delta_metric=0.3,
         allocation="global",
         split_widths=True,
         bits=(0, 2, 3, 4, 8),
@@ -69,6 +72,7 @@ PRESETS = {
     "deltamix": Preset(
         whiten=False,
         fisher=False,
+        delta_metric=0.0,
         allocation="matrix",
         split_widths=False,
         bits=(0, 2, 3, 4, 8),
@@ -85,6 +89,7 @@ PRESETS = {
     "delta-come": Preset(
         whiten=False,
         fisher=False,
+        delta_metric=0.0,
         allocation="bands",
         split_widths=False,
         bits=(0, 2, 3, 8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -45,7 +46,10 @@ def matrix(delta, gram=None, fisher=None) -> Matrix:
 
 
 def compress_matrix(single: Matrix, budget: int, config: DeltaMixConfig) -> Compressed:
-    """One matrix with the whole budget."""
+    """One matrix with the whole budget; its metrics, if there are any, are those of a text."""
+    if single.metrics().inputs is not None:
+        config = copy.copy(config)
+        config.calibration = ["some text"]
     compressor = Compressor({"w": single}, Budget(budget, 0, 0), config)
     return compressor.compress("w", single.delta(), single.metrics())
 
@@ -160,6 +164,23 @@ def test_f_max_limits_the_distinct_widths():
         result = compress_matrix(matrix(delta), 2000, config)
         dropped = result.packed.rank < 96
         assert len(result.packed.runs) + dropped <= limit
+
+
+def test_a_delta_says_without_data_which_inputs_it_was_trained_on():
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 96, generator=random) @ torch.randn(96, 96, generator=random)
+    inputs *= torch.logspace(0, -1, 96)
+    delta = torch.randn(64, 400, generator=random) @ inputs / 1e4
+    gram, errors = inputs.T @ inputs / len(inputs), {}
+    for share in (0.0, 0.3):
+        config = DeltaMixConfig("b", delta_metric=share)
+        packed = compress_matrix(matrix(delta), 2 * 64 * 96 // 8, config).packed
+        errors[share] = true_error(delta, packed.dense(), gram)
+    assert errors[0.3] < 0.7 * errors[0.0]
+    for share in (0.0, 0.3):  # with text, what it says counts alone
+        config = DeltaMixConfig("b", delta_metric=share)
+        errors[share] = compress_matrix(matrix(delta, gram), 64 * 96 // 8, config).error
+    assert errors[0.3] == errors[0.0]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -50,6 +50,7 @@ switches = st.fixed_dictionaries(
         "group_size": st.integers(0, 4096),
         "embedding_group_size": st.sampled_from([0, 16, 128, 2**15]),
         "drop_penalty": st.floats(1, 1e6) | st.integers(1, 9),
+        "delta_metric": st.floats(0, 1) | st.integers(0, 1),
         "tune_steps": st.integers(0, 999),
         "f_max": st.integers(1, 9),
         **{
@@ -214,6 +215,11 @@ def test_loading_attributes_are_what_the_user_gave():
         ({"drop_penalty": float("inf")}, "drop_penalty is inf"),
         ({"drop_penalty": True}, "drop_penalty is True"),
         ({"drop_penalty": "4"}, "drop_penalty is '4'"),
+        ({"delta_metric": -0.1}, "delta_metric is -0.1"),
+        ({"delta_metric": 1.5}, "delta_metric is 1.5"),
+        ({"delta_metric": float("nan")}, "delta_metric is nan"),
+        ({"delta_metric": True}, "delta_metric is True"),
+        ({"delta_metric": "all"}, "delta_metric is 'all'"),
         ({"tune_steps": -1}, "tune_steps is -1"),
         ({"tune_steps": 40.0}, "tune_steps is 40.0"),
         ({"tune_steps": True}, "tune_steps is True"),
@@ -296,6 +302,7 @@ OTHER = {
     "group_size": 64,
     "embedding_group_size": 32,
     "drop_penalty": 1.0,
+    "delta_metric": 0.0,
     "tune_steps": 0,
 }
 

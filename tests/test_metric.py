@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from deltamix_hf.metric import (
+    FULL,
     SecondMoment,
+    blended,
     damped,
     energies,
     root,
@@ -146,6 +148,26 @@ def test_damping(kind):
     wanted = metric + (extra if metric.dim() == 1 else extra * torch.eye(DIM))
     torch.testing.assert_close(found, wanted)
     assert torch.equal(metric, before)
+
+
+@pytest.mark.parametrize("kind", ["identity", "diagonal", "matrix"])
+def test_blending_with_the_second_moments_of_rows(kind):
+    rows = rows_of(50, 5, seed=1).T  # [5, 50]
+    metric = {"identity": None, "diagonal": torch.arange(1.0, 6), "matrix": explicit(rows_of(9, 5))}
+    metric = metric[kind] if kind != "matrix" else metric[kind].float()
+    before = None if metric is None else metric.clone()
+    known = torch.eye(5) if metric is None else metric if kind == "matrix" else metric.diag()
+    gram = rows @ rows.T
+    gram = 0.25 * gram * known.diagonal().mean() / gram.diagonal().mean()
+    expected = 0.75 * known + (gram.diagonal().diag() if kind == "diagonal" else gram)
+    found = blended(metric, rows, 0.25)
+    assert torch.allclose(found.diag() if found.dim() == 1 else found, expected, rtol=1e-4)
+    assert before is None or torch.equal(metric, before)
+    assert torch.isfinite(blended(metric, torch.zeros(5, 3), 0.25)).all()
+
+
+def test_blending_a_long_identity_is_a_diagonal():
+    assert blended(None, torch.ones(FULL + 1, 2), 0.5).shape == (FULL + 1,)
 
 
 def test_a_metric_must_be_positive():

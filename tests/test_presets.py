@@ -15,6 +15,7 @@ from deltamix_hf.presets import PRESETS, SWITCHES, resolve
 PUBLISHED = {
     "whiten": False,
     "fisher": False,
+    "delta_metric": 0.0,
     "split_widths": False,
     "codebook": "min-max",
     "group_size": 128,
@@ -30,6 +31,7 @@ DELTAMIX = PUBLISHED | {"allocation": "matrix", "bits": (0, 2, 3, 4, 8), "correc
 OURS = {
     "whiten": True,
     "fisher": True,
+    "delta_metric": 0.3,
     "allocation": "global",
     "split_widths": True,
     "bits": (0, 2, 3, 4, 8),
