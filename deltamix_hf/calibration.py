@@ -20,13 +20,20 @@ _RANDOM_LENGTH = 128
 _TOKENS_PER_FORWARD = 2048  # rows of a token tensor run together up to this many tokens
 
 
-def describe(config: DeltaMixConfig) -> str:
-    """The calibration data in a few words, for config.json and the model card."""
+def no_text_given(config: DeltaMixConfig) -> bool:
+    """Whether what the fine-tune was made for is unknown: no data, or only what it wrote itself."""
     data = config.calibration
-    if data is None:
-        return "data-free"
-    if isinstance(data, str) and data == SELF:
-        return f"{config.num_samples} texts written by the fine-tune"
+    return data is None or (isinstance(data, str) and data == SELF)
+
+
+def describe(config: DeltaMixConfig) -> str:
+    """The calibration data in a few words, for config.json and the model card.
+
+    Text that the fine-tune is to write is described once it is there.
+    """
+    data = config.calibration
+    if no_text_given(config):
+        return "weights alone"
     if isinstance(data, Tensor):
         rows, length = data[: config.num_samples, : config.seq_length].shape
         return f"token ids [{rows}, {length}]"
@@ -56,7 +63,7 @@ def token_batches(config: DeltaMixConfig, load_tokenizer: Callable[[], Any]) -> 
 
 
 def random_tokens(vocabulary: int, config: DeltaMixConfig) -> list[Tensor]:
-    """Uniformly random token ids, for data-free compression."""
+    """Uniformly random token ids, for models that could write text but have no tokenizer."""
     generator = torch.Generator().manual_seed(config.seed)
     length = min(config.seq_length, _RANDOM_LENGTH)
     ids = torch.randint(vocabulary, (config.num_samples, length), generator=generator)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from . import allocation, codebook
+from .calibration import no_text_given
 from .config import DeltaMixConfig
 from .correction import (
     corrected_left_factor,
@@ -201,12 +202,12 @@ class Compressor:
         return factorise(delta, whitening.outputs, whitening.inputs, rank)
 
     def _informed(self, delta: Tensor, metrics: Metrics) -> Metrics:
-        """The metrics, with what ΔW itself says of them if no text does.
+        """The metrics, with what ΔW itself says of them if the user gave no text.
 
         Training changes a weight by sums of g·xᵀ: the columns of ΔW are made of the gradients at
         its outputs, its rows of its inputs. So ΔW·ΔWᵀ stands in for G and ΔWᵀ·ΔW for C.
         """
-        share = self.config.delta_metric if self.config.calibration is None else 0.0
+        share = self.config.delta_metric if no_text_given(self.config) else 0.0
         if not share:
             return metrics
         if not torch.isfinite(delta).all():

@@ -52,8 +52,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
             size as tokens differ in use; a power of two from 16, or 0 for as elsewhere.
         whiten: take the SVD of ΔW weighted by the layer's metric instead of ΔW itself.
         fisher: weigh output errors by what they do to the model's predictions.
-        delta_metric: in data-free compression, the share of both metrics that is taken from ΔW
-            itself, 0 to 1.
+        delta_metric: the share of both metrics that is taken from ΔW itself, 0 to 1, if
+            `calibration` is `None` or `"self"`.
         allocation: `"bands"`, `"matrix"` (each gets the same ratio) or `"global"`.
         split_widths: U and V of a rank may have different widths (`allocation="global"`).
         codebook: `"min-max"` (uniform, with zero points) or `"gaussian"`.
@@ -64,8 +64,9 @@ class DeltaMixConfig(QuantizationConfigMixin):
         tune_steps: steps of tuning the stored scales by KL to the fine-tune; 0 for none.
         bf16_overlay: round tensors that are stored whole to bfloat16.
         calibration: texts, token ids `[samples, length]`, the name of a data set (Hub id, or a
-            local `.txt` / `.jsonl` file), `"self"` (text that the fine-tune writes), or `None` for
-            data-free compression.
+            local `.txt` / `.jsonl` file), or `"self"`: the fine-tune writes them. `None` is
+            `"self"` for a causal language model and a method with `fisher`; else the weights alone
+            decide.
         num_samples: calibration sequences at most.
         seq_length: tokens per calibration sequence at most.
         seed: order in which calibration texts are drawn.

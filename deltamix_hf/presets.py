@@ -23,7 +23,7 @@ class Preset:
     whiten: bool
     # metric on outputs: Fisher information G = E[g·gᵀ] of the fine-tune's own predictions
     fisher: bool
-    # data-free, the share of both metrics that is ΔW's own second moments; 0: none
+    # without text from the user, the share of both metrics that is ΔW's own second moments; 0: none
     delta_metric: float
     # who shares the budget: fixed bands of ranks, ranks of one matrix, or ranks of the whole model
     allocation: str

@@ -10,7 +10,17 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 from bench_quality import records
-from bench_quality.plan import GROUPS, LONG, OURS, PAIRS, PARTS, SMALL, Run, plan
+from bench_quality.plan import (
+    DATA_FREE_PARTS,
+    GROUPS,
+    LONG,
+    OURS,
+    PAIRS,
+    PARTS,
+    SMALL,
+    Run,
+    plan,
+)
 from bench_quality.report import write_report
 from bench_quality.run import Bench, run_all
 from pairs import tiny
@@ -31,7 +41,8 @@ def test_ids_are_unique_and_say_what_differs():
     described = [str((run.pair, run.label, run.share, run.seed, run.calibration)) for run in runs]
     described = [f"{text} {run.samples}" for text, run in zip(described, runs, strict=True)]
     assert len(set(described)) == len(runs)
-    assert all(run.switches == PARTS.get(run.label, {}) for run in runs)
+    switches = PARTS | DATA_FREE_PARTS
+    assert all(run.switches == switches.get(run.label, {}) for run in runs)
 
 
 def test_ids_are_stable():

@@ -14,8 +14,8 @@ from torch import nn
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.calibration import (
-    SELF,
     describe,
+    no_text_given,
     random_tokens,
     stacked,
     token_batches,
@@ -82,6 +82,12 @@ def test_texts_of_equal_length_share_a_batch():
         stacked([[], []], seed=0)
 
 
+def test_whether_the_user_gave_text():
+    for data, given in ((None, False), ("self", False), (["a"], True), ("self.txt", True)):
+        assert no_text_given(DeltaMixConfig("b", calibration=data)) is not given
+    assert not no_text_given(DeltaMixConfig("b", calibration=torch.ones(2, 3, dtype=torch.long)))
+
+
 def test_random_tokens():
     config = DeltaMixConfig("b", num_samples=70, seed=3)
     batches = random_tokens(50, config)
@@ -91,11 +97,7 @@ def test_random_tokens():
     assert torch.equal(torch.cat(random_tokens(50, config)), ids)
     assert not torch.equal(torch.cat(random_tokens(50, DeltaMixConfig("b", num_samples=70))), ids)
     assert random_tokens(50, DeltaMixConfig("b", seq_length=10))[0].shape[1] == 10
-    assert describe(config) == "data-free"
-
-
-def test_text_of_the_fine_tune_itself_is_described():
-    assert "fine-tune" in describe(DeltaMixConfig("b", calibration=SELF, num_samples=9))
+    assert describe(config) == "weights alone"
 
 
 def test_text_file(tmp_path):

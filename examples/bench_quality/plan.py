@@ -16,12 +16,12 @@ from bench_quality.baselines import METHODS
 OURS, DELTAMIX, DELTA_COME = "deltamix-kl", "deltamix", "delta-come"
 PAIRS = ("rxnfp", "pocket-shakespeare", "smollm2-mixed", "smollm2-shakespeare")
 SYNTHETIC = ("pocket-noise", "pocket-lora", "pocket-sparse")
-ENCODERS = ("rxnfp",)
 LONG = ("smollm2-shakespeare",)  # seed 0 only
 SMALL = ("rxnfp", "pocket-shakespeare")  # compressed in minutes
 # Held-out rows judged. An encoder scores one prediction a row, a language model each answer token.
 QUESTIONS = {"rxnfp": 512}
 DEFAULT_QUESTIONS = 192
+
 
 # One part of the preset changed at a time.
 PARTS: dict[str, dict[str, Any]] = {
@@ -42,6 +42,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "overlay in fp32": {"bf16_overlay": False},
     "width 1 too": {"bits": [0, 1, 2, 3, 4, 8]},
 }
+# The same, of what works without text only.
+DATA_FREE_PARTS = {"no delta metric": {"delta_metric": 0.0}}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Run:
         method: a method of `DeltaMixConfig`, or a baseline's name.
         share: the budget is 1/share of the bf16 bytes; None: the method has a size of its own.
         seed: draws the calibration texts.
-        calibration: "matched" (the pair's own texts), "mismatched", "self" or "none".
+        calibration: "matched" (the pair's own texts), "mismatched" or "none".
         samples: calibration texts at most.
         switches: further arguments of `DeltaMixConfig`.
     """
@@ -90,8 +92,8 @@ def data_free(pairs: Iterable[str]) -> Iterator[Run]:
     for pair in pairs:
         yield Run(pair, OURS, OURS, 16, calibration="none")
         yield Run(pair, DELTA_COME, DELTA_COME, 16, calibration="none")
-        if pair not in ENCODERS:
-            yield Run(pair, OURS, OURS, 16, calibration="self")
+        for label, switches in DATA_FREE_PARTS.items():
+            yield Run(pair, label, OURS, 16, calibration="none", switches=switches)
 
 
 def parts(pairs: Iterable[str]) -> Iterator[Run]:
@@ -107,9 +109,7 @@ def calibration(pairs: Iterable[str]) -> Iterator[Run]:
             for samples in (8, 32, 128, 512):
                 yield Run(pair, OURS, OURS, 32, seed, samples=samples)
             yield Run(pair, OURS, OURS, 32, seed, "mismatched")
-            if pair not in ENCODERS:
-                yield Run(pair, OURS, OURS, 32, seed, "self")
-        yield Run(pair, OURS, OURS, 32, calibration="none")
+            yield Run(pair, OURS, OURS, 32, seed, "none")
 
 
 def baselines(pairs: Iterable[str]) -> Iterator[Run]:

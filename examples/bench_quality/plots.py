@@ -57,7 +57,7 @@ def kl_against_calibration(found: Sequence[Record]) -> Figure | None:
         sizes = sorted({r["samples"] for r in group if r["calibration"] == "matched"})
         if sizes:
             axes.plot(sizes, [_mean(group, "matched", n) for n in sizes], "o-", label="matched")
-        for kind, style in (("mismatched", "--"), ("self", "-."), ("none", ":")):
+        for kind, style in (("mismatched", "--"), ("none", ":")):
             if any(r["calibration"] == kind for r in group):
                 axes.axhline(_mean(group, kind, 128), linestyle=style, color="gray", label=kind)
         axes.set(xscale="log", yscale="log", title=pair, xlabel="texts (at most)")

@@ -53,7 +53,7 @@ SECTIONS = [
     ),
     (
         "Without calibration data",
-        "At 1/16, seed 0. `self`: on text the fine-tune wrote itself.",
+        "KL at 1/16, seed 0. With `none`, `deltamix-kl` lets a language model write text itself.",
         tables.data_free,
         None,
     ),

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench_quality.plan import (
+    DATA_FREE_PARTS,
     DELTA_COME,
     DELTAMIX,
     GROUPS,
@@ -132,7 +133,7 @@ def gain(found: Sequence[Record], ends: Pairs) -> Rows:
 def data_free(found: Sequence[Record], ends: Pairs) -> Rows:
     cells = [
         (OURS, "none"),
-        (OURS, "self"),
+        *((label, "none") for label in DATA_FREE_PARTS),
         (OURS, "matched"),
         (DELTA_COME, "none"),
         (DELTA_COME, "matched"),
@@ -161,7 +162,7 @@ def parts(found: Sequence[Record], ends: Pairs) -> Rows:
 
 def calibration(found: Sequence[Record], ends: Pairs) -> Rows:
     known = present(found, PAIRS)
-    kinds = [("none", 128), ("self", 128), ("mismatched", 128)]
+    kinds = [("none", 128), ("mismatched", 128)]
     kinds += [("matched", samples) for samples in (8, 32, 128, 512)]
     rows = [["texts", *known]]
     for kind, samples in kinds:

@@ -19,15 +19,13 @@ RELATIVE = 0.02  # ‖ΔW‖ / ‖W_base‖ of every matrix of a made-up delta
 
 
 def calibration_data(pair: Pair, kind: str) -> list[str] | str | None:
-    """What `DeltaMixConfig(calibration=...)` gets.
+    """What `DeltaMixConfig(calibration=...)` gets; with None, a language model writes its own.
 
     "mismatched" is source code for a language model; an encoder gets its own texts with the
     characters of each shuffled.
     """
     if kind == "none":
         return None
-    if kind == "self":
-        return "self"
     texts = pair.texts("calibration")
     if kind == "matched":
         return texts
