@@ -65,8 +65,8 @@ class Factors:
         known = not overlay or (self.linear and overlay.keys() == {"bias"})
         if (packed is None and not overlay) or not known:
             return
-        kernel_packed = None if packed is None else _kernel_packed(packed)
-        if self.table.put(slot, kernel_packed, overlay.get("bias")):
+        factors = None if packed is None else kernel_packed(packed)
+        if self.table.put(slot, factors, overlay.get("bias")):
             self.names.add(name)
 
     def run(self, module: Any, x: Tensor, plan: Plan) -> Tensor:
@@ -207,7 +207,7 @@ def _multiplies_rows(module: Any, x: Tensor) -> bool:
         return False
 
 
-def _kernel_packed(packed: PackedFactors) -> Any:
+def kernel_packed(packed: PackedFactors) -> Any:
     """The same factors as the kernels take them."""
     tensors = packed.v, packed.u, packed.ranks, packed.zeros
     layout = tuple(packed.runs), packed.m, packed.n, packed.group_sizes

@@ -1,8 +1,8 @@
 """Which implementation runs a packed product: the Triton kernels or plain torch.
 
 An explicit argument wins over the environment variable DELTAMIX_KERNEL; both take "triton" or
-"reference". Otherwise it is plain torch, on a GPU too: the kernels are held against float64 by
-Triton's interpreter and compile for an H100, but no GPU has run them yet.
+"reference". Otherwise the device decides: the kernels on a GPU where they work (`self_check.py`),
+plain torch elsewhere.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def choose(device: torch.device, wanted: str | None = None) -> str:
     """
     name = wanted or os.environ.get(VARIABLE)
     if name is None:
-        return REFERENCE
+        return TRITON if _trusted(device) else REFERENCE
     if name not in (TRITON, REFERENCE):
         raise DeltaMixError(
             f"kernel {name!r} ({VARIABLE} or an argument): choose {TRITON!r} or {REFERENCE!r}"
@@ -49,6 +49,29 @@ except ImportError:  # no Triton
 def triton_kernels() -> Any:
     """The package `deltamix_kernels`, or None without Triton."""
     return _kernels
+
+
+_passed: dict[int | None, bool] = {}  # GPU -> whether the kernels work there
+
+
+def _trusted(device: torch.device) -> bool:
+    """Whether the kernels work on this GPU; tried the first time that it can be."""
+    if device.type != "cuda" or not _runs_triton(device):
+        return False
+    if device.index not in _passed:
+        if not _can_launch():
+            return False
+        from .self_check import kernels_work
+
+        _passed[device.index] = kernels_work(device)
+    return _passed[device.index]
+
+
+def _can_launch() -> bool:
+    """Not while a compiler traces, with fake tensors or without, and not within a CUDA graph."""
+    if torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor:
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _runs_triton(device: torch.device) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 import torch
 from test_kernels import DEVICE, inputs
 from test_ops import arguments, relative
 from test_packed import pack
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deltamix_hf import DeltaMixError, kernels, ops
+from deltamix_hf import DeltaMixError, kernels, ops, self_check
 from deltamix_hf.kernels import REFERENCE, TRITON, VARIABLE, choose
 
 LAYOUT = (40, 70, [3, 2], [2, 4], 0)
@@ -30,7 +34,7 @@ def linear(packed, x, weight, bias, kernel):
 def test_choice(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert choose(cpu) == choose(gpu) == REFERENCE
+    assert choose(cpu) == REFERENCE
     monkeypatch.setenv(VARIABLE, REFERENCE)
     assert choose(gpu) == REFERENCE and choose(gpu, TRITON) == TRITON
     monkeypatch.setenv(VARIABLE, TRITON)
@@ -38,6 +42,44 @@ def test_choice(monkeypatch):
     monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(DeltaMixError, match=r"'fast'.*'triton' or 'reference'"):
         choose(cpu)
+
+
+@pytest.mark.parametrize("work", [True, False])
+def test_a_gpu_runs_the_kernels_if_they_work_there(monkeypatch, work):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "_passed", {})
+    asked = []
+    monkeypatch.setattr(self_check, "kernels_work", lambda device: asked.append(device) or work)
+    one, two = torch.device("cuda", 0), torch.device("cuda", 1)
+    with FakeTensorMode():  # a compiler traces: it cannot be tried
+        assert choose(one) == REFERENCE and not asked
+    expected = TRITON if work else REFERENCE
+    assert [choose(device) for device in (one, one, two, one)] == [expected] * 4
+    assert asked == [one, two]
+    assert choose(one, REFERENCE) == REFERENCE and choose(one, TRITON) == TRITON
+
+
+def test_the_kernels_try_themselves(monkeypatch, caplog):
+    device = torch.device(DEVICE)
+    assert self_check.kernels_work(device) and not caplog.records
+
+    def broken(*args):
+        raise RuntimeError("PassManager::run failed\nand so on")
+
+    dk, right = kernels.triton_kernels(), kernels.triton_kernels().grouped_add
+    wrong = {
+        "PassManager": ("delta_linear", broken),
+        "off by": ("delta_linear", lambda x, weight, bias, packed: x @ weight.T),
+        "off by inf": ("delta_linear", lambda x, weight, *rest: (x @ weight.T) * torch.nan),
+        "off by [0-9]": ("grouped_add", lambda y, *rest: right(y, *rest) or y.mul_(0.9)),
+    }
+    for reason, (name, function) in wrong.items():
+        with monkeypatch.context() as patch, caplog.at_level("WARNING", "deltamix_hf"):
+            caplog.clear()
+            patch.setattr(logging.getLogger("transformers"), "propagate", True)
+            patch.setattr(dk, name, function)
+            assert not self_check.kernels_work(device)
+        assert re.search(reason, caplog.text) and "plain torch runs instead" in caplog.text
 
 
 def test_no_triton(monkeypatch):
