@@ -9,6 +9,7 @@ that delta's tensors in place of the base's.
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ def make_tenant(module: nn.Module, router: Router) -> TenantModule:
     """
     if isinstance(module, TenantModule):
         return module
-    cls = type(module)
+    cls: Any = type(module)
     plain: type[nn.Module] = cls
     if cls is nn.Linear:
         tenant: type[nn.Module] = TenantLinear
@@ -203,12 +204,17 @@ def make_tenant(module: nn.Module, router: Router) -> TenantModule:
     elif isinstance(module, nn.Embedding):
         tenant, plain = type(cls.__name__, (cls, TenantEmbedding), {}), nn.Embedding
     else:
-        tenant = type(cls.__name__, (TenantModule, cls), {})
+        tenant = _other_tenant(cls)
     change_class(module, tenant)
     assert isinstance(module, TenantModule)
     module.dm_router, module.dm_packed, module.dm_overlay = router, {}, {}
     module.dm_plain_class, module.dm_number = plain, tenant_ops.register(module)
     return module
+
+
+@cache
+def _other_tenant(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (TenantModule, cls), {})
 
 
 def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:

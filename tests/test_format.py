@@ -223,8 +223,8 @@ def test_packed_modules(gaussian):
     [*((name, "delta-come") for name in FAMILIES), ("llama", "deltamix-kl")],
 )
 def test_size_report_is_the_files(delta, name, method):
-    repo = delta(name, method).folder
-    model = delta(name, method).pair.load(repo)
+    made = delta(name, method, calibrated=method == "deltamix-kl")
+    repo, model = made.folder, made.pair.load(made.folder)
     shapes = compressed_shapes(model)
     report = size_report(repo, shapes)
     stored = load_file(repo / "model.safetensors")
@@ -240,7 +240,7 @@ def test_size_report_is_the_files(delta, name, method):
     widths = sum(2 * len(t) for t in ranks)
     scales = bytes_of(lambda k: k.endswith((".dm_ranks", ".dm_zeros"))) - widths
     assert report.scales == scales
-    tuned = delta(name, method).pair.load(delta(name, method).pair.tuned).state_dict()
+    tuned = made.pair.load(made.pair.tuned).state_dict()
     tied = set(model.all_tied_weights_keys)
     dropped = {n for n in tuned.keys() - tied if n not in stored and f"{n[:-7]}.dm_v" not in stored}
     assert bool(dropped) == (method == "deltamix-kl")  # a matrix not worth its bytes is left out
