@@ -15,6 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .errors import DeltaMixError
+from .modules import weight_of
+
+logger = logging.get_logger(__name__)
 
 # Tokens of a sample at most, a question and its answer together.
 SELF_LENGTH = 128
@@ -39,6 +42,7 @@ def self_texts(model: PreTrainedModel, tokenizer: Any, samples: int, seed: int) 
             "texts or token ids, or None for data-free"
         )
     opening = _user_opening(tokenizer)
+    vocabulary = min(len(tokenizer), weight_of(model.get_input_embeddings()).shape[0])
     made: list[list[int]] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -51,7 +55,6 @@ def self_texts(model: PreTrainedModel, tokenizer: Any, samples: int, seed: int) 
                 prompts = [_chat(tokenizer, ids[len(opening) :]) for ids in asked]
                 made += _sample(model, tokenizer, prompts, SELF_LENGTH // 2)
             else:
-                vocabulary = len(tokenizer)
                 first = torch.randint(vocabulary, (rows, 1)).tolist()
                 made += _sample(model, tokenizer, first, SELF_LENGTH - 1)
             bar.update(rows)
@@ -60,12 +63,17 @@ def self_texts(model: PreTrainedModel, tokenizer: Any, samples: int, seed: int) 
 
 
 def _user_opening(tokenizer: Any) -> list[int]:
-    """Token ids that open a user's turn; empty for a model without a chat template."""
+    """Token ids that open a user's turn; empty without a chat template that can."""
     if not getattr(tokenizer, "chat_template", None):
         return []
     turn = [{"role": "user", "content": _MARK}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False)
-    return tokenizer(text.partition(_MARK)[0], add_special_tokens=False)["input_ids"]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False)
+    except Exception as error:  # a template is a program, and may refuse a lone user's turn
+        logger.warning("the chat template cannot open a user's turn (%s); not used", error)
+        return []
+    opening, found, _ = text.partition(_MARK)
+    return tokenizer(opening, add_special_tokens=False)["input_ids"] if found else []
 
 
 def _chat(tokenizer: Any, question: list[int]) -> list[int]:
