@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,6 +13,7 @@ import matplotlib.pyplot as plt
 from bench_quality.plan import DELTA_COME, DELTAMIX, OURS, PAIRS
 from bench_quality.tables import Record, present, select
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 OWN = (OURS, DELTAMIX, DELTA_COME)
 
@@ -30,18 +32,25 @@ def kl_against_bytes(found: Sequence[Record]) -> Figure | None:
         return None
     figure, panels = _panels(len(known), "KL to the fine-tune against true bytes (seed 0)")
     others = sorted({r["label"] for r in chosen} - set(OWN))
-    colours = {label: f"C{i}" if i < 10 else "black" for i, label in enumerate([*OWN, *others])}
+    colours = {label: f"C{i}" for i, label in enumerate(OWN)}  # of C0 to C9
+    colours |= {label: plt.get_cmap("tab20b")(i / len(others)) for i, label in enumerate(others)}
+    drawn: dict[str, Any] = {}
     for pair, axes in zip(known, panels, strict=True):
         labels = {r["label"] for r in chosen if r["pair"] == pair}
         for label in (label for label in colours if label in labels):
             group = select(chosen, pair=pair, label=label)
             points = sorted((r["bytes"]["total"] / 1e6, r["figures"]["kl"]) for r in group)
             style = {"label": label, "color": colours[label]}
-            axes.plot(*zip(*points, strict=True), "o-" if label in OWN else "x:", **style)
+            mark = "o-" if label in OWN else "x:"
+            drawn[label], *_ = axes.plot(*zip(*points, strict=True), mark, **style)
         axes.set(xscale="log", yscale="log", title=pair, xlabel="MB of weight files")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("KL, nats per token")
         axes.grid(True, which="both", alpha=0.3)
-        axes.legend(fontsize=7)
+    lines = [drawn[label] for label in colours if label in drawn]
+    panels[-1].legend(handles=lines, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
