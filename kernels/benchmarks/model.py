@@ -9,10 +9,12 @@ sheet values, named in the output: the benchmark measures, this is what to hold 
 
 from __future__ import annotations
 
-from shapes import MODELS, Linear, delta_bytes, runs
+from shapes import BLOCKS, MODELS, Linear, delta_bytes, runs
 
 BANDWIDTH = 3.35e12  # bytes/s, H100 SXM's data sheet
 RATE = 989e12  # bf16 operations/s, dense, the same
+HOST = 5e10  # bytes/s from pinned memory, PCIe 5.0 x16 in practice
+TENANTS = 16
 GAP = 1.0e-6  # s between two kernels of a CUDA graph
 # Rows of x -> the most that (base + delta) / base may be, for a whole block.
 TARGETS: dict[int, float | None] = {1: 1.12, 4: None, 16: 1.15, 64: None, 2048: 1.60}
@@ -46,6 +48,17 @@ def block_costs(linears: list[Linear], rows: int = 1) -> dict[str, float]:
     }
 
 
+def tenant_costs(linears: list[Linear], tenants: int) -> tuple[float, float]:
+    """(floor, predicted) ratio to the base of a block with a row for each of `tenants` deltas.
+
+    Every delta is read once; shrink and expand are launches of their own in each layer.
+    """
+    costs = block_costs(linears, tenants)
+    reading = tenants * costs["delta MB"] * 1e6 / BANDWIDTH
+    base, gaps = costs["base us"] / 1e6, costs["base launches"] * GAP
+    return 1 + reading / (base - gaps), 1 + (reading + 2 * gaps) / base
+
+
 def _product(bytes_: int, multiply_adds: int) -> float:
     """Seconds at full bandwidth or rate."""
     return max(bytes_ / BANDWIDTH, 2 * multiply_adds / RATE)
@@ -54,7 +67,7 @@ def _product(bytes_: int, multiply_adds: int) -> float:
 def main() -> None:
     print(
         f"assumed: {BANDWIDTH / 1e12} TB/s, {RATE / 1e12:.0f} bf16 Tflop/s, "
-        f"{GAP * 1e6} us a launch; nothing here is measured"
+        f"{HOST / 1e9:.0f} GB/s from the host, {GAP * 1e6} us a launch; nothing here is measured"
     )
     for name, linears in MODELS.items():
         lines = [(1, f"{one.name} {one.m} x {one.n}", [one], None) for one in linears]
@@ -66,6 +79,13 @@ def main() -> None:
             cells = [f"{value:.4g}" for value in block_costs(some, rows).values()]
             limit = "" if target is None else f"{target:.2f}"
             print(f"| {rows} | {layer} | {' | '.join(cells)} | {limit} |")
+        floor, predicted = tenant_costs(linears, TENANTS)
+        load = BLOCKS[name] * columns["delta MB"] * 1e6 / HOST
+        print(
+            f"\n{TENANTS} rows over {TENANTS} deltas: {predicted:.2f} times the base "
+            f"(floor {floor:.2f}), target 2.60. The model's delta from pinned memory: "
+            f"{1e3 * load:.0f} ms, target 100 for 8B."
+        )
     print(
         "\nWith the merged weights cached, 2048 rows cost what the base costs: 1.00, target 1.15.\n"
         "Target at one row: 3 times faster than the torch reference, whose time only a GPU tells."

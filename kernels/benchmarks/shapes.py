@@ -46,6 +46,7 @@ MODELS = {
     "Qwen2.5-7B": block(3584, 512, 18944, bias=True),
     "Llama-3-70B": block(8192, 1024, 28672),
 }
+BLOCKS = {"Llama-3-8B": 32, "Qwen2.5-7B": 28, "Llama-3-70B": 80}
 
 
 def runs(linear: Linear, ratio: float = 1 / 16) -> list[tuple[int, int, int]]:

@@ -21,12 +21,11 @@ import triton
 from bench import CACHE, TOLERANCE, Layer, time_graph
 from deltamix_kernels import Rows, Table, grouped_add
 from model import block_costs
-from shapes import MODELS, delta_bytes, runs
+from shapes import BLOCKS, MODELS, delta_bytes, runs
 from torch import Tensor
 
 ROWS = 16
 SPREADS = (1, 4, 16)
-BLOCKS = {"Llama-3-8B": 32, "Qwen2.5-7B": 28, "Llama-3-70B": 80}
 
 
 class Grouped:
