@@ -1,0 +1,5 @@
+"""`python -m deltamix_hf` is the `deltamix` command."""
+
+from .cli import main
+
+main()

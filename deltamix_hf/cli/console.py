@@ -1,0 +1,30 @@
+"""What all commands print with, and how an error looks."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+
+out = Console()  # what a command is asked for
+notes = Console(stderr=True)  # everything else: progress, warnings, errors
+
+FAILED, INTERRUPTED = 1, 130  # exit statuses; 2 is typer's, for a command that cannot be read
+
+
+def report(error: BaseException) -> int:
+    """Print an error as one readable line on stderr; returns the exit status it deserves."""
+    if isinstance(error, KeyboardInterrupt):
+        notes.print("[red]interrupted[/red]: nothing was left half-written", highlight=False)
+        return INTERRUPTED
+    from ..errors import DeltaMixError
+
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    what = lines[0] if isinstance(error, DeltaMixError) else f"{type(error).__name__}: {lines[0]}"
+    hint = "" if isinstance(error, DeltaMixError) else " (--debug shows where)"
+    notes.print(f"[red]error[/red]: {escape(what)}{hint}", highlight=False, soft_wrap=True)
+    return FAILED
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MB of 10^6, as everywhere in this project."""
+    return f"{count / 1e6:.2f} MB"
