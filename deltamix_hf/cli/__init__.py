@@ -12,6 +12,7 @@ import sys
 import typer
 
 from .console import report
+from .env import env
 
 app = typer.Typer(
     name="deltamix",
@@ -21,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+for command in (env,):
+    app.command()(command)
 
 
 def main() -> None:
