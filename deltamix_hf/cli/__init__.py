@@ -16,12 +16,18 @@ from .env import env
 
 app = typer.Typer(
     name="deltamix",
-    help="Store a fine-tuned model as a small delta to its base, and run it beside the base.",
-    epilog="Any command takes --debug, which shows the whole trace of an error.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    epilog="Any command takes --debug, which shows the whole trace of an error.",
 )
+
+
+@app.callback()
+def about() -> None:
+    """Store a fine-tuned model as a small delta to its base, and run it beside the base."""
+
+
 for command in (env,):
     app.command()(command)
 
