@@ -33,8 +33,9 @@ from .factor import Factors, factorise
 from .format import GUARD, PREFIX, header_bytes
 from .global_allocation import Choices, solve_global
 from .gptq import Rounded, gptq_columns, gptq_rows, round_rows
+from .journal import Journal
 from .metric import blended, damped, diagonal
-from .packed import DTYPES, GroupSizes, PackedFactors, part_shapes, rank_bytes
+from .packed import DTYPES, GroupSizes, PackedFactors, layout_of, part_shapes, rank_bytes
 from .statistics import Metrics
 
 # Shares of the mean diagonal added to the metrics before they are used.
@@ -144,18 +145,41 @@ class Compressor:
     With a global allocation the widths of every rank are fixed at the start, from the spectra of
     all matrices. Otherwise every matrix gets the same share of the budget (its bf16 bytes times one
     common ratio), and what one matrix leaves unspent goes to the next.
+
+    What an earlier run has left in `journal` is taken from there.
     """
 
-    def __init__(self, matrices: Mapping[str, Matrix], budget: Budget, config: DeltaMixConfig):
+    def __init__(
+        self,
+        matrices: Mapping[str, Matrix],
+        budget: Budget,
+        config: DeltaMixConfig,
+        journal: Journal | None = None,
+    ):
+        self.journal = journal or Journal()
+        self.shapes = _shapes(matrices)
         self.config = config
         self.gaussian = config.codebook == "gaussian"
-        self.sizes = {name: m * n for name, (m, n) in _shapes(matrices).items()}
+        self.sizes = {name: m * n for name, (m, n) in self.shapes.items()}
         self.group_sizes = {n: config.group_sizes(m.embedding) for n, m in matrices.items()}
         self.gap = 0.0
         self._left, self._weight = budget.ranks, sum(self.sizes.values())
         self._plan: dict[str, Widths] = {}
-        if config.allocation == "global":
+        if config.allocation == "global" and not self._recall_plan():
             self._solve(matrices, budget.ranks)
+            self._keep_plan()
+
+    def _recall_plan(self) -> bool:
+        found = self.journal.read("allocation")
+        if found is None:
+            return False
+        tensors, self.gap = found
+        self._plan = {name: Widths(*tensors[name].long()) for name in self.shapes}
+        return True
+
+    def _keep_plan(self) -> None:
+        widths = {n: torch.stack([w.v, w.u]).to(torch.uint8) for n, w in self._plan.items()}
+        self.journal.write("allocation", widths, self.gap)
 
     def _solve(self, matrices: Mapping[str, Matrix], budget: int) -> None:
         energies = []
@@ -230,6 +254,24 @@ class Compressor:
         """
         with _named(name):
             result = self._compress(name, delta, metrics)
+        packed = result.packed
+        self.journal.write(f"matrix {name}", packed.tensors if packed else {}, result.error)
+        return self._paid(name, result)
+
+    def recall(self, name: str) -> Compressed | None:
+        """The result of an earlier run, on the CPU, if there is one."""
+        found = self.journal.read(f"matrix {name}")
+        if found is None:
+            return None
+        tensors, error = found
+        packed = None
+        if tensors:
+            (m, n), ranks = self.shapes[name], tensors["ranks"]
+            runs, group_sizes = layout_of(ranks, self.config.group_size)
+            packed = PackedFactors(m, n, group_sizes, runs, **tensors)
+        return self._paid(name, Compressed(packed, error))
+
+    def _paid(self, name: str, result: Compressed) -> Compressed:
         if result.packed is not None:
             self._left -= sum(result.packed.nbytes.values())
         self._weight -= self.sizes[name]

@@ -8,8 +8,11 @@ scales at last. One matrix of the base is in memory at a time.
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError
 from .format import fingerprints, guard_names
 from .job import Job
+from .journal import Journal, identity_of
 from .modules import delta_class, shape_of, weight_of
 from .self_text import self_texts, writes_text
 
@@ -40,17 +44,20 @@ logger = logging.get_logger(__name__)
 # (512 bytes); anything smaller is stored whole.
 _SMALLEST = 4096
 
+# What the result depends on besides weights, options and text.
+_PACKAGES = ("deltamix-hf", "torch", "transformers", "highspy")
+
 
 def compress_model(
     model: PreTrainedModel,
     base: BaseCheckpoint,
     config: DeltaMixConfig,
     revision: str | None = None,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Journal]:
     """Replace what differs from the base by packed deltas; fills in the config's records.
 
-    Returns the seconds spent by stage. `revision` is the fine-tune's commit, for its tokenizer;
-    None for a local folder.
+    Returns the seconds spent by stage, and the journal to remove once the delta is saved.
+    `revision` is the fine-tune's commit, for its tokenizer; None for a local folder.
 
     Raises:
         DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
@@ -62,7 +69,8 @@ def compress_model(
         )
     targets, overlay = sort_tensors(model, base, config.modules_to_not_convert or [])
     shapes = {name: shape_of(module) for name, module in targets.items()}
-    config.errors, config.dropped = {}, []  # new ones: the caller's config shares the old
+    # new ones: the caller's config shares the old
+    config.errors, config.dropped, config.measured = {}, [], {}
     config.base_fingerprints = fingerprints(base.infos)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     config.seq_length = min(config.seq_length, positions or config.seq_length)
@@ -71,7 +79,7 @@ def compress_model(
         warnings.warn(
             "the fine-tune is identical to its base: the delta is empty", UserWarning, stacklevel=2
         )
-        return {}
+        return {}, Journal()
     budget = plan_budget(
         shapes,
         {
@@ -82,8 +90,9 @@ def compress_model(
         config,
         {name for name, module in targets.items() if isinstance(module, nn.Embedding)},
     )
-    job = Job(model, base, config, targets)
-    job.measure(_batches(model, config, revision))
+    journal = _journal(model, config)
+    job = Job(model, base, config, targets, journal)
+    job.measure(_tokens(model, config, revision, journal))
     if config.bf16_overlay:
         with torch.no_grad():
             for tensor in overlay.values():
@@ -91,7 +100,42 @@ def compress_model(
     job.run(budget)
     if not isinstance(config.calibration, str):
         config.calibration = None
-    return job.seconds
+    return job.seconds, journal
+
+
+def _journal(model: PreTrainedModel, config: DeltaMixConfig) -> Journal:
+    """The finished parts of a job that could not but give the same result as this one."""
+    if config.checkpoint_dir is None:
+        return Journal()
+    data = config.calibration
+    tensors = dict(model.state_dict())
+    if isinstance(data, Tensor):
+        tensors["calibration"], data = data, "token ids"
+    elif isinstance(data, str) and os.path.isfile(data):
+        data = Path(data).read_bytes().hex()
+    settings = config.to_dict()
+    facts = {
+        "settings": {k: v for k, v in settings.items() if k not in ("dequantize", "base_model")},
+        "calibration": data if data is None or isinstance(data, str) else list(data),
+        "versions": [importlib.metadata.version(package) for package in _PACKAGES],
+        "threads": torch.get_num_threads(),
+        "device": str(model.device),
+    }
+    return Journal(config.checkpoint_dir, identity_of(facts, tensors))
+
+
+def _tokens(
+    model: PreTrainedModel, config: DeltaMixConfig, revision: str | None, journal: Journal
+) -> list[Tensor]:
+    """`_batches`, or what they were when the job began: texts may have changed since."""
+    found = journal.read("calibration")
+    if found is not None:
+        tensors, config.calibration_source = found
+        return [tensors[str(i)] for i in range(len(tensors))]
+    batches = _batches(model, config, revision)
+    named = {str(i): ids for i, ids in enumerate(batches)}
+    journal.write("calibration", named, config.calibration_source)
+    return batches
 
 
 def sort_tensors(

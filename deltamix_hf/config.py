@@ -27,7 +27,7 @@ DEFAULT_METHOD = "deltamix-kl"
 WIDTHS = tuple(range(9))
 DEFAULT_RATIO = 1 / 16
 # Never written to config.json: run-time only.
-_NOT_SERIALISED = ("base_kwargs",)
+_NOT_SERIALISED = ("base_kwargs", "checkpoint_dir")
 _TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -74,9 +74,13 @@ class DeltaMixConfig(QuantizationConfigMixin):
             form; if they differ from the base they are stored whole.
         dequantize: load a delta repo as plain dense modules.
         base_kwargs: how to fetch the base (`token`, `cache_dir`, `local_files_only`, `subfolder`).
+        checkpoint_dir: folder in which compression keeps what it has finished. An interrupted one
+            that is started again with the same arguments goes on from there; saving removes it.
         format_version: version of the delta repo's format.
         calibration_source: written by compression: what the calibration data was, in words.
         base_fingerprints: written by compression: base tensor name -> fingerprint.
+        measured: written by compression: `kl`, nats for each of `positions` predictions, to the
+            fine-tune, on calibration texts that tuning has not seen.
         errors: written by compression: module name -> relative error tr(EᵀE·C)/tr(ΔWᵀΔW·C).
         dropped: written by compression: matrices that differ but were not worth a single rank; they
             stay as they are in the base.
@@ -132,9 +136,11 @@ class DeltaMixConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         dequantize: bool = False,
         base_kwargs: dict[str, Any] | None = None,
+        checkpoint_dir: str | os.PathLike | None = None,
         format_version: int = FORMAT_VERSION,
         calibration_source: str | None = None,
         base_fingerprints: dict[str, str] | None = None,
+        measured: dict[str, float] | None = None,
         errors: dict[str, float] | None = None,
         dropped: Sequence[str] | None = None,
         quant_method: str = QUANT_METHOD,
@@ -168,9 +174,11 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.dequantize = dequantize
         self.base_kwargs = _mapping("base_kwargs", base_kwargs)
+        self.checkpoint_dir = None if checkpoint_dir is None else os.fspath(checkpoint_dir)
         self.format_version = format_version
         self.calibration_source = calibration_source
         self.base_fingerprints = _mapping("base_fingerprints", base_fingerprints)
+        self.measured = _mapping("measured", measured)
         self.errors = _mapping("errors", errors)
         self.dropped = list(dropped or [])
         self._validate()

@@ -3,7 +3,7 @@
 Order matters. Everything that is measured on the fine-tune (statistics, predictions to tune by,
 hidden states that enter the blocks) is measured before the first weight changes. Matrices outside
 the blocks come first, because the blocks are fitted to what they hand on; then the blocks in order;
-the scales of all of them last.
+the scales of all of them last. What an interrupted run has left in the journal is not done again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -23,6 +24,7 @@ from . import tuning
 from .base import BaseCheckpoint
 from .compress import Budget, Compressed, Compressor, Matrix
 from .config import DeltaMixConfig
+from .journal import Journal
 from .modules import attach_with_ties, shape_of, tied_modules, weight_of
 from .sequential import Stack, find_blocks
 from .statistics import LayerStatistics, Metrics, collect, metrics_of
@@ -39,8 +41,11 @@ class Job:
         base: BaseCheckpoint,
         config: DeltaMixConfig,
         targets: dict[str, nn.Module],
+        journal: Journal,
     ):
         self.model, self.base, self.config, self.targets = model, base, config, targets
+        self.journal = journal
+        self.finished = {name for name in targets if journal.read(f"matrix {name}") is not None}
         self.batches: list[Tensor] = []
         self.course: list[tuning.Lesson] = []
         self.uses: dict[str, list[LayerStatistics]] = {}
@@ -54,6 +59,14 @@ class Job:
         self.batches = batches
         if not batches:
             return
+        if len(self.finished) < len(self.targets):
+            self._collect(batches)
+        if config.tune_steps:
+            with self._timed("predictions"):
+                self.course = tuning.lessons(model, batches, config.seed)
+
+    def _collect(self, batches: list[Tensor]) -> None:
+        config, model = self.config, self.model
         with self._timed("statistics"):
             observed: dict[str, nn.Module] = {}
             for name in self.targets:
@@ -65,9 +78,6 @@ class Job:
             for name in self.targets:
                 uses = [found[n] for n in tied_modules(model, name) if n in found]
                 self.uses |= {name: uses} if uses else {}
-        if config.tune_steps:
-            with self._timed("predictions"):
-                self.course = tuning.lessons(model, batches, config.seed)
 
     def metrics(self, name: str) -> Metrics:
         """Metrics of a target; what was never called gets the mean weight of what was."""
@@ -113,9 +123,9 @@ class Job:
             for name, module in self.targets.items()
         }
         with self._timed("allocation"):
-            compressor = Compressor(matrices, budget, config)
+            compressor = Compressor(matrices, budget, config, self.journal)
         stacks: list[Stack] = []
-        if config.sequential and self.batches:
+        if config.sequential and self.batches and len(self.finished) < len(self.targets):
             with self._timed("sequential"):
                 found = [
                     Stack(self.model, names, self.batches)
@@ -131,23 +141,31 @@ class Job:
                 self._compress(compressor, name, None, None)
                 self._attach(name)
             for stack in stacks:
-                stack.compress(chained, partial(self._compress, compressor), self._attach_block)
+                stack.compress(
+                    chained, partial(self._compress, compressor), self._attach_block, self.finished
+                )
         self._bar.close()
         if self.course:
             with self._timed("tuning"):
-                tuning.tune(self.model, self.course, config.tune_steps)
+                tuning.tune(self.model, self.course, config.tune_steps, self.journal)
+                config.measured = tuning.judged(self.model, self.course)
 
     def _compress(
         self, compressor: Compressor, name: str, change: Tensor | None, inputs: Tensor | None
     ) -> Tensor:
-        metrics, delta = self.metrics(name), self.delta(name)
-        if change is not None:
-            delta += change
-            metrics = Metrics(metrics.outputs, inputs)
-        result = compressor.compress(name, delta, metrics)
+        device = weight_of(self.targets[name]).device
+        result = compressor.recall(name) if name in self.finished else None
+        if result is None:
+            metrics, delta = self.metrics(name), self.delta(name)
+            if change is not None:
+                delta += change
+                metrics = Metrics(metrics.outputs, inputs)
+            result = compressor.compress(name, delta, metrics)
+        elif result.packed is not None:
+            result = replace(result, packed=result.packed.to(device))
         self._results[name] = result
         self._bar.update()
-        weight = self.base.read(f"{name}.weight").to(delta.device, torch.float32)
+        weight = self.base.read(f"{name}.weight").to(device, torch.float32)
         return weight if result.packed is None else weight + result.packed.dense()
 
     def _attach_block(self, block: str) -> None:

@@ -36,6 +36,7 @@ from .format import (
     packed_modules,
     read_headers,
 )
+from .journal import Journal
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, weight_of
 from .packed import layout_of, parts
 from .saving import delta_state_dict, install_save, uninstall_save
@@ -70,6 +71,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.base_files: list[str] = []
         self.seconds: dict[str, float] = {}  # of compression, by stage
+        self.journal = Journal()  # of compression: removed when the delta is saved
         self.commit: str | None = None  # of the repo being loaded; its tokenizer is saved along
         self._hidden: set[str] = set()
         self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
@@ -211,7 +213,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     "load the delta repo with any device_map"
                 )
             base = BaseCheckpoint(self.base_files, model)
-            self.seconds = compress_model(model, base, self.quantization_config, self.commit)
+            config = self.quantization_config
+            self.seconds, self.journal = compress_model(model, base, config, self.commit)
         link_siblings(model)
         # transformers makes every float parameter trainable while loading
         model.requires_grad_(False)

@@ -129,12 +129,14 @@ def save_pretrained(
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         plain_save(self, staging, **kwargs)
         alone = getattr(self, "_hf_peft_config_loaded", False)  # an adapter
+        quantizer: Any = self.hf_quantizer
         if kwargs.get("is_main_process", True) and not alone:
-            quantizer: Any = self.hf_quantizer
             source = self.config.name_or_path
             copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
         if any(staging.iterdir()):  # only one process of many writes
             _move_into(staging, target)
+            if not alone:
+                quantizer.journal.remove()
     except OSError as error:
         raise DeltaMixError(
             f"cannot write to {save_directory}: {error}; choose another folder"
@@ -181,6 +183,8 @@ def copy_companions(
 
 def _move_into(staging: Path, target: Path) -> None:
     """Rename what was written to `target`, replacing the files of an earlier save."""
+    for path in staging.iterdir():
+        path.chmod(0o644)  # safetensors writes for its owner alone
     if not target.exists():
         staging.chmod(0o755)  # mkdtemp makes it private
         os.replace(staging, target)

@@ -18,7 +18,7 @@ block's layers for all calibration tokens, and two streams of hidden states.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,12 +159,19 @@ class Stack:
             inner(**inputs_of(self.model, ids))
 
     @torch.no_grad()
-    def compress(self, targets: Sequence[str], finish: Finish, done: Callable[[str], None]) -> None:
+    def compress(
+        self,
+        targets: Sequence[str],
+        finish: Finish,
+        done: Callable[[str], None],
+        finished: Container[str] = (),
+    ) -> None:
         """Compress all blocks in order.
 
         `finish` compresses one target and returns its new weight; `done(block)` is called when
         a block's compressed weights may be put into the model. The model must still hold the
-        fine-tune's weights in every block not yet done.
+        fine-tune's weights in every block not yet done. For targets that are `finished` already,
+        `finish` needs no measurement.
         """
         coarse, present = self.entry()
         exact, self.exact = self.exact, []
@@ -182,7 +189,13 @@ class Stack:
                 seen.append(inputs)
             weights: dict[str, Tensor] = {}
             for stage in stages:
-                self._stage(block, name, stage, coarse, present[i], seen, weights, finish)
+                names = [f"{name}.{target}" for target in stage.names]
+                if all(full in finished for full in names):
+                    for target, full in zip(stage.names, names, strict=True):
+                        dtype = weight_of(block.get_submodule(target)).dtype
+                        weights[f"{target}.weight"] = finish(full, None, None).to(dtype)
+                else:
+                    self._stage(block, name, stage, coarse, present[i], seen, weights, finish)
             staged = {target for stage in stages for target in stage.names}
             for target in inside:
                 if target not in staged:  # not called exactly once: plain target

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from . import grid
 from .calibration import split_rows
+from .journal import Journal
 from .modules import DeltaEmbedding, DeltaModule, delta_modules, shape_of, weight_of
 from .packed import scale_counts
 from .statistics import frozen, inputs_of, prediction
@@ -67,8 +68,13 @@ def lessons(model: PreTrainedModel, batches: Sequence[Tensor], seed: int) -> lis
     return made
 
 
-def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[float]:
-    """Train the scales of all packed matrices in place; returns KL per step, nats per position."""
+def tune(
+    model: PreTrainedModel, course: Sequence[Lesson], steps: int, journal: Journal | None = None
+) -> list[float]:
+    """Train the scales of all packed matrices in place; returns KL per step, nats per position.
+
+    Goes on after the last step that `journal` knows of.
+    """
     modules = _tunable(model)
     if not course or not modules or not steps:
         return []
@@ -81,7 +87,7 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
         _open(module, gains[id(ranks_of(module))])
     try:
         with frozen(model):
-            losses = _train(model, list(gains.values()), course, steps)
+            losses = _train(model, list(gains.values()), course, steps, journal or Journal())
     finally:
         for module in modules.values():
             _close(module)
@@ -91,17 +97,25 @@ def tune(model: PreTrainedModel, course: Sequence[Lesson], steps: int) -> list[f
 
 
 def _train(
-    model: PreTrainedModel, gains: list[Tensor], course: Sequence[Lesson], steps: int
+    model: PreTrainedModel,
+    gains: list[Tensor],
+    course: Sequence[Lesson],
+    steps: int,
+    journal: Journal,
 ) -> list[float]:
     """Adam on the gains; they end at 0 if they do not help on the texts kept out."""
     optimizer = torch.optim.Adam(gains, lr=LEARNING_RATE)
     losses: list[float] = []
-    kept_out = course[::_KEEP_OUT] if len(course) > 1 else []
-    course = [item for i, item in enumerate(course) if i % _KEEP_OUT or not kept_out]
-    before = _mean(model, kept_out)
+    exam = kept_out(course)
+    course = [item for i, item in enumerate(course) if i % _KEEP_OUT or not exam]
     lesson = 0
-    bar = logging.tqdm(total=steps, desc="Tuning scales", unit="step")
-    for step in range(steps):
+    if found := journal.read("tuning"):
+        tensors, (losses, lesson, before) = found
+        _restore(optimizer, gains, tensors)
+    else:
+        before = _mean(model, exam)
+    bar = logging.tqdm(total=steps, initial=len(losses), desc="Tuning scales", unit="step")
+    for step in range(len(losses), steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         batch: list[Lesson] = []
@@ -120,12 +134,47 @@ def _train(
             total += loss.item()
         optimizer.step()
         losses.append(total)
+        journal.write("tuning", _state(optimizer, gains), [losses, lesson, before])
         bar.update()
     bar.close()
-    if not _mean(model, kept_out) <= before:  # worse, or NaN
+    if not _mean(model, exam) <= before:  # worse, or NaN
         for gain in gains:
             gain.detach().zero_()
     return losses
+
+
+def kept_out(course: Sequence[Lesson]) -> Sequence[Lesson]:
+    """The texts that decide whether tuning helped, and are not trained on."""
+    return course[::_KEEP_OUT] if len(course) > 1 else []
+
+
+def judged(model: PreTrainedModel, course: Sequence[Lesson]) -> dict[str, float]:
+    """KL(fine-tune ‖ model), nats for each position of the texts kept out; empty without any."""
+    exam = kept_out(course)
+    positions = sum(len(item.positions) for item in exam)
+    return {"kl": _mean(model, exam), "positions": positions} if positions else {}
+
+
+def _state(optimizer: torch.optim.Optimizer, gains: list[Tensor]) -> dict[str, Tensor]:
+    state = {f"{i}.gain": gain for i, gain in enumerate(gains)}
+    for i, moments in optimizer.state_dict()["state"].items():
+        state |= {f"{i}.{name}": value for name, value in moments.items()}
+    return state
+
+
+@torch.no_grad()
+def _restore(
+    optimizer: torch.optim.Optimizer, gains: list[Tensor], state: dict[str, Tensor]
+) -> None:
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        i, _, name = key.partition(".")
+        if name == "gain":
+            gains[int(i)].copy_(value)
+        else:
+            moments.setdefault(int(i), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def _tunable(model: PreTrainedModel) -> dict[str, DeltaModule]:

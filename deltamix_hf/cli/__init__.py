@@ -11,6 +11,7 @@ import sys
 
 import typer
 
+from .compress import compress
 from .console import report
 from .env import env
 
@@ -28,7 +29,7 @@ def about() -> None:
     """Store a fine-tuned model as a small delta to its base, and run it beside the base."""
 
 
-for command in (env,):
+for command in (compress, env):
     app.command()(command)
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..format import SizeReport
 
 out = Console()  # what a command is asked for
 notes = Console(stderr=True)  # everything else: progress, warnings, errors
@@ -28,3 +34,17 @@ def report(error: BaseException) -> int:
 def megabytes(count: int) -> str:
     """Bytes as MB of 10^6, as everywhere in this project."""
     return f"{count / 1e6:.2f} MB"
+
+
+def size_table(size: SizeReport) -> Table:
+    """True bytes of a delta repo's weight files by kind, and the ratio they make."""
+    table = Table(box=None, title="weight files", title_justify="left")
+    table.add_column("")
+    table.add_column("MB", justify="right")
+    table.add_column("share", justify="right")
+    for kind in ("payload", "scales", "metadata", "overlay"):
+        count = getattr(size, kind)
+        table.add_row(kind, f"{count / 1e6:.2f}", f"{count / size.total:.1%}")
+    table.add_row("all", f"{size.total / 1e6:.2f}", f"{size.ratio:.5f} of bf16")
+    table.add_row("what differs, bf16", f"{size.reference / 1e6:.2f}", "")
+    return table

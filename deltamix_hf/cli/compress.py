@@ -1,0 +1,102 @@
+"""`deltamix compress`: a fine-tune becomes a delta repo."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import DeltaMixError
+from .console import notes, out, size_table
+
+
+def compress(
+    finetuned: Annotated[str, typer.Argument(help="The fine-tune: a folder or Hub id.")],
+    base: Annotated[str, typer.Option(help="What it was fine-tuned from: a folder or Hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder for the delta repo.")],
+    ratio: Annotated[
+        str | None,
+        typer.Option(help="Budget: all bytes of the delta over the bf16 bytes that differ. [1/16]"),
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="The same in bits for each weight that differs.")
+    ] = None,
+    megabytes: Annotated[float | None, typer.Option(help="The same in MB of 10^6 bytes.")] = None,
+    method: Annotated[
+        str, typer.Option(help="deltamix-kl, or as published: deltamix, delta-come.")
+    ] = "deltamix-kl",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Texts like those the fine-tune is for: a .txt file (a text a line), a .jsonl "
+            'file ({"text": ...}) or a data set of the Hub. Without it the fine-tune writes its own.'
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+) -> None:
+    """Compress a fine-tune against its base, to 1/16 of its bytes if nothing else is said.
+
+    If it is interrupted, the same command goes on where it was.
+
+    Example: deltamix compress me/my-finetune --base org/base --output my-delta
+
+    Example: deltamix compress ./tuned --base ./base --output my-delta --ratio 1/32
+    --calibration texts.jsonl
+    """
+    work = output.absolute().with_name(f".{output.name}.unfinished")
+    if output.exists() and not work.exists() and not overwrite:
+        raise DeltaMixError(
+            f"{output} exists already; give another --output, or --overwrite to replace it"
+        )
+    from .. import DeltaMixConfig
+    from .models import from_pretrained, is_delta, read_config
+
+    if is_delta(read_config(finetuned)):
+        raise DeltaMixError(f"{finetuned!r} is a delta repo already; give the fine-tune itself")
+    settings = DeltaMixConfig(
+        base_model=base,
+        method=method,
+        ratio=None if ratio is None else parse_ratio(ratio),
+        bits_per_weight=bits,
+        budget_bytes=None if megabytes is None else int(megabytes * 1e6),
+        calibration=calibration,
+        checkpoint_dir=work,
+    )
+    if work.exists():
+        notes.print(f"going on with what {work} holds")
+    try:
+        model = from_pretrained(finetuned, quantization_config=settings)
+    except KeyboardInterrupt:
+        notes.print("The same command goes on from here. What is finished is kept in", work)
+        raise
+    model.save_pretrained(output)
+    _summary(model, output)
+
+
+def parse_ratio(text: str) -> float:
+    """'1/16' or '0.0625' as a number.
+
+    Raises:
+        DeltaMixError: neither.
+    """
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise DeltaMixError(f"--ratio is {text!r}; give a number such as 1/16 or 0.0625") from error
+
+
+def _summary(model: Any, folder: Path) -> None:
+    from ..format import size_report
+    from ..modules import compressed_shapes
+
+    settings = model.config.quantization_config
+    out.print(size_table(size_report(folder, compressed_shapes(model))))
+    if kl := settings.measured.get("kl"):
+        count = settings.measured["positions"]
+        out.print(f"KL to the fine-tune on {count} predictions not tuned on: {kl:.2g} nats each")
+    out.print(f"calibrated on: {settings.calibration_source}")
+    out.print(f"\nWritten to {folder}. Next:", highlight=False)
+    for command in (f"inspect {folder}", f"chat {folder}", f"push {folder} <you>/<name>"):
+        out.print(f"  deltamix {command}", highlight=False, markup=False)
