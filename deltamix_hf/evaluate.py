@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, nll_loss
+from transformers.utils import logging
 
 from .errors import DeltaMixError
 
@@ -104,7 +105,7 @@ def compare(
         )
     nll = kl = 0.0
     agreeing = right = tokens = labelled = 0
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(logging.tqdm(batches, desc="Judging", unit="batch")):
         found, targets = scored_logits(model, batch)
         if isinstance(reference, nn.Module):
             wanted = scored_logits(reference, batch)[0]

@@ -31,7 +31,7 @@ def compress(
         str | None,
         typer.Option(
             help="Texts like those the fine-tune is for: a .txt file (a text a line), a .jsonl "
-            'file ({"text": ...}) or a data set of the Hub. Without it the fine-tune writes its own.'
+            'file ({"text": ...}) or a data set of the Hub. Without any, the model writes its own.'
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,

@@ -1,4 +1,4 @@
-"""Loading models for the commands: with the class a repo was saved with, on the GPU if there is one."""
+"""Loading models for the commands: with the class a repo was saved with, on a GPU if any."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ def load_model(repo: str, base: str | None = None, dequantize: bool = False) -> 
         dequantize: turn a delta repo into a plain dense model.
 
     Raises:
-        DeltaMixError: not found, or of a class transformers has not.
+        DeltaMixError: not found, of a class transformers has not, or a base given for what is no
+            delta repo.
     """
     from .. import DeltaMixConfig
 
-    given = {}
-    if base is not None or dequantize:
-        given["quantization_config"] = DeltaMixConfig(base_model=base, dequantize=dequantize)
-    return from_pretrained(repo, **given)
+    if not is_delta(read_config(repo)):
+        if base is not None:
+            raise DeltaMixError(f"{repo!r} is a whole model, not a delta repo: it needs no --base")
+        return from_pretrained(repo)
+    settings = DeltaMixConfig(base_model=base, dequantize=dequantize)
+    return from_pretrained(repo, quantization_config=settings)
 
 
 def from_pretrained(repo: str, **given: Any) -> Any:
