@@ -70,7 +70,7 @@ def bands(ranks: int, costs: Mapping[int, int], budget: int) -> torch.Tensor:
 
 def solve(
     table: torch.Tensor,
-    costs: torch.Tensor | Sequence,
+    costs: torch.Tensor | Sequence[float],
     widths: Sequence[int],
     budget: int,
     f_max: int | None = None,
@@ -125,7 +125,7 @@ def solve(
 
 
 def _checked(
-    table: torch.Tensor, costs: torch.Tensor | Sequence, count: int
+    table: torch.Tensor, costs: torch.Tensor | Sequence[float], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Errors float64 and prices int64, both `[k, B]`."""
     errors = np.asarray(torch.as_tensor(table).detach().cpu().numpy(), dtype=np.float64)

@@ -110,7 +110,7 @@ class Vectors:
         return module._plain(module._with(own), (x,), {})
 
 
-def at_once(module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+def at_once(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The output by launches that serve all rows together; None: take the loop.
 
     Raises:

@@ -8,10 +8,9 @@ Only safetensors are read.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -26,12 +25,11 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file, cached_files
 
-from .errors import DeltaMixError
+from .errors import DeltaMixError, first_line
 from .format import TensorInfo, read_headers
-
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+from .trust import CONFIG, INDEX, WEIGHTS, read_index, read_object
 
 
 def resolve_base(
@@ -51,12 +49,12 @@ def resolve_base(
             f"cannot find the base model {base_model!r} (revision {revision or 'main'}): it needs "
             f"{CONFIG} and {WEIGHTS}. If it lies elsewhere or needs a token, "
             "pass DeltaMixConfig(base_model=..., base_kwargs={'token': ...}). "
-            f"[{str(error).splitlines()[0]}]"
+            f"[{first_line(error)}]"
         ) from error
     if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise DeltaMixError(
-            f"the base {base_model!r} is itself quantized ({quantized.get('quant_method')}); "
-            "give the plain base model"
+            f"the base {base_model!r} is itself quantized ({method}); give the plain base model"
         )
     return files, commit
 
@@ -64,19 +62,23 @@ def resolve_base(
 def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any], str | None]:
     """Weight files, config.json's content and the commit (None for a local folder) of a repo.
 
+    Where there are a whole file and shards, the whole file counts, as in transformers.
+
     Raises:
         OSError, ValueError: not found, or not readable.
     """
     path = _required_file(repo, CONFIG, kwargs)
     commit = commit_of(path)
     kwargs = kwargs | {"revision": commit or kwargs.get("revision")}  # the rest from this very one
+    config = read_object(path)
+    whole = cached_file(repo, WEIGHTS, _raise_exceptions_for_missing_entries=False, **kwargs)
+    if whole is not None:
+        return [whole], config, commit
     index = cached_file(repo, INDEX, _raise_exceptions_for_missing_entries=False, **kwargs)
     if index is None:
-        files = [_required_file(repo, WEIGHTS, kwargs)]
-    else:
-        files, _ = get_checkpoint_shard_files(repo, index, **kwargs)
-    with open(path) as handle:
-        return files, json.load(handle), commit
+        raise OSError(f"no file {WEIGHTS}")
+    files = cached_files(repo, sorted(set(read_index(index).values())), **kwargs)
+    return files or [], config, commit
 
 
 def commit_of(path: str) -> str | None:
@@ -155,6 +157,28 @@ class BaseCheckpoint:
     def checkpoint_keys(self, name: str) -> list[str]:
         """Checkpoint keys that feed the parameter `name` (several where experts are fused)."""
         return [key for key, _ in self.sources[self._group[name]]]
+
+    def check(self, name: str, tensor: Tensor, recorded: Mapping[str, str]) -> None:
+        """Refuse to fill the parameter `name`, like `tensor`, from what `recorded` does not vouch.
+
+        Raises:
+            DeltaMixError: no fingerprint of it is recorded, or it is of another shape or twice.
+        """
+        keys = self.checkpoint_keys(name)
+        for key in keys:
+            if key not in recorded:
+                raise DeltaMixError(
+                    f"wrong base: the delta repo has no fingerprint of its {key!r}; give the right "
+                    "one as DeltaMixConfig(base_model=..., base_revision=...)"
+                )
+            self.infos[key].placeholder()  # refuses unknown dtypes
+        if any(pattern for _, pattern in self.sources[self._group[name]]):
+            return  # transformers makes it from several
+        if len(keys) > 1 or self.infos[keys[0]].shape != tuple(tensor.shape):
+            raise DeltaMixError(
+                f"the base holds {' and '.join(keys)} {list(self.infos[keys[0]].shape)} for "
+                f"{name}, the model needs {list(tensor.shape)}: config.json is of another model"
+            )
 
     def is_plain(self, name: str) -> bool:
         """Whether the parameter is one stored tensor, untouched but for its name."""

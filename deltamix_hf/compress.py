@@ -193,7 +193,7 @@ class Compressor:
             bar.update()
         bar.close()
         options = [
-            self._options(*matrix.shape, self.group_sizes[name])
+            rank_options(matrix.shape, self.group_sizes[name], self.config)
             for name, matrix in matrices.items()
         ]
         found = solve_global(energies, [choices for choices, _ in options], budget)
@@ -203,22 +203,6 @@ class Compressor:
             # Among equal energies the solver may drop any; the kept ones must come first.
             widths = widths[torch.argsort((widths[:, 0] == 0).int(), stable=True)]
             self._plan[name] = Widths(widths[:, 0], widths[:, 1])
-
-    def _options(
-        self, m: int, n: int, group_sizes: GroupSizes
-    ) -> tuple[Choices, list[tuple[int, int]]]:
-        """Relative error and bytes of every pair of widths of a rank of an [m, n] matrix."""
-        config = self.config
-        used = [b for b in config.bits if b > 0]
-        pairs = [(v, u) for v in used for u in used if config.split_widths or v == u]
-        left = codebook.DISTORTION if self.gaussian else _MIN_MAX
-        error = [1 - (1 - _V_GPTQ * left[v]) * (1 - left[u]) for v, u in pairs]
-        bytes_ = [rank_bytes(m, n, v, u, group_sizes, self.gaussian) for v, u in pairs]
-        choices = Choices(
-            torch.tensor([config.drop_penalty, *error], dtype=torch.float64),
-            torch.tensor([0, *bytes_], dtype=torch.int64),
-        )
-        return choices, [(0, 0), *pairs]
 
     def _factors(self, delta: Tensor, near: Metrics, rank: int | None = None) -> Factors:
         """Ranks of ΔW; `near` are the damped metrics."""
@@ -355,6 +339,23 @@ class Compressor:
         prices = [cost[b] for b in config.bits]
         bits = allocation.solve(table, prices, config.bits, share, f_max=config.f_max).bits
         return factors, pick(candidates, bits)
+
+
+def rank_options(
+    shape: tuple[int, int], group_sizes: GroupSizes, config: DeltaMixConfig
+) -> tuple[Choices, list[tuple[int, int]]]:
+    """Relative error and bytes of every pair of widths (V, U) of a rank of an [m, n] matrix."""
+    gaussian = config.codebook == "gaussian"
+    used = [b for b in config.bits if b > 0]
+    pairs = [(v, u) for v in used for u in used if config.split_widths or v == u]
+    left = codebook.DISTORTION if gaussian else _MIN_MAX
+    error = [1 - (1 - _V_GPTQ * left[v]) * (1 - left[u]) for v, u in pairs]
+    bytes_ = [rank_bytes(*shape, v, u, group_sizes, gaussian) for v, u in pairs]
+    choices = Choices(
+        torch.tensor([config.drop_penalty, *error], dtype=torch.float64),
+        torch.tensor([0, *bytes_], dtype=torch.int64),
+    )
+    return choices, [(0, 0), *pairs]
 
 
 def compress_all(

@@ -165,14 +165,15 @@ def sort_tensors(
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
         module = model.get_submodule(module_name)
-        if name in base and leaf == "weight" and _packable(module, module_name, skip):
+        if name in base and leaf == "weight" and packable(module, module_name, skip):
             targets[module_name] = module
         else:
             overlay[name] = tensor
     return targets, overlay
 
 
-def _packable(module: nn.Module, name: str, skip: Sequence[str]) -> bool:
+def packable(module: nn.Module, name: str, skip: Sequence[str]) -> bool:
+    """Whether the module's weight is stored as ranks, if it differs; `skip` names what is not."""
     return (
         delta_class(type(module)) is not None
         and weight_of(module).numel() >= _SMALLEST

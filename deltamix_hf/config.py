@@ -27,7 +27,8 @@ DEFAULT_METHOD = "deltamix-kl"
 WIDTHS = tuple(range(9))
 DEFAULT_RATIO = 1 / 16
 # Never written to config.json: run-time only.
-_NOT_SERIALISED = ("base_kwargs", "checkpoint_dir")
+_NOT_SERIALISED = {"base_kwargs", "checkpoint_dir", "base_given"}
+_LONGEST_GROUP = 2**30
 _TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -104,10 +105,12 @@ class DeltaMixConfig(QuantizationConfigMixin):
     drop_penalty: float
     tune_steps: int
     bf16_overlay: bool
+    base_given = False  # by the user while loading, not by the delta repo's config.json
 
     def __init__(
         self,
-        base_model: str | os.PathLike | None = None,
+        /,  # a key "self" of a config.json is an unknown option like any other
+        base_model: str | os.PathLike[str] | None = None,
         base_revision: str | None = None,
         method: str = DEFAULT_METHOD,
         ratio: float | None = None,
@@ -136,7 +139,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         dequantize: bool = False,
         base_kwargs: dict[str, Any] | None = None,
-        checkpoint_dir: str | os.PathLike | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
         format_version: int = FORMAT_VERSION,
         calibration_source: str | None = None,
         base_fingerprints: dict[str, str] | None = None,
@@ -155,7 +158,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
                 f"quant_method is {quant_method!r}, DeltaMixConfig reads {QUANT_METHOD!r} only"
             )
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.base_model = None if base_model is None else os.fspath(base_model)
+        self.base_model = _path("base_model", base_model)
         self.base_revision = base_revision
         self.method = method
         self.ratio = ratio
@@ -174,14 +177,31 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.dequantize = dequantize
         self.base_kwargs = _mapping("base_kwargs", base_kwargs)
-        self.checkpoint_dir = None if checkpoint_dir is None else os.fspath(checkpoint_dir)
+        self.checkpoint_dir = _path("checkpoint_dir", checkpoint_dir)
         self.format_version = format_version
         self.calibration_source = calibration_source
         self.base_fingerprints = _mapping("base_fingerprints", base_fingerprints)
         self.measured = _mapping("measured", measured)
         self.errors = _mapping("errors", errors)
-        self.dropped = list(dropped or [])
+        self.dropped = _names("dropped", dropped or [])
         self._validate()
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What a `config.json` says; options that only the user may give are refused.
+
+        We never write these. A repo that has them was edited, and would choose which proxy, cache
+        or token its base is fetched with.
+
+        Raises:
+            DeltaMixError: such an option, or a value is out of range.
+        """
+        if given := sorted(_NOT_SERIALISED & _mapping("quantization_config", config_dict).keys()):
+            raise DeltaMixError(
+                f"config.json sets {given[0]}, which is for who loads it to choose: remove it from "
+                f"the file, and pass DeltaMixConfig({given[0]}=...) if you want it"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def _validate(self) -> None:
         self._validate_budget()
@@ -203,6 +223,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
                     f"f_max limits the widths of allocation='matrix', this is {self.allocation!r}"
                 )
         _check_int("group_size", self.group_size, 0)
+        if self.group_size > _LONGEST_GROUP:
+            raise DeltaMixError(f"group_size is {self.group_size}; at most 2^30 (0: no groups)")
         _check_int("embedding_group_size", self.embedding_group_size, 0)
         if self.embedding_group_size not in (0, *(2**e for e in GROUP_EXPONENTS)):
             raise DeltaMixError(
@@ -219,12 +241,22 @@ class DeltaMixConfig(QuantizationConfigMixin):
                 f"{FORMAT_VERSION}; upgrade with `pip install -U deltamix-hf`"
             )
         if self.modules_to_not_convert is not None:
-            names = self.modules_to_not_convert
-            listed = isinstance(names, Sequence) and not isinstance(names, str)
-            if not listed or not all(isinstance(n, str) for n in names):
-                raise DeltaMixError("modules_to_not_convert must be a list of module names")
-            self.modules_to_not_convert = list(names)
+            self.modules_to_not_convert = _names(
+                "modules_to_not_convert", self.modules_to_not_convert
+            )
+        self._validate_records()
         self._validate_calibration()
+
+    def _validate_records(self) -> None:
+        for name in ("base_revision", "calibration_source"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a text")
+        for name, kind in (("base_fingerprints", str), ("measured", float), ("errors", float)):
+            for key, value in getattr(self, name).items():
+                fits = isinstance(value, str) if kind is str else _is_number(value)
+                if not isinstance(key, str) or not fits:
+                    raise DeltaMixError(f"{name} says {value!r} of {key!r}: config.json is damaged")
 
     def _validate_switches(self) -> None:
         for name, value in resolve(self.method, self.__dict__).items():
@@ -310,6 +342,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         given = {"dequantize": self.dequantize, "base_kwargs": self.base_kwargs}
         if self.base_model is not None:
             given |= {"base_model": self.base_model, "base_revision": self.base_revision}
+            given |= {"base_given": True}
         return given
 
     def to_dict(self) -> dict[str, Any]:
@@ -335,6 +368,19 @@ def _is_number(value: Any) -> bool:
 def _check_int(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise DeltaMixError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+def _path(name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a path or Hub id")
+    return None if value is None else os.fspath(value)
+
+
+def _names(name: str, value: Any) -> list[str]:
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    if not listed or not all(isinstance(n, str) for n in value):
+        raise DeltaMixError(f"{name} must be a list of module names")
+    return list(value)
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:

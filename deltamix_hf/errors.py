@@ -7,6 +7,25 @@ from `ValueError` so that callers who already guard `from_pretrained` keep worki
 
 from __future__ import annotations
 
+_LONGEST = 1500  # characters of a message
+
 
 class DeltaMixError(ValueError):
     """Bad input: the message says what was wrong and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(_one_line(message))
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, without the lines that explain at length."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _one_line(message: str) -> str:
+    """Names in a message may come from a hostile file: no line breaks, no terminal commands."""
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)

@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from .errors import DeltaMixError
 from .packed import PARTS, parts
@@ -31,6 +33,8 @@ PREFIX = "dm_"
 GUARD_SEPARATOR = ":"
 GUARD = (torch.uint8, (1,))  # dtype and shape of a guard
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_MAX_DIMENSIONS = 16
+_MAX_EXTENT = 2**63  # of offsets, in bytes; torch's own limit
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -42,6 +46,9 @@ _DTYPE_NAMES = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -69,31 +76,39 @@ class TensorInfo:
         return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device="meta")
 
 
-def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
+def read_header(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     """Tensor name -> TensorInfo of one safetensors file, read from its header alone.
 
     Raises:
-        DeltaMixError: not a safetensors file, truncated, or with byte ranges outside the file.
+        DeltaMixError: not a safetensors file, truncated, with a name twice, or with byte ranges
+            that do not fill the file one after the other.
     """
     file = os.fspath(file)
     try:
         size = os.path.getsize(file)
+        if size < 8:  # a pipe too, which would keep us waiting
+            raise ValueError("it is shorter than the length of a header")
         with open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
+            if length > min(size - 8, _MAX_HEADER):
                 raise ValueError("the header is longer than the file")
-            header = json.loads(handle.read(length))
+            header = json.loads(handle.read(length), object_pairs_hook=_without_twice)
         infos = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             infos[name] = _tensor_info(file, name, entry, 8 + length, size)
-        return infos
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _check_ranges(infos, 8 + length, size)
+        with safe_open(file, framework="pt"):  # reads the header too, with checks of its own
+            return infos
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+        SafetensorError,
+    ) as error:
         raise DeltaMixError(f"{file} is not a sound safetensors file: {error}") from error
 
 
-def _tensor_info(file: str, name: str, entry: dict, data: int, size: int) -> TensorInfo:
+def _tensor_info(file: str, name: str, entry: dict[str, Any], data: int, size: int) -> TensorInfo:
     """One header entry, checked; `data` is where the file's tensor bytes begin."""
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     start, end = entry["data_offsets"]
@@ -101,14 +116,45 @@ def _tensor_info(file: str, name: str, entry: dict, data: int, size: int) -> Ten
         raise ValueError(f"tensor {name} has shape {list(shape)} and offsets [{start}, {end}]")
     if not isinstance(dtype, str) or not data + start <= data + end <= size:
         raise ValueError(f"tensor {name} lies outside the file")
+    # Dimensions beside a 0 take no bytes; torch still multiplies them.
+    if len(shape) > _MAX_DIMENSIONS or 16 * math.prod(max(d, 1) for d in shape) >= _MAX_EXTENT:
+        raise ValueError(f"tensor {name} has an absurd shape of {len(shape)} dimensions")
     if dtype in _DTYPES and end - start != _DTYPES[dtype].itemsize * math.prod(shape):
         raise ValueError(f"tensor {name}, {dtype} {list(shape)}, cannot have {end - start} bytes")
     return TensorInfo(file, dtype, shape, data + start, data + end)
 
 
-def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorInfo]:
-    """`read_header` over all shards of a checkpoint."""
-    return {name: info for file in files for name, info in read_header(file).items()}
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; readers differ on which of two equal keys counts."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _check_ranges(infos: Mapping[str, TensorInfo], start: int, end: int) -> None:
+    """Refuse tensors that share bytes, and bytes of no tensor, as the safetensors library does."""
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != start:
+            raise ValueError(f"tensor {name} does not begin where the one before it ends")
+        start = info.end
+    if start != end:
+        raise ValueError(f"{end - start} bytes at its end belong to no tensor")
+
+
+def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, TensorInfo]:
+    """`read_header` over all shards of a checkpoint.
+
+    Raises:
+        DeltaMixError: a shard is not sound, or two hold the same tensor.
+    """
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        found = read_header(file)
+        if twice := sorted(infos.keys() & found.keys()):
+            raise DeltaMixError(f"{twice[0]} is in {infos[twice[0]].file} and again in {file}")
+        infos |= found
+    return infos
 
 
 _READ = 1 << 18  # at once; of pieces of 4 MB the allocator kept 11 MB for good
@@ -237,7 +283,7 @@ def header_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tota
     return 8 + -(-entries // 8) * 8
 
 
-def weight_files(folder: str | os.PathLike) -> list[Path]:
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
     """All safetensors files of a delta repo, sorted: what "bytes on disk" counts."""
     return sorted(Path(folder).glob("*.safetensors"))
 
@@ -265,7 +311,9 @@ class SizeReport:
         return self.total / self.reference if self.reference else 0.0
 
 
-def size_report(folder: str | os.PathLike, weights: Mapping[str, tuple[int, ...]]) -> SizeReport:
+def size_report(
+    folder: str | os.PathLike[str], weights: Mapping[str, tuple[int, ...]]
+) -> SizeReport:
     """Measure a delta repo on disk.
 
     `weights`: name -> shape [m, n] of every compressed matrix, those too that kept no rank

@@ -42,7 +42,7 @@ class Journal:
         DeltaMixError: the folder cannot be made.
     """
 
-    def __init__(self, folder: str | os.PathLike | None = None, identity: str = ""):
+    def __init__(self, folder: str | os.PathLike[str] | None = None, identity: str = ""):
         self.folder = None if folder is None else Path(folder)
         self.identity = identity
         if self.folder is not None:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from .plans import Combination
 from .pool import Pool
-from .routing import Combination
 from .tenant_model import Names, check_rows
 from .tenants import Tenants
 
@@ -51,7 +51,7 @@ class Lease:
         return changed + tokens[len(changed) :]
 
 
-class Prompt(list):
+class Prompt(list[int]):
     """Token ids that know their deltas, in whatever order they are taken up."""
 
     def __init__(self, ids: Sequence[int], combination: Combination):

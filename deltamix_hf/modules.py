@@ -61,7 +61,7 @@ class DeltaModule(nn.Module):
         m, n = weight_of(self).shape
         return PackedFactors(m, n, self.dm_group_sizes, self.dm_runs, **self.delta_parameters())
 
-    def _op_arguments(self) -> tuple:
+    def _op_arguments(self) -> tuple[Any, ...]:
         return self.packed().op_arguments
 
     @torch.no_grad()

@@ -30,6 +30,9 @@ from .gptq import Rounded
 
 PARTS = ("v", "u", "ranks", "zeros")
 GROUP_EXPONENTS = range(4, 16)  # 2^e elements: the kernels want a multiple of 16
+# Scales lie in 0 .. 2^32 (ours in 1e-9 .. 20): as bit patterns of bfloat16, negative ones, infinity
+# and NaN lie outside too. Then Û·V̂ is finite in float32: 255·2^32 each, over less than 2^40 ranks.
+SCALE_LIMIT = 0x4F80
 DTYPES = {"v": torch.uint8, "u": torch.uint8, "ranks": torch.int16, "zeros": torch.uint8}
 
 Runs = list[tuple[int, int, int]]  # (count, v_bits, u_bits)
@@ -78,8 +81,14 @@ def check_parts(
     """Refuse tensors that are not those of an [m, n] matrix with these widths.
 
     Raises:
-        DeltaMixError: names the first part of another shape or dtype.
+        DeltaMixError: names the first part of another shape or dtype, or more ranks than there can
+            be.
     """
+    if (rank := sum(count for count, _, _ in runs)) > min(m, n):
+        raise DeltaMixError(
+            f"the delta has {rank} ranks, an [{m}, {n}] matrix has at most {min(m, n)}: the delta "
+            "does not belong to this model, or the file is damaged"
+        )
     expected = part_shapes(m, n, runs, group_sizes, gaussian="zeros" not in tensors)
     for part, shape in expected.items():
         if tuple(tensors[part].shape) != shape or tensors[part].dtype != DTYPES[part]:
@@ -88,6 +97,30 @@ def check_parts(
                 f"[{m}, {n}] matrix with these widths needs {DTYPES[part]} {list(shape)}: the "
                 "delta does not belong to this model, or the file is damaged"
             )
+
+
+def check_values(
+    m: int, n: int, runs: Runs, group_sizes: GroupSizes, ranks: Tensor, zeros: Tensor | None
+) -> None:
+    """Refuse scales and zero points that no compressor writes; codes cannot be wrong.
+
+    About 5 ms for all matrices of a 135M model on one AMD EPYC core.
+
+    Raises:
+        DeltaMixError: a scale is negative, NaN, infinite or absurdly large, or a zero point is no
+            code of its rank.
+    """
+    scales = ranks[:, 1:]
+    if scales.numel() and not 0 <= int(scales.min()) <= int(scales.max()) < SCALE_LIMIT:
+        raise DeltaMixError("a scale is negative, NaN, infinite or above 2^32: the file is damaged")
+    if zeros is None or all(v == u for _, v, u in runs):
+        return  # as wide as the codes: every value is one
+    points = zero_points(zeros, runs, scales.shape[1])
+    split, _ = scale_counts(m, n, group_sizes)
+    for side, index in ((points[:, :split], 0), (points[:, split:], 1)):
+        widths = row_bits([(count, bits[index]) for count, *bits in runs], ranks)
+        if bool((side >= 2 ** widths[:, None]).any()):
+            raise DeltaMixError("a zero point is no code of its rank: the file is damaged")
 
 
 def layout_of(ranks: Tensor, group_size: int) -> tuple[Runs, GroupSizes]:
@@ -179,7 +212,7 @@ class PackedFactors:
         return {part: getattr(self, part) for part in parts(self.gaussian)}
 
     @property
-    def op_arguments(self) -> tuple:
+    def op_arguments(self) -> tuple[Any, ...]:
         """The packed tensors and the layout, in the order the ops take them."""
         flat = [number for run in self.runs for number in run]
         layout = flat, self.m, self.n, list(self.group_sizes)

@@ -28,19 +28,15 @@ from transformers.quantizers.base import HfQuantizer
 from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same
 from .compress_model import compress_model
 from .config import DeltaMixConfig
+from .delta_repo import Contents, check_finite, contents_of
 from .errors import DeltaMixError
-from .format import (
-    PREFIX,
-    check_base,
-    is_guard,
-    packed_modules,
-    read_headers,
-)
+from .format import PREFIX, TensorInfo, check_base, read_headers
 from .journal import Journal
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, weight_of
-from .packed import layout_of, parts
+from .packed import check_values, layout_of, parts
 from .saving import delta_state_dict, install_save, uninstall_save
 from .siblings import link_siblings
+from .trust import WEIGHTS, check_base_name, check_weight_files
 
 _HIDDEN = "deltamix.hidden."
 
@@ -76,12 +72,17 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self._hidden: set[str] = set()
         self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
         self._from_base: list[str] = []
+        self._whole: list[str] = []  # what the delta repo replaces
         self._dtype = torch.get_default_dtype()  # the one asked for
         self._dtypes: dict[str, torch.dtype] = {}  # what transformers should have cast to
 
     # What transformers asks before loading
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:  # else it depends on where the delta repo is: not known yet
+            self._find_base()
+
+    def _find_base(self) -> None:
         config = self.quantization_config
         self.base_files, commit = resolve_base(
             config.base_model, config.base_revision, config.base_kwargs
@@ -117,90 +118,114 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise DeltaMixError("a delta repo is loaded from its own files; no state_dict, please")
         delta_files = list(checkpoint_files)
+        self._check_source(model, delta_files)
         infos = read_headers(delta_files)
-        gaussian = self.quantization_config.codebook == "gaussian"
-        modules = packed_modules(infos, gaussian, self.quantization_config.errors)
         keys = KeyMap(model)
-        guards = {name for name in infos if is_guard(name)}
-        packed = {f"{module}.{PREFIX}{part}" for module in modules for part in parts(gaussian)}
-        overlay = infos.keys() - packed - guards
-        supplied = {keys.rename(name)[0]: name for name in overlay}
-        for name, stored in supplied.items():
-            if name in keys.state and infos[stored].shape != tuple(keys.state[name].shape):
-                raise DeltaMixError(
-                    f"{stored} of the delta repo is {list(infos[stored].shape)}, the model needs "
-                    f"{list(keys.state[name].shape)}: weights and config.json do not fit"
-                )
-        found = [self._attach_placeholders(model, keys, name, infos) for name in modules]
-        if modules and not any(found):
+        contents = contents_of(infos, self.quantization_config, keys)
+        for name, stored in contents.packed.items():
+            self._attach_placeholders(model, name, stored, infos)
+        if contents.absent and not contents.packed:
             raise DeltaMixError(
-                f"none of the {len(found)} matrices of the delta repo belong to a "
-                f"{type(model).__name__}; load it with the class it was made from"
+                f"none of the matrices of the delta repo belong to a {type(model).__name__}; load "
+                "it with the class it was made from"
             )
-
+        self._find_base()
         base = BaseCheckpoint(self.base_files, model)
-        where = repr(self.quantization_config.base_model)
-        check_base(self.quantization_config.base_fingerprints, base.infos, where)
-        if type(model).__name__ in (model.config.architectures or ()):
-            # Another class may bring a head of its own, which transformers initialises and reports.
-            if not all(found):
-                raise DeltaMixError(
-                    f"the delta repo holds {list(modules)[found.index(False)]}, which this "
-                    f"{type(model).__name__} has not: weights and config.json do not fit"
-                )
-            for name in keys.state.keys() - supplied.keys() - set(model.all_tied_weights_keys):
-                if not base.supplies(name):
-                    raise DeltaMixError(
-                        f"neither the delta repo nor the base {where} holds {name!r}: the delta "
-                        "repo is incomplete"
-                    )
-        self._hidden = guards | (base.hidden_keys(supplied) - overlay)
+        self._check_parts_fit(model, keys, contents, base)
+        supplied, overlay = contents.overlay, set(contents.overlay.values())
+        self._hidden = contents.guards | (base.hidden_keys(supplied) - overlay)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             "^" + _HIDDEN.replace(".", r"\."),
         }
         self._base = base
         self._from_base = [n for n in keys.state if n in base and n not in supplied]
+        self._whole = list(supplied)
         self._dtypes = {n: t.dtype for n, t in keys.state.items() if t.is_floating_point()}
         if plan := model._get_dtype_plan(self._dtype):  # parts that stay in float32
             kept, _, _ = build_glob_alternation(list(plan))
             self._dtypes = {n: d for n, d in self._dtypes.items() if not kept.search(n)}
         checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
 
-    def _attach_placeholders(
-        self, model: PreTrainedModel, keys: KeyMap, stored: str, infos: dict
-    ) -> bool:
-        """Give the module stored as `stored`, and those tied to it, empty packed parameters.
+    def _check_source(self, model: PreTrainedModel, delta_files: list[str]) -> None:
+        """Refuse weight files, or a base, that are not for this delta repo to name."""
+        config, repo = self.quantization_config, str(model.config.name_or_path)
+        if named := getattr(model.config, "transformers_weights", None):
+            raise DeltaMixError(f"config.json has its weights in {named!r}, not in {WEIGHTS}")
+        check_weight_files(repo, delta_files, read_headers(delta_files))
+        if not config.base_given:
+            from_hub = self.commit is not None or not os.path.exists(repo)
+            check_base_name(config.base_model, config.base_revision, from_hub)
 
-        Returns whether the model has such a module.
-        """
-        weight, _ = keys.rename(f"{stored}.weight")
-        if weight not in keys.state:
-            return False  # a headless class has no lm_head, say; transformers reports the keys
-        info = infos[f"{stored}.{PREFIX}ranks"]
-        with safe_open(info.file, framework="pt") as handle:
-            ranks = handle.get_tensor(f"{stored}.{PREFIX}ranks")
-        name = weight.removesuffix(".weight")
+    def _attach_placeholders(
+        self, model: PreTrainedModel, name: str, stored: str, infos: dict[str, TensorInfo]
+    ) -> None:
+        """Give the module `name`, and those tied to it, empty packed parameters."""
         config = self.quantization_config
-        kinds = parts(config.codebook == "gaussian")
         try:
-            placeholders = {part: infos[f"{stored}.{PREFIX}{part}"].placeholder() for part in kinds}
-            attach_with_ties(model, name, *layout_of(ranks, config.group_size), placeholders)
+            held = {
+                part: infos[f"{stored}.{PREFIX}{part}"]
+                for part in parts(config.codebook == "gaussian")
+            }
+            ranks = _read(held["ranks"], f"{stored}.{PREFIX}ranks")
+            runs, group_sizes = layout_of(ranks, config.group_size)
+            placeholders = {part: info.placeholder() for part, info in held.items()}
+            attach_with_ties(model, name, runs, group_sizes, placeholders)
+            m, n = weight_of(model.get_submodule(name)).shape
+            zeros = _read(held["zeros"], f"{stored}.{PREFIX}zeros") if "zeros" in held else None
+            check_values(m, n, runs, group_sizes, ranks, zeros)
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
-        return True
 
-    def update_weight_conversions(self, weight_conversions: list, *model: Any) -> list:
+    def _check_parts_fit(
+        self, model: PreTrainedModel, keys: KeyMap, contents: Contents, base: BaseCheckpoint
+    ) -> None:
+        """Refuse a base that is another one, and a model that base and delta do not fill."""
+        recorded = self.quantization_config.base_fingerprints
+        where, kind = repr(self.quantization_config.base_model), type(model).__name__
+        check_base(recorded, base.infos, where)
+        elsewhere = contents.overlay.keys() | set(model.all_tied_weights_keys)
+        wanted = {name: tensor for name, tensor in keys.state.items() if name not in elsewhere}
+        for name, tensor in wanted.items():
+            if name in base:
+                base.check(name, tensor, recorded)
+        missing = [name for name in wanted if not base.supplies(name)]
+        if kind in (model.config.architectures or ()):
+            # Another class may bring a head of its own, which transformers initialises and reports.
+            if contents.absent:
+                raise DeltaMixError(
+                    f"the delta repo holds {contents.absent[0]}, which this {kind} has not: "
+                    "weights and config.json do not fit"
+                )
+            if missing:
+                raise DeltaMixError(
+                    f"neither the delta repo nor the base {where} holds {missing[0]!r}: the delta "
+                    "repo is incomplete"
+                )
+        made_up = sum(keys.state[name].numel() for name in missing)
+        if 2 * made_up > sum(tensor.numel() for tensor in keys.state.values()):
+            raise DeltaMixError(
+                f"most of this {kind} is neither in the delta repo nor in the base {where}: its "
+                "config.json is of another model"
+            )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         if not self._hidden:
             return weight_conversions
         return [_HideKeys(self._hidden), *weight_conversions]
 
     # After loading, both ways
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any):
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
         if self.pre_quantized:
             _complete_offload_index(model)
             self._check_base_was_read(model)
+            for name in self._whole:
+                tensor = model.get_parameter_or_buffer(name)
+                if tensor.device.type != "meta":
+                    check_finite(name, tensor)
             self._cast_renamed(model)
             if self.quantization_config.dequantize:
                 return self._dequantize(model)
@@ -249,7 +274,9 @@ class DeltaMixHfQuantizer(HfQuantizer):
 
     # Dense again
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None):
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
+    ) -> PreTrainedModel:
         # save_pretrained leaves config.dtype a string
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         merged: dict[int, nn.Parameter] = {}
@@ -277,13 +304,17 @@ class DeltaMixHfQuantizer(HfQuantizer):
 
     # Saving
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict | None, dict]:
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
         return delta_state_dict(model, BaseCheckpoint(self.base_files, model)), {}
 
 
-def _resize(self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any):
+def _resize(
+    self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
     """`resize_token_embeddings`, which makes new modules and so would drop the delta unseen."""
     ends = (self.get_input_embeddings(), self.get_output_embeddings())
     same_size = new_num_tokens in (None, weight_of(ends[0]).shape[0]) and not (args or kwargs)
@@ -293,6 +324,11 @@ def _resize(self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any
             "before compressing it, or call model.dequantize() first"
         )
     return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
+
+
+def _read(info: TensorInfo, name: str) -> torch.Tensor:
+    with safe_open(info.file, framework="pt") as handle:
+        return handle.get_tensor(name)
 
 
 def _complete_offload_index(model: PreTrainedModel) -> None:

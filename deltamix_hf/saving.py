@@ -11,6 +11,8 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -24,6 +26,7 @@ from .base import BaseCheckpoint, same, weights_from_base
 from .config import overlay_dtype
 from .errors import DeltaMixError
 from .format import GUARD, PREFIX, guard_names
+from .hub import push_folder
 from .modules import delta_modules
 
 # Files that make up tokenizers and processors on the Hub; copied as they are.
@@ -96,18 +99,20 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
 
 
 def install_save(model: PreTrainedModel) -> None:
-    """Make `model.save_pretrained` (and `push_to_hub`, which calls it) write a whole delta repo."""
+    """Make `model.save_pretrained` and `push_to_hub` write a whole delta repo."""
     model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+    model.push_to_hub = MethodType(push_to_hub, model)  # type: ignore[assignment]
 
 
 def uninstall_save(model: PreTrainedModel) -> None:
-    """Back to the class's own `save_pretrained`."""
-    model.__dict__.pop("save_pretrained", None)
+    """Back to the class's own `save_pretrained` and `push_to_hub`."""
+    for name in ("save_pretrained", "push_to_hub"):
+        model.__dict__.pop(name, None)
 
 
 def save_pretrained(
     self: PreTrainedModel,
-    save_directory: str | os.PathLike,
+    save_directory: str | os.PathLike[str],
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
@@ -119,34 +124,72 @@ def save_pretrained(
     target = Path(save_directory).absolute()
     plain_save = type(self).save_pretrained
     hub = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
-    if "max_shard_size" in kwargs:
-        hub["max_shard_size"] = kwargs["max_shard_size"]
+    alone = _adapter_alone(self)
+    quantizer: Any = self.hf_quantizer
+    with written_whole(target) as staging:
+        plain_save(self, staging, **kwargs)
+        if kwargs.get("is_main_process", True) and not alone:
+            source = self.config.name_or_path
+            copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
+    if not alone:
+        quantizer.journal.remove()
+    if push_to_hub:
+        repo_id = hub.pop("repo_id", target.name)
+        if alone:
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
+        else:
+            push_folder(target, repo_id, token=kwargs.get("token"), **hub)
+
+
+def push_to_hub(
+    self: PreTrainedModel,
+    repo_id: str,
+    *,
+    max_shard_size: int | str = "50GB",
+    **options: Any,
+) -> str:
+    """`PreTrainedModel.push_to_hub` with a model card made from what was measured.
+
+    `options` are `push_folder`'s. With an adapter on top only that is pushed, as elsewhere.
+
+    Raises:
+        DeltaMixError: the base is a local folder, which nobody else could load.
+    """
+    if _adapter_alone(self):
+        plain_push: Any = type(self).push_to_hub
+        return plain_push(self, repo_id, max_shard_size=max_shard_size, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder, max_shard_size=max_shard_size)
+        return push_folder(Path(folder), repo_id, **options)
+
+
+def _adapter_alone(model: PreTrainedModel) -> bool:
+    """Whether a PEFT adapter was added: then transformers saves that, and nothing else."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A hidden sibling of `target` to write into; what is there at the end becomes `target`.
+
+    Raises:
+        DeltaMixError: the folder cannot be written; nothing is left behind.
+    """
+    target = target.absolute()
     staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"{target} is a file")
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        plain_save(self, staging, **kwargs)
-        alone = getattr(self, "_hf_peft_config_loaded", False)  # an adapter
-        quantizer: Any = self.hf_quantizer
-        if kwargs.get("is_main_process", True) and not alone:
-            source = self.config.name_or_path
-            copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
+        yield staging
         if any(staging.iterdir()):  # only one process of many writes
             _move_into(staging, target)
-            if not alone:
-                quantizer.journal.remove()
     except OSError as error:
-        raise DeltaMixError(
-            f"cannot write to {save_directory}: {error}; choose another folder"
-        ) from error
+        raise DeltaMixError(f"cannot write to {target}: {error}; choose another folder") from error
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-    if push_to_hub:
-        repo_id = hub.pop("repo_id", target.name)
-        self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
 
 
 def copy_companions(

@@ -53,7 +53,8 @@ class Stage:
     residual: str | None = None
 
 
-Rest = list[tuple[tuple, dict[str, Any]]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # a call's
+Rest = list[Arguments]
 """All arguments of a block's calls but the hidden states, a batch each."""
 
 
@@ -89,8 +90,8 @@ class Stack:
         """Run the fine-tune once; False if the blocks are not a plain chain."""
         last: list[Tensor | None] = [None]
 
-        def before(i: int):
-            def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def before(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 chained = bool(args) and (i == 0 or args[0] is last[0])
                 if not chained or len(self.rest[i]) != self._batch:
                     self.usable = False
@@ -101,7 +102,7 @@ class Stack:
 
             return hook
 
-        def after(module: nn.Module, args: tuple, output: Any) -> None:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             last[0] = tensor_of(output)
 
         handles = [
@@ -133,7 +134,7 @@ class Stack:
         hidden: list[Tensor] = []
         first: Rest = []
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden.append(args[0])
             first.append((args[1:], kwargs))
             raise _Reached
@@ -248,7 +249,7 @@ class Stack:
 
 
 def find_stages(
-    block: nn.Module, targets: Sequence[str], hidden: Tensor, rest: tuple[tuple, dict]
+    block: nn.Module, targets: Sequence[str], hidden: Tensor, rest: Arguments
 ) -> list[Stage]:
     """Targets of a block in call order, grouped by input tensor, with their residual streams.
 
@@ -258,16 +259,16 @@ def find_stages(
     outputs: dict[str, Tensor] = {}
     order: list[str] = []
 
-    def before(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
                 inputs.setdefault(name, []).append(args[0])
                 order.append(name)
 
         return hook
 
-    def after(name: str):
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             outputs[name] = output
 
         return hook
@@ -306,10 +307,10 @@ def find_stages(
 
 
 def _shared(
-    old: tuple[tuple, dict[str, Any]],
-    first: tuple[tuple, dict[str, Any]],
-    new: tuple[tuple, dict[str, Any]],
-) -> tuple[tuple, dict[str, Any]]:
+    old: Arguments,
+    first: Arguments,
+    new: Arguments,
+) -> Arguments:
     """`old`, with every tensor that is one of `first`'s replaced by `new`'s."""
     pairs = [
         *zip(first[0], new[0], strict=False),
@@ -324,7 +325,7 @@ def _run(
     block: nn.Module,
     weights: Mapping[str, Tensor],
     hidden: Tensor,
-    rest: tuple[tuple, dict[str, Any]],
+    rest: Arguments,
     watched: Sequence[str],
     stop: str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -334,8 +335,8 @@ def _run(
     """
     seen: dict[str, Tensor] = {"": hidden} if "" in watched else {}
 
-    def hook(name: str):
-        def keep(module: nn.Module, args: tuple) -> None:
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen[name] = args[0]
             if name == stop:
                 raise _Reached

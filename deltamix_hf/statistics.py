@@ -17,7 +17,7 @@ its columns by G of its output. Where it is tied to an output layer, the two use
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ class _Hooks:
             module.register_forward_hook(self._hook(name)) for name, module in modules.items()
         ]
 
-    def _hook(self, name: str):
+    def _hook(self, name: str) -> Callable[..., None]:
         def measure(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             x = args[0].detach()
             if name not in self.found:

@@ -73,7 +73,7 @@ def _fixed_cache(model: Any, kwargs: dict[str, Any]) -> bool:
     return asked is not None or kwargs.get("past_key_values") is not None
 
 
-def _rows(args: tuple, kwargs: dict[str, Any]) -> int:
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Rows of a batch: of the first tensor given."""
     values = (*args, *kwargs.values())
     return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), 1)

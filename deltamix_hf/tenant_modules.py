@@ -21,7 +21,8 @@ from .errors import DeltaMixError
 from .modules import change_class
 from .ops import cheapest, low_rank, low_rank_rows
 from .packed import PackedFactors
-from .routing import Combination, PackedRoute, Route, Router
+from .plans import Combination
+from .routing import PackedRoute, Route, Router
 
 Overlay = dict[str, Tensor]  # name of a parameter or buffer of one module -> its value
 
@@ -92,7 +93,7 @@ class TenantModule(nn.Module):
                 y = y.index_copy(0, rows, part.expand(len(rows), *part.shape[1:]).to(y.dtype))
         return y
 
-    def _unpacked(self, route: Route, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _unpacked(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output for one row of many tokens, as if each token were a row of its own."""
         if not any(self._touched(combination) for combination in route.distinct):
             return self._plain(self, args, kwargs)
@@ -117,7 +118,11 @@ class TenantModule(nn.Module):
         return any(name in self.dm_packed or name in self.dm_overlay for name in combination)
 
     def _combined(
-        self, combination: Combination, args: tuple, kwargs: dict[str, Any], base: Tensor | None
+        self,
+        combination: Combination,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        base: Tensor | None,
     ) -> Any:
         """The output with these deltas; `base`, if known, is that of the base's tensors."""
         overlay = self._merged(combination)
@@ -152,7 +157,7 @@ class TenantModule(nn.Module):
             shadow.__dict__[kind] = own
         return shadow
 
-    def _plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _plain(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.dm_plain_class.forward(module, *args, **kwargs)
 
     def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
@@ -217,7 +222,7 @@ def _other_tenant(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (TenantModule, cls), {})
 
 
-def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 

@@ -27,7 +27,7 @@ def register(module: nn.Module) -> int:
     return number
 
 
-def opaque(module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def opaque(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The module's output as one node of a compiled graph.
 
     Raises:

@@ -29,9 +29,9 @@ from .format import PREFIX, TensorInfo, check_base, fingerprints
 from .kernels import TRITON, choose
 from .modules import change_class, delta_modules, detach, tied_modules, tied_tensors
 from .packed import PackedFactors
-from .plans import SLOTS
+from .plans import SLOTS, Combination
 from .pool import Pool
-from .routing import BASE, Combination, Route, Router
+from .routing import BASE, Route, Router
 from .tenant_model import Names, tenant_model_class
 from .tenant_modules import TenantModule, make_tenant
 

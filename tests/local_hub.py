@@ -127,6 +127,8 @@ class LocalHub:
 
     def branch(self, call: Handler, repo_id: str, name: str) -> Any:
         repo = self._repo(repo_id)
+        if unquote(name) in repo.branches:
+            raise Refused(409, "", f"Reference already exists: refs/heads/{name}")
         repo.branches[unquote(name)] = repo.resolve(call.json().get("startingPoint", "main"))
         return {}
 
@@ -175,6 +177,8 @@ class LocalHub:
                 tree[value["path"]] = Blob(base64.b64decode(value["content"]), False)
             elif key == "lfsFile":
                 tree[value["path"]] = Blob(self.lfs[value["oid"]], True)
+            elif key == "deletedFile":
+                del tree[value["path"]]
             elif key != "header":
                 raise Refused(400, "", f"commit operation {key} is not supported here")
         sha = self._repo(repo_id).commit(unquote(revision), tree)

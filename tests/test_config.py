@@ -153,6 +153,7 @@ def test_loading_attributes_are_what_the_user_gave():
         "base_kwargs": {"token": "t"},
         "base_model": "elsewhere",
         "base_revision": "r1",
+        "base_given": True,
     }
 
 

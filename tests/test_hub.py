@@ -89,10 +89,72 @@ def author(folder: Path) -> dict[str, Any]:
         folder / "late", push_to_hub=True, repo_id="me/saved", revision="late", token=TOKEN
     )
     return {
+        "pushes": pushes(folder, api),
         "release": release,
         "reference_bytes": changed_bytes(folder / "moved", model),
         "generated": generate(model),
     }
+
+
+def pushes(folder: Path, api: Any) -> dict[str, Any]:
+    """Pushes of what was made from local copies: refused, named again, over an earlier repo."""
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    from deltamix_hf import DeltaMixConfig
+    from deltamix_hf.hub import push_folder
+
+    fetched = Path(snapshot_of("me/base"))
+    settings = DeltaMixConfig(base_model=str(fetched), ratio=RATIO, method="delta-come")
+    local = AutoModelForCausalLM.from_pretrained(folder / "moved", quantization_config=settings)
+    local.save_pretrained(folder / "local")
+    seen = {
+        "local base": refusal(local.push_to_hub, repo_id="me/local", token=TOKEN),
+        "other base": refusal(
+            push_folder, folder=folder / "local", repo_id="me/local", base="me/tuned", token=TOKEN
+        ),
+        "folder as base": refusal(
+            push_folder,
+            folder=folder / "local",
+            repo_id="me/local",
+            base=str(fetched),
+            token=TOKEN,
+        ),
+        "no delta": refusal(push_folder, folder=folder / "moved", repo_id="me/local", token=TOKEN),
+        "no token": refusal(
+            push_folder, folder=folder / "saved", repo_id="me/local", token="hf_wrong"
+        ),
+        "bad name": refusal(push_folder, folder=folder / "saved", repo_id="a/b/c", token=TOKEN),
+    }
+    # A repo that holds shards, a card and somebody's file already.
+    api.create_repo("me/local")
+    for name, content in {
+        "README.md": b"---\nlicense: mit\ntags: [poems]\n---\n\nMine, above.\n",
+        "model-00001-of-00002.safetensors": b"old",
+        "model.safetensors.index.json": b"{}",
+        "notes.txt": b"kept",
+    }.items():
+        api.upload_file(repo_id="me/local", path_in_repo=name, path_or_fileobj=content)
+    seen["address"] = push_folder(
+        folder / "local", "me/local", base="me/base", token=TOKEN, tags=["sums"]
+    )
+    card = folder / "card.md"
+    card.write_bytes(Path(api.hf_hub_download("me/local", "README.md")).read_bytes() + b"\nBelow.")
+    api.upload_file(repo_id="me/local", path_in_repo="README.md", path_or_fileobj=card)
+    push_folder(folder / "local", "me/local", base="me/base", token=TOKEN)
+    # An adapter on top of a delta goes alone.
+    local.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    local.push_to_hub("me/adapter", token=TOKEN)
+    return seen
+
+
+def snapshot_of(repo: str) -> str:
+    """A plain folder with the repo's files: not the cache, from whose paths a commit is known."""
+    import tempfile
+
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(repo, local_dir=tempfile.mkdtemp(), token=TOKEN)
 
 
 def reader(folder: Path) -> dict[str, Any]:
@@ -315,6 +377,72 @@ def test_save_pretrained_can_push(authored: dict[str, Any], hub: LocalHub, folde
     pushed = hub.files("me/saved")
     for path in (folder / "saved").iterdir():
         assert pushed[path.name] == path.read_bytes(), path.name
+
+
+def card_of(hub: LocalHub, repo: str) -> tuple[dict[str, Any], str]:
+    """Metadata and text of a repo's model card."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(hub.files(repo)["README.md"].decode())
+    return card.data.to_dict(), card.text
+
+
+def test_model_card_says_what_was_measured(
+    authored: dict[str, Any], config: dict[str, Any], hub: LocalHub
+) -> None:
+    metadata, text = card_of(hub, "me/delta")
+    assert metadata["base_model"] == "me/base" and metadata["library_name"] == "transformers"
+    assert metadata["base_model_relation"] == "adapter" and "deltamix" in metadata["tags"]
+    assert metadata["pipeline_tag"] == "text-generation"
+    files = hub.files("me/delta")
+    assert f"| all | {len(files[WEIGHTS]) / 1e6:.2f} | 100% |" in text
+    ratio = len(files[WEIGHTS]) / authored["reference_bytes"]
+    assert f"ratio {ratio:.5f}" in text
+    assert f"{config['measured']['kl']:.2g} nats" in text
+    assert config["calibration_source"] in text and authored["release"] in text
+    assert 'AutoModelForCausalLM.from_pretrained("me/delta")' in text
+    assert "(allocation.png)" in text and files["allocation.png"].startswith(b"\x89PNG")
+
+
+def test_pushing_over_a_repo_keeps_what_people_wrote(
+    authored: dict[str, Any], hub: LocalHub, folder: Path
+) -> None:
+    metadata, text = card_of(hub, "me/local")
+    assert metadata["license"] == "mit" and {"poems", "sums", "deltamix"} <= set(metadata["tags"])
+    assert text.strip().startswith("Mine, above.") and text.strip().endswith("Below.")
+    assert text.count("# local") == 1 and text.count("from_pretrained") == 1  # renewed, not added
+    files = hub.files("me/local")
+    assert "notes.txt" in files  # but no weights that would be read instead of the delta
+    assert [f for f in files if f.startswith("model")] == [WEIGHTS]
+    assert files[WEIGHTS] == (folder / "local" / WEIGHTS).read_bytes()
+
+
+def test_base_is_named_and_pinned_when_pushed(
+    authored: dict[str, Any], hub: LocalHub, folder: Path
+) -> None:
+    seen = authored["pushes"]
+    assert "local path" in seen["local base"] and "--base" in seen["local base"]
+    assert "wrong base" in seen["other base"] and "me/tuned" in seen["other base"]
+    assert "is a local folder" in seen["folder as base"]
+    pushed = json.loads(hub.files("me/local")["config.json"])["quantization_config"]
+    kept = json.loads((folder / "local" / "config.json").read_text())["quantization_config"]
+    assert pushed["base_model"] == "me/base" and pushed["base_revision"] == authored["release"]
+    assert pushed["base_fingerprints"] == kept["base_fingerprints"]
+    assert Path(kept["base_model"]).is_dir()  # the folder itself is as it was
+    assert seen["address"].startswith(hub.url) and "me/local" in seen["address"]
+
+
+def test_refused_pushes_are_one_line_and_make_nothing(authored: dict[str, Any]) -> None:
+    seen = authored["pushes"]
+    assert "not a delta repo" in seen["no delta"] and "deltamix compress" in seen["no delta"]
+    assert "cannot push to 'me/local'" in seen["no token"]
+    assert "cannot push to 'a/b/c'" in seen["bad name"]
+    assert not any("\n" in seen[name] for name in seen if isinstance(seen[name], str))
+
+
+def test_an_adapter_on_top_is_pushed_alone(authored: dict[str, Any], hub: LocalHub) -> None:
+    files = hub.files("me/adapter")
+    assert "adapter_model.safetensors" in files and WEIGHTS not in files
 
 
 def test_saving_survives_a_lost_tokenizer(

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamix_hf.svd import thin_svd
+from deltamix_hf.svd import singular_values, thin_svd
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -72,3 +72,20 @@ def test_values_that_are_not_finite(bad):
 def test_vectors_are_refused():
     with pytest.raises(ValueError, match=r"\[4\]"):
         thin_svd(torch.ones(4))
+
+
+@pytest.mark.parametrize("shape", [(60, 25), (25, 60), (5000, 3)])
+@pytest.mark.parametrize("scale", [1e-25, 1.0])
+def test_singular_values_alone(shape, scale):
+    delta = normal(*shape) * scale
+    assert torch.allclose(singular_values(delta).float(), thin_svd(delta)[1], rtol=1e-5)
+    delta = normal(shape[0], 2) @ normal(2, shape[1], seed=1)
+    assert len(singular_values(delta)) == 2
+
+
+def test_singular_values_of_nothing():
+    assert len(singular_values(torch.zeros(3, 4))) == 0
+    with pytest.raises(ValueError, match="matrix"):
+        singular_values(torch.zeros(3))
+    with pytest.raises(ValueError, match="NaN"):
+        singular_values(torch.full((2, 2), float("inf")))

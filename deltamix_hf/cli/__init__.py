@@ -8,12 +8,20 @@ raises; `main` turns what is raised into one readable line and an exit status ot
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 
 import typer
 
 from .compress import compress
 from .console import report
+from .diff import diff
 from .env import env
+from .eval import evaluate
+from .generate import chat, generate
+from .inspect import inspect
+from .merge import merge
+from .push import push
 
 app = typer.Typer(
     name="deltamix",
@@ -24,13 +32,29 @@ app = typer.Typer(
 )
 
 
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Ctrl-C reported as other errors are: typer would end without a word."""
+
+    @wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            if "--debug" in sys.argv[1:]:
+                raise
+            raise typer.Exit(report(error)) from error
+
+    return run
+
+
 @app.callback()
 def about() -> None:
     """Store a fine-tuned model as a small delta to its base, and run it beside the base."""
 
 
-for command in (compress, env):
-    app.command()(command)
+for command in (compress, inspect, diff, merge, generate, chat, push, env):
+    app.command()(_interruptible(command))
+app.command("eval")(_interruptible(evaluate))
 
 
 def main() -> None:
@@ -39,7 +63,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments)
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         if debug:
             raise
         sys.exit(report(error))

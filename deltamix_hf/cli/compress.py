@@ -51,7 +51,8 @@ def compress(
             f"{output} exists already; give another --output, or --overwrite to replace it"
         )
     from .. import DeltaMixConfig
-    from .models import from_pretrained, is_delta, read_config
+    from ..architecture import is_delta, read_config
+    from .models import from_pretrained
 
     if is_delta(read_config(finetuned)):
         raise DeltaMixError(f"{finetuned!r} is a delta repo already; give the fine-tune itself")

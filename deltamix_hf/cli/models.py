@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from ..architecture import is_delta, model_class, read_config
 from ..errors import DeltaMixError
 
 
@@ -32,41 +34,13 @@ def load_model(repo: str, base: str | None = None, dequantize: bool = False) -> 
 def from_pretrained(repo: str, **given: Any) -> Any:
     """`from_pretrained` of the class that `repo` was saved with."""
     import torch
-    import transformers
 
-    config = read_config(repo)
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        raise DeltaMixError(
-            f"config.json of {repo!r} names {names or 'no architecture'}, which this transformers "
-            f"{transformers.__version__} has not: upgrade it, or check the repo"
-        )
     device = "cuda" if torch.cuda.is_available() else None
-    return cls.from_pretrained(repo, device_map=device, **given).eval()
-
-
-def read_config(repo: str) -> Any:
-    """The transformers config of a repo.
-
-    Raises:
-        DeltaMixError: it cannot be found or read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(repo)
-    except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or ["no config.json"]
-        raise DeltaMixError(f"cannot find the model {repo!r}: {lines[0]}") from error
-
-
-def is_delta(config: Any) -> bool:
-    """Whether a transformers config is a delta repo's."""
-    from ..config import QUANT_METHOD
-
-    settings = getattr(config, "quantization_config", None) or {}
-    return dict(settings).get("quant_method") == QUANT_METHOD
+    cls = model_class(repo, read_config(repo))
+    with warnings.catch_warnings():
+        # That options of loading replace the repo's is what the caller wants.
+        warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+        return cls.from_pretrained(repo, device_map=device, **given).eval()
 
 
 def load_tokenizer(repo: str) -> Any:

@@ -1,0 +1,126 @@
+"""`deltamix eval`: what a delta keeps of its fine-tune, on text of the user's."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..errors import DeltaMixError
+from .console import out
+
+if TYPE_CHECKING:
+    from ..evaluate import Metrics
+
+
+def evaluate(
+    repo: Annotated[str, typer.Argument(help="The delta repo: a folder or Hub id.")],
+    text: Annotated[
+        str, typer.Option(help="Held-out text: a .txt file (a text a line), .jsonl, or a data set.")
+    ],
+    finetuned: Annotated[
+        str | None, typer.Option(help="The fine-tune itself: gives KL to it and the gain kept.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Where the base is, if not where the delta repo says.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts at most, drawn at random.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a text at most.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Perplexity on held-out text; with --finetuned, KL to it and the share of its gain kept.
+
+    Text that the delta was calibrated on flatters it: give other text.
+
+    Example: deltamix eval my-delta --text heldout.txt --finetuned ./tuned
+    """
+    from ..architecture import is_delta, read_config
+    from .models import load_model, load_tokenizer
+
+    if not is_delta(read_config(repo)):
+        raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
+    batches = _batches(text, load_tokenizer(repo), samples, length)
+    model = load_model(repo, base)
+    _check_kind(model)
+    tuned = None if finetuned is None else load_model(finetuned)
+    found = _judge(model, tuned, batches)
+    if as_json:
+        out.print_json(json.dumps(_figures(found)))
+    else:
+        out.print(_table(_figures(found)))
+
+
+def _batches(text: str, tokenizer: Any, samples: int, length: int) -> list[dict[str, Any]]:
+    from .. import DeltaMixConfig
+    from ..calibration import token_batches
+
+    settings = DeltaMixConfig(calibration=text, num_samples=samples, seq_length=length)
+    return [{"input_ids": ids} for ids in token_batches(settings, lambda: tokenizer)]
+
+
+def _check_kind(model: Any) -> None:
+    """Masked and sequence-to-sequence models need more than plain text to be judged."""
+    from ..self_text import writes_text
+
+    if not writes_text(model) and "Classification" not in type(model).__name__:
+        raise DeltaMixError(
+            f"deltamix eval judges causal language models and classifiers, not a "
+            f"{type(model).__name__}; use deltamix_hf.evaluate.compare with batches of your own"
+        )
+
+
+def _judge(model: Any, tuned: Any, batches: list[dict[str, Any]]) -> dict[str, Metrics]:
+    """Metrics of base, delta and, if given, fine-tune; without one, KL means nothing."""
+    from ..evaluate import compare
+
+    reference = model if tuned is None else tuned
+    with model.disable_deltas():
+        found = {"base": compare(reference, model, batches)}
+    if tuned is not None:
+        found["fine-tune"] = compare(tuned, tuned, batches)
+    return found | {"delta": compare(reference, model, batches)}
+
+
+def _figures(found: dict[str, Metrics]) -> dict[str, dict[str, float | None]]:
+    """What is worth saying of each model; None is what cannot be said."""
+    from ..evaluate import gain_kept
+
+    judged = "fine-tune" in found
+    figures = {}
+    for name, metrics in found.items():
+        row = {"perplexity": metrics.perplexity, "nll": metrics.nll, "tokens": metrics.tokens}
+        if judged:
+            row |= {"kl": metrics.kl, "same_first_choice": metrics.agreement}
+        figures[name] = {k: v if math.isfinite(v) else None for k, v in row.items()}
+    if judged and found["base"].nll != found["fine-tune"].nll:  # NaN too: nothing has labels
+        kept = gain_kept(*(found[name].nll for name in ("base", "fine-tune", "delta")))
+        figures["delta"]["gain_kept"] = kept if math.isfinite(kept) else None
+    return figures
+
+
+def _table(figures: dict[str, dict[str, float | None]]) -> Table:
+    formats = {
+        "perplexity": "{:.4g}",
+        "kl": "{:.3g}",
+        "same_first_choice": "{:.2%}",
+        "gain_kept": "{:.2%}",
+    }
+    shown = [k for k in formats if any(row.get(k) is not None for row in figures.values())]
+    tokens = next(iter(figures.values()))["tokens"]
+    table = Table(
+        box=None,
+        caption=f"{tokens} predictions; KL to the fine-tune in nats for each; share of first "
+        "choices that are the fine-tune's; share of its gain in nats over the base that is kept",
+    )
+    table.add_column("")
+    for key in shown:
+        table.add_column(key.replace("_", " "), justify="right")
+    for name, row in figures.items():
+        cells = [(formats[key], row.get(key)) for key in shown]
+        table.add_row(
+            name, *(form.format(value) if value is not None else "" for form, value in cells)
+        )
+    return table

@@ -1,0 +1,87 @@
+"""`deltamix generate` and `deltamix chat`: ask a delta repo, or any model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import DeltaMixError
+
+Repo = Annotated[str, typer.Argument(help="A delta repo or a whole model: a folder or Hub id.")]
+Base = Annotated[
+    str | None, typer.Option(help="Where the base is, if not where the delta repo says.")
+]
+MostTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
+Sample = Annotated[bool, typer.Option(help="Draw tokens at random instead of the likeliest.")]
+
+
+def generate(
+    repo: Repo,
+    prompt: Annotated[str, typer.Argument(help="What to go on from.")],
+    base: Base = None,
+    max_new_tokens: MostTokens = 128,
+    sample: Sample = False,
+) -> None:
+    """Write on from a prompt, as it is.
+
+    Example: deltamix generate my-delta "Once upon a time"
+    """
+    model, tokenizer = _load(repo, base)
+    _answer(model, tokenizer, tokenizer(prompt, return_tensors="pt"), max_new_tokens, sample)
+
+
+def chat(
+    repo: Repo,
+    base: Base = None,
+    max_new_tokens: MostTokens = 512,
+    sample: Sample = False,
+) -> None:
+    """Talk with a model that has a chat template; an empty line or Ctrl-D ends it.
+
+    Example: deltamix chat my-delta
+    """
+    model, tokenizer = _load(repo, base)
+    if not tokenizer.chat_template:
+        raise DeltaMixError(
+            f"the tokenizer of {repo!r} has no chat template; use `deltamix generate` instead"
+        )
+    turns: list[dict[str, str]] = []
+    while text := _ask():
+        turns.append({"role": "user", "content": text})
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        said = _answer(model, tokenizer, inputs, max_new_tokens, sample)
+        turns.append({"role": "assistant", "content": said})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _load(repo: str, base: str | None) -> tuple[Any, Any]:
+    from .models import load_model, load_tokenizer
+
+    model = load_model(repo, base, dequantize=True)  # one answer at a time: dense is fastest
+    if not model.can_generate():
+        raise DeltaMixError(f"{repo!r} is a {type(model).__name__}, which cannot generate text")
+    return model, load_tokenizer(repo)
+
+
+def _answer(model: Any, tokenizer: Any, inputs: Any, most: int, sample: bool) -> str:
+    """Print the answer as it comes; returns its text."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    given = inputs.to(model.device)
+    given.pop("token_type_ids", None)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    found = model.generate(
+        **given, max_new_tokens=most, do_sample=sample, pad_token_id=pad, streamer=streamer
+    )
+    start = 0 if model.config.is_encoder_decoder else given["input_ids"].shape[1]
+    return tokenizer.decode(found[0, start:], skip_special_tokens=True)

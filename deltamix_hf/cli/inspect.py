@@ -1,0 +1,149 @@
+"""`deltamix inspect`: what a delta repo holds, layer by layer."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .console import out, size_table
+
+if TYPE_CHECKING:
+    from ..inspection import MatrixReport, RepoReport
+
+
+class Order(str, Enum):
+    """Columns that the table can be sorted by; `model`: as the model runs."""
+
+    model = "model"
+    bytes = "bytes"
+    bits = "bits"
+    error = "error"
+
+
+def inspect(
+    repo: Annotated[str, typer.Argument(help="The delta repo: a folder or Hub id.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Folder to write PNG plots into, made if need be.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    sort: Annotated[Order, typer.Option(help="Order of the layers.")] = Order.model,
+) -> None:
+    """Ranks, widths, bytes and error of every layer, from the files alone.
+
+    Example: deltamix inspect my-delta --plot plots
+    """
+    from ..inspection import inspect_repo
+
+    report = inspect_repo(repo)
+    if as_json:
+        out.print_json(json.dumps(_figures(report)))
+    else:
+        for line in _origin(report):
+            out.print(line, highlight=False, soft_wrap=True, markup=False)
+        out.print(_layers(report, sort))
+        out.print()
+        out.print(size_table(report.size))
+    if plot is not None:
+        from ..plots import save_figures
+
+        paths = save_figures(report, plot)
+        if not as_json:
+            out.print("\nWritten:", ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+
+
+def _origin(report: RepoReport) -> list[str]:
+    config, measured = report.config, report.config.measured
+    revision = f" at {config.base_revision[:12]}" if config.base_revision else ""
+    lines = [
+        f"base: {config.base_model}{revision}, {len(config.base_fingerprints)} tensors pinned",
+        f"method: {config.method}, calibrated on: {config.calibration_source}",
+    ]
+    if "kl" in measured:
+        lines.append(
+            f"KL to the fine-tune: {measured['kl']:.2g} nats for each of "
+            f"{measured['positions']} predictions not tuned on"
+        )
+    return [*lines, ""]
+
+
+def _layers(report: RepoReport, sort: Order) -> Table:
+    table = Table(
+        box=None,
+        caption="Widths: ranks × bits of V / bits of U. Error: |ΔW − Û·V̂|² / |ΔW|², in the metric "
+        "of the layer's inputs",
+        caption_justify="left",
+    )
+    table.add_column("layer", overflow="fold")
+    for name in ("shape", "ranks"):
+        table.add_column(name, justify="right")
+    table.add_column("widths", overflow="fold")
+    for name in ("kB", "scales", "bits/weight", "error"):
+        table.add_column(name, justify="right")
+    for name, matrix in _sorted(report, sort):
+        widths = [f"{count}×{v}/{u}" for (v, u), count in matrix.widths.items()]
+        table.add_row(
+            name,
+            f"{matrix.shape[0]}×{matrix.shape[1]}",
+            f"{matrix.rank} of {min(matrix.shape)}",
+            " ".join(widths) or "as in the base",
+            f"{matrix.bytes / 1e3:.1f}",
+            f"{matrix.scales / 1e3:.1f}",
+            f"{matrix.bits_per_weight:.2f}",
+            "" if matrix.error is None else f"{matrix.error:.1e}",
+        )
+    count = len(report.overlay)
+    if count:
+        table.add_row(
+            f"{count} tensors stored whole", "", "", "", f"{report.size.overlay / 1e3:.1f}"
+        )
+    return table
+
+
+def _sorted(report: RepoReport, sort: Order) -> list[tuple[str, MatrixReport]]:
+    rows = list(report.matrices.items())
+    if sort is Order.model:
+        return rows
+    keys: dict[Order, Any] = {
+        Order.bytes: lambda row: -row[1].bytes,
+        Order.bits: lambda row: -row[1].bits_per_weight,
+        Order.error: lambda row: -(row[1].error or 0),
+    }
+    return sorted(rows, key=keys[sort])
+
+
+def _figures(report: RepoReport) -> dict[str, Any]:
+    config, size = report.config, report.size
+    return {
+        "base_model": config.base_model,
+        "base_revision": config.base_revision,
+        "method": config.method,
+        "format_version": config.format_version,
+        "calibration_source": config.calibration_source,
+        "measured": config.measured,
+        "bytes": {
+            kind: getattr(size, kind)
+            for kind in ("payload", "scales", "metadata", "overlay", "total", "reference")
+        },
+        "ratio": size.ratio,
+        "matrices": {
+            name: {
+                "shape": list(matrix.shape),
+                "rank": matrix.rank,
+                "widths": [[v, u, count] for (v, u), count in matrix.widths.items()],
+                "payload": matrix.payload,
+                "scales": matrix.scales,
+                "metadata": matrix.metadata,
+                "error": matrix.error,
+            }
+            for name, matrix in report.matrices.items()
+        },
+        "overlay": {
+            name: {"dtype": dtype, "shape": list(shape), "bytes": count}
+            for name, (dtype, shape, count) in report.overlay.items()
+        },
+    }
