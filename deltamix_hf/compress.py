@@ -35,7 +35,7 @@ from .global_allocation import Choices, solve_global
 from .gptq import Rounded, gptq_columns, gptq_rows, round_rows
 from .journal import Journal
 from .metric import blended, damped, diagonal
-from .packed import DTYPES, GroupSizes, PackedFactors, layout_of, part_shapes, rank_bytes
+from .packed import DTYPES, GroupSizes, PackedFactors, part_shapes, rank_bytes
 from .statistics import Metrics
 
 # Shares of the mean diagonal added to the metrics before they are used.
@@ -250,9 +250,7 @@ class Compressor:
         tensors, error = found
         packed = None
         if tensors:
-            (m, n), ranks = self.shapes[name], tensors["ranks"]
-            runs, group_sizes = layout_of(ranks, self.config.group_size)
-            packed = PackedFactors(m, n, group_sizes, runs, **tensors)
+            packed = PackedFactors.checked(*self.shapes[name], self.config.group_size, tensors)
         return self._paid(name, Compressed(packed, error))
 
     def _paid(self, name: str, result: Compressed) -> Compressed:

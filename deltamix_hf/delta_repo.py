@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .base import KeyMap, repo_files
 from .config import QUANT_METHOD, DeltaMixConfig
 from .errors import DeltaMixError, first_line
-from .format import PREFIX, TensorInfo, is_guard, packed_modules, read_headers
-from .packed import PackedFactors, check_parts, check_values, layout_of, parts
+from .format import GUARD, PREFIX, TensorInfo, is_guard, packed_modules, read_headers
+from .packed import PackedFactors, parts
 from .trust import check_weight_files
 
 
@@ -89,6 +89,10 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
     modules = packed_modules(infos, gaussian, config.errors)
     ours = {f"{module}.{PREFIX}{part}" for module in modules for part in parts(gaussian)}
     guards = {name for name in infos.keys() - ours if is_guard(name)}
+    for name in guards:
+        if infos[name].placeholder().dtype != GUARD[0] or infos[name].shape != GUARD[1]:
+            raise DeltaMixError(f"the delta repo holds {name}, which is no guard: it is damaged")
+    _check_listed(config, modules.keys(), infos.keys() - ours - guards)
     packed: dict[str, str] = {}
     overlay: dict[str, str] = {}
     absent: list[str] = []
@@ -113,6 +117,18 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
             _check_whole(keys.state[name], infos[stored], stored)
             overlay[name] = stored
     return Contents(packed, overlay, guards, absent)
+
+
+def _check_listed(config: DeltaMixConfig, modules: Set[str], whole: Set[str]) -> None:
+    """Refuse what config.json does not list, and too little; old repos have shorter lists."""
+    if config.errors and (more := sorted(modules - config.errors.keys())):
+        raise DeltaMixError(f"the delta repo holds {more[0]}, which its config.json does not list")
+    if config.overlay is None:
+        return
+    if missing := sorted(set(config.overlay) - whole):
+        raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
+    if more := sorted(whole - set(config.overlay)):
+        raise DeltaMixError(f"the delta repo holds {more[0]}, which its config.json does not list")
 
 
 def _check_module(keys: KeyMap, stored: str, weight: str) -> None:
@@ -168,12 +184,9 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
         kinds = parts(config.codebook == "gaussian")
         tensors = {part: read(f"{stored}.{PREFIX}{part}") for part in kinds}
         try:
-            runs, group_sizes = layout_of(tensors["ranks"], config.group_size)
-            check_parts(m, n, runs, group_sizes, tensors)
-            check_values(m, n, runs, group_sizes, tensors["ranks"], tensors.get("zeros"))
+            packed[name] = PackedFactors.checked(m, n, config.group_size, tensors)
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
-        packed[name] = PackedFactors(m, n, group_sizes, runs, **tensors)
     overlay: dict[str, Tensor] = {}
     for name, stored in contents.overlay.items():
         overlay[name] = read(stored)

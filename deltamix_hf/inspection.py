@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,11 +18,10 @@ from torch import Tensor
 from .architecture import empty_model, is_delta, read_config
 from .base import KeyMap
 from .config import DeltaMixConfig
-from .delta_repo import find_delta
+from .delta_repo import contents_of, find_delta
 from .errors import DeltaMixError
-from .format import PREFIX, SizeReport, TensorInfo, is_guard, packed_modules, read_headers
-from .format import size_report as measure_size
-from .packed import PackedFactors, check_parts, layout_of, parts
+from .format import PREFIX, SizeReport, TensorInfo, read_headers, size_report
+from .packed import PackedFactors, layout_of, parts
 
 
 @dataclass(frozen=True)
@@ -119,15 +117,22 @@ def inspect_repo(repo: str | Path) -> RepoReport:
     files, config = find_delta(repo, {})
     keys = KeyMap(empty_model(repo, model_config))
     infos = read_headers(files)
-    stored = packed_modules(infos, config.codebook == "gaussian", config.errors)
-    shapes = {_module(keys, name): name for name in stored}
-    order = [n.removesuffix(".weight") for n in keys.state]
+    contents = contents_of(infos, config, keys)
+    compressed = {*contents.packed, *config.dropped}
+    names = [n.removesuffix(".weight") for n in keys.state]  # as the model has them
+    if unknown := sorted(compressed - {*names}):
+        raise DeltaMixError(f"the model of {repo!r} has no {unknown[0]}, which its delta changes")
     matrices = {
-        name: _matrix(infos, config, shapes.get(name), name, _shape(keys, repo, name))
-        for name in sorted({*shapes, *config.dropped}, key=_positions(order))
+        name: _matrix(infos, config, contents.packed.get(name), name, _shape(keys, name))
+        for name in names
+        if name in compressed
     }
-    size = measure_size(Path(files[0]).parent, {name: m.shape for name, m in matrices.items()})
-    return RepoReport(files, config, size, matrices, _overlay(infos))
+    overlay = {
+        name: (infos[stored].dtype, infos[stored].shape, _length(infos[stored]))
+        for name, stored in contents.overlay.items()
+    }
+    size = size_report(Path(files[0]).parent, {name: m.shape for name, m in matrices.items()})
+    return RepoReport(files, config, size, matrices, overlay)
 
 
 def rank_sizes(report: RepoReport, name: str) -> Tensor:
@@ -141,29 +146,14 @@ def rank_sizes(report: RepoReport, name: str) -> Tensor:
         return torch.zeros(0)
     infos = read_headers(report.files)
     names = parts(config.codebook == "gaussian")
-    tensors: dict[str, Any] = {
-        part: _read(infos, f"{matrix.stored}.{PREFIX}{part}") for part in names
-    }
-    runs, group_sizes = layout_of(tensors["ranks"], config.group_size)
-    check_parts(*matrix.shape, runs, group_sizes, tensors)
-    factors = PackedFactors(*matrix.shape, group_sizes, runs, **tensors)
+    tensors = {part: _read(infos, f"{matrix.stored}.{PREFIX}{part}") for part in names}
+    factors = PackedFactors.checked(*matrix.shape, config.group_size, tensors)
     return factors.left().norm(dim=1) * factors.right().norm(dim=1)
 
 
-def _module(keys: KeyMap, stored: str) -> str:
-    return keys.rename(f"{stored}.weight")[0].removesuffix(".weight")
-
-
-def _positions(order: list[str]) -> Any:
-    place = {name: i for i, name in enumerate(order)}
-    return lambda name: place.get(name, len(place))
-
-
-def _shape(keys: KeyMap, repo: str, name: str) -> tuple[int, int]:
-    weight = keys.state.get(f"{name}.weight")
-    if weight is None or weight.ndim != 2:
-        raise DeltaMixError(f"the model of {repo!r} has no matrix {name}, which its delta changes")
-    return weight.shape[0], weight.shape[1]
+def _shape(keys: KeyMap, name: str) -> tuple[int, int]:
+    m, n = keys.state[f"{name}.weight"].shape
+    return m, n
 
 
 def _matrix(
@@ -195,14 +185,6 @@ def _matrix(
         metadata=2 * len(words),
         error=error,
     )
-
-
-def _overlay(infos: dict[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    return {
-        name: (info.dtype, info.shape, _length(info))
-        for name, info in infos.items()
-        if not is_guard(name) and not name.rpartition(".")[2].startswith(PREFIX)
-    }
 
 
 def _length(info: TensorInfo | None) -> int:

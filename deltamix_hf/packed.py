@@ -16,7 +16,7 @@ groups are: 2^e elements, or as V's if e is 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -76,7 +76,7 @@ def part_shapes(
 
 
 def check_parts(
-    m: int, n: int, runs: Runs, group_sizes: GroupSizes, tensors: dict[str, Tensor]
+    m: int, n: int, runs: Runs, group_sizes: GroupSizes, tensors: Mapping[str, Tensor]
 ) -> None:
     """Refuse tensors that are not those of an [m, n] matrix with these widths.
 
@@ -202,6 +202,24 @@ class PackedFactors:
                 [(c, max(b, d)) for c, b, d in runs],
             ),
         )
+
+    @classmethod
+    def checked(
+        cls, m: int, n: int, group_size: int, tensors: Mapping[str, Tensor]
+    ) -> PackedFactors:
+        """The factors of an [m, n] matrix from stored tensors.
+
+        Args:
+            group_size: of V, and of U where the ranks do not say otherwise.
+
+        Raises:
+            DeltaMixError: they are not those of such a matrix, or hold what none does.
+        """
+        runs, group_sizes = layout_of(tensors["ranks"], group_size)
+        check_parts(m, n, runs, group_sizes, tensors)
+        zeros = tensors.get("zeros")
+        check_values(m, n, runs, group_sizes, tensors["ranks"], zeros)
+        return cls(m, n, group_sizes, runs, tensors["v"], tensors["u"], tensors["ranks"], zeros)
 
     @property
     def gaussian(self) -> bool:

@@ -22,6 +22,8 @@ from .generate import chat, generate
 from .inspect import inspect
 from .merge import merge
 from .push import push
+from .serve import PASS_ON, serve
+from .verify import verify
 
 app = typer.Typer(
     name="deltamix",
@@ -52,9 +54,10 @@ def about() -> None:
     """Store a fine-tuned model as a small delta to its base, and run it beside the base."""
 
 
-for command in (compress, inspect, diff, merge, generate, chat, push, env):
+for command in (compress, inspect, verify, diff, merge, generate, chat, push, env):
     app.command()(_interruptible(command))
 app.command("eval")(_interruptible(evaluate))
+app.command(context_settings=PASS_ON)(_interruptible(serve))
 
 
 def main() -> None:
