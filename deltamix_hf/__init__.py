@@ -1,14 +1,20 @@
 """deltamix_hf: store a fine-tune as a small delta to its base model and run it beside the base.
 
-Importing the package registers quant_method "deltamix" with transformers.
+Importing the package registers quant_method "deltamix" with transformers, and imports neither
+transformers nor torch: the names below are looked up when first used.
 """
 
-from .config import QUANT_METHOD, DeltaMixConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import DeltaMixError
-from .merged import cache_merged
-from .modules import DeltaEmbedding, DeltaLinear
-from .quantizer import DeltaMixHfQuantizer
-from .registration import register
+from .registration import QUANT_METHOD, autoload
+
+if TYPE_CHECKING:
+    from .config import DeltaMixConfig
+    from .merged import cache_merged
+    from .modules import DeltaEmbedding, DeltaLinear
+    from .quantizer import DeltaMixHfQuantizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,4 +28,24 @@ __all__ = [
     "cache_merged",
 ]
 
-register(DeltaMixConfig, DeltaMixHfQuantizer)
+_MODULES = {
+    "DeltaEmbedding": "modules",
+    "DeltaLinear": "modules",
+    "DeltaMixConfig": "config",
+    "DeltaMixHfQuantizer": "quantizer",
+    "cache_merged": "merged",
+}
+
+autoload()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

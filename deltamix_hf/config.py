@@ -20,8 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .errors import DeltaMixError
 from .packed import GROUP_EXPONENTS, GroupSizes
 from .presets import ALLOCATIONS, CODEBOOKS, PRESETS, SWITCHES, resolve
+from .registration import QUANT_METHOD as QUANT_METHOD
 
-QUANT_METHOD = "deltamix"
 FORMAT_VERSION = 2
 DEFAULT_METHOD = "deltamix-kl"
 WIDTHS = tuple(range(9))
@@ -83,6 +83,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         measured: written by compression: `kl`, nats for each of `positions` predictions, to the
             fine-tune, on calibration texts that tuning has not seen.
         errors: written by compression: module name -> relative error tr(EᵀE·C)/tr(ΔWᵀΔW·C).
+        overlay: written by saving: names of the tensors that are stored whole.
         dropped: written by compression: matrices that differ but were not worth a single rank; they
             stay as they are in the base.
 
@@ -105,7 +106,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
     drop_penalty: float
     tune_steps: int
     bf16_overlay: bool
-    base_given = False  # by the user while loading, not by the delta repo's config.json
+    base_given: bool  # by the user, not by a delta repo's config.json
 
     def __init__(
         self,
@@ -146,6 +147,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         measured: dict[str, float] | None = None,
         errors: dict[str, float] | None = None,
         dropped: Sequence[str] | None = None,
+        overlay: Sequence[str] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ):
@@ -159,6 +161,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
             )
         self.quant_method = quant_method  # type: ignore[assignment]
         self.base_model = _path("base_model", base_model)
+        self.base_given = base_model is not None
         self.base_revision = base_revision
         self.method = method
         self.ratio = ratio
@@ -184,6 +187,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.measured = _mapping("measured", measured)
         self.errors = _mapping("errors", errors)
         self.dropped = _names("dropped", dropped or [])
+        self.overlay = None if overlay is None else _names("overlay", overlay)
         self._validate()
 
     @classmethod
@@ -201,7 +205,9 @@ class DeltaMixConfig(QuantizationConfigMixin):
                 f"config.json sets {given[0]}, which is for who loads it to choose: remove it from "
                 f"the file, and pass DeltaMixConfig({given[0]}=...) if you want it"
             )
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        found = super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        (found[0] if return_unused_kwargs else found).base_given = False
+        return found
 
     def _validate(self) -> None:
         self._validate_budget()
@@ -342,7 +348,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         given = {"dequantize": self.dequantize, "base_kwargs": self.base_kwargs}
         if self.base_model is not None:
             given |= {"base_model": self.base_model, "base_revision": self.base_revision}
-            given |= {"base_given": True}
+            given |= {"base_given": self.base_given}
         return given
 
     def to_dict(self) -> dict[str, Any]:
@@ -356,7 +362,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def __repr__(self) -> str:
-        records = ("base_fingerprints", "errors", "dropped")
+        records = ("base_fingerprints", "errors", "dropped", "overlay")
         shown = {k: v for k, v in self.to_dict().items() if k not in records}
         return f"DeltaMixConfig {json.dumps(shown, indent=2)}"
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .base import KeyMap, repo_files
 from .config import QUANT_METHOD, DeltaMixConfig
 from .errors import DeltaMixError, first_line
 from .format import GUARD, PREFIX, TensorInfo, is_guard, packed_modules, read_headers
+from .modules import shape_of
 from .packed import PackedFactors, parts
 from .trust import check_weight_files
 
@@ -134,7 +136,8 @@ def _check_listed(config: DeltaMixConfig, modules: Set[str], whole: Set[str]) ->
 def _check_module(keys: KeyMap, stored: str, weight: str) -> None:
     layer, dot, leaf = weight.rpartition(".")
     module = keys.model.get_submodule(layer)
-    if (dot, leaf) != (".", "weight") or not isinstance(module, nn.Linear | nn.Embedding):
+    kinds = nn.Linear | nn.Embedding | Conv1D
+    if (dot, leaf) != (".", "weight") or not isinstance(module, kinds):
         raise DeltaMixError(f"{stored}: a {type(module).__name__} cannot carry a packed delta")
 
 
@@ -180,7 +183,7 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
         raise DeltaMixError(f"{source!r} holds {stored} {shape}, the model has none such")
     packed: dict[str, PackedFactors] = {}
     for name, stored in contents.packed.items():
-        m, n = keys.state[f"{name}.weight"].shape
+        m, n = shape_of(keys.model.get_submodule(name))
         kinds = parts(config.codebook == "gaussian")
         tensors = {part: read(f"{stored}.{PREFIX}{part}") for part in kinds}
         try:

@@ -26,6 +26,7 @@ from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError
 from .format import guard_names
 from .global_allocation import solve_global
+from .modules import shape_of
 from .svd import singular_values
 
 RATIOS = (1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128)
@@ -164,9 +165,8 @@ def _compare(
     if leaf != "weight" or not packable(module, module_name, ()):
         return value
     delta = value.float() - before.float()
-    m, n = delta.shape
     return MatrixDistance(
-        (m, n),
+        shape_of(module),
         float(delta.double().square().sum()),
         float(before.double().square().sum()),
         singular_values(delta).square(),

@@ -24,8 +24,8 @@ def first_line(error: Exception) -> str:
 
 def _one_line(message: str) -> str:
     """Names in a message may come from a hostile file: no line breaks, no terminal commands."""
+    if not message.isprintable():
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     if len(message) > _LONGEST:
         message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
-    if message.isprintable():
-        return message
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    return message

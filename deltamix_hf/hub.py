@@ -43,8 +43,12 @@ def push_folder(
         repo_id: where to on the Hub, `name` or `org/name`; made if it is not there.
         base: Hub id of the base, if the delta was made from a local copy of it. It is checked
             tensor by tensor, and named and pinned in the uploaded config.json.
-        token, private, revision, create_pr, commit_message, commit_description: as in
-            `PreTrainedModel.push_to_hub`.
+        token: of the Hub, if not the one logged in with.
+        private: make a new repo private.
+        revision: branch to push to, made if it is not there.
+        create_pr: open a pull request instead.
+        commit_message: first line of the commit.
+        commit_description: the rest of it.
         tags: tags of the card besides our own.
 
     Raises:

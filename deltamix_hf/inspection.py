@@ -21,6 +21,7 @@ from .config import DeltaMixConfig
 from .delta_repo import contents_of, find_delta
 from .errors import DeltaMixError
 from .format import PREFIX, SizeReport, TensorInfo, read_headers, size_report
+from .modules import shape_of
 from .packed import PackedFactors, layout_of, parts
 
 
@@ -122,10 +123,10 @@ def inspect_repo(repo: str | Path) -> RepoReport:
     names = [n.removesuffix(".weight") for n in keys.state]  # as the model has them
     if unknown := sorted(compressed - {*names}):
         raise DeltaMixError(f"the model of {repo!r} has no {unknown[0]}, which its delta changes")
+    modules = {name: keys.model.get_submodule(name) for name in names if name in compressed}
     matrices = {
-        name: _matrix(infos, config, contents.packed.get(name), name, _shape(keys, name))
-        for name in names
-        if name in compressed
+        name: _matrix(infos, config, contents.packed.get(name), name, shape_of(module))
+        for name, module in modules.items()
     }
     overlay = {
         name: (infos[stored].dtype, infos[stored].shape, _length(infos[stored]))
@@ -149,11 +150,6 @@ def rank_sizes(report: RepoReport, name: str) -> Tensor:
     tensors = {part: _read(infos, f"{matrix.stored}.{PREFIX}{part}") for part in names}
     factors = PackedFactors.checked(*matrix.shape, config.group_size, tensors)
     return factors.left().norm(dim=1) * factors.right().norm(dim=1)
-
-
-def _shape(keys: KeyMap, name: str) -> tuple[int, int]:
-    m, n = keys.state[f"{name}.weight"].shape
-    return m, n
 
 
 def _matrix(

@@ -25,7 +25,7 @@ from .base import BaseCheckpoint
 from .compress import Budget, Compressed, Compressor, Matrix
 from .config import DeltaMixConfig
 from .journal import Journal
-from .modules import attach_with_ties, shape_of, tied_modules, weight_of
+from .modules import attach_with_ties, matrix_of, oriented, shape_of, tied_modules, weight_of
 from .sequential import Stack, find_blocks
 from .statistics import LayerStatistics, Metrics, collect, metrics_of
 
@@ -72,7 +72,7 @@ class Job:
             for name in self.targets:
                 users = tied_modules(model, name)
                 if not config.fisher:  # a tied embedding is measured where it is used as a matrix
-                    users = {n: m for n, m in users.items() if isinstance(m, nn.Linear)}
+                    users = {n: m for n, m in users.items() if not isinstance(m, nn.Embedding)}
                 observed |= users
             found, self.scored = collect(model, observed, batches, config.fisher, config.seed)
             for name in self.targets:
@@ -106,8 +106,9 @@ class Job:
         return a, c
 
     def delta(self, name: str) -> Tensor:
-        weight = weight_of(self.targets[name]).detach()
-        base = self.base.read(f"{name}.weight")
+        module = self.targets[name]
+        weight = matrix_of(module).detach()
+        base = oriented(module, self.base.read(f"{name}.weight"))
         return weight.float() - base.to(weight.device, torch.float32)
 
     def run(self, budget: Budget) -> None:
@@ -165,7 +166,8 @@ class Job:
             result = replace(result, packed=result.packed.to(device))
         self._results[name] = result
         self._bar.update()
-        weight = self.base.read(f"{name}.weight").to(device, torch.float32)
+        base = oriented(self.targets[name], self.base.read(f"{name}.weight"))
+        weight = base.to(device, torch.float32)
         return weight if result.packed is None else weight + result.packed.dense()
 
     def _attach_block(self, block: str) -> None:

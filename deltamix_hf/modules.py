@@ -1,4 +1,4 @@
-"""`DeltaLinear` and `DeltaEmbedding`: a frozen base weight plus a packed delta.
+"""`DeltaLinear`, `DeltaConv1D` and `DeltaEmbedding`: a frozen base weight plus a packed delta.
 
 They are made from existing modules by changing the class in place, so names, hooks, ties and
 whatever else points at the module stay valid; the base weight stays at `.weight`. The packed
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .errors import DeltaMixError
 from .format import PREFIX
@@ -28,9 +29,22 @@ def weight_of(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 
 
+def oriented(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight of `module` as the matrix [m outputs, n inputs], or that matrix as its weight.
+
+    Only GPT-2's `Conv1D` keeps the transpose.
+    """
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """`module.weight` as the matrix [m outputs, n inputs] that a delta is added to."""
+    return oriented(module, weight_of(module))
+
+
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """[m, n] of a module's weight."""
-    m, n = weight_of(module).shape
+    """[m, n] of a module's matrix: outputs and inputs."""
+    m, n = matrix_of(module).shape
     return m, n
 
 
@@ -58,7 +72,7 @@ class DeltaModule(nn.Module):
         return {part: getattr(self, PREFIX + part) for part in parts(self.dm_gaussian)}
 
     def packed(self) -> PackedFactors:
-        m, n = weight_of(self).shape
+        m, n = shape_of(self)
         return PackedFactors(m, n, self.dm_group_sizes, self.dm_runs, **self.delta_parameters())
 
     def _op_arguments(self) -> tuple[Any, ...]:
@@ -68,7 +82,8 @@ class DeltaModule(nn.Module):
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W_base + Û·V̂, added in float32, in `dtype` (default: the base weight's)."""
         weight = weight_of(self)
-        return (weight.float() + self.packed().dense().to(weight.device)).to(dtype or weight.dtype)
+        delta = oriented(self, self.packed().dense().to(weight.device))
+        return (weight.float() + delta).to(dtype or weight.dtype)
 
 
 class DeltaLinear(DeltaModule, nn.Linear):
@@ -91,6 +106,16 @@ class DeltaLinear(DeltaModule, nn.Linear):
         return linear(x, self.weight, self.bias, *tensors, runs, group_sizes)
 
 
+class DeltaConv1D(DeltaModule, Conv1D):
+    """y = x·W_base + bias + (x·V̂ᵀ)·Ûᵀ: GPT-2's linear layer, whose weight is [n, m]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dm_merged is not None:
+            return x @ self.dm_merged + self.bias
+        y: Tensor = Conv1D.forward(self, x)
+        return y + cheapest(low_rank)(x.to(y.dtype), *self._op_arguments(), transposed=False)
+
+
 class DeltaEmbedding(DeltaModule, nn.Embedding):
     """y = W_base[ids] + Û[ids]·V̂."""
 
@@ -100,6 +125,9 @@ class DeltaEmbedding(DeltaModule, nn.Embedding):
         base = super().forward(ids)  # cooperates with subclasses such as scaled embeddings
         rows = cheapest(low_rank_rows)(ids.long(), *self._op_arguments())
         return base + rows.to(base.dtype)
+
+
+_PLAIN = {DeltaLinear: nn.Linear, DeltaConv1D: Conv1D, DeltaEmbedding: nn.Embedding}
 
 
 def delta_class(cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -112,6 +140,8 @@ def delta_class(cls: type[nn.Module]) -> type[nn.Module] | None:
         return DeltaLinear
     if cls is nn.Embedding:
         return DeltaEmbedding
+    if cls is Conv1D:
+        return DeltaConv1D
     if issubclass(cls, nn.Embedding) and not issubclass(cls, DeltaModule):
         own = inspect.unwrap(cls.forward)
         if own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars:
@@ -135,7 +165,7 @@ def attach(
     counterpart = delta_class(plain)
     if counterpart is None:
         raise DeltaMixError(f"a {plain.__name__} cannot carry a packed delta")
-    m, n = weight_of(module).shape
+    m, n = shape_of(module)
     gaussian = "zeros" not in tensors
     check_parts(m, n, runs, group_sizes, tensors)
     change_class(module, counterpart)
@@ -179,8 +209,7 @@ def detach(module: DeltaModule) -> None:
         delattr(module, PREFIX + part)
     del module.dm_runs, module.dm_group_sizes, module.dm_gaussian, module.dm_merged
     module.__dict__.pop("dm_siblings", None)
-    plain: type[nn.Module] = nn.Linear if isinstance(module, DeltaLinear) else nn.Embedding
-    change_class(module, getattr(type(module), "dm_plain_class", plain))
+    change_class(module, _PLAIN.get(type(module)) or cast(Any, module).dm_plain_class)
 
 
 def delta_modules(model: nn.Module) -> dict[str, DeltaModule]:

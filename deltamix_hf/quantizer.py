@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
@@ -30,10 +30,11 @@ from .compress_model import compress_model
 from .config import DeltaMixConfig
 from .delta_repo import Contents, check_finite, contents_of
 from .errors import DeltaMixError
-from .format import PREFIX, TensorInfo, check_base, read_headers
+from .format import PREFIX, TensorInfo, check_base, is_guard, read_headers
 from .journal import Journal
-from .modules import DeltaModule, attach_with_ties, delta_modules, detach, weight_of
+from .modules import DeltaModule, attach_with_ties, delta_modules, detach, shape_of, weight_of
 from .packed import check_values, layout_of, parts
+from .registration import NOTICE
 from .saving import delta_state_dict, install_save, uninstall_save
 from .siblings import link_siblings
 from .trust import WEIGHTS, check_base_name, check_weight_files
@@ -95,6 +96,14 @@ class DeltaMixHfQuantizer(HfQuantizer):
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self._dtype = dtype
         return dtype
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The first hook that sees the model's config: take out what stops loading without us."""
+        if getattr(config, "transformers_weights", None) == NOTICE:
+            del config.transformers_weights
+        return config
+
+    update_tp_plan = update_attn_implementation  # transformers 5.16 has only this one
 
     def is_serializable(self) -> bool:
         return True
@@ -171,7 +180,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
             runs, group_sizes = layout_of(ranks, config.group_size)
             placeholders = {part: info.placeholder() for part, info in held.items()}
             attach_with_ties(model, name, runs, group_sizes, placeholders)
-            m, n = weight_of(model.get_submodule(name)).shape
+            m, n = shape_of(model.get_submodule(name))
             zeros = _read(held["zeros"], f"{stored}.{PREFIX}zeros") if "zeros" in held else None
             check_values(m, n, runs, group_sizes, ranks, zeros)
         except DeltaMixError as error:
@@ -190,17 +199,22 @@ class DeltaMixHfQuantizer(HfQuantizer):
             if name in base:
                 base.check(name, tensor, recorded)
         missing = [name for name in wanted if not base.supplies(name)]
-        if kind in (model.config.architectures or ()):
-            # Another class may bring a head of its own, which transformers initialises and reports.
-            if contents.absent:
+        # Another class than the saved one may lack its head, or bring one of its own, which
+        # transformers initialises and reports. Of the model inside every part must be complete.
+        saved = model.config.architectures
+        same_class = isinstance(saved, list | tuple) and kind in saved
+        filled = {_part_inside(model, name) for name in keys.state.keys() - set(missing)} - {None}
+        for name in contents.absent:
+            if same_class or _part_inside(model, name) is not None:
                 raise DeltaMixError(
-                    f"the delta repo holds {contents.absent[0]}, which this {kind} has not: "
-                    "weights and config.json do not fit"
+                    f"the delta repo holds {name}, which this {kind} has not: weights and "
+                    "config.json do not fit"
                 )
-            if missing:
+        for name in missing:
+            if same_class or _part_inside(model, name) in filled:
                 raise DeltaMixError(
-                    f"neither the delta repo nor the base {where} holds {missing[0]!r}: the delta "
-                    "repo is incomplete"
+                    f"neither the delta repo nor the base {where} holds {name!r}: the delta repo "
+                    "is incomplete"
                 )
         made_up = sum(keys.state[name].numel() for name in missing)
         if 2 * made_up > sum(tensor.numel() for tensor in keys.state.values()):
@@ -309,7 +323,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
-        return delta_state_dict(model, BaseCheckpoint(self.base_files, model)), {}
+        stored = delta_state_dict(model, BaseCheckpoint(self.base_files, model))
+        whole = [n for n in stored if not is_guard(n) and f".{PREFIX}" not in n]
+        self.quantization_config.overlay = sorted(whole)
+        return stored, {}
 
 
 def _resize(
@@ -324,6 +341,12 @@ def _resize(
             "before compressing it, or call model.dequantize() first"
         )
     return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
+
+
+def _part_inside(model: PreTrainedModel, name: str) -> str | None:
+    """`layers` of `model.layers.0.mlp.up_proj`; None for what is no part of the base model."""
+    part = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
+    return part if part in dict(model.base_model.named_children()) else None
 
 
 def _read(info: TensorInfo, name: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ the tokenizer's files are copied along, and only then are the files renamed into
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ from .errors import DeltaMixError
 from .format import GUARD, PREFIX, guard_names
 from .hub import push_folder
 from .modules import delta_modules
+from .registration import NOTICE
 
 # Files that make up tokenizers and processors on the Hub; copied as they are.
 COMPANIONS = (
@@ -131,6 +133,7 @@ def save_pretrained(
         if kwargs.get("is_main_process", True) and not alone:
             source = self.config.name_or_path
             copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
+            _add_notice(staging / "config.json")
     if not alone:
         quantizer.journal.remove()
     if push_to_hub:
@@ -139,6 +142,12 @@ def save_pretrained(
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
         else:
             push_folder(target, repo_id, token=kwargs.get("token"), **hub)
+
+
+def _add_notice(path: Path) -> None:
+    """Have transformers stop with a line that names this package, where it is not installed."""
+    config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": NOTICE}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def push_to_hub(

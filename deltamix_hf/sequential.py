@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from .gptq import cholesky, damp
 from .metric import SecondMoment
-from .modules import weight_of
+from .modules import matrix_of, oriented, weight_of
 from .statistics import inputs_of
 
 RIDGE = 0.03
@@ -193,8 +193,7 @@ class Stack:
                 names = [f"{name}.{target}" for target in stage.names]
                 if all(full in finished for full in names):
                     for target, full in zip(stage.names, names, strict=True):
-                        dtype = weight_of(block.get_submodule(target)).dtype
-                        weights[f"{target}.weight"] = finish(full, None, None).to(dtype)
+                        _replace(weights, block, target, finish(full, None, None))
                 else:
                     self._stage(block, name, stage, coarse, present[i], seen, weights, finish)
             staged = {target for stage in stages for target in stage.names}
@@ -239,13 +238,17 @@ class Stack:
         inner = gram.mean()
         solver = cholesky(damp(inner, RIDGE))
         for target in stage.names:
-            weight = weight_of(block.get_submodule(target)).detach()
-            moved = weight.float() @ drift
+            moved = matrix_of(block.get_submodule(target)).detach().float() @ drift
             if lag is not None:
                 moved += lag
             change = torch.cholesky_solve((moved / gram.count).double().T, solver).T.float()
-            made = finish(f"{name}.{target}", change, inner)
-            weights[f"{target}.weight"] = made.to(weight.dtype)
+            _replace(weights, block, target, finish(f"{name}.{target}", change, inner))
+
+
+def _replace(weights: dict[str, Tensor], block: nn.Module, target: str, matrix: Tensor) -> None:
+    """Enter the new matrix [m, n] of a target as its weight."""
+    module = block.get_submodule(target)
+    weights[f"{target}.weight"] = oriented(module, matrix).to(weight_of(module).dtype)
 
 
 def find_stages(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from . import tenant_ops
 from .at_once import at_once
@@ -185,6 +186,12 @@ class TenantLinear(TenantModule, nn.Linear):
         return cheapest(low_rank)(x, *packed.op_arguments, transposed=False)
 
 
+class TenantConv1D(TenantModule, Conv1D):
+    """y = x·W_base + bias + (x·V̂ᵀ)·Ûᵀ with the row's own factors."""
+
+    _delta = TenantLinear._delta
+
+
 class TenantEmbedding(TenantModule, nn.Embedding):
     """y = W_base[ids] + Û[ids]·V̂ with the row's own factors."""
 
@@ -204,6 +211,8 @@ def make_tenant(module: nn.Module, router: Router) -> TenantModule:
     plain: type[nn.Module] = cls
     if cls is nn.Linear:
         tenant: type[nn.Module] = TenantLinear
+    elif cls is Conv1D:
+        tenant = TenantConv1D
     elif cls is nn.Embedding:
         tenant = TenantEmbedding
     elif isinstance(module, nn.Embedding):

@@ -17,12 +17,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from . import grid
@@ -215,13 +216,14 @@ def _open(module: DeltaModule, gain: Tensor) -> None:
     right, left = packed.right().to(dtype), packed.left().to(dtype)  # [k, n], [k, m]
 
     def linear(self: nn.Linear, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = plain.forward(self, x)
         return y + (F.linear(x, right) * gain.exp().to(dtype)) @ left
 
     def embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
         rows = left.T[ids] * gain.exp().to(dtype)
         return nn.Embedding.forward(self, ids) + rows @ right
 
+    plain: Any = Conv1D if isinstance(module, Conv1D) else nn.Linear
     chosen = embedding if isinstance(module, DeltaEmbedding) else linear
     object.__setattr__(module, "forward", MethodType(chosen, module))
 

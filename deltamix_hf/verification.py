@@ -21,6 +21,7 @@ from .config import DeltaMixConfig
 from .delta_repo import Contents, check_finite, contents_of, find_delta
 from .errors import DeltaMixError
 from .format import PREFIX, TensorInfo, check_base, fingerprint, read_headers, size_report
+from .modules import shape_of
 from .packed import PackedFactors, parts
 from .trust import check_base_name
 
@@ -73,7 +74,7 @@ def _matrices(
     kinds, sound = parts(config.codebook == "gaussian"), 0
     bar = logging.tqdm(contents.packed.items(), desc="Reading matrices", unit="matrix")
     for name, stored in bar:
-        m, n = keys.state[f"{name}.weight"].shape
+        m, n = shape_of(keys.model.get_submodule(name))
         try:
             tensors = {part: read(f"{stored}.{PREFIX}{part}") for part in kinds}
             PackedFactors.checked(m, n, config.group_size, tensors)
@@ -96,8 +97,8 @@ def _overlay(contents: Contents, read: Read) -> Iterator[Check]:
 
 def _budget(files: list[str], config: DeltaMixConfig, contents: Contents, keys: KeyMap) -> Check:
     """The promise that config.json makes of the files' size."""
-    weights = {name: f"{name}.weight" for name in (*contents.packed, *config.dropped)}
-    shapes = {name: tuple(keys.state[w].shape) for name, w in weights.items() if w in keys.state}
+    names = [n for n in (*contents.packed, *config.dropped) if f"{n}.weight" in keys.state]
+    shapes = {name: shape_of(keys.model.get_submodule(name)) for name in names}
     size = size_report(Path(files[0]).parent, shapes)
     promised = config.budget(size.reference)
     what = f"{size.total:,} bytes of weight files, {size.ratio:.5f} of bf16"

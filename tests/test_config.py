@@ -335,3 +335,13 @@ def test_overlay_dtype():
         assert form(dtype, True) == torch.bfloat16 and form(dtype, False) == dtype
     for dtype in (torch.float16, torch.bfloat16, torch.int64, torch.bool):
         assert form(dtype, True) == dtype  # nothing to win
+
+
+def test_a_base_from_a_config_json_is_not_the_users():
+    """Programs such as lm_eval read a repo's settings and pass them on as the user's."""
+    settings = DeltaMixConfig("org/base").to_dict()
+    assert DeltaMixConfig("org/base").base_given and not DeltaMixConfig().base_given
+    read = DeltaMixConfig.from_dict(settings)
+    assert read.base_model == "org/base" and read.get_loading_attributes()["base_given"] is False
+    read, _ = DeltaMixConfig.from_dict(settings, return_unused_kwargs=True)
+    assert not read.base_given

@@ -101,8 +101,7 @@ FAMILIES = {
     "llama": Family(_llama, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 5 + 2),
     "llama_tied": Family(_llama_tied, AutoModelForCausalLM, {"ratio": 0.25}, 2 * 5 + 1),
     "qwen3": Family(_qwen3, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 5 + 2),
-    # Conv1D is stored whole, in float32: twice the bf16 bytes that a ratio is measured in.
-    "gpt2": Family(_gpt2, AutoModelForCausalLM, {"budget_bytes": 416_000}, 2),
+    "gpt2": Family(_gpt2, AutoModelForCausalLM, {"ratio": 0.2}, 2 * 4 + 2),
     "bert": Family(_bert, AutoModelForMaskedLM, {"ratio": 0.2}, 2 * 6 + 3, False),
     "bert_from_headless": Family(
         _bert, AutoModelForMaskedLM, {"ratio": 0.3}, 2 * 6 + 2, False, headless_base=True

@@ -1,0 +1,187 @@
+"""Every code block of the README and of docs/ runs: Python and `deltamix` commands, page by page.
+
+A page's blocks run in order in one namespace and one empty folder, with the repos that pages name
+(`org/base`, `me/my-finetune`, ...) on a local Hub. All pages run in one child process, because
+huggingface_hub reads HF_ENDPOINT when imported; the tests look at what it wrote down. Blocks fenced
+as `text` are output, or commands that install packages or run this repository's Makefile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_hub import TOKEN, LocalHub
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN, SHOWN = ("python", "bash"), ("text", "json", "yaml")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LEFT_OUT = ("deltamix chat", "deltamix serve")  # they wait for people; tests of their own run them
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and code of a page's fenced blocks."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+# In the child process
+
+
+def run_pages(folder: Path) -> dict[str, Any]:
+    """Page -> the trace of its first failure, or None; and how many blocks ran."""
+    make_repos(folder / "made")
+    outcome: dict[str, Any] = {}
+    for page in PAGES:
+        place = folder / page.stem
+        place.mkdir()
+        os.chdir(place)
+        texts = "\n".join(f"once upon a time {i} of {i * i}" for i in range(12))
+        for name in ("texts.txt", "heldout.txt"):
+            Path(name).write_text(texts)
+        namespace: dict[str, Any] = {}
+        ran, failure = 0, None
+        for language, code in blocks(page):
+            try:
+                if language == "python":
+                    exec(compile(code, f"{page.name}, block {ran}", "exec"), namespace)
+                elif language == "bash":
+                    run_commands(code)
+                else:
+                    continue
+                ran += 1
+            except (Exception, SystemExit):
+                failure = f"{code}\n{traceback.format_exc()}"
+                break
+        outcome[page.name] = {"ran": ran, "failure": failure}
+    return outcome
+
+
+def run_commands(code: str) -> None:
+    """Each line is a `deltamix` command; anything else is a mistake of the page."""
+    from deltamix_hf import cli
+
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words or line.startswith(LEFT_OUT):
+            continue
+        assert words[0] == "deltamix", f"not a command of ours, so it is not run: {line}"
+        said = io.StringIO()
+        sys.argv = words
+        try:
+            with contextlib.redirect_stderr(said):
+                cli.main()
+        except SystemExit as end:
+            assert not end.code, f"{line}\n{said.getvalue()}"
+
+
+def make_repos(folder: Path) -> None:
+    """A base, its fine-tunes and their deltas, on the Hub."""
+    import torch
+    from test_hub import fine_tune, tiny_tokenizer
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from deltamix_hf import DeltaMixConfig
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    base = LlamaForCausalLM(config).eval()
+    for repo in ("org/base", "me/my-finetune", "me/math", "me/code"):
+        if repo != "org/base":
+            fine_tune(base)
+        base.push_to_hub(repo, token=TOKEN)
+        tokenizer.push_to_hub(repo, token=TOKEN)
+    for name in ("math", "code"):
+        settings = DeltaMixConfig(base_model="org/base", ratio=1 / 8, method="delta-come")
+        tuned = AutoModelForCausalLM.from_pretrained(f"me/{name}", quantization_config=settings)
+        tuned.push_to_hub(f"me/{name}-delta", token=TOKEN)
+
+
+# In pytest's process
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("docs")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    with LocalHub() as hub:
+        settings = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(folder / "home"),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        result = subprocess.run(
+            [sys.executable, __file__, str(folder)],
+            env={**clean, **settings},
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((folder / "outcome.json").read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_a_page_run(page: Path, outcome: dict[str, Any]) -> None:
+    assert outcome[page.name]["failure"] is None, outcome[page.name]["failure"]
+    assert outcome[page.name]["ran"] == sum(language in RUN for language, _ in blocks(page))
+
+
+def test_most_pages_have_blocks(outcome: dict[str, Any]) -> None:
+    """So that a change of the pages' form cannot make all of this pass by running nothing."""
+    ran = {name: found["ran"] for name, found in outcome.items()}
+    assert ran["README.md"] >= 2 and ran["index.md"] >= 5 and ran["many.md"] >= 5, ran
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_say_what_they_are(page: Path) -> None:
+    allowed = (*RUN, *SHOWN, "console")
+    assert {language for language, _ in blocks(page)} <= set(allowed)
+
+
+def test_every_command_and_option_is_in_the_reference() -> None:
+    """docs/cli.md is written by `make docs`; this is where it is found stale."""
+    import typer.main
+
+    from deltamix_hf.cli import app
+
+    text = (ROOT / "docs" / "cli.md").read_text()
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        _, found, rest = text.partition(f"## `deltamix {name}`\n")
+        assert found, f"docs/cli.md lacks {name}: run `make docs`"
+        section = rest.partition("\n## ")[0]
+        for parameter in command.params:
+            for option in parameter.opts:
+                assert option in section, f"docs/cli.md lacks {name} {option}: run `make docs`"
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    (where / "outcome.json").write_text(json.dumps(run_pages(where)))
