@@ -9,6 +9,7 @@ scales at last. One matrix of the base is in memory at a time.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .base import BaseCheckpoint, same, weights_from_base
+from .bypass import read_directly
 from .calibration import (
     SELF,
     describe,
@@ -43,6 +45,10 @@ logger = logging.get_logger(__name__)
 # At 64 x 64 the four header entries of a packed matrix (about 430 bytes) take most of a 1/16 share
 # (512 bytes); anything smaller is stored whole.
 _SMALLEST = 4096
+
+# |ΔW| / |W|: two models that share nothing but their sizes are 1.41 apart; the farthest fine-tune
+# met, trained long on other text, 0.62.
+_UNRELATED = 0.9
 
 # What the result depends on besides weights, options and text.
 _PACKAGES = ("deltamix-hf", "torch", "transformers", "highspy")
@@ -68,6 +74,13 @@ def compress_model(
             "another kind of model; give the base the fine-tune was made from"
         )
     targets, overlay = sort_tensors(model, base, config.modules_to_not_convert or [])
+    if direct := read_directly(model, targets):
+        logger.warning(
+            "%d matrices are stored whole, because the model reads their weights past the layers: "
+            "%s ...", len(direct), direct[0],
+        )  # fmt: skip
+        for name in direct:
+            overlay[f"{name}.weight"] = weight_of(targets.pop(name)).detach()
     shapes = {name: shape_of(module) for name, module in targets.items()}
     # new ones: the caller's config shares the old
     config.errors, config.dropped, config.measured = {}, [], {}
@@ -149,6 +162,7 @@ def sort_tensors(
     targets: dict[str, nn.Module] = {}
     overlay: dict[str, Tensor] = {}
     tied = set(model.all_tied_weights_keys)
+    moved = size = 0.0
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
@@ -167,8 +181,18 @@ def sort_tensors(
         module = model.get_submodule(module_name)
         if name in base and leaf == "weight" and packable(module, module_name, skip):
             targets[module_name] = module
+            moved += float((tensor.float() - value.to(tensor.device, torch.float32)).square().sum())
+            size += float(value.float().square().sum())
         else:
             overlay[name] = tensor
+    if moved > _UNRELATED**2 * size:
+        warnings.warn(
+            f"the fine-tune's weights are {(moved / size) ** 0.5 if size else math.inf:.2f} times "
+            "the base's norm away from it: this does not look like a fine-tune of this base, and "
+            "its delta will not be small; give the base it was made from",
+            UserWarning,
+            stacklevel=4,
+        )
     return targets, overlay
 
 

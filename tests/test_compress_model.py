@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -383,3 +384,22 @@ def test_token_ids_outside_the_vocabulary(pair, bad):
     ids[3, 4] = bad
     with pytest.raises(DeltaMixError, match=r"0 to 255"):
         pair("llama").compress(calibration=ids)
+
+
+def test_a_base_that_shares_nothing_but_its_sizes(pair, tmp_path):
+    source = pair("llama")
+    other = source.load(source.base)
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.ndim == 2:
+                shape, size = parameter.shape, parameter.std()
+                parameter.copy_(size * torch.randn(shape, generator=random))
+    other.save_pretrained(tmp_path)
+    config = source.config(method="delta-come")
+    config.base_model = str(tmp_path)
+    with pytest.warns(UserWarning, match=r"are 1\.4\d times the base's norm away"):
+        source.load(source.tuned, quantization_config=config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        source.compress(method="delta-come")

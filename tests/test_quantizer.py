@@ -398,11 +398,6 @@ def test_experts_that_equal_the_base_are_read_from_it(mixtral, tmp_path, method)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="modules whose weight is read by others ignore their delta",
-)
 def test_weights_read_directly_are_not_packed(tmp_path):
     """WavLM's attention hands `q_proj.weight` to a function, past the forward of the module."""
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hostile import (
     untouched,
 )
 from tiny_pairs import logits
+from transformers import AutoModelForSequenceClassification
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 
@@ -143,6 +145,16 @@ def test_fewer_and_more_layers(attack, layers, architectures):
         lambda c: c.update(num_hidden_layers=layers, architectures=architectures),
     )
     refused_by_us_or_before(it.load)
+
+
+def test_a_head_without_bound(attack):
+    """Another class may bring a head of its own; transformers makes it, of the size config says."""
+    it = attack()
+    load = partial(AutoModelForSequenceClassification.from_pretrained, it.folder)
+    edit_json(it.folder / "config.json", lambda c: c.update(num_labels=3))
+    assert load().num_labels == 3
+    edit_json(it.folder / "config.json", lambda c: c.update(num_labels=20_000))
+    refusal(load, "most of this LlamaForSequenceClassification")
 
 
 def marked(folder: Path, marker: Path) -> str:
