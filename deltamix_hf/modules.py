@@ -143,11 +143,16 @@ def delta_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     if cls is Conv1D:
         return DeltaConv1D
     if issubclass(cls, nn.Embedding) and not issubclass(cls, DeltaModule):
-        own = inspect.unwrap(cls.forward)
-        if own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars:
-            return None  # no super(): it reads the weight itself, past the delta (Whisper)
+        if reads_weight_itself(cls):
+            return None
         return type(cls.__name__, (cls, DeltaEmbedding), {"dm_plain_class": cls})
     return None
+
+
+def reads_weight_itself(cls: type[nn.Embedding]) -> bool:
+    """Whether a subclass's forward looks its rows up past `nn.Embedding.forward` (Whisper's)."""
+    own = inspect.unwrap(cls.forward)
+    return own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:

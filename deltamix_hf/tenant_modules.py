@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from . import tenant_ops
 from .at_once import at_once
 from .errors import DeltaMixError
-from .modules import change_class
+from .modules import change_class, reads_weight_itself
 from .ops import cheapest, low_rank, low_rank_rows
 from .packed import PackedFactors
 from .plans import Combination
@@ -215,7 +215,7 @@ def make_tenant(module: nn.Module, router: Router) -> TenantModule:
         tenant = TenantConv1D
     elif cls is nn.Embedding:
         tenant = TenantEmbedding
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Embedding) and not reads_weight_itself(cls):
         tenant, plain = type(cls.__name__, (cls, TenantEmbedding), {}), nn.Embedding
     else:
         tenant = _other_tenant(cls)
