@@ -132,7 +132,7 @@ def _operations(
         CARD: str(card).encode(),
         PICTURE: picture(folder),
     }
-    # What an earlier push left would be read instead: an index wins over model.safetensors.
+    # What an earlier push left would be read instead: a whole file wins over shards.
     stale = [
         name
         for name in api.list_repo_files(repo_id, revision=revision)

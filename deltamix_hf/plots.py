@@ -6,7 +6,9 @@ type is a row and a depth a column of a heat map, which stays readable for thous
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ KINDS = ("payload", "scales", "metadata", "overlay")
 _COLOURS = ("#0072b2", "#e69f00", "#999999", "#009e73")  # apart for colour-blind eyes too
 _LAYERS = 8  # spectra in one picture
 _MOST_POINTS = 400  # of one spectrum: a 7B model's matrices have thousands of ranks
+_MOST_NAMES = 60  # of layer types beside a heat map
 
 
 def save_figures(report: RepoReport, folder: Path) -> list[Path]:
@@ -35,19 +38,21 @@ def save_figures(report: RepoReport, folder: Path) -> list[Path]:
     paths = []
     for name, draw in figures.items():
         path = folder / f"{name}.png"
-        draw(report).savefig(path, dpi=120, metadata={"Software": None})
+        part = path.with_name(f".{path.name}")
+        draw(report).savefig(part, format="png", dpi=120, metadata={"Software": None})
+        os.replace(part, path)
         paths.append(path)
     return paths
 
 
 def allocation_figure(report: RepoReport) -> Figure:
     """Bits stored for each weight, by layer type and depth, and MB by layer type."""
-    types = _names(report)
+    types = report.by_type
     figure = Figure(figsize=(11, _height(len(types))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     title = f"Bits for each weight ({_ratio(report)} of bf16, 16 bits)"
     _heat_map(report, left, lambda m: m.bits_per_weight, Normalize(vmin=0), title)
-    sums = [sum(m.bytes for m in report.by_type[kind].values()) / 1e6 for kind in types]
+    sums = [sum(m.bytes for m in group.values()) / 1e6 for group in types.values()]
     right.barh(range(len(types)), sums, color=_COLOURS[0])
     right.set(title="MB", ylim=left.get_ylim(), yticks=[])
     right.grid(axis="x", alpha=0.3)
@@ -55,9 +60,8 @@ def allocation_figure(report: RepoReport) -> Figure:
 
 
 def bytes_figure(report: RepoReport) -> Figure:
-    """MB of each layer (matrices that share a number), stacked by kind; the rest beside them."""
-    rows = _layers(report)
-    rows["rest"] = _rest(report)
+    """MB of each layer (matrices that share a name up to its number), stacked by kind; the rest."""
+    rows = {**_layers(report), "rest": _rest(report)}
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots()
     bottom = np.zeros(len(rows))
@@ -67,9 +71,10 @@ def bytes_figure(report: RepoReport) -> Figure:
         bottom += heights
     title = f"Bytes by layer: {report.size.total / 1e6:.2f} MB in all"
     axes.set(title=title, ylabel="MB", xlabel="layer; rest: norms, biases, headers of files")
-    axes.margins(x=0.01, y=0.05)
+    axes.margins(x=0.01)
+    axes.set_ylim(0, 1.05 * bottom.max())
     step = max(1, len(rows) // 40)
-    shown = [i for i, name in enumerate(rows) if i % step == 0 or not name.isdigit()]
+    shown = [i for i, name in enumerate(rows) if i % step == 0 or not name[-1].isdigit()]
     names = list(rows)
     slanted = any(len(name) > 3 for name in names)
     axes.set_xticks(shown, [names[i] for i in shown], rotation=45 if slanted else 0, ha="right")
@@ -80,7 +85,7 @@ def bytes_figure(report: RepoReport) -> Figure:
 
 def error_figure(report: RepoReport) -> Figure:
     """Relative error of each matrix as compression recorded it, by layer type and depth."""
-    figure = Figure(figsize=(9, _height(len(_names(report)))), layout="constrained")
+    figure = Figure(figsize=(9, _height(len(report.by_type))), layout="constrained")
     axes = figure.subplots()
     found = [m.error for m in report.matrices.values() if m.error]
     norm = LogNorm(min(found), max(found)) if found else Normalize(0, 1)
@@ -95,6 +100,7 @@ def spectrum_figure(report: RepoReport) -> Figure:
     lines = max(1, -(-len(chosen) // columns))
     figure = Figure(figsize=(3.2 * columns + 0.8, 2.9 * lines + 0.6), layout="constrained")
     figure.suptitle("Ranks kept: size |u||v| of each, coloured by the mean width of its two sides")
+    labels = _labels(report.matrices)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     drawn = None
     for axes, name in zip(panels, chosen, strict=False):
@@ -109,7 +115,7 @@ def spectrum_figure(report: RepoReport) -> Figure:
             norm=Normalize(1, 8),
         )  # fmt: skip
         axes.set_yscale("log")
-        axes.set_title(_short(name), fontsize=8)
+        axes.set_title(labels[name], fontsize=8)
         axes.set_xlabel(f"rank, of {min(matrix.shape)}", fontsize=8)
         axes.tick_params(which="both", labelsize=7)
         axes.grid(alpha=0.3)
@@ -139,7 +145,9 @@ def _heat_map(
     image = axes.imshow(grid, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
     assert axes.figure is not None
     axes.figure.colorbar(image, ax=axes)
-    axes.set_yticks(range(len(types)), [_short(name) for name in types], fontsize=8)
+    names = list(_labels(types).values())
+    named = range(0, len(types), -(-len(types) // _MOST_NAMES))
+    axes.set_yticks(named, [names[i] for i in named], fontsize=8)
     shown = MaxNLocator(12, integer=True).tick_values(0, max(len(columns) - 1, 1))
     places = sorted({int(i) for i in shown if 0 <= i < len(columns)})
     labels = ["none" if columns[i] is None else str(columns[i]) for i in places]
@@ -148,15 +156,23 @@ def _heat_map(
 
 
 def _layers(report: RepoReport) -> dict[str, dict[str, int]]:
-    """Number of a layer, or name of a matrix without one -> bytes by kind."""
-    rows: dict[str, dict[str, int]] = {}
+    """Layer, or matrix outside of layers -> bytes by kind; first what has no number.
+
+    A layer is called by its number; where encoder and decoder both have one, by its whole name.
+    """
+    rows: dict[tuple[str, int | None], dict[str, int]] = {}
     for kind, group in report.by_type.items():
         for depth, matrix in group.items():
-            row = rows.setdefault(_short(kind) if depth is None else str(depth), {})
+            row = rows.setdefault((kind.partition("*")[0], depth), {})
             for part in ("payload", "scales", "metadata"):
                 row[part] = row.get(part, 0) + getattr(matrix, part)
-    named = {name: row for name, row in rows.items() if not name.isdigit()}
-    return named | {n: rows[n] for n in sorted(rows.keys() - named.keys(), key=int)}
+    stacks = list(dict.fromkeys(stack for stack, depth in rows if depth is not None))
+    found = {stack: row for (stack, depth), row in rows.items() if depth is None}
+    for stack in stacks:
+        for depth in sorted(d for s, d in rows if s == stack and d is not None):
+            name = f"{stack}{depth}" if len(stacks) > 1 else str(depth)
+            found[name] = rows[stack, depth]
+    return found
 
 
 def _rest(report: RepoReport) -> dict[str, int]:
@@ -165,21 +181,23 @@ def _rest(report: RepoReport) -> dict[str, int]:
     return {"overlay": report.size.overlay, "metadata": report.size.metadata - widths}
 
 
-def _names(report: RepoReport) -> list[str]:
-    return list(report.by_type)
-
-
 def _height(rows: int) -> float:
-    return 1.6 + 0.32 * max(rows, 3)
+    return 1.6 + 0.32 * min(max(rows, 3), _MOST_NAMES)
 
 
 def _ratio(report: RepoReport) -> str:
     return f"1/{1 / report.size.ratio:.1f}" if report.size.ratio else "nothing"
 
 
-def _short(name: str) -> str:
-    """The last three parts of a name: enough to know the layer by."""
-    return ".".join(name.split(".")[-3:])
+def _labels(names: Iterable[str]) -> dict[str, str]:
+    """Each name from its first number or star on; the whole of it where two would be alike."""
+    ends = {}
+    for name in names:
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part == "*" or part.isdigit()), 0)
+        ends[name] = ".".join(parts[first:])
+    seen = Counter(ends.values())
+    return {name: end if seen[end] == 1 else name for name, end in ends.items()}
 
 
 def _spread(names: list[str], most: int) -> list[str]:

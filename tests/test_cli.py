@@ -252,15 +252,25 @@ def cli_debug(missing: str, folder: Path) -> None:
 
 def test_ctrl_c_leaves_no_half_file_and_the_work(home, tmp_path):
     """A real process, a real SIGINT, while matrices are being written."""
-    output = tmp_path / "delta"
+    for attempt in range(3):  # on a busy machine the job may be over before the signal comes
+        folder = tmp_path / str(attempt)
+        code, printed = interrupted(home, folder / "delta")
+        if code != 0:
+            break
+    assert code == 130, printed
+    assert "interrupted" in printed and "goes on" in printed and "Traceback" not in printed
+    assert [p.name for p in folder.iterdir()] == [".delta.unfinished"]
+
+
+def interrupted(home, output: Path) -> tuple[int, str]:
+    """Exit status and stderr of a compression that gets Ctrl-C once its work folder has files."""
+    output.parent.mkdir()
     command = [sys.executable, "-m", "deltamix_hf", "compress", str(home.tuned)]
     command += ["--base", str(home.base), "--output", str(output), "--ratio", RATIO]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    work = tmp_path / ".delta.unfinished"
+    work = output.with_name(f".{output.name}.unfinished")
     while process.poll() is None and not (work.is_dir() and any(work.iterdir())):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate()
-    assert process.returncode == 130 and not output.exists(), printed
-    assert "interrupted" in printed and "goes on" in printed and "Traceback" not in printed
-    assert [p.name for p in tmp_path.iterdir()] == [work.name]
+    return process.returncode, printed
