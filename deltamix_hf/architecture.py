@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .config import QUANT_METHOD
-from .errors import DeltaMixError
+from .errors import DeltaMixError, first_line
 
 
 def read_config(repo: str) -> PreTrainedConfig:
@@ -23,6 +23,8 @@ def read_config(repo: str) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or ["no config.json"]
         raise DeltaMixError(f"cannot find the model {repo!r}: {lines[0]}") from error
+    except Exception as error:  # a config class refuses odd values with whatever type it likes
+        raise DeltaMixError(f"config.json of {repo!r} is damaged: {first_line(error)}") from error
 
 
 def is_delta(config: PreTrainedConfig) -> bool:
@@ -48,7 +50,17 @@ def model_class(repo: str, config: PreTrainedConfig) -> Any:
 
 
 def empty_model(repo: str, config: PreTrainedConfig | None = None) -> PreTrainedModel:
-    """The model of a repo without memory for its weights: names and shapes alone."""
+    """The model of a repo without memory for its weights: names and shapes alone.
+
+    Raises:
+        DeltaMixError: this transformers has no such class, or it refuses the config.
+    """
     config = config or read_config(repo)
-    with torch.device("meta"):
-        return model_class(repo, config)(config)
+    cls = model_class(repo, config)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except Exception as error:  # of whatever type the model's own code raises for odd sizes
+        raise DeltaMixError(
+            f"config.json of {repo!r} makes no {cls.__name__}: {first_line(error)}"
+        ) from error

@@ -132,6 +132,9 @@ class BaseCheckpoint:
         self.keys = KeyMap(model)
         self.sources: dict[str, list[tuple[str, str | None]]] = {}  # model name -> (key, pattern)
         self._group: dict[str, str] = {}  # model name -> first target of its converter
+        self._resized: dict[
+            str, tuple[int, Tensor]
+        ] = {}  # model name -> rows, and the last of them
         for key in sorted(self.infos, key=dot_natural_key):  # the order transformers fuses in
             name, pattern = self.keys.rename(key)
             if name not in self.keys.state:
@@ -158,8 +161,8 @@ class BaseCheckpoint:
         """Checkpoint keys that feed the parameter `name` (several where experts are fused)."""
         return [key for key, _ in self.sources[self._group[name]]]
 
-    def check(self, name: str, tensor: Tensor, recorded: Mapping[str, str]) -> None:
-        """Refuse to fill the parameter `name`, like `tensor`, from what `recorded` does not vouch.
+    def check(self, name: str, shape: tuple[int, ...], recorded: Mapping[str, str]) -> None:
+        """Refuse to fill the parameter `name` of this shape from what `recorded` does not vouch.
 
         Raises:
             DeltaMixError: no fingerprint of it is recorded, or it is of another shape or twice.
@@ -174,10 +177,10 @@ class BaseCheckpoint:
             self.infos[key].placeholder()  # refuses unknown dtypes
         if any(pattern for _, pattern in self.sources[self._group[name]]):
             return  # transformers makes it from several
-        if len(keys) > 1 or self.infos[keys[0]].shape != tuple(tensor.shape):
+        if len(keys) > 1 or self.infos[keys[0]].shape != shape:
             raise DeltaMixError(
                 f"the base holds {' and '.join(keys)} {list(self.infos[keys[0]].shape)} for "
-                f"{name}, the model needs {list(tensor.shape)}: config.json is of another model"
+                f"{name}, the model needs {list(shape)}: config.json is of another model"
             )
 
     def is_plain(self, name: str) -> bool:
@@ -198,7 +201,11 @@ class BaseCheckpoint:
         if name not in self:
             raise DeltaMixError(f"the base has no tensor for {name!r}")
         if self.is_plain(name):
-            return self.read_key(self.sources[name][0][0])
+            found = self.read_key(self.sources[name][0][0])
+            if name not in self._resized:
+                return found
+            rows, added = self._resized[name]
+            return torch.cat([found[:rows], added.to(found.device, found.dtype)])
         first = self._group[name]
         converter = self.keys.converter(self.sources[first][0][1])
         for key, pattern in self.sources[first]:
@@ -207,6 +214,26 @@ class BaseCheckpoint:
         realised = converter.convert(first, model=model, config=model.config)
         value = realised[name]
         return value[0] if isinstance(value, list) else value
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a parameter in the base's files; None if it is made from several tensors."""
+        return self.infos[self.checkpoint_keys(name)[0]].shape if self.is_plain(name) else None
+
+    def rows(self, name: str) -> int:
+        """First dimension of a plain parameter in the base's files."""
+        return self.infos[self.checkpoint_keys(name)[0]].shape[0]
+
+    def resize(self, name: str, whole: Tensor) -> None:
+        """Let `read` give the base's rows of `name`, cut off or continued by those of `whole`.
+
+        For vocabularies that were resized: rows that the base has not are the fine-tune's own.
+        """
+        self._resized[name] = len(whole), whole[self.rows(name) :]
+
+    def added(self, name: str) -> Tensor | None:
+        """Rows of a resized parameter that the base has not; None if there are none."""
+        _, rows = self._resized.get(name, (0, None))
+        return rows if rows is not None and len(rows) else None
 
     def first_row(self, name: str) -> Tensor:
         """The first row of a plain, at least 1-d parameter."""

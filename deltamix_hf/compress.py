@@ -30,7 +30,7 @@ from .correction import (
 from .error_table import error_table, pick
 from .errors import DeltaMixError
 from .factor import Factors, factorise
-from .format import GUARD, PREFIX, header_bytes
+from .format import GUARD, PREFIX, header_bytes, reference_bytes
 from .global_allocation import Choices, solve_global
 from .gptq import Rounded, gptq_columns, gptq_rows, round_rows
 from .journal import Journal
@@ -107,7 +107,7 @@ def plan_budget(
     """
     gaussian = config.codebook == "gaussian"
     numel = {name: torch.Size(shape).numel() for name, (_, shape) in overlay.items()}
-    reference = 2 * (sum(m * n for m, n in shapes.values()) + sum(numel.values()))
+    reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})
     total = config.budget(reference)
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(overlay)
     entries |= dict.fromkeys(guards, GUARD)

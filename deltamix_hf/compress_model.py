@@ -34,11 +34,12 @@ from .calibration import (
 from .compress import plan_budget
 from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError
-from .format import fingerprints, guard_names
+from .format import ROWS, fingerprints, guard_names
 from .job import Job
 from .journal import Journal, identity_of
 from .modules import delta_class, shape_of, weight_of
 from .self_text import self_texts, writes_text
+from .vocabulary import is_resized, one_for_each_token, vocabulary_modules
 
 logger = logging.get_logger(__name__)
 
@@ -85,6 +86,12 @@ def compress_model(
     # new ones: the caller's config shares the old
     config.errors, config.dropped, config.measured = {}, [], {}
     config.base_fingerprints = fingerprints(base.infos)
+    config.resized = {
+        name: [base.rows(f"{name}.weight"), len(weight_of(module))]
+        for name, module in vocabulary_modules(model).items()
+        if f"{name}.weight" not in model.all_tied_weights_keys
+        and is_resized(base, module, f"{name}.weight")
+    }
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     config.seq_length = min(config.seq_length, positions or config.seq_length)
     config.calibration_source = describe(config)
@@ -162,6 +169,7 @@ def sort_tensors(
     targets: dict[str, nn.Module] = {}
     overlay: dict[str, Tensor] = {}
     tied = set(model.all_tied_weights_keys)
+    ends = vocabulary_modules(model)
     moved = size = 0.0
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -169,7 +177,12 @@ def sort_tensors(
         module_name, _, leaf = name.rpartition(".")
         if name in base:
             value = base.read(name)
-            if value.shape != tensor.shape:
+            if leaf == "weight" and is_resized(base, ends.get(module_name), name):
+                base.resize(name, tensor)
+                value = base.read(name)
+                if (added := base.added(name)) is not None:
+                    overlay[f"{module_name}.{ROWS}"] = added
+            elif value.shape != tensor.shape and not one_for_each_token(ends.values(), tensor):
                 raise DeltaMixError(
                     f"{name} is {list(tensor.shape)} in the fine-tune and {list(value.shape)} in "
                     "the base: this is not the base it was fine-tuned from"

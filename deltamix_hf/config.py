@@ -84,6 +84,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
             fine-tune, on calibration texts that tuning has not seen.
         errors: written by compression: module name -> relative error tr(EᵀE·C)/tr(ΔWᵀΔW·C).
         overlay: written by saving: names of the tensors that are stored whole.
+        resized: written by compression: embeddings or heads of another number of rows than in the
+            base: module name -> rows of the base and of the fine-tune.
         dropped: written by compression: matrices that differ but were not worth a single rank; they
             stay as they are in the base.
 
@@ -148,6 +150,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         errors: dict[str, float] | None = None,
         dropped: Sequence[str] | None = None,
         overlay: Sequence[str] | None = None,
+        resized: dict[str, list[int]] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ):
@@ -188,6 +191,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.errors = _mapping("errors", errors)
         self.dropped = _names("dropped", dropped or [])
         self.overlay = None if overlay is None else _names("overlay", overlay)
+        self.resized = _mapping("resized", resized)
         self._validate()
 
     @classmethod
@@ -263,6 +267,11 @@ class DeltaMixConfig(QuantizationConfigMixin):
                 fits = isinstance(value, str) if kind is str else _is_number(value)
                 if not isinstance(key, str) or not fits:
                     raise DeltaMixError(f"{name} says {value!r} of {key!r}: config.json is damaged")
+
+        for key, value in self.resized.items():
+            counts = value if isinstance(value, list | tuple) and len(value) == 2 else [None]
+            if not isinstance(key, str) or not all(type(c) is int and c > 0 for c in counts):
+                raise DeltaMixError(f"resized says {value!r} of {key!r}: config.json is damaged")
 
     def _validate_switches(self) -> None:
         for name, value in resolve(self.method, self.__dict__).items():
@@ -362,7 +371,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def __repr__(self) -> str:
-        records = ("base_fingerprints", "errors", "dropped", "overlay")
+        records = ("base_fingerprints", "errors", "dropped", "overlay", "resized")
         shown = {k: v for k, v in self.to_dict().items() if k not in records}
         return f"DeltaMixConfig {json.dumps(shown, indent=2)}"
 

@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from .base import KeyMap, repo_files
 from .config import QUANT_METHOD, DeltaMixConfig
 from .errors import DeltaMixError, first_line
-from .format import GUARD, PREFIX, TensorInfo, is_guard, packed_modules, read_headers
+from .format import GUARD, PREFIX, ROWS, TensorInfo, is_guard, packed_modules, read_headers
 from .modules import shape_of
 from .packed import PackedFactors, parts
 from .trust import check_weight_files
+from .vocabulary import Resized, resized_in_repo
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,21 @@ class Contents:
         packed: by module.
         overlay: by tensor.
         guards: names in the files.
+        resized: matrices with more or fewer rows than in the base, by module.
         absent: names in the files, of modules or tensors that the model has not.
     """
 
     packed: dict[str, str]
     overlay: dict[str, str]
     guards: set[str]
+    resized: dict[str, Resized]
     absent: list[str]
+
+    @property
+    def whole(self) -> dict[str, str]:
+        """All that is not packed: overlay, and added rows by the name they have in a model."""
+        rows = {f"{module}.{ROWS}": resized.stored for module, resized in self.resized.items()}
+        return self.overlay | {name: stored for name, stored in rows.items() if stored}
 
 
 def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: KeyMap) -> Contents:
@@ -100,9 +109,9 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
     absent: list[str] = []
     taken: dict[str, str] = {}
     stored_names = [(module, f"{module}.weight") for module in modules]
-    for stored, key in [*stored_names, *((name, name) for name in sorted(infos.keys() - ours))]:
-        if stored in guards:
-            continue
+    resized = resized_in_repo(infos, config, keys)
+    whole = sorted(n for n in infos.keys() - ours - guards if not n.endswith(f".{ROWS}"))
+    for stored, key in [*stored_names, *((name, name) for name in whole)]:
         name = keys.rename(key)[0]
         if name not in keys.state:
             absent.append(stored)
@@ -118,7 +127,7 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
         else:
             _check_whole(keys.state[name], infos[stored], stored)
             overlay[name] = stored
-    return Contents(packed, overlay, guards, absent)
+    return Contents(packed, overlay, guards, resized, absent)
 
 
 def _check_listed(config: DeltaMixConfig, modules: Set[str], whole: Set[str]) -> None:
@@ -170,6 +179,12 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
     Raises:
         DeltaMixError: damaged, incomplete, or of another model.
     """
+    if config.resized:
+        name, (old, new) = next(iter(config.resized.items()))
+        raise DeltaMixError(
+            f"the delta {source!r} has {new} rows in {name} where the base has {old}: it cannot "
+            "run beside the base; load it by itself, with from_pretrained"
+        )
     infos = read_headers(files)
     handles = {file: safe_open(file, framework="pt") for file in files}
 

@@ -9,7 +9,6 @@ docs/budget.md has them beside the measured KL of real pairs.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ from .compress import plan_budget, rank_options
 from .compress_model import packable
 from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError
-from .format import guard_names
+from .format import ROWS, guard_names, reference_bytes
 from .global_allocation import solve_global
 from .modules import shape_of
 from .svd import singular_values
+from .vocabulary import is_resized, one_for_each_token, vocabulary_modules
 
 RATIOS = (1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128)
 
@@ -136,6 +136,10 @@ def measure(
             matrices[name.removesuffix(".weight")] = found
         else:
             overlay[name] = overlay_dtype(found.dtype, config), tuple(found.shape)
+        added = base.added(name)
+        if added is not None:
+            rows = f"{name.removesuffix('.weight')}.{ROWS}"
+            overlay[rows] = overlay_dtype(added.dtype, config), tuple(added.shape)
         bar.update()
     bar.close()
     guards = guard_names(weights_from_base(model, base, overlay), model.base_model_prefix)
@@ -152,16 +156,20 @@ def _compare(
         raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
     if name not in base:
         return value
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if module in vocabulary_modules(model).values() and is_resized(base, module, name):
+        base.resize(name, value)  # added rows are stored, and are no part of ΔW
     before = base.read(name)
-    if before.shape != value.shape:
+    if before.shape != value.shape and not one_for_each_token(
+        vocabulary_modules(model).values(), value
+    ):
         raise DeltaMixError(
             f"{name} is {list(value.shape)} in the fine-tune and {list(before.shape)} in the base: "
             "this is not the base it was fine-tuned from"
         )
     if same(value, before):
         return None
-    module_name, _, leaf = name.rpartition(".")
-    module = model.get_submodule(module_name)
     if leaf != "weight" or not packable(module, module_name, ()):
         return value
     delta = value.float() - before.float()
@@ -202,5 +210,5 @@ def _reference(
     overlay: dict[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> int:
     """bf16 bytes of all that differs."""
-    shapes = [matrix.shape for matrix in matrices.values()]
-    return 2 * sum(math.prod(shape) for shape in [*shapes, *(s for _, s in overlay.values())])
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    return reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})

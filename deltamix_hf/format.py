@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from .errors import DeltaMixError
 from .packed import PARTS, parts
 
 PREFIX = "dm_"
+ROWS = "dm_rows"  # rows of an embedding or head that the base has not, [rows, n]
 GUARD_SEPARATOR = ":"
 GUARD = (torch.uint8, (1,))  # dtype and shape of a guard
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
@@ -265,8 +266,22 @@ def guard_names(weights: Sequence[str], base_model_prefix: str) -> list[str]:
     return [f"{base_model_prefix}{GUARD_SEPARATOR}{key}" for key in (inner, inside + inner)]
 
 
+def _counted(name: str, matrices: Container[str]) -> bool:
+    """Whether a tensor's elements are among those of a matrix that differs: rows added to it."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == ROWS and module in matrices
+
+
 def is_guard(name: str) -> bool:
     return GUARD_SEPARATOR in name
+
+
+def reference_bytes(
+    matrices: Mapping[str, tuple[int, ...]], overlay: Mapping[str, tuple[int, ...]]
+) -> int:
+    """bf16 bytes of every tensor that differs from the base, from the shapes of what is stored."""
+    whole = [shape for name, shape in overlay.items() if not _counted(name, matrices)]
+    return 2 * sum(math.prod(shape) for shape in [*matrices.values(), *whole])
 
 
 def header_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], total: int) -> int:
@@ -322,7 +337,7 @@ def size_report(
     files = weight_files(folder)
     infos = read_headers(files)
     kinds = dict.fromkeys(("payload", "scales", "overlay"), 0)
-    reference = sum(2 * m * n for m, n in weights.values())
+    overlay: dict[str, tuple[int, ...]] = {}
     widths = 0
     for name, info in infos.items():
         leaf, size = name.rpartition(".")[2], info.end - info.start
@@ -335,7 +350,8 @@ def size_report(
             kinds["scales"] += size
         elif not is_guard(name):
             kinds["overlay"] += size
-            reference += 2 * math.prod(info.shape)
+            overlay[name] = info.shape
     on_disk = sum(file.stat().st_size for file in files)
     headers = on_disk - sum(kinds.values()) - widths
+    reference = reference_bytes(weights, overlay)
     return SizeReport(metadata=headers + widths, reference=reference, **kinds)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .architecture import empty_model, is_delta, read_config
 from .base import KeyMap
 from .config import DeltaMixConfig
-from .delta_repo import contents_of, find_delta
+from .delta_repo import Contents, contents_of, find_delta
 from .errors import DeltaMixError
 from .format import PREFIX, SizeReport, TensorInfo, read_headers, size_report
 from .modules import shape_of
@@ -35,7 +35,8 @@ class MatrixReport:
         v_bits, u_bits: int64 [k], widths of both sides of every rank kept, as stored.
         payload, scales, metadata: bytes of its codes, of its scales and zero points, and of its
             ranks' widths; headers of files are counted for the whole repo only.
-        error: relative error that compression recorded; None if it recorded none.
+        error: relative error that compression recorded; None if it recorded none, or no number of
+            at least 0.
     """
 
     stored: str | None
@@ -119,21 +120,35 @@ def inspect_repo(repo: str | Path) -> RepoReport:
     keys = KeyMap(empty_model(repo, model_config))
     infos = read_headers(files)
     contents = contents_of(infos, config, keys)
-    compressed = {*contents.packed, *config.dropped}
-    names = [n.removesuffix(".weight") for n in keys.state]  # as the model has them
-    if unknown := sorted(compressed - {*names}):
-        raise DeltaMixError(f"the model of {repo!r} has no {unknown[0]}, which its delta changes")
-    modules = {name: keys.model.get_submodule(name) for name in names if name in compressed}
+    shapes = stored_shapes(contents, config, keys)
     matrices = {
-        name: _matrix(infos, config, contents.packed.get(name), name, shape_of(module))
-        for name, module in modules.items()
+        name: _matrix(infos, config, contents.packed.get(name), name, shape)
+        for name, shape in shapes.items()
     }
     overlay = {
         name: (infos[stored].dtype, infos[stored].shape, _length(infos[stored]))
-        for name, stored in contents.overlay.items()
+        for name, stored in contents.whole.items()
     }
-    size = size_report(Path(files[0]).parent, {name: m.shape for name, m in matrices.items()})
+    size = size_report(Path(files[0]).parent, shapes)
     return RepoReport(files, config, size, matrices, overlay)
+
+
+def stored_shapes(
+    contents: Contents, config: DeltaMixConfig, keys: KeyMap
+) -> dict[str, tuple[int, int]]:
+    """Module name -> [m, n] of every compressed matrix, in the model's order.
+
+    Raises:
+        DeltaMixError: the files hold what the model has not, or config.json names as dropped what
+            is no matrix of it.
+    """
+    if contents.absent:
+        raise DeltaMixError(f"the model has no {contents.absent[0]}, which the files hold")
+    compressed = {*contents.packed, *config.dropped}
+    names = [n[: -len(".weight")] for n, t in keys.state.items() if _is_matrix(n, t)]
+    if unknown := sorted(compressed - {*names}):
+        raise DeltaMixError(f"the model has no matrix {unknown[0]}, which config.json lists")
+    return {n: shape_of(keys.model.get_submodule(n)) for n in names if n in compressed}
 
 
 def rank_sizes(report: RepoReport, name: str) -> Tensor:
@@ -161,6 +176,8 @@ def _matrix(
 ) -> MatrixReport:
     """`stored` is the module's name in the files; None for a matrix that kept no rank."""
     error = config.errors.get(name)
+    if error is not None and not 0 <= error < 1e300:
+        error = None  # no compressor writes NaN or the like
     if stored is None:
         nothing = torch.zeros(0, dtype=torch.int64)
         return MatrixReport(None, shape, nothing, nothing, 0, 0, 0, error)
@@ -181,6 +198,10 @@ def _matrix(
         metadata=2 * len(words),
         error=error,
     )
+
+
+def _is_matrix(name: str, tensor: Tensor) -> bool:
+    return name.endswith(".weight") and tensor.ndim == 2
 
 
 def _length(info: TensorInfo | None) -> int:

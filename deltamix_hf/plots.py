@@ -115,6 +115,7 @@ def spectrum_figure(report: RepoReport) -> Figure:
             norm=Normalize(1, 8),
         )  # fmt: skip
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_title(labels[name], fontsize=8)
         axes.set_xlabel(f"rank, of {min(matrix.shape)}", fontsize=8)
         axes.tick_params(which="both", labelsize=7)

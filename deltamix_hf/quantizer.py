@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from types import MethodType
 from typing import Any
 
@@ -22,7 +23,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import WeightRenaming, build_glob_alternation
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+)
 from transformers.quantizers.base import HfQuantizer
 
 from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same
@@ -30,7 +35,7 @@ from .compress_model import compress_model
 from .config import DeltaMixConfig
 from .delta_repo import Contents, check_finite, contents_of
 from .errors import DeltaMixError
-from .format import PREFIX, TensorInfo, check_base, is_guard, read_headers
+from .format import PREFIX, ROWS, TensorInfo, check_base, is_guard, read_headers
 from .journal import Journal
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, shape_of, weight_of
 from .packed import check_values, layout_of, parts
@@ -38,6 +43,7 @@ from .registration import NOTICE
 from .saving import delta_state_dict, install_save, uninstall_save
 from .siblings import link_siblings
 from .trust import WEIGHTS, check_base_name, check_weight_files
+from .vocabulary import FitRows
 
 _HIDDEN = "deltamix.hidden."
 
@@ -74,6 +80,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
         self._from_base: list[str] = []
         self._whole: list[str] = []  # what the delta repo replaces
+        self._resized: list[WeightConverter] = []  # of matrices with more or fewer rows
         self._dtype = torch.get_default_dtype()  # the one asked for
         self._dtypes: dict[str, torch.dtype] = {}  # what transformers should have cast to
 
@@ -143,6 +150,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self._check_parts_fit(model, keys, contents, base)
         supplied, overlay = contents.overlay, set(contents.overlay.values())
         self._hidden = contents.guards | (base.hidden_keys(supplied) - overlay)
+        self._resized = self._fitting_rows(contents, base, infos)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             "^" + _HIDDEN.replace(".", r"\."),
@@ -186,6 +194,20 @@ class DeltaMixHfQuantizer(HfQuantizer):
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
 
+    def _fitting_rows(
+        self, contents: Contents, base: BaseCheckpoint, infos: dict[str, TensorInfo]
+    ) -> list[WeightConverter]:
+        """How transformers makes a matrix whose rows are not all the base's."""
+        converters = []
+        for name, found in contents.resized.items():
+            weight = f"{name}.weight"
+            sources = [*base.checkpoint_keys(weight), weight, found.stored or f"{name}.{ROWS}"]
+            if found.stored is not None:
+                check_finite(found.stored, _read(infos[found.stored], found.stored))
+            patterns = [f"^{re.escape(source)}$" for source in dict.fromkeys(sources)]
+            converters.append(WeightConverter(patterns, weight, [FitRows(found.rows)]))
+        return converters
+
     def _check_parts_fit(
         self, model: PreTrainedModel, keys: KeyMap, contents: Contents, base: BaseCheckpoint
     ) -> None:
@@ -197,7 +219,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
         wanted = {name: tensor for name, tensor in keys.state.items() if name not in elsewhere}
         for name, tensor in wanted.items():
             if name in base:
-                base.check(name, tensor, recorded)
+                shape = tuple(tensor.shape)
+                if resized := contents.resized.get(name.removesuffix(".weight")):
+                    shape = resized.base, *shape[1:]
+                base.check(name, shape, recorded)
         missing = [name for name in wanted if not base.supplies(name)]
         # Another class than the saved one may lack its head, or bring one of its own, which
         # transformers initialises and reports. Of the model inside every part must be complete.
@@ -226,7 +251,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         if not self._hidden:
             return weight_conversions
-        return [_HideKeys(self._hidden), *weight_conversions]
+        return [_HideKeys(self._hidden), *self._resized, *weight_conversions]
 
     # After loading, both ways
 
@@ -241,6 +266,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
                 if tensor.device.type != "meta":
                     check_finite(name, tensor)
             self._cast_renamed(model)
+            conversions: Any = getattr(model, "_weight_conversions", None) or []
+            # they are undone on saving, which ours need not be
+            kept: Any = [c for c in conversions if c not in self._resized]
+            model._weight_conversions = kept
             if self.quantization_config.dequantize:
                 return self._dequantize(model)
         else:
@@ -324,7 +353,9 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
         stored = delta_state_dict(model, BaseCheckpoint(self.base_files, model))
-        whole = [n for n in stored if not is_guard(n) and f".{PREFIX}" not in n]
+        whole = [
+            n for n in stored if not is_guard(n) and (f".{PREFIX}" not in n or n.endswith(ROWS))
+        ]
         self.quantization_config.overlay = sorted(whole)
         return stored, {}
 

@@ -26,7 +26,7 @@ from transformers.utils.hub import cached_file
 from .base import BaseCheckpoint, same, weights_from_base
 from .config import overlay_dtype
 from .errors import DeltaMixError
-from .format import GUARD, PREFIX, guard_names
+from .format import GUARD, PREFIX, ROWS, guard_names
 from .hub import push_folder
 from .modules import delta_modules
 from .registration import NOTICE
@@ -84,6 +84,10 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
         if module in packed and leaf.startswith(PREFIX):
             stored[name] = tensor
         elif name in base:
+            if module in config.resized:
+                base.resize(name, tensor)
+                if (added := base.added(name)) is not None:
+                    stored[f"{module}.{ROWS}"] = added.to(overlay_dtype(added.dtype, config))
             unchanged = same(tensor, base.read(name))
             if module in packed and leaf == "weight" and not unchanged:
                 raise DeltaMixError(

@@ -21,7 +21,7 @@ from .config import DeltaMixConfig
 from .delta_repo import Contents, check_finite, contents_of, find_delta
 from .errors import DeltaMixError
 from .format import PREFIX, TensorInfo, check_base, fingerprint, read_headers, size_report
-from .modules import shape_of
+from .inspection import stored_shapes
 from .packed import PackedFactors, parts
 from .trust import check_base_name
 
@@ -49,8 +49,7 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
         infos = read_headers(files)
         keys = KeyMap(empty_model(repo))
         contents = contents_of(infos, config, keys)
-        if contents.absent:
-            raise DeltaMixError(f"the model has no {contents.absent[0]}, which the files hold")
+        shapes = stored_shapes(contents, config, keys)
     except DeltaMixError as error:
         yield Check("config.json and weight files", str(error))
         return
@@ -62,22 +61,21 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
             tensor: Tensor = handles[infos[name].file].get_tensor(name)
             return tensor
 
-        yield from _matrices(contents, config, keys, read)
+        yield from _matrices(contents, config, shapes, read)
         yield from _overlay(contents, read)
-    yield _budget(files, config, contents, keys)
+    yield _budget(files, config, shapes)
     yield _base(repo, config, base, quick)
 
 
 def _matrices(
-    contents: Contents, config: DeltaMixConfig, keys: KeyMap, read: Read
+    contents: Contents, config: DeltaMixConfig, shapes: Mapping[str, tuple[int, int]], read: Read
 ) -> Iterator[Check]:
     kinds, sound = parts(config.codebook == "gaussian"), 0
     bar = logging.tqdm(contents.packed.items(), desc="Reading matrices", unit="matrix")
     for name, stored in bar:
-        m, n = shape_of(keys.model.get_submodule(name))
         try:
             tensors = {part: read(f"{stored}.{PREFIX}{part}") for part in kinds}
-            PackedFactors.checked(m, n, config.group_size, tensors)
+            PackedFactors.checked(*shapes[name], config.group_size, tensors)
             sound += 1
         except DeltaMixError as error:
             yield Check(name, str(error))
@@ -86,7 +84,7 @@ def _matrices(
 
 def _overlay(contents: Contents, read: Read) -> Iterator[Check]:
     sound = 0
-    for name, stored in contents.overlay.items():
+    for name, stored in contents.whole.items():
         try:
             check_finite(stored, read(stored))
             sound += 1
@@ -95,11 +93,14 @@ def _overlay(contents: Contents, read: Read) -> Iterator[Check]:
     yield Check(f"{sound} tensors stored whole: shapes, finite values")
 
 
-def _budget(files: list[str], config: DeltaMixConfig, contents: Contents, keys: KeyMap) -> Check:
-    """The promise that config.json makes of the files' size."""
-    names = [n for n in (*contents.packed, *config.dropped) if f"{n}.weight" in keys.state]
-    shapes = {name: shape_of(keys.model.get_submodule(name)) for name in names}
-    size = size_report(Path(files[0]).parent, shapes)
+def _budget(
+    files: list[str], config: DeltaMixConfig, shapes: Mapping[str, tuple[int, int]]
+) -> Check:
+    """The promise that config.json makes of the files' size; files that are not read count too."""
+    try:
+        size = size_report(Path(files[0]).parent, shapes)
+    except DeltaMixError as error:
+        return Check("bytes of weight files", str(error))
     promised = config.budget(size.reference)
     what = f"{size.total:,} bytes of weight files, {size.ratio:.5f} of bf16"
     if size.total <= promised:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,35 @@ def test_other_architectures(delta, family):
     assert sum(len(group) for group in report.by_type.values()) == len(report.matrices)
 
 
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("bert_from_headless", ["0", "1"]),
+        ("t5", ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"]),
+    ],
+)
+def test_pictures_tell_layers_apart(delta, family, layers):
+    report = inspect_repo(delta(family).folder)
+    rows = [label.get_text() for label in error_figure(report).axes[0].get_yticklabels()]
+    assert len({*rows}) == len(rows) == len(report.by_type)
+    bars = [label.get_text() for label in bytes_figure(report).axes[0].get_xticklabels()]
+    assert [bar for bar in bars if bar[-1].isdigit()] == layers
+    titles = [axes.get_title() for axes in spectrum_figure(report).axes if axes.get_title()]
+    numbered = [title for title in titles if type_and_depth(f".{title}")[1] is not None]
+    embeddings = {name for name in report.matrices if type_and_depth(name)[1] is None}
+    assert {*titles} - {*numbered} <= embeddings
+
+
+def test_pictures_of_thousands_of_matrices(delta):
+    """As of experts that are modules of their own: the height is bounded, so are the names."""
+    report = inspect_repo(delta("llama_tied").folder)
+    one = report.matrices["model.layers.0.mlp.up_proj"]
+    names = [f"model.layers.{i}.experts.{j}.up_proj" for i in range(8) for j in range(2000)]
+    figure = error_figure(replace(report, matrices=dict.fromkeys(names, one)))
+    assert figure.axes[0].images[0].get_array().shape == (2000, 8)
+    assert len(figure.axes[0].get_yticks()) <= 60 and figure.get_figheight() < 25
+
+
 def test_a_matrix_that_kept_no_rank_is_listed(delta, copied):
     repo = delta("llama_tied", "deltamix-kl")
     folder = copied(repo.folder)
@@ -116,15 +146,38 @@ def test_what_is_no_delta_repo(pair, delta, tmp_path, copied):
         inspect_repo(folder)
 
 
+def test_damage_is_no_report(delta, copied):
+    """What the files hold and the model has not would be missing from the table."""
+    folder = copied(delta("llama_tied").folder)
+    whole = json.loads((folder / "config.json").read_text())
+
+    def change(settings=None, **values):
+        changed = whole | values
+        changed["quantization_config"] = whole["quantization_config"] | (settings or {})
+        (folder / "config.json").write_text(json.dumps(changed))
+
+    change(num_hidden_layers=1)
+    with pytest.raises(DeltaMixError, match=r"the model has no model.layers.1"):
+        inspect_repo(folder)
+    for name in ("model.nothing", "model.norm"):
+        change({"dropped": [name]})
+        with pytest.raises(DeltaMixError, match=f"no matrix {name}"):
+            inspect_repo(folder)
+    change({"errors": dict.fromkeys(whole["quantization_config"]["errors"], float("nan"))})
+    report = inspect_repo(folder)
+    assert {matrix.error for matrix in report.matrices.values()} == {None}
+    error_figure(report)
+
+
 def test_command_prints_every_layer_and_json(delta, tmp_path):
     repo = delta("llama_tied", "deltamix-kl", calibrated=True)
     report = inspect_repo(repo.folder)
-    environment = {"COLUMNS": "160"}
-    plain = CliRunner().invoke(app, ["inspect", str(repo.folder)], env=environment)
+    plain = CliRunner().invoke(app, ["inspect", str(repo.folder)], env={"COLUMNS": "60"})
     assert plain.exit_code == 0
     for name, matrix in report.matrices.items():
         (line,) = (text for text in plain.output.splitlines() if text.split()[:1] == [name])
         assert f"{matrix.rank} of {min(matrix.shape)}" in line and f"{matrix.error:.1e}" in line
+        assert all(f" {count}×{v}/{u}" in line for (v, u), count in matrix.widths.items())
     assert f"{report.size.ratio:.5f}" in plain.output and "token ids [8, 32]" in plain.output
     assert f"{report.config.measured['kl']:.2g} nats" in plain.output
     ordered = CliRunner().invoke(app, ["inspect", str(repo.folder), "--sort", "bytes"])

@@ -100,6 +100,24 @@ def test_a_truncated_file_and_no_repo_at_all(delta, copied, pair, tmp_path):
     assert "cannot find" in next(iter(problems(tmp_path).values()))
 
 
+@pytest.mark.parametrize(
+    "odd", [{"hidden_size": -8}, {"hidden_size": "x"}, {"architectures": ["T5Model"]}]
+)
+def test_a_config_no_model_can_be_built_from(delta, copied, odd):
+    folder = copied(delta("llama_tied").folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | odd))
+    ((what, problem),) = problems(folder).items()
+    assert "config.json" in what and "config.json" in problem
+
+
+def test_a_damaged_file_beside_the_weights_does_not_end_the_list(delta, copied):
+    folder = copied(delta("llama_tied").folder)
+    (folder / "left.safetensors").write_bytes(b"junk" * 10)
+    *_, size, base = verify_repo(str(folder))
+    assert "left.safetensors" in size.problem and base.problem is None
+
+
 def test_the_base_is_read_unless_quick(delta, tmp_path):
     """One flipped bit of the base: found by its bytes, not by names."""
     repo = delta("llama_tied")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from .console import out, size_table
@@ -40,19 +41,20 @@ def inspect(
     from ..inspection import inspect_repo
 
     report = inspect_repo(repo)
+    paths = []
+    if plot is not None:  # before the table, which may end at a `| head`
+        from ..plots import save_figures
+
+        paths = save_figures(report, plot)
     if as_json:
         out.print_json(json.dumps(_figures(report)))
     else:
         for line in _origin(report):
             out.print(line, highlight=False, soft_wrap=True, markup=False)
-        out.print(_layers(report, sort))
+        _print_whole(_layers(report, sort))
         out.print()
         out.print(size_table(report.size))
-    if plot is not None:
-        from ..plots import save_figures
-
-        paths = save_figures(report, plot)
-        if not as_json:
+        if paths:
             out.print("\nWritten:", ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
 
 
@@ -63,7 +65,7 @@ def _origin(report: RepoReport) -> list[str]:
         f"base: {config.base_model}{revision}, {len(config.base_fingerprints)} tensors pinned",
         f"method: {config.method}, calibrated on: {config.calibration_source}",
     ]
-    if "kl" in measured:
+    if {"kl", "positions"} <= measured.keys():
         lines.append(
             f"KL to the fine-tune: {measured['kl']:.2g} nats for each of "
             f"{measured['positions']} predictions not tuned on"
@@ -74,34 +76,39 @@ def _origin(report: RepoReport) -> list[str]:
 def _layers(report: RepoReport, sort: Order) -> Table:
     table = Table(
         box=None,
-        caption="Widths: ranks × bits of V / bits of U. Error: |ΔW − Û·V̂|² / |ΔW|², in the metric "
-        "of the layer's inputs",
+        caption="Bits: stored for each weight. Error: |ΔW − Û·V̂|² / |ΔW|², in the metric of the "
+        "layer's inputs. Widths: ranks × bits of V / bits of U",
         caption_justify="left",
     )
-    table.add_column("layer", overflow="fold")
-    for name in ("shape", "ranks"):
+    table.add_column("layer")
+    for name in ("shape", "ranks", "kB", "scales", "bits", "error"):
         table.add_column(name, justify="right")
-    table.add_column("widths", overflow="fold")
-    for name in ("kB", "scales", "bits/weight", "error"):
-        table.add_column(name, justify="right")
+    table.add_column("widths")
     for name, matrix in _sorted(report, sort):
         widths = [f"{count}×{v}/{u}" for (v, u), count in matrix.widths.items()]
         table.add_row(
             name,
             f"{matrix.shape[0]}×{matrix.shape[1]}",
             f"{matrix.rank} of {min(matrix.shape)}",
-            " ".join(widths) or "as in the base",
             f"{matrix.bytes / 1e3:.1f}",
             f"{matrix.scales / 1e3:.1f}",
             f"{matrix.bits_per_weight:.2f}",
             "" if matrix.error is None else f"{matrix.error:.1e}",
+            " ".join(widths) or "as in the base",
         )
     count = len(report.overlay)
     if count:
-        table.add_row(
-            f"{count} tensors stored whole", "", "", "", f"{report.size.overlay / 1e3:.1f}"
-        )
+        table.add_row(f"{count} tensors stored whole", "", "", f"{report.size.overlay / 1e3:.1f}")
     return table
+
+
+def _print_whole(table: Table) -> None:
+    """A matrix a line, however narrow the terminal: folded columns of 32 letters cannot be read.
+
+    The widths come last, so that a terminal of 80 columns breaks the lines before them.
+    """
+    widest = out.measure(table, options=out.options.update(max_width=10_000)).maximum
+    Console(width=widest).print(table, crop=False)
 
 
 def _sorted(report: RepoReport, sort: Order) -> list[tuple[str, MatrixReport]]:
