@@ -18,11 +18,12 @@ demo: $(VENV)/.demo
 bench-quality: $(VENV)/.bench
 	$(PY) examples/bench_quality/run.py $(BENCH)
 
+# No -q for mkdocs: it hides the warnings, broken links among them, from --strict too.
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q --strict -d $(VENV)/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -d $(VENV)/site
 	$(PY) -m pytest -n 2 -q -m "not slow" --cov --cov-report=term:skip-covered
 
 # The site into site/, with the command line's reference written anew.

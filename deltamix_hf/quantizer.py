@@ -249,7 +249,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        if not self._hidden:
+        if not (self._hidden or self._resized):
             return weight_conversions
         return [_HideKeys(self._hidden), *self._resized, *weight_conversions]
 

@@ -13,7 +13,9 @@ from .console import notes, out, size_table
 
 
 def compress(
-    finetuned: Annotated[str, typer.Argument(help="The fine-tune: a folder or Hub id.")],
+    finetuned: Annotated[
+        str, typer.Argument(help="The fine-tune or a PEFT adapter: a folder or Hub id.")
+    ],
     base: Annotated[str, typer.Option(help="What it was fine-tuned from: a folder or Hub id.")],
     output: Annotated[Path, typer.Option(help="Folder for the delta repo.")],
     ratio: Annotated[
@@ -51,10 +53,12 @@ def compress(
             f"{output} exists already; give another --output, or --overwrite to replace it"
         )
     from .. import DeltaMixConfig
+    from ..adapters import compress_adapter, is_adapter
     from ..architecture import is_delta, read_config
     from .models import from_pretrained
 
-    if is_delta(read_config(finetuned)):
+    adapter = is_adapter(finetuned)
+    if not adapter and is_delta(read_config(finetuned)):
         raise DeltaMixError(f"{finetuned!r} is a delta repo already; give the fine-tune itself")
     settings = DeltaMixConfig(
         base_model=base,
@@ -68,7 +72,10 @@ def compress(
     if work.exists():
         notes.print(f"going on with what {work} holds")
     try:
-        model = from_pretrained(finetuned, quantization_config=settings)
+        if adapter:
+            model = compress_adapter(finetuned, settings)
+        else:
+            model = from_pretrained(finetuned, quantization_config=settings)
     except KeyboardInterrupt:
         notes.print("The same command goes on from here. What is finished is kept in", work)
         raise
