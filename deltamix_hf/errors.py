@@ -13,8 +13,8 @@ _LONGEST = 1500  # characters of a message
 class DeltaMixError(ValueError):
     """Bad input: the message says what was wrong and what to do."""
 
-    def __init__(self, message: str):
-        super().__init__(_one_line(message))
+    def __str__(self) -> str:  # not when made: compilers cannot trace an __init__ of an error
+        return _one_line(super().__str__())
 
 
 def first_line(error: Exception) -> str:

@@ -57,7 +57,10 @@ class FitRows(ConversionOps):
 
 def vocabulary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The input embedding and the output head, by name: a row or an output for each token."""
-    ends = [id(model.get_input_embeddings()), id(model.get_output_embeddings())]
+    try:
+        ends = [id(model.get_input_embeddings()), id(model.get_output_embeddings())]
+    except NotImplementedError:  # a model of sound or pictures
+        return {}
     return {name: module for name, module in model.named_modules() if id(module) in ends}
 
 

@@ -1,7 +1,9 @@
 """Draws docs/images/ from docs/results/: `python docs/pictures.py`. Nothing here is made up.
 
 overview.png  what a delta repo is, and memory of one base with many deltas, as measured
-budget.png    KL to the fine-tune and gain kept against the budget, three real pairs
+budget.png    KL to the fine-tune against the budget, three real pairs
+
+allocation.png and spectrum.png are what `deltamix inspect --plot` draws of the delta of `make demo`.
 """
 
 from __future__ import annotations
