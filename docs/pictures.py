@@ -3,7 +3,7 @@
 overview.png  what a delta repo is, and memory of one base with many deltas, as measured
 budget.png    KL to the fine-tune against the budget, three real pairs
 
-allocation.png and spectrum.png are what `deltamix inspect --plot` draws of the delta of `make demo`.
+allocation.png and spectrum.png are what `deltamix inspect --plot` draws of `make demo`'s delta.
 """
 
 from __future__ import annotations
