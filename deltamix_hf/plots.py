@@ -50,7 +50,7 @@ def allocation_figure(report: RepoReport) -> Figure:
     types = report.by_type
     figure = Figure(figsize=(11, _height(len(types))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    title = f"Bits for each weight ({_ratio(report)} of bf16, 16 bits)"
+    title = f"Bits for each weight ({_ratio(report)} of bf16)"
     _heat_map(report, left, lambda m: m.bits_per_weight, Normalize(vmin=0), title)
     sums = [sum(m.bytes for m in group.values()) / 1e6 for group in types.values()]
     right.barh(range(len(types)), sums, color=_COLOURS[0])
