@@ -153,7 +153,18 @@ def judged(model: PreTrainedModel, course: Sequence[Lesson]) -> dict[str, float]
     """KL(fine-tune ‖ model), nats for each position of the texts kept out; empty without any."""
     exam = kept_out(course)
     positions = sum(len(item.positions) for item in exam)
-    return {"kl": _mean(model, exam), "positions": positions} if positions else {}
+    if not positions:
+        return {}
+    return {"kl": sum(_exact(model, item) for item in exam) / positions, "positions": positions}
+
+
+@torch.no_grad()
+def _exact(model: PreTrainedModel, item: Lesson) -> float:
+    """`_divergence` of proper distributions: as they are kept, rounded and cut, it may be < 0."""
+    values, _ = prediction(model(**inputs_of(model, item.ids)))
+    found = values[item.positions.to(values.device)].double().log_softmax(-1)
+    wanted = item.wanted.to(found.device).double().log_softmax(-1)
+    return F.kl_div(found, wanted, reduction="sum", log_target=True).item()
 
 
 def _state(optimizer: torch.optim.Optimizer, gains: list[Tensor]) -> dict[str, Tensor]:

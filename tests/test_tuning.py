@@ -218,3 +218,25 @@ def test_logits_that_are_masked_out(pair):
     assert isinstance(course[0], Lesson) and torch.isfinite(course[0].wanted).all()
     assert torch.isfinite(torch.tensor(losses)).all()
     assert all(torch.isfinite(left_scales(m)).all() for m in [model.lm_head])
+
+
+@torch.no_grad()
+def test_the_recorded_divergence(pair):
+    """Of the texts kept out alone; never below 0, though predictions are kept in half precision."""
+    exact, packed = pair()
+    course = lessons(exact, BATCHES, seed=0)
+    itself = tuning.judged(exact, course)
+    assert 0 <= itself["kl"] < 1e-6
+    kept = tuning.kept_out(course)
+    total = count = 0
+    for item in kept:
+        wanted, found = (
+            model(item.ids).logits.flatten(0, 1)[item.positions].double().log_softmax(-1)
+            for model in (exact, packed)
+        )
+        total += float((wanted.exp() * (wanted - found)).sum())
+        count += len(item.positions)
+    figures = tuning.judged(packed, course)
+    assert figures["positions"] == count
+    assert figures["kl"] == pytest.approx(total / count, rel=1e-3)
+    assert tuning.judged(packed, lessons(exact, ONE_BATCH, seed=0)) == {}
