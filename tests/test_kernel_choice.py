@@ -15,6 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from deltamix_hf import DeltaMixError, kernels, ops, self_check
 from deltamix_hf.kernels import REFERENCE, TRITON, VARIABLE, choose
 
+# Measuring coverage makes Triton's interpreter three times slower.
+pytestmark = pytest.mark.no_cover
+
 LAYOUT = (40, 70, [3, 2], [2, 4], 0)
 
 

@@ -17,6 +17,9 @@ from deltamix_hf import DeltaMixError, at_once, plans, routing
 from deltamix_hf.kernels import TRITON, VARIABLE
 from deltamix_hf.tenant_modules import TenantModule
 
+# Measuring coverage makes Triton's interpreter three times slower.
+pytestmark = pytest.mark.no_cover
+
 __all__ = ["make_family"]  # a fixture here too
 IDS = token_ids(3, 5)
 MIXED = ["one", None, "three"]
