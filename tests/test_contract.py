@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pairs import fine_tune, quick, relative, weight_bytes
+from tiny_pairs import DECODER, fine_tune, quick, relative, weight_bytes
 from transformers import (
     CLIPVisionConfig,
     Gemma3ForCausalLM,
@@ -37,19 +37,7 @@ from deltamix_hf import DeltaMixConfig
 from deltamix_hf.inspection import inspect_repo
 from deltamix_hf.modules import delta_modules
 
-TEXT = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-PLAIN = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
+PLAIN = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
 EXPERTS = {"num_experts_per_tok": 2}
 
 
@@ -67,7 +55,7 @@ def llava() -> Any:
         image_size=16, patch_size=8,
     )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=255
+        vision_config=vision, text_config=LlamaConfig(**DECODER), image_token_index=255
     )
     return LlavaForConditionalGeneration(config)
 
@@ -75,22 +63,24 @@ def llava() -> Any:
 def qwen2_vl() -> Any:
     vision = {"embed_dim": 64, "hidden_size": 64, "num_heads": 4, "depth": 2, "patch_size": 8}
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    text = {**TEXT, "rope_parameters": rope}
+    text = {**DECODER, "rope_parameters": rope}
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
 
 
 # How to build it, and how much its delta may take: experts are stored whole.
 ARCHITECTURES: dict[str, tuple[Any, float]] = {
-    "gemma3": (lambda: Gemma3ForCausalLM(Gemma3TextConfig(**TEXT, head_dim=16)), 0.25),
-    "phi": (lambda: PhiForCausalLM(PhiConfig(**TEXT)), 0.25),
+    "gemma3": (lambda: Gemma3ForCausalLM(Gemma3TextConfig(**DECODER, head_dim=16)), 0.25),
+    "phi": (lambda: PhiForCausalLM(PhiConfig(**DECODER)), 0.25),
     "gpt_neox": (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**PLAIN)), 0.25),
     "mixtral": (
-        lambda: MixtralForCausalLM(MixtralConfig(**TEXT, **EXPERTS, num_local_experts=4)),
+        lambda: MixtralForCausalLM(MixtralConfig(**DECODER, **EXPERTS, num_local_experts=4)),
         0.9,
     ),
     "qwen3_moe": (
         lambda: Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**TEXT, **EXPERTS, num_experts=4, moe_intermediate_size=64, head_dim=16)
+            Qwen3MoeConfig(
+                **DECODER, **EXPERTS, num_experts=4, moe_intermediate_size=64, head_dim=16
+            )
         ),
         0.9,
     ),

@@ -94,25 +94,14 @@ def run_commands(code: str) -> None:
 def make_repos(folder: Path) -> None:
     """A base, its fine-tunes and their deltas, on the Hub."""
     import torch
-    from test_hub import fine_tune, tiny_tokenizer
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from test_hub import fine_tune, tiny_llama, tiny_tokenizer
+    from transformers import AutoModelForCausalLM
 
     from deltamix_hf import DeltaMixConfig
 
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    base = LlamaForCausalLM(config).eval()
+    base = tiny_llama(tokenizer, 1)
     for repo in ("org/base", "me/my-finetune", "me/math", "me/code"):
         if repo != "org/base":
             fine_tune(base)
@@ -130,22 +119,10 @@ def make_repos(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("docs")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     with LocalHub() as hub:
-        settings = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(folder / "home"),
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
         result = subprocess.run(
             [sys.executable, __file__, str(folder)],
-            env={**clean, **settings},
+            env={**hub.environment(folder / "home"), "HF_TOKEN": TOKEN},
             capture_output=True,
             text=True,
         )

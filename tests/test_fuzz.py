@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -35,6 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from limits import little_room
 from mutations import mutated
 from tiny_pairs import Pair, make_pair, quick, token_ids
 
@@ -141,18 +141,6 @@ def load_whole(target: Target) -> None:
 # Running
 
 
-@contextmanager
-def little_room() -> Iterator[None]:
-    """Within, an allocation of gigabytes fails with a MemoryError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
 @dataclass
 class Outcome:
     """What became of many runs; `crashes`: where -> first run's number and error."""
@@ -200,7 +188,7 @@ def fuzz(
         target = rng.choice(targets)
         name, content = mutated(target.files, rng, ours=action is load_whole)
         at, error = time.perf_counter(), None
-        with target.holding(name, content), little_room(), entered() as ours:
+        with target.holding(name, content), little_room(ROOM), entered() as ours:
             try:
                 action(target)
                 outcome.loaded += 1

@@ -9,7 +9,6 @@ look at that and at what the server holds.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -34,24 +33,14 @@ def author(folder: Path) -> dict[str, Any]:
     """Pushes a base and a fine-tune, compresses, pushes deltas in both ways."""
     import torch
     from huggingface_hub import HfApi
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from deltamix_hf import DeltaMixConfig
 
     api = HfApi(token=TOKEN)
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = tiny_llama(tokenizer, 2).to(torch.bfloat16)
     model.push_to_hub("me/base", token=TOKEN, max_shard_size=SHARDS)
     release = api.model_info("me/base").sha
     api.create_branch("me/base", branch="release")
@@ -223,6 +212,23 @@ def tiny_tokenizer() -> Any:
     )
 
 
+def tiny_llama(tokenizer: Any, layers: int) -> Any:
+    """Its weights are drawn by torch's own generator."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
 def fine_tune(model: Any) -> None:
     """Adds a matrix of decaying spectrum to every projection, and moves one norm."""
     import torch
@@ -302,20 +308,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_child(role: str, hub: LocalHub, folder: Path, **env: str) -> dict[str, Any]:
     """Run one of the roles above in a process of its own; returns what it wrote down."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-    settings = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(folder / "home-reader"),
-        "HF_HUB_DISABLE_XET": "1",  # the client prefers Xet whenever hf_xet is installed
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
     result = subprocess.run(
         [sys.executable, __file__, role, str(folder)],
-        env={**clean, **settings, **env},
+        env={**hub.environment(folder / "home-reader"), **env},
         capture_output=True,
         text=True,
     )

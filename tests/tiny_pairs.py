@@ -37,7 +37,7 @@ from transformers import (
 from deltamix_hf import DeltaMixConfig
 
 VOCAB = 256
-_DECODER = {
+DECODER = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -52,15 +52,15 @@ _DECODER = {
 
 
 def _llama() -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**_DECODER))
+    return LlamaForCausalLM(LlamaConfig(**DECODER))
 
 
 def _llama_tied() -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**_DECODER, tie_word_embeddings=True))
+    return LlamaForCausalLM(LlamaConfig(**DECODER, tie_word_embeddings=True))
 
 
 def _qwen3() -> PreTrainedModel:
-    return Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=16))
+    return Qwen3ForCausalLM(Qwen3Config(**DECODER, head_dim=16))
 
 
 def _gpt2() -> PreTrainedModel:
@@ -71,7 +71,7 @@ def _gpt2() -> PreTrainedModel:
 
 
 def _bert() -> PreTrainedModel:
-    size = {k: v for k, v in _DECODER.items() if k != "num_key_value_heads"}
+    size = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
     return BertForMaskedLM(BertConfig(**size))
 
 

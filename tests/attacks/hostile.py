@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import little_room
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,7 +72,7 @@ def edit_settings(folder: Path, **changes: Any) -> None:
 
 def refusal(action: Callable[[], object], *parts: str) -> str:
     """The one line that `action` must be refused with; it must hold all `parts`."""
-    with little_room(), pytest.raises(DeltaMixError) as error:
+    with little_room(ROOM), pytest.raises(DeltaMixError) as error:
         action()
     message = str(error.value)
     for part in parts:
@@ -83,24 +83,12 @@ def refusal(action: Callable[[], object], *parts: str) -> str:
 
 def refused_by_us_or_before(action: Callable[[], object]) -> None:
     """As `refusal`, or by transformers while it had not asked us yet; its errors are its own."""
-    with little_room(), pytest.raises(Exception) as error:
+    with little_room(ROOM), pytest.raises(Exception) as error:
         action()
     assert not isinstance(error.value, MemoryError)
     if not isinstance(error.value, DeltaMixError):
         ours = os.path.dirname(deltamix_hf.__file__)
         assert not any(str(entry.path).startswith(ours) for entry in error.traceback)
-
-
-@contextmanager
-def little_room() -> Iterator[None]:
-    """Within, an allocation without bound fails with a MemoryError, which is no refusal."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 _watched: list[tuple[Path, list[str]]] = []
