@@ -18,13 +18,15 @@ demo: $(VENV)/.demo
 bench-quality: $(VENV)/.bench
 	$(PY) examples/bench_quality/run.py $(BENCH)
 
+# Triton's interpreter is three times slower under coverage, so its tests run apart.
 # No -q for mkdocs: it hides the warnings, broken links among them, from --strict too.
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -d $(VENV)/site
-	$(PY) -m pytest -n 2 -q -m "not slow" --cov --cov-report=term:skip-covered
+	$(PY) -m pytest -n 2 -q -m "not slow and not interpreter" --cov --cov-report=term:skip-covered
+	$(PY) -m pytest -n 2 -q -m "interpreter and not slow"
 
 # The site into site/, with the command line's reference written anew.
 docs: $(VENV)/.dev

@@ -11,8 +11,8 @@ import torch
 from test_kernels import DEVICE, EVERY, TOLERANCES, error, inputs, packed_of, poisoned
 from torch.nn import functional as F
 
-# Measuring coverage makes Triton's interpreter three times slower.
-pytestmark = pytest.mark.no_cover
+# Not under coverage, which makes Triton's interpreter three times slower.
+pytestmark = pytest.mark.interpreter
 
 __all__ = ["poisoned"]  # a fixture for every test here too
 MIXED = [8, 3, 3, 2, 1], [2, 3, 4, 2, 6]

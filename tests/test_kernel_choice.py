@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from deltamix_hf import DeltaMixError, kernels, ops, self_check
 from deltamix_hf.kernels import REFERENCE, TRITON, VARIABLE, choose
 
-# Measuring coverage makes Triton's interpreter three times slower.
-pytestmark = pytest.mark.no_cover
+# Not under coverage, which makes Triton's interpreter three times slower.
+pytestmark = pytest.mark.interpreter
 
 LAYOUT = (40, 70, [3, 2], [2, 4], 0)
 

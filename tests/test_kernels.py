@@ -13,8 +13,8 @@ import torch
 from deltamix_kernels import launch
 from test_packed import pack
 
-# Measuring coverage makes Triton's interpreter three times slower.
-pytestmark = pytest.mark.no_cover
+# Not under coverage, which makes Triton's interpreter three times slower.
+pytestmark = pytest.mark.interpreter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -14,8 +14,8 @@ from deltamix_hf import lookup, siblings
 from deltamix_hf.kernels import REFERENCE, TRITON, VARIABLE
 from deltamix_hf.modules import delta_modules
 
-# Measuring coverage makes Triton's interpreter three times slower.
-pytestmark = pytest.mark.no_cover
+# Not under coverage, which makes Triton's interpreter three times slower.
+pytestmark = pytest.mark.interpreter
 
 IDS = token_ids(2, 5)
 

@@ -17,8 +17,8 @@ from deltamix_hf import DeltaMixError, at_once, plans, routing
 from deltamix_hf.kernels import TRITON, VARIABLE
 from deltamix_hf.tenant_modules import TenantModule
 
-# Measuring coverage makes Triton's interpreter three times slower.
-pytestmark = pytest.mark.no_cover
+# Not under coverage, which makes Triton's interpreter three times slower.
+pytestmark = pytest.mark.interpreter
 
 __all__ = ["make_family"]  # a fixture here too
 IDS = token_ids(3, 5)
