@@ -27,7 +27,7 @@ MIXED = ["one", None, "three"]
 
 def _build():
     """One block with norms of its heads; k_proj and v_proj are large enough to be packed."""
-    sizes = {**tiny_pairs._DECODER, "num_key_value_heads": 4, "num_hidden_layers": 1}
+    sizes = {**tiny_pairs.DECODER, "num_key_value_heads": 4, "num_hidden_layers": 1}
     return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16))
 
 
