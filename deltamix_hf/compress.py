@@ -29,7 +29,7 @@ from .correction import (
 )
 from .error_table import error_table, pick
 from .errors import DeltaMixError
-from .factor import Factors, factorise
+from .factor import Factors, factorise, spectrum
 from .format import GUARD, PREFIX, header_bytes, reference_bytes
 from .global_allocation import Choices, solve_global
 from .gptq import Rounded, gptq_columns, gptq_rows, round_rows
@@ -187,9 +187,10 @@ class Compressor:
         for name, matrix in matrices.items():
             with _named(name):
                 delta = matrix.delta()
-                metrics = self._informed(delta, matrix.metrics())
-                factors = self._factors(delta, self._damped(metrics))
-            energies.append(factors.sigma.double() ** 2)
+                near = self._damped(self._informed(delta, matrix.metrics()))
+                whitening = near if self.config.whiten else Metrics()
+                sigma = spectrum(delta, whitening.outputs, whitening.inputs)
+            energies.append(sigma**2)
             bar.update()
         bar.close()
         options = [

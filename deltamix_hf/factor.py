@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .metric import Metric, root, unwhiten, whiten
-from .svd import thin_svd
+from .svd import singular_values, thin_svd
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,23 @@ def factorise(delta: Tensor, outputs: Metric, inputs: Metric, rank: int | None =
     Raises ValueError for NaN or a metric that is not positive.
     """
     out_root, in_root = root(outputs), root(inputs)
-    image = whiten(delta, in_root)
-    image = whiten(image.T, out_root).T
-    left, sigma, right = thin_svd(image.contiguous(), rank)
+    left, sigma, right = thin_svd(_image(delta, out_root, in_root), rank)
     return Factors(
         left=unwhiten(left.T.contiguous(), out_root).T.contiguous(),
         sigma=sigma,
         right=unwhiten(right, in_root).contiguous(),
     )
+
+
+def spectrum(delta: Tensor, outputs: Metric, inputs: Metric) -> Tensor:
+    """Sigma of `factorise` alone, in a third of its time: float64, descending.
+
+    Raises ValueError for NaN or a metric that is not positive.
+    """
+    return singular_values(_image(delta, root(outputs), root(inputs)))
+
+
+def _image(delta: Tensor, out_root: Metric, in_root: Metric) -> Tensor:
+    """L_Aᵀ·ΔW·L_C `[m, n]`."""
+    image = whiten(delta, in_root)
+    return whiten(image.T, out_root).T.contiguous()

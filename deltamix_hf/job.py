@@ -26,7 +26,8 @@ from .compress import Budget, Compressed, Compressor, Matrix
 from .config import DeltaMixConfig
 from .journal import Journal
 from .modules import attach_with_ties, matrix_of, oriented, shape_of, tied_modules, weight_of
-from .sequential import Stack, find_blocks
+from .sequential import compress_blocks
+from .stack import Stack, find_blocks
 from .statistics import LayerStatistics, Metrics, collect, metrics_of
 
 logger = logging.get_logger(__name__)
@@ -142,9 +143,8 @@ class Job:
                 self._compress(compressor, name, None, None)
                 self._attach(name)
             for stack in stacks:
-                stack.compress(
-                    chained, partial(self._compress, compressor), self._attach_block, self.finished
-                )
+                finish = partial(self._compress, compressor)
+                compress_blocks(stack, chained, finish, self._attach_block, self.finished)
         self._bar.close()
         if self.course:
             with self._timed("tuning"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltamix_hf.factor import factorise
+from deltamix_hf.factor import factorise, spectrum
 from deltamix_hf.svd import thin_svd
 
 M, N = 30, 22
@@ -112,3 +112,10 @@ def test_errors():
         factorise(DELTA * torch.nan, None, None)
     with pytest.raises(ValueError, match="not positive definite"):
         factorise(DELTA, None, INPUTS["matrix"] - 10 * torch.eye(N))
+
+
+@every_metric
+def test_the_spectrum_alone(outputs, inputs):
+    a, c, *_ = problem(outputs, inputs)
+    found = spectrum(DELTA, a, c)
+    torch.testing.assert_close(found.float(), factorise(DELTA, a, c).sigma, rtol=1e-5, atol=0)

@@ -12,7 +12,8 @@ from transformers import AlbertConfig, AlbertForMaskedLM, LlamaConfig, LlamaForC
 
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.metric import SecondMoment
-from deltamix_hf.sequential import RIDGE, Stack, Stage, find_blocks, find_stages, tensor_of
+from deltamix_hf.sequential import RIDGE, Stage, compress_blocks, find_stages
+from deltamix_hf.stack import Stack, find_blocks, tensor_of
 from deltamix_hf.statistics import inputs_of
 
 SIZE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -143,7 +144,7 @@ def compressed(model, targets, damage, entry=0.0):
                     model.get_submodule(name).weight.copy_(weights[name])
 
     for stack in stacks:
-        stack.compress(targets, finish, done)
+        compress_blocks(stack, targets, finish, done)
     assert finished == [b for stack in stacks for b in stack.names]
     assert told.keys() == set(targets)
     return told, weights
