@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ from .errors import DeltaMixError
 from .format import ROWS, fingerprints, guard_names
 from .job import Job
 from .journal import Journal, identity_of
+from .lazy_job import LazyJob
 from .modules import delta_class, shape_of, weight_of
 from .self_text import self_texts, writes_text
 from .vocabulary import is_resized, one_for_each_token, vocabulary_modules
+from .weights import LazyWeights, LoadedWeights
 
 logger = logging.get_logger(__name__)
 
@@ -51,8 +54,19 @@ _SMALLEST = 4096
 # met, trained long on other text, 0.62.
 _UNRELATED = 0.9
 
+_ROWS = 4096  # of a matrix in float32 at once
+
 # What the result depends on besides weights, options and text.
 _PACKAGES = ("deltamix-hf", "torch", "transformers", "highspy")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Seconds by stage, the journal to remove once the delta is saved, what is stored whole."""
+
+    seconds: dict[str, float]
+    journal: Journal
+    overlay: dict[str, Tensor]
 
 
 def compress_model(
@@ -60,11 +74,13 @@ def compress_model(
     base: BaseCheckpoint,
     config: DeltaMixConfig,
     revision: str | None = None,
-) -> tuple[dict[str, float], Journal]:
+    files: BaseCheckpoint | None = None,
+    device: torch.device | None = None,
+) -> Outcome:
     """Replace what differs from the base by packed deltas; fills in the config's records.
 
-    Returns the seconds spent by stage, and the journal to remove once the delta is saved.
-    `revision` is the fine-tune's commit, for its tokenizer; None for a local folder.
+    `revision` is the fine-tune's commit, for its tokenizer; None for a local folder. `files` has
+    the fine-tune's weights if the model is one of `weights.unloaded`, to run on `device`.
 
     Raises:
         DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
@@ -74,14 +90,16 @@ def compress_model(
             f"the base {config.base_model!r} holds no tensor of a {type(model).__name__}: it is "
             "another kind of model; give the base the fine-tune was made from"
         )
-    targets, overlay = sort_tensors(model, base, config.modules_to_not_convert or [])
-    if direct := read_directly(model, targets):
+    skip = config.modules_to_not_convert or []
+    targets, overlay = sort_tensors(model, base, skip, files)
+    if direct := read_directly(model if files is None else _empty(model), targets):
         logger.warning(
             "%d matrices are stored whole, because the model reads their weights past the layers: "
             "%s ...", len(direct), direct[0],
         )  # fmt: skip
         for name in direct:
-            overlay[f"{name}.weight"] = weight_of(targets.pop(name)).detach()
+            weight = weight_of(targets.pop(name)).detach()
+            overlay[f"{name}.weight"] = files.read(f"{name}.weight") if files else weight
     shapes = {name: shape_of(module) for name, module in targets.items()}
     # new ones: the caller's config shares the old
     config.errors, config.dropped, config.measured = {}, [], {}
@@ -99,7 +117,7 @@ def compress_model(
         warnings.warn(
             "the fine-tune is identical to its base: the delta is empty", UserWarning, stacklevel=2
         )
-        return {}, Journal()
+        return Outcome({}, Journal(), {})
     budget = plan_budget(
         shapes,
         {
@@ -110,9 +128,13 @@ def compress_model(
         config,
         {name for name, module in targets.items() if isinstance(module, nn.Embedding)},
     )
-    journal = _journal(model, config)
-    job = Job(model, base, config, targets, journal)
-    job.measure(_tokens(model, config, revision, journal))
+    journal = _journal(model, config, files)
+    job = Job(model, base, config, targets, journal, LoadedWeights(model, base))
+    if files is not None:
+        assert device is not None
+        lazy = LazyWeights(model, files, base, device, overlay)
+        job = LazyJob(model, base, config, targets, journal, lazy)
+    job.measure(_tokens(model, config, revision, journal, files is None))
     if config.bf16_overlay:
         with torch.no_grad():
             for tensor in overlay.values():
@@ -120,15 +142,23 @@ def compress_model(
     job.run(budget)
     if not isinstance(config.calibration, str):
         config.calibration = None
-    return job.seconds, journal
+    return Outcome(job.seconds, journal, overlay)
 
 
-def _journal(model: PreTrainedModel, config: DeltaMixConfig) -> Journal:
+def _empty(model: PreTrainedModel) -> PreTrainedModel:
+    """One like it on the meta device, which can run without weights."""
+    with torch.device("meta"):
+        return type(model)(model.config).eval()
+
+
+def _journal(
+    model: PreTrainedModel, config: DeltaMixConfig, files: BaseCheckpoint | None
+) -> Journal:
     """The finished parts of a job that could not but give the same result as this one."""
     if config.checkpoint_dir is None:
         return Journal()
     data = config.calibration
-    tensors = dict(model.state_dict())
+    tensors = {} if files else dict(model.state_dict())
     if isinstance(data, Tensor):
         tensors["calibration"], data = data, "token ids"
     elif isinstance(data, str) and os.path.isfile(data):
@@ -140,28 +170,38 @@ def _journal(model: PreTrainedModel, config: DeltaMixConfig) -> Journal:
         "versions": [importlib.metadata.version(package) for package in _PACKAGES],
         "threads": torch.get_num_threads(),
         "device": str(model.device),
+        "files": fingerprints(files.infos) if files else None,
     }
     return Journal(config.checkpoint_dir, identity_of(facts, tensors))
 
 
 def _tokens(
-    model: PreTrainedModel, config: DeltaMixConfig, revision: str | None, journal: Journal
+    model: PreTrainedModel,
+    config: DeltaMixConfig,
+    revision: str | None,
+    journal: Journal,
+    loaded: bool,
 ) -> list[Tensor]:
     """`_batches`, or what they were when the job began: texts may have changed since."""
     found = journal.read("calibration")
     if found is not None:
         tensors, config.calibration_source = found
         return [tensors[str(i)] for i in range(len(tensors))]
-    batches = _batches(model, config, revision)
+    batches = _batches(model, config, revision, loaded)
     named = {str(i): ids for i, ids in enumerate(batches)}
     journal.write("calibration", named, config.calibration_source)
     return batches
 
 
 def sort_tensors(
-    model: PreTrainedModel, base: BaseCheckpoint, skip: Sequence[str]
+    model: PreTrainedModel,
+    base: BaseCheckpoint,
+    skip: Sequence[str],
+    files: BaseCheckpoint | None = None,
 ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     """Modules to pack and tensors to store whole, by name; what equals the base is in neither.
+
+    `files` has the model's tensors if they are not in memory.
 
     Raises:
         DeltaMixError: a tensor has another shape in the base, or is not finite.
@@ -174,6 +214,10 @@ def sort_tensors(
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
+        if files is not None:
+            if name not in files:
+                raise DeltaMixError(f"the fine-tune's files hold no {name}: they are incomplete")
+            tensor = files.read(name).to(tensor.dtype)
         module_name, _, leaf = name.rpartition(".")
         if name in base:
             value = base.read(name)
@@ -194,8 +238,10 @@ def sort_tensors(
         module = model.get_submodule(module_name)
         if name in base and leaf == "weight" and packable(module, module_name, skip):
             targets[module_name] = module
-            moved += float((tensor.float() - value.to(tensor.device, torch.float32)).square().sum())
-            size += float(value.float().square().sum())
+            for rows, other in zip(tensor.split(_ROWS), value.split(_ROWS), strict=True):
+                other = other.to(tensor.device, torch.float32)
+                moved += float((rows.float() - other).square().sum())
+                size += float(other.square().sum())
         else:
             overlay[name] = tensor
     if moved > _UNRELATED**2 * size:
@@ -218,7 +264,9 @@ def packable(module: nn.Module, name: str, skip: Sequence[str]) -> bool:
     )
 
 
-def _batches(model: PreTrainedModel, config: DeltaMixConfig, revision: str | None) -> list[Tensor]:
+def _batches(
+    model: PreTrainedModel, config: DeltaMixConfig, revision: str | None, loaded: bool
+) -> list[Tensor]:
     """Token ids of the calibration data, checked against the vocabulary.
 
     Without any, a causal language model writes it, if the method weighs errors by predictions. On
@@ -231,6 +279,13 @@ def _batches(model: PreTrainedModel, config: DeltaMixConfig, revision: str | Non
     vocabulary = weight_of(model.get_input_embeddings()).shape[0]
     source = model.config.name_or_path
     if no_text_given(config):
+        if not loaded:  # each token written would read the whole model
+            if config.calibration == SELF:
+                raise DeltaMixError(
+                    "a model that is not in memory cannot write calibration text; give texts"
+                )
+            config.calibration_source = "random tokens"
+            return random_tokens(vocabulary, config)
         try:
             tokenizer = _tokenizer(source, revision)
         except DeltaMixError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -25,12 +25,15 @@ from .base import BaseCheckpoint
 from .compress import Budget, Compressed, Compressor, Matrix
 from .config import DeltaMixConfig
 from .journal import Journal
-from .modules import attach_with_ties, matrix_of, oriented, shape_of, tied_modules, weight_of
+from .modules import attach_with_ties, oriented, shape_of, tied_modules
 from .sequential import compress_blocks
 from .stack import Stack, find_blocks
 from .statistics import LayerStatistics, Metrics, collect, metrics_of
+from .weights import Weights
 
 logger = logging.get_logger(__name__)
+
+_ROWS = 4096  # of a delta at once
 
 
 class Job:
@@ -43,74 +46,92 @@ class Job:
         config: DeltaMixConfig,
         targets: dict[str, nn.Module],
         journal: Journal,
+        weights: Weights,
     ):
         self.model, self.base, self.config, self.targets = model, base, config, targets
-        self.journal = journal
+        self.journal, self.weights = journal, weights
         self.finished = {name for name in targets if journal.read(f"matrix {name}") is not None}
         self.batches: list[Tensor] = []
-        self.course: list[tuning.Lesson] = []
-        self.uses: dict[str, list[LayerStatistics]] = {}
+        self.course: Sequence[tuning.Lesson] = []
+        self.found: Mapping[str, LayerStatistics] = {}
         self.scored = 1
         self.seconds: dict[str, float] = {}
         self._results: dict[str, Compressed] = {}
 
     def measure(self, batches: list[Tensor]) -> None:
         """Statistics and predictions of the fine-tune."""
-        config, model = self.config, self.model
         self.batches = batches
         if not batches:
             return
         if len(self.finished) < len(self.targets):
-            self._collect(batches)
-        if config.tune_steps:
+            with self._timed("statistics"):
+                self._collect(batches)
+        if self.config.tune_steps:
             with self._timed("predictions"):
-                self.course = tuning.lessons(model, batches, config.seed)
+                self._listen(batches)
 
     def _collect(self, batches: list[Tensor]) -> None:
-        config, model = self.config, self.model
-        with self._timed("statistics"):
-            observed: dict[str, nn.Module] = {}
-            for name in self.targets:
-                users = tied_modules(model, name)
-                if not config.fisher:  # a tied embedding is measured where it is used as a matrix
-                    users = {n: m for n, m in users.items() if not isinstance(m, nn.Embedding)}
-                observed |= users
-            found, self.scored = collect(model, observed, batches, config.fisher, config.seed)
-            for name in self.targets:
-                uses = [found[n] for n in tied_modules(model, name) if n in found]
-                self.uses |= {name: uses} if uses else {}
+        """Fill in `found` and `scored`."""
+        fisher, seed = self.config.fisher, self.config.seed
+        self.found, self.scored = collect(self.model, self.observed(), batches, fisher, seed)
 
-    def metrics(self, name: str) -> Metrics:
-        """Metrics of a target; what was never called gets the mean weight of what was."""
-        if name in self.uses:
-            return metrics_of(self.uses[name], self.scored)
-        if not (self.uses and self.config.fisher):
+    def _listen(self, batches: list[Tensor]) -> None:
+        """Fill in `course`."""
+        self.course = tuning.lessons(self.model, batches, self.config.seed)
+
+    def observed(self) -> dict[str, nn.Module]:
+        """The modules whose statistics make up those of the targets."""
+        observed: dict[str, nn.Module] = {}
+        for name in self.targets:
+            users = tied_modules(self.model, name)
+            if not self.config.fisher:  # a tied embedding is measured where it is used as a matrix
+                users = {n: m for n, m in users.items() if not isinstance(m, nn.Embedding)}
+            observed |= users
+        return observed
+
+    def _uses(self, name: str) -> list[LayerStatistics]:
+        return [self.found[n] for n in tied_modules(self.model, name) if n in self.found]
+
+    def metrics(self, name: str, inputs: Tensor | None = None) -> Metrics:
+        """Metrics of a target; what was never called gets the mean weight of what was.
+
+        `inputs` is its C [n, n], if that was measured anew.
+        """
+        if uses := self._uses(name):
+            return metrics_of(uses, self.scored, inputs)
+        if not (self.found and self.config.fisher):
             return Metrics()
         m, n = shape_of(self.targets[name])
-        device = weight_of(self.targets[name]).device
         return Metrics(
-            torch.full((m,), self._typical[0], device=device),
-            torch.full((n,), self._typical[1], device=device),
+            torch.full((m,), self._typical[0], device=self.weights.device),
+            torch.full((n,), self._typical[1], device=self.weights.device),
         )
 
     @cached_property
     def _typical(self) -> tuple[float, float]:
-        found = [metrics_of(uses, self.scored) for uses in self.uses.values()]
-        sides = [[f.outputs for f in found], [f.inputs for f in found]]
-        a, c = (
-            statistics.median(
-                [float((x.diagonal() if x.dim() == 2 else x).mean()) for x in side if x is not None]
-                or [1.0]
-            )
-            for side in sides
-        )
-        return a, c
+        """Medians over the targets of the mean weight of an output and of an input."""
+        sides: tuple[list[float], list[float]] = ([], [])
+        for name in self.targets:
+            if uses := self._uses(name):
+                found = metrics_of(uses, self.scored)
+                for side, x in zip(sides, (found.outputs, found.inputs), strict=True):
+                    if x is not None:
+                        side.append(float((x.diagonal() if x.dim() == 2 else x).mean()))
+        return statistics.median(sides[0] or [1.0]), statistics.median(sides[1] or [1.0])
 
     def delta(self, name: str) -> Tensor:
-        module = self.targets[name]
-        weight = matrix_of(module).detach()
-        base = oriented(module, self.base.read(f"{name}.weight"))
-        return weight.float() - base.to(weight.device, torch.float32)
+        """ΔW float32 [m, n] of a target."""
+        delta = self._matrix(name, self.weights)
+        for rows, other in zip(delta.split(_ROWS), self._base(name).split(_ROWS), strict=True):
+            rows -= other.to(rows.device, torch.float32)
+        return delta
+
+    def _matrix(self, name: str, source: Weights | BaseCheckpoint) -> Tensor:
+        weight = oriented(self.targets[name], source.read(f"{name}.weight"))
+        return weight.to(self.weights.device, torch.float32, copy=True)
+
+    def _base(self, name: str) -> Tensor:
+        return oriented(self.targets[name], self.base.read(f"{name}.weight"))
 
     def run(self, budget: Budget) -> None:
         """Compress every target, then tune."""
@@ -129,11 +150,7 @@ class Job:
         stacks: list[Stack] = []
         if config.sequential and self.batches and len(self.finished) < len(self.targets):
             with self._timed("sequential"):
-                found = [
-                    Stack(self.model, names, self.batches)
-                    for names in find_blocks(self.model, list(self.targets))
-                ]
-                stacks = [stack for stack in found if stack.capture()]
+                stacks = self._stacks()
         blocks = tuple(f"{block}." for stack in stacks for block in stack.names)
         chained = [name for name in self.targets if blocks and name.startswith(blocks)]
         plain = [name for name in self.targets if name not in chained]
@@ -143,32 +160,44 @@ class Job:
                 self._compress(compressor, name, None, None)
                 self._attach(name)
             for stack in stacks:
-                finish = partial(self._compress, compressor)
+                finish = partial(self._fit, compressor)
                 compress_blocks(stack, chained, finish, self._attach_block, self.finished)
         self._bar.close()
         if self.course:
             with self._timed("tuning"):
-                tuning.tune(self.model, self.course, config.tune_steps, self.journal)
-                config.measured = tuning.judged(self.model, self.course)
+                self._tune()
+
+    def _stacks(self) -> list[Stack]:
+        """The chains of blocks, captured."""
+        blocks = find_blocks(self.model, list(self.targets))
+        stacks = [Stack(self.model, names, self.batches) for names in blocks]
+        return [stack for stack in stacks if stack.capture()]
+
+    def _tune(self, small: bool = False) -> None:
+        tuning.tune(self.model, self.course, self.config.tune_steps, self.journal, small)
+        self.config.measured = tuning.judged(self.model, self.course)
+
+    def _fit(
+        self, compressor: Compressor, name: str, change: Tensor | None, inputs: Tensor | None
+    ) -> Tensor:
+        """`_compress`; returns the compressed weight [m, n]."""
+        self._compress(compressor, name, change, inputs)
+        packed, weight = self._results[name].packed, self._matrix(name, self.base)
+        return weight if packed is None else weight.add_(packed.dense())
 
     def _compress(
         self, compressor: Compressor, name: str, change: Tensor | None, inputs: Tensor | None
-    ) -> Tensor:
-        device = weight_of(self.targets[name]).device
+    ) -> None:
         result = compressor.recall(name) if name in self.finished else None
         if result is None:
-            metrics, delta = self.metrics(name), self.delta(name)
+            metrics, delta = self.metrics(name, inputs), self.delta(name)
             if change is not None:
                 delta += change
-                metrics = Metrics(metrics.outputs, inputs)
             result = compressor.compress(name, delta, metrics)
         elif result.packed is not None:
-            result = replace(result, packed=result.packed.to(device))
+            result = replace(result, packed=result.packed.to(self.weights.device))
         self._results[name] = result
         self._bar.update()
-        base = oriented(self.targets[name], self.base.read(f"{name}.weight"))
-        weight = base.to(device, torch.float32)
-        return weight if result.packed is None else weight + result.packed.dense()
 
     def _attach_block(self, block: str) -> None:
         for name in [name for name in self._results if name.startswith(f"{block}.")]:
@@ -177,8 +206,7 @@ class Job:
     def _attach(self, name: str) -> None:
         """Put the base weight and the packed delta where the fine-tuned weight was."""
         packed, error = self._results[name].packed, self._results[name].error
-        with torch.no_grad():
-            weight_of(self.targets[name]).copy_(self.base.read(f"{name}.weight"))
+        self.weights.put_base(f"{name}.weight")
         if packed is None:
             self.config.dropped.append(name)
         else:

@@ -98,10 +98,53 @@ class Journal:
                 f"cannot keep finished parts in {self.folder}: {error}; make room there"
             ) from error
 
+    def forget(self, name: str) -> None:
+        """Drop a part, if it is there."""
+        path = self._path(name)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Forget everything, other jobs' parts in the folder too."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Shelf:
+    """A list of tensors that a journal keeps on disk, in the order they came; they leave as copies.
+
+    What an earlier run has put there is there again; `clear` it to begin anew.
+    """
+
+    def __init__(self, journal: Journal, name: str, device: torch.device | str = "cpu"):
+        self.journal, self.name, self.device = journal, name, device
+        self._length = 0
+        while self._key(self._length) in journal:
+            self._length += 1
+
+    def _key(self, index: int) -> str:
+        return f"{self.name} {index}"
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Tensor:
+        found = self.journal.read(self._key(range(self._length)[index]))
+        if found is None:
+            raise DeltaMixError(f"{self.journal.folder} was changed while it was in use")
+        return found[0]["item"].to(self.device)
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        self.journal.write(self._key(range(self._length)[index]), {"item": value})
+
+    def append(self, value: Tensor) -> None:
+        self.journal.write(self._key(self._length), {"item": value})
+        self._length += 1
+
+    def clear(self) -> None:
+        while self._length:
+            self._length -= 1
+            self.journal.forget(self._key(self._length))
 
 
 def identity_of(facts: Any, tensors: Mapping[str, Tensor]) -> str:

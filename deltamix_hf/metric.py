@@ -61,6 +61,20 @@ class SecondMoment:
     def nbytes(self) -> int:
         return 4 * (self.rows + (self.kind != "full")) * self.dim
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Its tensors and numbers, for `restored`."""
+        tensors = {"total": self.total, "squares": self.squares}
+        sizes = {"dim": self.dim, "count": self.count}
+        return {key: t for key, t in tensors.items() if t is not None}, sizes
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], sizes: dict[str, int]) -> SecondMoment:
+        """What gave this `state`, to be read; not to be added to."""
+        moment = cls(sizes["dim"])
+        moment.count = sizes["count"]
+        moment.total, moment.squares = tensors.get("total"), tensors.get("squares")
+        return moment
+
     def mean(self, count: int | None = None) -> Tensor:
         """Σ x·xᵀ / `count` (default: the rows seen) as a metric: `[d, d]`, or `[d]` if diagonal."""
         if self.total is None or self.squares is None:

@@ -75,6 +75,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self.base_files: list[str] = []
         self.seconds: dict[str, float] = {}  # of compression, by stage
         self.journal = Journal()  # of compression: removed when the delta is saved
+        self.stored: dict[str, torch.Tensor] | None = None  # of a model without its base's weights
         self.commit: str | None = None  # of the repo being loaded; its tokenizer is saved along
         self._hidden: set[str] = set()
         self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
@@ -282,7 +283,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
                 )
             base = BaseCheckpoint(self.base_files, model)
             config = self.quantization_config
-            self.seconds, self.journal = compress_model(model, base, config, self.commit)
+            outcome = compress_model(model, base, config, self.commit)
+            self.seconds, self.journal = outcome.seconds, outcome.journal
         link_siblings(model)
         # transformers makes every float parameter trainable while loading
         model.requires_grad_(False)
@@ -352,7 +354,9 @@ class DeltaMixHfQuantizer(HfQuantizer):
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
-        stored = delta_state_dict(model, BaseCheckpoint(self.base_files, model))
+        stored = self.stored
+        if stored is None:
+            stored = delta_state_dict(model, BaseCheckpoint(self.base_files, model))
         whole = [
             n for n in stored if not is_guard(n) and (f".{PREFIX}" not in n or n.endswith(ROWS))
         ]

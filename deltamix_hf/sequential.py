@@ -75,7 +75,7 @@ def compress_blocks(
             over = all(f"{name}.{target}" in finished for target in inside)
             watched = [] if over else [s.names[0] for s in stages]
             watched += [] if over else [s.residual for s in stages if s.residual is not None]
-            seen = {module: stack.shelf(f"input {module}") for module in dict.fromkeys(watched)}
+            seen = {module: stack.empty(f"input {module}") for module in dict.fromkeys(watched)}
             for b in range(0 if over and last else len(exact)):
                 inputs, after = run(block, {}, exact[b], rest[b], list(seen))
                 exact[b] = after

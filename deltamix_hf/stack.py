@@ -13,7 +13,7 @@ hidden states of one place; by default the weights are there, and the list is a 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from . import journal
 from .statistics import inputs_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # a call's
 Rest = list[Arguments]
 """All arguments of a block's calls but the hidden states, a batch each."""
-Shelf = MutableSequence[Tensor]
+Shelf = list[Tensor] | journal.Shelf
 Hold = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
@@ -67,9 +68,15 @@ class Stack:
         self.hold, self.shelf = hold, shelf
         self.blocks = [model.get_submodule(name) for name in blocks]
         self.rest: list[Rest] = [[] for _ in blocks]
-        self.exact = shelf("exact")  # hidden states of the fine-tune
+        self.exact = self.empty("exact")  # hidden states of the fine-tune
         self.usable = True
         self.plain = True  # blocks return hidden states and nothing else
+
+    def empty(self, name: str) -> Shelf:
+        """A shelf of that name with nothing on it."""
+        found = self.shelf(name)
+        found.clear()
+        return found
 
     @torch.no_grad()
     def capture(self) -> bool:
@@ -149,7 +156,7 @@ class Stack:
         the fine-tune's, but what the first block shares with later ones (the encoder's output in a
         decoder, say) is present too.
         """
-        hidden = self.shelf("coarse")
+        hidden = self.empty("coarse")
         first: Rest = []
 
         def enter(i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -51,7 +51,7 @@ class Metrics:
     inputs: Metric = None
 
 
-class _Hooks:
+class Hooks:
     """Accumulates the moments of every use of the given modules while the model runs."""
 
     def __init__(self, modules: Mapping[str, nn.Module], fisher: bool):
@@ -111,23 +111,26 @@ def collect(
         DeltaMixError: the model gives NaN on the calibration data.
     """
     random = torch.Generator().manual_seed(seed)
-    handles = [  # every one: encoder and decoder may each have their own
-        module.register_forward_hook(lambda module, args, y: y.requires_grad_(fisher))
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-    ]
-    hooks = _Hooks(modules, fisher)
     scored = 0
-    try:
-        with frozen(model), torch.set_grad_enabled(fisher):
+    with frozen(model), embeddings_need_gradients(model, fisher), torch.set_grad_enabled(fisher):
+        hooks = Hooks(modules, fisher)
+        try:
             for ids in logging.tqdm(batches, desc="Calibrating", unit="batch"):
                 output = _predict(model, ids)
                 if fisher:
-                    scored += _backward(output, len(batches), random)
-    finally:
-        found = hooks.close()
-        for handle in handles:
-            handle.remove()
+                    scored += backward(output, len(batches), random)
+        finally:
+            found = hooks.close()
+    check_finite(found)
+    return found, scored
+
+
+def check_finite(found: Mapping[str, LayerStatistics]) -> None:
+    """Refuse what cannot have come from a sound model.
+
+    Raises:
+        DeltaMixError: names the first module with NaN.
+    """
     # inputs first: gradients of all layers before the culprit are NaN too
     moments = [(name, layer.inputs) for name, layer in found.items()]
     moments += [(name, layer.gradients) for name, layer in found.items() if layer.gradients]
@@ -137,7 +140,21 @@ def collect(
             raise DeltaMixError(
                 f"calibration gave NaN or infinite values at {name}: check the fine-tune"
             )
-    return found, scored
+
+
+@contextmanager
+def embeddings_need_gradients(model: nn.Module, needed: bool) -> Iterator[None]:
+    """Let gradients flow to the output of every embedding, though nothing before it has any."""
+    handles = [  # every one: encoder and decoder may each have their own
+        module.register_forward_hook(lambda module, args, y: y.requires_grad_(needed))
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -152,9 +169,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model runs; `weights.LazyWeights` says so, whose parameters are nowhere."""
+    device: torch.device = getattr(model, "dm_device", model.device)
+    return device
+
+
 def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     """Keyword arguments of a forward pass over token ids [rows, length]."""
-    ids = ids.to(model.device)
+    ids = ids.to(device_of(model))
     inputs: dict[str, Any] = {"input_ids": ids}
     if hasattr(model.config, "use_cache"):
         inputs["use_cache"] = False  # blocks are run again on their own: nothing may be remembered
@@ -174,8 +197,13 @@ def _predict(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, bool]:
     return prediction(model(**inputs_of(model, ids)))
 
 
-def _backward(output: tuple[Tensor, bool], batches: int, random: torch.Generator) -> int:
-    """One backward pass per draw of ε; returns the number of draws of all predictions."""
+def backward(
+    output: tuple[Tensor, bool],
+    batches: int,
+    random: torch.Generator,
+    after: Callable[[], None] = lambda: None,
+) -> int:
+    """A backward pass and a call of `after` per draw of ε; the draws of all predictions."""
     values, is_logits = output
     draws = min(_MOST_PER_PREDICTION, -(-_LEAST_DRAWS // (len(values) * batches)))
     for draw in range(draws):
@@ -185,15 +213,22 @@ def _backward(output: tuple[Tensor, bool], batches: int, random: torch.Generator
             half = p.sqrt() * noise
             noise = half - p * half.sum(-1, keepdim=True)
         values.backward(noise.to(values.dtype), retain_graph=draw + 1 < draws)
+        after()
     return len(values) * draws
 
 
-def metrics_of(uses: list[LayerStatistics], scored: int) -> Metrics:
+def metrics_of(uses: list[LayerStatistics], scored: int, inputs: Metric = None) -> Metrics:
     """The metric of one weight [m, n] from all its uses (two for a tied embedding).
+
+    `inputs` is its C, if that is known better.
 
     A₁⊗C₁ + A₂⊗C₂ has no exact Kronecker factors: each side becomes the sum of its parts, weighted
     by the trace of the other side. A use without gradients was measured on its inputs alone.
     """
+    if inputs is not None:
+        return Metrics(
+            next((g for use in uses if (g := _fisher(use, scored)) is not None), None), inputs
+        )
     found = [_of_use(use, scored) for use in uses]
     complete = [(_diagonal(u.outputs), u.inputs) for u in found if u.outputs is not None]
     if len(found) == 1 or len(complete) < len(found):
@@ -203,10 +238,15 @@ def metrics_of(uses: list[LayerStatistics], scored: int) -> Metrics:
     return Metrics(outputs, inputs / outputs.sum())
 
 
-def _of_use(use: LayerStatistics, scored: int) -> Metrics:
+def _fisher(use: LayerStatistics, scored: int) -> Metric:
     gradients = use.gradients
-    measured = gradients is not None and gradients.total is not None
-    fisher = gradients.mean(scored) if measured and gradients is not None else None
+    if gradients is None or gradients.total is None:
+        return None
+    return gradients.mean(scored)
+
+
+def _of_use(use: LayerStatistics, scored: int) -> Metrics:
+    fisher = _fisher(use, scored)
     if use.tokens is None:
         return Metrics(fisher, use.inputs.mean())
     frequency = use.tokens / use.tokens.sum()

@@ -14,14 +14,15 @@ two thousand scales, and at 1/16 tuning took rxnfp from KL 0.0012 to 0.0020.)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -31,6 +32,7 @@ from .calibration import split_rows
 from .journal import Journal
 from .modules import DeltaEmbedding, DeltaModule, delta_modules, shape_of, weight_of
 from .packed import scale_counts
+from .stack import Shelf
 from .statistics import frozen, inputs_of, prediction
 
 LEARNING_RATE = 0.01
@@ -50,31 +52,72 @@ class Lesson:
     wanted: Tensor
 
 
+class Course(Sequence[Lesson]):
+    """The calibration text in steps, with what the fine-tune says to it."""
+
+    def __init__(self, pieces: Sequence[Tensor], positions: Shelf, wanted: Shelf):
+        self.pieces, self.positions, self.wanted = pieces, positions, wanted
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    @overload
+    def __getitem__(self, i: int) -> Lesson: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Lesson]: ...
+    def __getitem__(self, i: int | slice) -> Lesson | list[Lesson]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        return Lesson(self.pieces[i], self.positions[i], self.wanted[i])
+
+
+def pieces_of(batches: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of all batches, TOKENS_PER_STEP tokens together."""
+    return [piece for ids in batches for piece in split_rows(ids, TOKENS_PER_STEP)]
+
+
 @torch.no_grad()
-def lessons(model: PreTrainedModel, batches: Sequence[Tensor], seed: int) -> list[Lesson]:
-    """Run the fine-tune over the batches and keep its predictions at random positions."""
+def lessons(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    seed: int,
+    shelf: Callable[[str], Shelf] = lambda name: [],
+    output: Callable[[int, Tensor], Any] | None = None,
+) -> Course:
+    """Run the fine-tune over the batches and keep its predictions at random positions.
+
+    `output` is what gives the model's output for piece i, if running it would be slow.
+    """
     random = torch.Generator().manual_seed(seed)
-    made: list[Lesson] = []
-    batches = [piece for ids in batches for piece in split_rows(ids, TOKENS_PER_STEP)]
-    for ids in batches:
-        values, is_logits = prediction(model(**inputs_of(model, ids)))
+    course = Course(pieces_of(batches), shelf("positions"), shelf("wanted"))
+    if len(course) == len(course.pieces):
+        return course
+    course.positions.clear()
+    course.wanted.clear()
+    for i, ids in enumerate(course.pieces):
+        found = output(i, ids) if output else model(**inputs_of(model, ids))
+        values, is_logits = prediction(found)
         if not is_logits:
-            return []  # nothing to compare distributions of
-        most = max(1, _MOST_BYTES // (len(batches) * values.shape[1] * 2))
+            return course  # nothing to compare distributions of
+        most = max(1, _MOST_BYTES // (len(course.pieces) * values.shape[1] * 2))
         chosen = torch.randperm(len(values), generator=random)[:most].sort().values
-        wanted = (
-            values[chosen.to(values.device)].float().log_softmax(-1).clamp(min=_LEAST).half().cpu()
-        )
-        made.append(Lesson(ids, chosen, wanted))
-    return made
+        logs = values[chosen.to(values.device)].float().log_softmax(-1)
+        course.positions.append(chosen)
+        course.wanted.append(logs.clamp(min=_LEAST).half().cpu())
+    return course
 
 
 def tune(
-    model: PreTrainedModel, course: Sequence[Lesson], steps: int, journal: Journal | None = None
+    model: PreTrainedModel,
+    course: Sequence[Lesson],
+    steps: int,
+    journal: Journal | None = None,
+    small: bool = False,
 ) -> list[float]:
     """Train the scales of all packed matrices in place; returns KL per step, nats per position.
 
-    Goes on after the last step that `journal` knows of.
+    Goes on after the last step that `journal` knows of. `small` unpacks the factors anew whenever a
+    module runs: unpacked, all of them take half as much memory as the model.
     """
     modules = _tunable(model)
     if not course or not modules or not steps:
@@ -85,7 +128,7 @@ def tune(
         for key, m in owners.items()
     }
     for module in modules.values():
-        _open(module, gains[id(ranks_of(module))])
+        _open(module, gains[id(ranks_of(module))], small)
     try:
         with frozen(model):
             losses = _train(model, list(gains.values()), course, steps, journal or Journal())
@@ -108,7 +151,7 @@ def _train(
     optimizer = torch.optim.Adam(gains, lr=LEARNING_RATE)
     losses: list[float] = []
     exam = kept_out(course)
-    course = [item for i, item in enumerate(course) if i % _KEEP_OUT or not exam]
+    learnt = [i for i in range(len(course)) if i % _KEEP_OUT or not exam]
     lesson = 0
     if found := journal.read("tuning"):
         tensors, (losses, lesson, before) = found
@@ -121,8 +164,8 @@ def _train(
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         batch: list[Lesson] = []
         tokens = 0
-        while tokens < TOKENS_PER_STEP and len(batch) < len(course):
-            batch.append(course[lesson % len(course)])
+        while tokens < TOKENS_PER_STEP and len(batch) < len(learnt):
+            batch.append(course[learnt[lesson % len(learnt)]])
             tokens += batch[-1].ids.numel()
             lesson += 1
         scored = sum(len(item.positions) for item in batch)
@@ -220,19 +263,34 @@ def _divergence(model: PreTrainedModel, item: Lesson) -> Tensor:
     return F.kl_div(found, wanted, reduction="sum", log_target=True)
 
 
-def _open(module: DeltaModule, gain: Tensor) -> None:
+def _open(module: DeltaModule, gain: Tensor, small: bool = False) -> None:
     """Let the module run on dense factors, its ranks multiplied by exp(gain) [k]."""
-    packed = module.packed()
     dtype = weight_of(module).dtype
-    right, left = packed.right().to(dtype), packed.left().to(dtype)  # [k, n], [k, m]
+
+    def unpacked() -> tuple[Tensor, Tensor]:
+        packed = module.packed()
+        return packed.right().to(dtype), packed.left().to(dtype)  # [k, n], [k, m]
+
+    kept = None if small else unpacked()
+
+    def low_rank(x: Tensor) -> Tensor:
+        right, left = kept or unpacked()
+        return (F.linear(x, right) * gain.exp().to(dtype)) @ left
+
+    def low_rank_rows(ids: Tensor) -> Tensor:
+        right, left = kept or unpacked()
+        return (left.T[ids] * gain.exp().to(dtype)) @ right
+
+    def added(branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if kept:
+            return branch(x)
+        return cast(Tensor, checkpoint(branch, x, use_reentrant=False))
 
     def linear(self: nn.Linear, x: Tensor) -> Tensor:
-        y = plain.forward(self, x)
-        return y + (F.linear(x, right) * gain.exp().to(dtype)) @ left
+        return plain.forward(self, x) + added(low_rank, x)
 
     def embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
-        rows = left.T[ids] * gain.exp().to(dtype)
-        return nn.Embedding.forward(self, ids) + rows @ right
+        return nn.Embedding.forward(self, ids) + added(low_rank_rows, ids)
 
     plain: Any = Conv1D if isinstance(module, Conv1D) else nn.Linear
     chosen = embedding if isinstance(module, DeltaEmbedding) else linear

@@ -1,0 +1,78 @@
+"""`Job` for a model whose weights stay in their files: one block in memory, the rest on disk.
+
+Statistics, hidden states and the fine-tune's predictions are kept in the journal, where an
+interrupted job finds them again.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from typing import Any
+
+from torch import Tensor
+
+from . import tuning
+from .blockwise import BlockwiseStatistics, after_blocks
+from .calibration import split_rows
+from .errors import DeltaMixError
+from .job import Job
+from .journal import Shelf
+from .stack import Stack, find_blocks
+from .weights import LazyWeights
+
+
+class LazyJob(Job):
+    """One model being compressed; its journal has a folder."""
+
+    weights: LazyWeights
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The chain of blocks, captured.
+
+        Raises:
+            DeltaMixError: the model is no such chain.
+        """
+        blocks = find_blocks(self.model, list(self.targets))
+        shelf = partial(Shelf, self.journal, device=self.weights.device)
+        if len(blocks) == 1:
+            stack = Stack(self.model, blocks[0], self.batches, self.weights.hold, shelf)
+            if stack.capture() and stack.plain:
+                return stack
+        raise DeltaMixError(
+            f"a {type(self.model).__name__} is no single chain of blocks, so it cannot be run "
+            "block by block; compress it in memory, or without text by method='deltamix'"
+        )
+
+    def measure(self, batches: list[Tensor]) -> None:
+        super().measure(batches)
+        for i in range(len(self.stack.blocks) if batches else 0):
+            self.stack.shelf(f"level {i + 1}").clear()
+
+    def _collect(self, batches: list[Tensor]) -> None:
+        config, device = self.config, self.weights.device
+        found = BlockwiseStatistics(
+            self.stack, self.observed(), config.fisher, config.seed, self.journal, device
+        )
+        self.found, self.scored = found, found.scored
+
+    def _listen(self, batches: list[Tensor]) -> None:
+        places: list[tuple[int, int]] = []  # of each piece: its batch and first row
+        for b, ids in enumerate(batches):
+            pieces = split_rows(ids, tuning.TOKENS_PER_STEP)
+            places += [(b, i * len(pieces[0])) for i in range(len(pieces))]
+        last = self.stack.shelf(f"level {len(self.stack.blocks)}")
+
+        def output(i: int, ids: Tensor) -> Any:
+            b, start = places[i]
+            return after_blocks(self.stack, ids, last[b][start : start + len(ids)])
+
+        shelf, seed = partial(Shelf, self.journal), self.config.seed
+        self.course = tuning.lessons(self.model, batches, seed, shelf, output)
+
+    def _stacks(self) -> list[Stack]:
+        return [self.stack]
+
+    def _tune(self, small: bool = True) -> None:
+        with self.weights.forgotten():
+            super()._tune(small)
