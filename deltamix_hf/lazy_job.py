@@ -28,7 +28,11 @@ class LazyJob(Job):
 
     @cached_property
     def stack(self) -> Stack:
-        """The chain of blocks, captured.
+        """The chain of blocks as the statistics know it."""
+        return self._captured()
+
+    def _captured(self) -> Stack:
+        """The chain of blocks with the weights as they are now.
 
         Raises:
             DeltaMixError: the model is no such chain.
@@ -71,7 +75,7 @@ class LazyJob(Job):
         self.course = tuning.lessons(self.model, batches, seed, shelf, output)
 
     def _stacks(self) -> list[Stack]:
-        return [self.stack]
+        return [self._captured()]  # what is stored whole has been rounded since
 
     def _tune(self, small: bool = True) -> None:
         with self.weights.forgotten():
