@@ -37,6 +37,7 @@ from .journal import Journal
 from .metric import blended, damped, diagonal
 from .packed import DTYPES, GroupSizes, PackedFactors, part_shapes, rank_bytes
 from .statistics import Metrics
+from .stopwatch import Stopwatch
 
 # Shares of the mean diagonal added to the metrics before they are used.
 OUTPUT_DAMPING, INPUT_DAMPING = 0.1, 0.01
@@ -155,8 +156,9 @@ class Compressor:
         budget: Budget,
         config: DeltaMixConfig,
         journal: Journal | None = None,
+        watch: Stopwatch | None = None,
     ):
-        self.journal = journal or Journal()
+        self.journal, self.watch = journal or Journal(), watch or Stopwatch()
         self.shapes = _shapes(matrices)
         self.config = config
         self.gaussian = config.codebook == "gaussian"
@@ -189,7 +191,8 @@ class Compressor:
                 delta = matrix.delta()
                 near = self._damped(self._informed(delta, matrix.metrics()))
                 whitening = near if self.config.whiten else Metrics()
-                sigma = spectrum(delta, whitening.outputs, whitening.inputs)
+                with self.watch.stage("SVD"):
+                    sigma = spectrum(delta, whitening.outputs, whitening.inputs)
             energies.append(sigma**2)
             bar.update()
         bar.close()
@@ -197,7 +200,8 @@ class Compressor:
             rank_options(matrix.shape, self.group_sizes[name], self.config)
             for name, matrix in matrices.items()
         ]
-        found = solve_global(energies, [choices for choices, _ in options], budget)
+        with self.watch.stage("HiGHS"):
+            found = solve_global(energies, [choices for choices, _ in options], budget)
         self.gap = found.gap
         for name, (_, pairs), picked in zip(matrices, options, found.choice, strict=True):
             widths = torch.tensor(pairs)[picked]
@@ -208,7 +212,8 @@ class Compressor:
     def _factors(self, delta: Tensor, near: Metrics, rank: int | None = None) -> Factors:
         """Ranks of ΔW; `near` are the damped metrics."""
         whitening = near if self.config.whiten else Metrics()
-        return factorise(delta, whitening.outputs, whitening.inputs, rank)
+        with self.watch.stage("SVD"):
+            return factorise(delta, whitening.outputs, whitening.inputs, rank)
 
     def _informed(self, delta: Tensor, metrics: Metrics) -> Metrics:
         """The metrics, with what ΔW itself says of them if the user gave no text.
@@ -237,7 +242,7 @@ class Compressor:
         Raises:
             DeltaMixError: the delta holds NaN or infinity, or a metric cannot be factorised.
         """
-        with _named(name):
+        with _named(name), self.watch.stage("quantization"):
             result = self._compress(name, delta, metrics)
         packed = result.packed
         self.journal.write(f"matrix {name}", packed.tensors if packed else {}, result.error)
@@ -327,16 +332,18 @@ class Compressor:
         # All ranks are candidates: with C, a rank may be worth more than one of larger sigma.
         rank = None if 0 in config.bits else max(share // cost[least], 0)
         factors = self._factors(delta, near, rank)
-        table, candidates = error_table(
-            factors.right,
-            factors.sigma,
-            metrics.inputs,
-            config.bits,
-            config.group_size,
-            self.gaussian,
-        )
+        with self.watch.stage("error table"):
+            table, candidates = error_table(
+                factors.right,
+                factors.sigma,
+                metrics.inputs,
+                config.bits,
+                config.group_size,
+                self.gaussian,
+            )
         prices = [cost[b] for b in config.bits]
-        bits = allocation.solve(table, prices, config.bits, share, f_max=config.f_max).bits
+        with self.watch.stage("HiGHS"):
+            bits = allocation.solve(table, prices, config.bits, share, f_max=config.f_max).bits
         return factors, pick(candidates, bits)
 
 

@@ -142,7 +142,7 @@ def compress_model(
     job.run(budget)
     if not isinstance(config.calibration, str):
         config.calibration = None
-    return Outcome(job.seconds, journal, overlay)
+    return Outcome(job.watch.seconds, journal, overlay)
 
 
 def _empty(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,9 +9,7 @@ the scales of all of them last. What an interrupted run has left in the journal 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -29,6 +27,7 @@ from .modules import attach_with_ties, oriented, shape_of, tied_modules
 from .sequential import compress_blocks
 from .stack import Stack, find_blocks
 from .statistics import LayerStatistics, Metrics, collect, metrics_of
+from .stopwatch import Stopwatch
 from .weights import Weights
 
 logger = logging.get_logger(__name__)
@@ -55,7 +54,7 @@ class Job:
         self.course: Sequence[tuning.Lesson] = []
         self.found: Mapping[str, LayerStatistics] = {}
         self.scored = 1
-        self.seconds: dict[str, float] = {}
+        self.watch = Stopwatch()
         self._results: dict[str, Compressed] = {}
 
     def measure(self, batches: list[Tensor]) -> None:
@@ -64,10 +63,10 @@ class Job:
         if not batches:
             return
         if len(self.finished) < len(self.targets):
-            with self._timed("statistics"):
+            with self.watch.stage("statistics"):
                 self._collect(batches)
         if self.config.tune_steps:
-            with self._timed("predictions"):
+            with self.watch.stage("predictions"):
                 self._listen(batches)
 
     def _collect(self, batches: list[Tensor]) -> None:
@@ -121,9 +120,10 @@ class Job:
 
     def delta(self, name: str) -> Tensor:
         """ΔW float32 [m, n] of a target."""
-        delta = self._matrix(name, self.weights)
-        for rows, other in zip(delta.split(_ROWS), self._base(name).split(_ROWS), strict=True):
-            rows -= other.to(rows.device, torch.float32)
+        with self.watch.stage("read"):
+            delta = self._matrix(name, self.weights)
+            for rows, other in zip(delta.split(_ROWS), self._base(name).split(_ROWS), strict=True):
+                rows -= other.to(rows.device, torch.float32)
         return delta
 
     def _matrix(self, name: str, source: Weights | BaseCheckpoint) -> Tensor:
@@ -145,17 +145,17 @@ class Job:
             )
             for name, module in self.targets.items()
         }
-        with self._timed("allocation"):
-            compressor = Compressor(matrices, budget, config, self.journal)
+        with self.watch.stage("allocation"):
+            compressor = Compressor(matrices, budget, config, self.journal, self.watch)
         stacks: list[Stack] = []
         if config.sequential and self.batches and len(self.finished) < len(self.targets):
-            with self._timed("sequential"):
+            with self.watch.stage("sequential"):
                 stacks = self._stacks()
         blocks = tuple(f"{block}." for stack in stacks for block in stack.names)
         chained = [name for name in self.targets if blocks and name.startswith(blocks)]
         plain = [name for name in self.targets if name not in chained]
         self._bar = logging.tqdm(total=len(matrices), desc="Compressing", unit="matrix")
-        with self._timed("compression"):
+        with self.watch.stage("compression"):
             for name in sorted(plain, key=lambda name: -sum(matrices[name].shape)):
                 self._compress(compressor, name, None, None)
                 self._attach(name)
@@ -164,7 +164,7 @@ class Job:
                 compress_blocks(stack, chained, finish, self._attach_block, self.finished)
         self._bar.close()
         if self.course:
-            with self._timed("tuning"):
+            with self.watch.stage("tuning"):
                 self._tune()
 
     def _stacks(self) -> list[Stack]:
@@ -213,11 +213,3 @@ class Job:
             self.config.errors[name] = error
             attach_with_ties(self.model, name, packed.runs, packed.group_sizes, packed.tensors)
         del self._results[name]
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        spent = time.perf_counter() - started
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-        logger.info("%s took %.1f s", stage, spent)

@@ -24,6 +24,7 @@ from .format import GUARD, PREFIX, guard_names
 from .quantizer import DeltaMixHfQuantizer
 from .saving import install_save
 from .siblings import link_siblings
+from .stopwatch import Stopwatch
 from .weights import unloaded
 
 
@@ -70,7 +71,10 @@ def compress_streaming(
     model._weight_conversions = []  # type: ignore[assignment]
     link_siblings(model)
     install_save(model)
-    model.save_pretrained(target)
+    watch = Stopwatch()
+    with watch.stage("write"):
+        model.save_pretrained(target)
+    quantizer.seconds |= watch.seconds
     return model
 
 

@@ -17,7 +17,7 @@ import torch
 from tiny_pairs import Pair, calibration_ids, quick, snapshot
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError, job
-from deltamix_hf.journal import Journal, identity_of
+from deltamix_hf.journal import Journal, Shelf, identity_of
 
 
 class Crash(BaseException):
@@ -178,3 +178,22 @@ def test_killed_at_twenty_random_moments(pair, tmp_path):
         assert snapshot(output) == expected
         assert list(tmp_path.glob(".job*")) == []
     print(f"{kills} kills in {jobs} jobs of {duration:.1f} s")
+
+
+def test_a_shelf_is_a_list_on_disk(tmp_path):
+    journal = Journal(tmp_path / "work", "abc")
+    shelf = Shelf(journal, "hidden")
+    for i in range(3):
+        shelf.append(torch.full((2, i), i))
+    shelf[1] = torch.ones(5)
+    again = Shelf(journal, "hidden")  # another process
+    assert len(again) == len(shelf) == 3
+    assert [tuple(again[i].shape) for i in range(3)] == [(2, 0), (5,), (2, 2)]
+    assert torch.equal(again[-1], torch.full((2, 2), 2))
+    with pytest.raises(IndexError):
+        shelf[3]
+    assert len(Shelf(journal, "other")) == 0
+    again.clear()
+    assert len(Shelf(journal, "hidden")) == 0
+    with pytest.raises(DeltaMixError, match="was changed while it was in use"):
+        shelf[0]

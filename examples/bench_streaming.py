@@ -1,0 +1,179 @@
+"""Peak memory and seconds by stage of compressing a model that is never whole in memory.
+
+    python examples/bench_streaming.py make /tmp/pair --blocks 4
+    python examples/bench_streaming.py run /tmp/pair --tokens 4096
+
+`make` writes a base and a fine-tune of the shape of a 1B, 7B or 70B llama, of fewer blocks, in
+shards of one block each: random weights of the usual size, and a delta of 1 % of their norm whose
+singular values fall as i^-0.5. `run` compresses it to 1/16 by `compress_streaming` and says what
+all the blocks of such a model would take: per-block stages times its blocks, the rest once.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+from transformers.utils import logging
+
+from deltamix_hf import DeltaMixConfig
+from deltamix_hf.streaming import compress_streaming
+
+SHAPES = {  # hidden size, in the MLP, heads, key/value heads, blocks, vocabulary
+    "1B": (2048, 8192, 32, 8, 16, 128256),
+    "7B": (4096, 11008, 32, 32, 32, 32000),
+    "70B": (8192, 28672, 64, 8, 80, 32000),
+}
+RELATIVE, DECAY, RANKS = 0.01, 0.5, 512
+
+
+def config_of(shape: str, blocks: int, hidden: int | None) -> LlamaConfig:
+    size, feed, heads, shared, _, vocabulary = SHAPES[shape]
+    if hidden:  # smaller, to try the script out
+        feed, vocabulary = feed * hidden // size, 1000
+        heads, shared, size = heads * hidden // size or 1, shared * hidden // size or 1, hidden
+    return LlamaConfig(
+        hidden_size=size,
+        intermediate_size=feed,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        num_hidden_layers=blocks,
+        vocab_size=vocabulary,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+
+
+def shapes_of(config: LlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shard -> tensor -> shape."""
+    d, feed = config.hidden_size, config.intermediate_size
+    shared = config.num_key_value_heads * d // config.num_attention_heads
+    block = {
+        "self_attn.q_proj": (d, d),
+        "self_attn.k_proj": (shared, d),
+        "self_attn.v_proj": (shared, d),
+        "self_attn.o_proj": (d, d),
+        "mlp.gate_proj": (feed, d),
+        "mlp.up_proj": (feed, d),
+        "mlp.down_proj": (d, feed),
+        "input_layernorm": (d,),
+        "post_attention_layernorm": (d,),
+    }
+    shards = {
+        f"block{i}": {f"model.layers.{i}.{n}.weight": s for n, s in block.items()}
+        for i in range(config.num_hidden_layers)
+    }
+    table = (config.vocab_size, d)
+    ends = {"model.embed_tokens.weight": table, "model.norm.weight": (d,), "lm_head.weight": table}
+    return shards | {"ends": ends}
+
+
+def delta(shape: tuple[int, ...], size: float, random: torch.Generator) -> torch.Tensor:
+    """RANKS singular values that fall as i^-DECAY, and noise of as much energy beyond."""
+    m, n = shape
+    fall = torch.arange(1, RANKS + 1) ** -DECAY
+    found = (torch.randn(m, RANKS, generator=random) * fall) @ torch.randn(
+        RANKS, n, generator=random
+    )
+    found /= found.norm()
+    noise = torch.randn(m, n, generator=random)
+    found += noise.div_(noise.norm())
+    return found * (size / 2**0.5)
+
+
+def make(folder: Path, shape: str, blocks: int, hidden: int | None) -> None:
+    config = config_of(shape, blocks, hidden)
+    random = torch.Generator().manual_seed(0)
+    maps: dict[str, str] = {}
+    for kind in ("base", "finetuned"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(folder / kind)
+    for shard, tensors in shapes_of(config).items():
+        base, tuned = {}, {}
+        for name, size in tensors.items():
+            if len(size) == 1:
+                base[name] = torch.ones(size, dtype=torch.bfloat16)
+                noise = torch.randn(size, generator=random)
+                tuned[name] = (base[name].float() + 0.01 * noise).bfloat16()
+                continue
+            weight = torch.randn(size, generator=random) / config.hidden_size**0.5
+            base[name] = weight.bfloat16()
+            weight += delta(size, RELATIVE * float(weight.norm()), random)
+            tuned[name] = weight.bfloat16()
+        file = f"model-{shard}.safetensors"
+        maps |= dict.fromkeys(tensors, file)
+        save_file(base, folder / "base" / file, metadata={"format": "pt"})
+        save_file(tuned, folder / "finetuned" / file, metadata={"format": "pt"})
+        print("written:", shard, flush=True)
+    for kind in ("base", "finetuned"):
+        index = json.dumps({"metadata": {}, "weight_map": maps})
+        (folder / kind / "model.safetensors.index.json").write_text(index)
+
+
+def run(folder: Path, method: str, tokens: int, length: int, free: bool, device: str) -> None:
+    logging.disable_progress_bar()
+    loaded = json.loads((folder / "finetuned" / "config.json").read_text())
+    blocks, vocabulary = loaded["num_hidden_layers"], loaded["vocab_size"]
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(vocabulary, (max(1, tokens // length), length), generator=random)
+    options = {} if free else {"calibration": ids}
+    if free and method == "deltamix-kl":
+        options = {"fisher": False, "tune_steps": 0}  # the weights alone
+    before = peak()
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        config = DeltaMixConfig(
+            folder / "base", method=method, checkpoint_dir=Path(work) / "parts", **options
+        )
+        started = time.perf_counter()
+        model = compress_streaming(folder / "finetuned", Path(work) / "delta", config, device)
+        spent = time.perf_counter() - started
+        written = sum(f.stat().st_size for f in (Path(work) / "delta").glob("*.safetensors"))
+    print(
+        f"{method}, {'weights alone' if free else f'{tokens} tokens'}, {blocks} blocks of "
+        f"{loaded['hidden_size']} x {loaded['intermediate_size']}, {device}, "
+        f"{torch.get_num_threads()} threads: {spent:.0f} s, {written / 1e6:.0f} MB written"
+    )
+    print(f"peak memory {peak():.2f} GB, before it began {before:.2f} GB")
+    for stage, seconds in sorted(model.hf_quantizer.seconds.items(), key=lambda item: -item[1]):
+        print(f"  {stage:14} {seconds:8.1f} s")
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", choices=["make", "run"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", default="7B", choices=SHAPES)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--hidden", type=int, help="a smaller one of the same proportions")
+    parser.add_argument("--method", default="deltamix-kl")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--data-free", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    if options.job == "make":
+        shutil.rmtree(options.folder, ignore_errors=True)
+        make(options.folder, options.shape, options.blocks, options.hidden)
+    else:
+        run(
+            options.folder,
+            options.method,
+            options.tokens,
+            options.length,
+            options.data_free,
+            options.device,
+        )
+
+
+if __name__ == "__main__":
+    main()
