@@ -1,9 +1,15 @@
-"""Thin SVD of a weight delta through the Gram matrix of its smaller side.
+"""Thin SVD of a weight delta, by what its shape and spectrum allow.
 
-For m >= n: G = D^T D = V diag(sigma^2) V^T by `eigh`, then U = D V / sigma. In float64 this is
-twice as fast as a float32 SVD on the deltas measured and loses nothing that quantization could
-see. Memory beyond the result is O(min(m, n)^2): rows are accumulated in blocks, so a 49152 x 576
-embedding never needs a 49152 x 49152 matrix or a float64 copy of itself.
+Low rank (LoRA merged in float32): a randomized range finder of n / 32 columns with one power
+iteration (Halko, Martinsson and Tropp, arXiv 0909.4061) is tried on matrices of 512 and more. The
+energy it misses is computed, not estimated: at most LOST of the whole, or it is not used. At
+2048 x 2048 and rank 64, on one CPU core, it takes 0.21 s and not 1.58 s; a try that fails adds 8 %.
+
+Any other: the Gram matrix of the smaller side. For m >= n: G = D^T D = V diag(sigma^2) V^T by
+`eigh`, then U = D V / sigma. In float64 this is twice as fast as a float32 SVD on the deltas
+measured and loses nothing that quantization could see. Memory beyond the result is O(min(m, n)^2):
+rows are accumulated in blocks, so a 49152 x 576 embedding never needs a 49152 x 49152 matrix or a
+float64 copy of itself.
 
 Squaring costs precision at the bottom of the spectrum: float64 rounding in G puts a floor of about
 sqrt(n * 2.2e-16) * sigma_max (4e-7 at n = 576) under the singular values. Values below
@@ -12,9 +18,15 @@ a difference of float32 weights. (The common rule eps * max(m, n) would, at 4915
 drop everything below 0.6 % of sigma_max: real ranks.)
 """
 
+from collections.abc import Iterator
+
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 _BLOCK_ROWS = 4096
+_SMALLEST, _SHARE = 512, 32  # tried on matrices from this size, with this share of their ranks
+# Energy that may be missed: a thousandth of what rounding to 8 bits does (3.5e-5).
+LOST = 3.5e-8
 
 
 def thin_svd(
@@ -35,14 +47,26 @@ def thin_svd(
         left, sigma, right = thin_svd(delta.t(), rank)
         return right.t().contiguous(), sigma, left.t().contiguous()
     dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
-    gram, largest = _gram(delta)
+    largest = _largest(delta)
     if largest == 0:
         return (
             delta.new_zeros(m, 0, dtype=dtype),
             delta.new_zeros(0, dtype=dtype),
             delta.new_zeros(0, n, dtype=dtype),
         )
-    values, vectors = torch.linalg.eigh(gram)
+    if (found := _low_rank(delta, largest)) is not None:
+        left, sigma, right = found
+        kept = int((sigma > _floor(m, n) * sigma[0]).sum())
+        kept = kept if rank is None else min(kept, rank)
+        parts = left[:, :kept], sigma[:kept] * largest, right[:kept]
+        left, sigma, right = (part.to(dtype).contiguous() for part in parts)
+        return left, sigma, right
+    gram = _gram(delta, largest)
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except LinAlgError:  # slower, and converges where divide and conquer did not
+        vectors, values, _ = torch.linalg.svd(gram)
+        values, vectors = values.flip(0), vectors.flip(1)
     sigma = values.flip(0).clamp(min=0).sqrt()
     right = vectors.flip(1)  # [n, n], columns by descending sigma
     kept = int((sigma > _floor(m, n) * sigma[0]).sum())
@@ -66,25 +90,75 @@ def singular_values(delta: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"delta must be a matrix, got shape {list(delta.shape)}")
     if not bool(torch.isfinite(delta).all()):
         raise ValueError("the delta holds NaN or infinity")
-    gram, largest = _gram(delta if delta.shape[0] >= delta.shape[1] else delta.t())
+    delta = delta if delta.shape[0] >= delta.shape[1] else delta.t()
+    largest = _largest(delta)
     if largest == 0:
-        return gram.new_zeros(0)
-    sigma = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+        return delta.new_zeros(0, dtype=torch.float64)
+    if (found := _low_rank(delta, largest)) is not None:
+        sigma = found[1]
+    else:
+        gram = _gram(delta, largest)
+        try:
+            values = torch.linalg.eigvalsh(gram)
+        except LinAlgError:
+            values = torch.linalg.svdvals(gram).flip(0)
+        sigma = values.flip(0).clamp(min=0).sqrt()
     return sigma[sigma > _floor(*delta.shape) * sigma[0]] * largest
 
 
-def _gram(delta: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """DᵀD of D scaled to largest element 1, float64 [n, n], and that element's size.
+def _largest(delta: torch.Tensor) -> float:
+    """Size of the largest element; scaled by it, squares of any delta stay in range."""
+    return float(delta.abs().max()) if delta.numel() else 0.0
 
-    Scaled, the squares of very small or large deltas stay in range.
-    """
+
+def _low_rank(
+    delta: torch.Tensor, largest: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """SVD of `delta / largest` [m, n], m >= n, float64, if n / 16 ranks hold all but LOST of it."""
     n = delta.shape[1]
-    largest = float(delta.abs().max()) if delta.numel() else 0.0
-    gram = delta.new_zeros(n, n, dtype=torch.float64)
-    for rows in delta.split(_BLOCK_ROWS) if largest else ():
+    if n < _SMALLEST:
+        return None
+    random = torch.Generator().manual_seed(n)
+    probe = torch.randn(n, n // _SHARE, generator=random).to(delta.device)
+    single = delta.to(torch.float32)
+    # the power iteration is for directions of little energy, which a plain probe would blur
+    basis = _orthonormal(single @ probe, largest)
+    basis = _orthonormal(single.t() @ basis.float(), largest)
+    basis = _orthonormal(single @ basis.float(), largest)  # [m, k]
+    inner = basis.new_zeros(basis.shape[1], n)
+    for rows, part in _blocks(delta, basis, largest):
+        inner.addmm_(part.t(), rows)
+    missed = total = 0.0
+    for rows, part in _blocks(delta, basis, largest):
+        total += float(rows.square().sum())
+        missed += float((rows - part @ inner).square().sum())
+    if missed > LOST * total:
+        return None
+    left, sigma, right = torch.linalg.svd(inner, full_matrices=False)
+    return basis @ left, sigma, right
+
+
+def _orthonormal(columns: torch.Tensor, scale: float) -> torch.Tensor:
+    """An orthonormal basis of what `columns` [m, k] span, float64."""
+    basis, _ = torch.linalg.qr(columns.to(torch.float64) / scale)
+    return basis
+
+
+def _blocks(
+    delta: torch.Tensor, basis: torch.Tensor, scale: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of `delta / scale` in float64 with those of the basis, a block at a time."""
+    for rows, part in zip(delta.split(_BLOCK_ROWS), basis.split(_BLOCK_ROWS), strict=True):
+        yield rows.to(torch.float64) / scale, part
+
+
+def _gram(delta: torch.Tensor, largest: float) -> torch.Tensor:
+    """DᵀD of D / largest, float64 [n, n]."""
+    gram = delta.new_zeros(delta.shape[1], delta.shape[1], dtype=torch.float64)
+    for rows in delta.split(_BLOCK_ROWS):
         rows = rows.to(torch.float64) / largest
         gram.addmm_(rows.t(), rows)
-    return gram, largest
+    return gram
 
 
 def _floor(m: int, n: int) -> float:

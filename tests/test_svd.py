@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamix_hf.svd import singular_values, thin_svd
+from deltamix_hf.svd import LOST, singular_values, thin_svd
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -89,3 +89,61 @@ def test_singular_values_of_nothing():
         singular_values(torch.zeros(3))
     with pytest.raises(ValueError, match="NaN"):
         singular_values(torch.full((2, 2), float("inf")))
+
+
+def low_rank(m, n, rank, seed=0):
+    return normal(m, rank, seed=seed) * torch.logspace(0, -2, rank) @ normal(rank, n, seed=seed + 1)
+
+
+@pytest.fixture
+def no_eigenvalues(monkeypatch):
+    """Only the way for deltas of low rank is open."""
+
+    def refuse(matrix):
+        raise AssertionError("the Gram matrix was used")
+
+    monkeypatch.setattr(torch.linalg, "eigh", refuse)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", refuse)
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (700, 520), (520, 700)])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e20])
+def test_low_rank_needs_no_gram_matrix(no_eigenvalues, shape, scale):
+    """Rank 16 as LoRA's, singular values over a factor of 100."""
+    delta = low_rank(*shape, 16) * scale
+    left, sigma, right = thin_svd(delta)
+    assert len(sigma) == 16 and left.dtype == right.dtype == torch.float32
+    exact = torch.linalg.svdvals(delta.double())[:16]
+    torch.testing.assert_close(sigma.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(singular_values(delta), exact, rtol=1e-5, atol=0)
+    error = torch.linalg.norm(((left * sigma) @ right / scale - delta / scale).double())
+    assert error <= 1e-5 * torch.linalg.norm((delta / scale).double())
+    few = thin_svd(delta, 5)
+    assert torch.equal(few[1], sigma[:5]) and few[0].shape[1] == 5
+
+
+def test_what_is_missed_is_bounded(no_eigenvalues):
+    """A tail of noise is left out as long as it holds less than LOST of the energy."""
+    delta, noise = low_rank(600, 520, 16), normal(600, 520, seed=9)
+    noise *= torch.linalg.norm(delta) / torch.linalg.norm(noise)
+    quiet = delta + (0.9 * LOST) ** 0.5 * noise
+    left, sigma, right = (part.double() for part in thin_svd(quiet))
+    missed = torch.linalg.norm(quiet.double() - (left * sigma) @ right) ** 2
+    assert missed <= LOST * torch.linalg.norm(quiet.double()) ** 2
+    with pytest.raises(AssertionError, match="the Gram matrix was used"):
+        thin_svd(delta + (2 * LOST) ** 0.5 * noise)
+
+
+def test_eigenvalues_that_do_not_converge(monkeypatch):
+    delta = normal(30, 20)
+    expected = thin_svd(delta), singular_values(delta)
+
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
+    left, sigma, right = thin_svd(delta)
+    torch.testing.assert_close(sigma, expected[0][1])
+    torch.testing.assert_close((left * sigma) @ right, delta, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(singular_values(delta), expected[1])

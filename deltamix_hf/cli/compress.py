@@ -36,6 +36,12 @@ def compress(
             'file ({"text": ...}) or a data set of the Hub. Without any, the model writes its own.'
         ),
     ] = None,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            help="Have one block of the model in memory at a time, everything else on disk."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
 ) -> None:
     """Compress a fine-tune against its base, to 1/16 of its bytes if nothing else is said.
@@ -46,6 +52,8 @@ def compress(
 
     Example: deltamix compress ./tuned --base ./base --output my-delta --ratio 1/32
     --calibration texts.jsonl
+
+    Example: deltamix compress me/my-70b --base org/base-70b --output my-delta --low-memory
     """
     work = output.absolute().with_name(f".{output.name}.unfinished")
     if output.exists() and not work.exists() and not overwrite:
@@ -55,9 +63,12 @@ def compress(
     from .. import DeltaMixConfig
     from ..adapters import compress_adapter, is_adapter
     from ..architecture import is_delta, read_config
-    from .models import from_pretrained
+    from ..streaming import compress_streaming
+    from .models import best_device, from_pretrained
 
     adapter = is_adapter(finetuned)
+    if adapter and low_memory:
+        raise DeltaMixError("an adapter is compressed in memory: leave --low-memory out")
     if not adapter and is_delta(read_config(finetuned)):
         raise DeltaMixError(f"{finetuned!r} is a delta repo already; give the fine-tune itself")
     settings = DeltaMixConfig(
@@ -72,14 +83,17 @@ def compress(
     if work.exists():
         notes.print(f"going on with what {work} holds")
     try:
-        if adapter:
+        if low_memory:
+            model = compress_streaming(finetuned, output, settings, best_device() or "cpu")
+        elif adapter:
             model = compress_adapter(finetuned, settings)
         else:
             model = from_pretrained(finetuned, quantization_config=settings)
     except KeyboardInterrupt:
         notes.print("The same command goes on from here. What is finished is kept in", work)
         raise
-    model.save_pretrained(output)
+    if not low_memory:
+        model.save_pretrained(output)
     _summary(model, output)
 
 

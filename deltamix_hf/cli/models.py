@@ -33,14 +33,18 @@ def load_model(repo: str, base: str | None = None, dequantize: bool = False) -> 
 
 def from_pretrained(repo: str, **given: Any) -> Any:
     """`from_pretrained` of the class that `repo` was saved with."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else None
     cls = model_class(repo, read_config(repo))
     with warnings.catch_warnings():
         # That options of loading replace the repo's is what the caller wants.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-        return cls.from_pretrained(repo, device_map=device, **given).eval()
+        return cls.from_pretrained(repo, device_map=best_device(), **given).eval()
+
+
+def best_device() -> str | None:
+    """A GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else None
 
 
 def load_tokenizer(repo: str) -> Any:
