@@ -5,36 +5,29 @@ keeping what enters each of them; through what follows the last block, for the p
 gradients; backward, where each block is run again and its statistics are complete when all batches
 have passed; and backward through what precedes the blocks. Without gradients the forward pass is
 enough. Everything is kept in the journal, so an interrupted pass goes on at the block where it was.
+
+Several workers take a share of the batches each. A worker adds to the statistics of a block what
+the one before it has handed over, and is a block behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .errors import DeltaMixError
 from .journal import Journal
-from .metric import SecondMoment
-from .stack import Reached, Shelf, Stack, run
-from .statistics import (
-    Hooks,
-    LayerStatistics,
-    backward,
-    check_finite,
-    embeddings_need_gradients,
-    frozen,
-    inputs_of,
-    prediction,
-)
+from .kept_statistics import KeptStatistics
+from .stack import Reached, Stack, run
+from .statistics import backward, embeddings_need_gradients, frozen, inputs_of, prediction
+from .workers import Workers
 
 
-class BlockwiseStatistics(Mapping[str, LayerStatistics]):
-    """Statistics of every module that was called, each read from the journal when asked for.
+class BlockwisePass:
+    """Fills `found`, and counts the `scored` predictions.
 
     Args:
         stack: captured.
@@ -42,7 +35,8 @@ class BlockwiseStatistics(Mapping[str, LayerStatistics]):
         fisher: measure gradients too.
         seed: of ε.
         journal: with a folder.
-        device: where they are wanted.
+        device: where the statistics are wanted.
+        workers: who share the batches.
 
     Raises:
         DeltaMixError: the model gives NaN on the calibration data.
@@ -56,59 +50,78 @@ class BlockwiseStatistics(Mapping[str, LayerStatistics]):
         seed: int,
         journal: Journal,
         device: torch.device,
+        workers: Workers,
     ):
         self.stack, self.fisher, self.seed, self.journal = stack, fisher, seed, journal
-        self.device = device
-        owner = {module: name for name in stack.names for module in _inside(name, modules)}
-        outside = {n: m for n, m in modules.items() if n not in owner}
+        self.device, self.workers = device, workers
+        self.found = KeptStatistics(journal, device, workers)
+        self.mine = workers.batches(len(stack.batches))
         self.inside = [
-            {n: m for n, m in modules.items() if owner.get(n) == name} for name in stack.names
+            {n: m for n, m in modules.items() if n.startswith(f"{name}.")} for name in stack.names
         ]
-        if not self._known("entry"):
+        within = {name for block in self.inside for name in block}
+        outside = {n: m for n, m in modules.items() if n not in within}
+        if not self.found.done("entry"):
             self._measure(outside)
-        self._facts: dict[str, Any] = {}
-        for place in ("exit", "entry", *map(_place, range(len(stack.names)))):
-            self._facts |= self._recall(place)["modules"]
-        self.scored: int = self._recall("exit")["scored"]
+        for place in ("entry", *map(_place, range(len(stack.names)))):
+            self.found.complete(place)
+        self.scored: int = self.found.complete("exit").get("scored", 0)
 
     def _measure(self, outside: dict[str, nn.Module]) -> None:
         blocks = len(self.stack.names)
-        self._bar = logging.tqdm(total=blocks * (1 + self.fisher), desc="Calibrating", unit="block")
+        steps = blocks * (1 + self.fisher)
+        self._bar = logging.tqdm(total=steps, desc="Calibrating", unit="block")
         self._forward()
         first = self._called_first(outside)
-        if not self._known("exit"):
+        if not self.found.done("exit"):
             self._exit({n: m for n, m in outside.items() if n not in first})
         for i in reversed(range(blocks if self.fisher else 0)):
-            if not self._known(_place(i)):
+            if not self.found.done(_place(i)):
                 self._back_through(i)
-            self._gradients(i + 1).clear()
+            self.forget("gradient", i + 1, self.mine)
             self._bar.update()
         self._entry({n: m for n, m in outside.items() if n in first})
-        self._gradients(0).clear()
+        self.forget("gradient", 0, self.mine)
         self._bar.close()
 
+    # What waits between the blocks: hidden states ("level") and their gradients, by batch
+
+    def get(self, kind: str, i: int, b: int) -> Tensor:
+        """Of batch b at the entrance of block i; gradients are [draws, rows, length, d]."""
+        if kind == "level" and i == 0:
+            return self.stack.exact[b]
+        found = self.journal.read(f"{kind} {i} of batch {b}")
+        assert found is not None
+        return found[0]["item"].to(self.device)
+
+    def _put(self, kind: str, i: int, b: int, item: Tensor) -> None:
+        self.journal.write(f"{kind} {i} of batch {b}", {"item": item})
+
+    def forget(self, kind: str, i: int, batches: range) -> None:
+        for b in batches:
+            self.journal.forget(f"{kind} {i} of batch {b}")
+
     # Passes
-
-    def level(self, i: int) -> Shelf:
-        """Hidden states that enter block i, a batch each."""
-        return self.stack.shelf(f"level {i}") if i else self.stack.exact
-
-    def _gradients(self, i: int) -> Shelf:
-        """Gradients at level i, a batch each: [draws, rows, length, d]."""
-        return self.stack.shelf(f"gradient {i}")
 
     @torch.no_grad()
     def _forward(self) -> None:
         for i, block in enumerate(self.stack.blocks):
-            before, after = self.level(i), self.level(i + 1)
-            observed = {} if self.fisher or self._known(_place(i)) else self.inside[i]
-            if observed:
-                after.clear()
-            if len(after) < len(before):
-                with self.stack.hold(block), self._observing(_place(i), observed):
-                    for b in range(len(after), len(before)):
-                        after.append(run(block, {}, before[b], self.stack.rest[i][b])[1])
+            missing = [b for b in self.mine if f"level {i + 1} of batch {b}" not in self.journal]
+            if not self.fisher and not self.found.done(_place(i)):
+                with (
+                    self.stack.hold(block),
+                    self.found.observing(_place(i), self.inside[i], False),
+                ):
+                    self._advance(i, block, self.mine)
+            elif missing:
+                with self.stack.hold(block):
+                    self._advance(i, block, missing)
             self._bar.update()
+
+    def _advance(self, i: int, block: nn.Module, batches: Any) -> None:
+        for b in batches:
+            hidden = self.get("level", i, b)
+            self._put("level", i + 1, b, run(block, {}, hidden, self.stack.rest[i][b])[1])
 
     def _called_first(self, outside: dict[str, nn.Module]) -> set[str]:
         """Which of the modules are called before the first block."""
@@ -129,36 +142,45 @@ class BlockwiseStatistics(Mapping[str, LayerStatistics]):
     def _exit(self, modules: dict[str, nn.Module]) -> None:
         """Through what follows the last block, and back to it."""
         random = torch.Generator().manual_seed(self.seed)
-        last, gradients = self.level(len(self.stack.names)), self._gradients(len(self.stack.names))
-        gradients.clear()
-        scored = 0
-        with self._observing("exit", modules) as facts, frozen(self.stack.model):
-            for b, ids in enumerate(self.stack.batches):
-                hidden = last[b].requires_grad_(self.fisher)
-                found: list[Tensor] = []
-                with torch.set_grad_enabled(self.fisher):
-                    output = prediction(after_blocks(self.stack, ids, hidden))
-                    if self.fisher:
-                        take = _taker(hidden, found)
-                        scored += backward(output, len(self.stack.batches), random, take)
-                        gradients.append(torch.stack(found))
-            facts["scored"] = scored
+        last, batches = len(self.stack.names), self.stack.batches
+        with (
+            frozen(self.stack.model),
+            self.found.observing("exit", modules, self.fisher) as facts,
+            torch.set_grad_enabled(self.fisher),
+        ):
+            if "random" in facts:
+                random.set_state(torch.tensor(facts["random"], dtype=torch.uint8))
+            for b in self.mine:
+                hidden = self.get("level", last, b).detach().requires_grad_(self.fisher)
+                output = prediction(after_blocks(self.stack, batches[b], hidden))
+                if self.fisher:
+                    found: list[Tensor] = []
+                    drawn = backward(output, len(batches), random, _taker(hidden, found))
+                    facts["scored"] = facts.get("scored", 0) + drawn
+                    self._put("gradient", last, b, torch.stack(found))
+            if not self.workers.last:
+                facts["random"] = random.get_state().tolist()
+            else:
+                facts.pop("random", None)
 
     def _back_through(self, i: int) -> None:
         """Run block i again with gradients, and take them from its output to its input."""
-        block, before = self.stack.blocks[i], self.level(i)
-        incoming, outgoing = self._gradients(i + 1), self._gradients(i)
-        outgoing.clear()
-        with self.stack.hold(block), self._observing(_place(i), self.inside[i]), frozen(block):
-            for b in range(len(before)):
-                hidden = before[b].requires_grad_()
+        block = self.stack.blocks[i]
+        with (
+            self.stack.hold(block),
+            frozen(block),
+            self.found.observing(_place(i), self.inside[i], True),
+        ):
+            for b in self.mine:
+                hidden = self.get("level", i, b).detach().requires_grad_()
                 with torch.enable_grad():
                     output = run(block, {}, hidden, self.stack.rest[i][b])[1]
-                outgoing.append(_back(output, incoming[b], hidden))
+                incoming = self.get("gradient", i + 1, b)
+                self._put("gradient", i, b, _back(output, incoming, hidden))
 
     def _entry(self, modules: dict[str, nn.Module]) -> None:
         """Through what precedes the blocks, and back to its embeddings."""
-        model, gradients = self.stack.model, self._gradients(0)
+        model = self.stack.model
         entered: list[Tensor] = []
 
         def stub(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -168,77 +190,15 @@ class BlockwiseStatistics(Mapping[str, LayerStatistics]):
         with (
             frozen(model),
             embeddings_need_gradients(model, self.fisher),
-            self._observing("entry", modules),
+            self.found.observing("entry", modules, self.fisher),
             self.stack.stubs(stub),
             torch.set_grad_enabled(self.fisher),
         ):
-            for b, ids in enumerate(self.stack.batches):
-                self.stack.forward(ids)
+            for b in self.mine:
+                self.stack.forward(self.stack.batches[b])
                 output = entered.pop()
                 if output.requires_grad:
-                    _back(output, gradients[b])
-
-    # What is kept
-
-    @contextmanager
-    def _observing(self, place: str, modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
-        """Keep the statistics of the modules when all batches have passed."""
-        hooks = Hooks(modules, self.fisher)
-        facts: dict[str, Any] = {}
-        try:
-            yield facts
-        finally:
-            found = hooks.close()
-        if modules or not place.startswith("block"):
-            check_finite(found)
-            facts["modules"] = {}
-            stored: dict[int, str] = {}  # q/k/v share their inputs
-            for name, layer in found.items():
-                facts["modules"][name] = self._keep(name, layer, stored)
-            self.journal.write(f"statistics of {place}", {}, facts)
-
-    def _keep(self, name: str, layer: LayerStatistics, stored: dict[int, str]) -> dict[str, Any]:
-        kept: dict[str, Any] = {}
-        for side, moment in (("inputs", layer.inputs), ("gradients", layer.gradients)):
-            if moment is None:
-                continue
-            if id(moment) not in stored:
-                stored[id(moment)] = f"{side} of {name}"
-                self.journal.write(stored[id(moment)], *moment.state())
-            kept[side] = stored[id(moment)]
-        if layer.tokens is not None:
-            self.journal.write(f"tokens of {name}", {"tokens": layer.tokens})
-        return kept | {"tokens": layer.tokens is not None}
-
-    def _known(self, place: str) -> bool:
-        return f"statistics of {place}" in self.journal
-
-    def _recall(self, place: str) -> dict[str, Any]:
-        found = self.journal.read(f"statistics of {place}")
-        return {"modules": {}, "scored": 0} | (found[1] if found else {})
-
-    # As a mapping
-
-    def __getitem__(self, name: str) -> LayerStatistics:
-        kept = self._facts[name]
-        gradients = self._moment(kept["gradients"]) if "gradients" in kept else None
-        tokens = self._part(f"tokens of {name}")[0]["tokens"] if kept["tokens"] else None
-        return LayerStatistics(self._moment(kept["inputs"]), gradients, tokens)
-
-    def _moment(self, part: str) -> SecondMoment:
-        return SecondMoment.restored(*self._part(part))
-
-    def _part(self, name: str) -> tuple[dict[str, Tensor], Any]:
-        found = self.journal.read(name)
-        if found is None:
-            raise DeltaMixError(f"{self.journal.folder} was changed while it was in use")
-        return {key: tensor.to(self.device) for key, tensor in found[0].items()}, found[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._facts)
-
-    def __len__(self) -> int:
-        return len(self._facts)
+                    _back(output, self.get("gradient", 0, b))
 
 
 def after_blocks(stack: Stack, ids: Tensor, hidden: Tensor) -> Any:
@@ -257,10 +217,6 @@ def _stop(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _place(i: int) -> str:
     return f"block {i}"
-
-
-def _inside(block: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    return [name for name in modules if name.startswith(f"{block}.")]
 
 
 def _back(output: Tensor, gradients: Tensor, hidden: Tensor | None = None) -> Tensor:

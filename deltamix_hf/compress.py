@@ -34,10 +34,11 @@ from .format import GUARD, PREFIX, header_bytes, reference_bytes
 from .global_allocation import Choices, solve_global
 from .gptq import Rounded, gptq_columns, gptq_rows, round_rows
 from .journal import Journal
-from .metric import blended, damped, diagonal
+from .metric import blended, damped, dense, diagonal
 from .packed import DTYPES, GroupSizes, PackedFactors, part_shapes, rank_bytes
 from .statistics import Metrics
 from .stopwatch import Stopwatch
+from .workers import Workers, cost
 
 # Shares of the mean diagonal added to the metrics before they are used.
 OUTPUT_DAMPING, INPUT_DAMPING = 0.1, 0.01
@@ -157,7 +158,9 @@ class Compressor:
         config: DeltaMixConfig,
         journal: Journal | None = None,
         watch: Stopwatch | None = None,
+        workers: Workers | None = None,
     ):
+        self.workers = workers or Workers()
         self.journal, self.watch = journal or Journal(), watch or Stopwatch()
         self.shapes = _shapes(matrices)
         self.config = config
@@ -168,8 +171,13 @@ class Compressor:
         self._left, self._weight = budget.ranks, sum(self.sizes.values())
         self._plan: dict[str, Widths] = {}
         if config.allocation == "global" and not self._recall_plan():
-            self._solve(matrices, budget.ranks)
-            self._keep_plan()
+            energies = self._spectra(matrices)
+            if self.workers.rank == 0:
+                self._solve(matrices, energies, budget.ranks)
+                self._keep_plan()
+            else:
+                self.workers.wait(self.journal, "allocation")
+                self._recall_plan()
 
     def _recall_plan(self) -> bool:
         found = self.journal.read("allocation")
@@ -183,19 +191,32 @@ class Compressor:
         widths = {n: torch.stack([w.v, w.u]).to(torch.uint8) for n, w in self._plan.items()}
         self.journal.write("allocation", widths, self.gap)
 
-    def _solve(self, matrices: Mapping[str, Matrix], budget: int) -> None:
-        energies = []
-        bar = logging.tqdm(total=len(matrices), desc="Measuring spectra", unit="matrix")
-        for name, matrix in matrices.items():
+    def _spectra(self, matrices: Mapping[str, Matrix]) -> list[Tensor]:
+        """Energies of the ranks of every matrix; each worker measures a share of them."""
+        owners = self.workers.owners({name: cost(*m.shape) for name, m in matrices.items()})
+        mine = [name for name in matrices if owners[name] == self.workers.rank]
+        measured: dict[str, Tensor] = {}
+        for name in logging.tqdm(mine, desc="Measuring spectra", unit="matrix"):
+            if found := self.journal.read(f"spectrum of {name}"):
+                measured[name] = found[0]["energies"]
+                continue
+            matrix = matrices[name]
             with _named(name):
                 delta = matrix.delta()
                 near = self._damped(self._informed(delta, matrix.metrics()))
                 whitening = near if self.config.whiten else Metrics()
                 with self.watch.stage("SVD"):
                     sigma = spectrum(delta, whitening.outputs, whitening.inputs)
-            energies.append(sigma**2)
-            bar.update()
-        bar.close()
+            measured[name] = (sigma**2).cpu()
+            self.journal.write(f"spectrum of {name}", {"energies": measured[name]})
+        for name in matrices.keys() - measured.keys() if self.workers.rank == 0 else ():
+            self.workers.wait(self.journal, f"spectrum of {name}")
+            found = self.journal.read(f"spectrum of {name}")
+            assert found is not None
+            measured[name] = found[0]["energies"]
+        return [measured[name] for name in matrices if name in measured]
+
+    def _solve(self, matrices: Mapping[str, Matrix], energies: list[Tensor], budget: int) -> None:
         options = [
             rank_options(matrix.shape, self.group_sizes[name], self.config)
             for name, matrix in matrices.items()
@@ -310,7 +331,7 @@ class Compressor:
         return Compressed(packed if packed.rank else None, error)
 
     def _round_v(self, right: Tensor, near: Metrics, bits: Tensor) -> Rounded:
-        return gptq_rows(right, near.inputs, bits, self.config.group_size, self.gaussian)
+        return gptq_rows(right, dense(near.inputs), bits, self.config.group_size, self.gaussian)
 
     def _within(
         self,

@@ -43,6 +43,7 @@ from .modules import delta_class, shape_of, weight_of
 from .self_text import self_texts, writes_text
 from .vocabulary import is_resized, one_for_each_token, vocabulary_modules
 from .weights import LazyWeights, LoadedWeights
+from .workers import Workers
 
 logger = logging.get_logger(__name__)
 
@@ -76,11 +77,13 @@ def compress_model(
     revision: str | None = None,
     files: BaseCheckpoint | None = None,
     device: torch.device | None = None,
+    workers: Workers | None = None,
 ) -> Outcome:
     """Replace what differs from the base by packed deltas; fills in the config's records.
 
     `revision` is the fine-tune's commit, for its tokenizer; None for a local folder. `files` has
-    the fine-tune's weights if the model is one of `weights.unloaded`, to run on `device`.
+    the fine-tune's weights if the model is one of `weights.unloaded`, to run on `device`, by
+    `workers` together.
 
     Raises:
         DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
@@ -133,7 +136,7 @@ def compress_model(
     if files is not None:
         assert device is not None
         lazy = LazyWeights(model, files, base, device, overlay)
-        job = LazyJob(model, base, config, targets, journal, lazy)
+        job = LazyJob(model, base, config, targets, journal, lazy, workers)
     job.measure(_tokens(model, config, revision, journal, files is None))
     if config.bf16_overlay:
         with torch.no_grad():

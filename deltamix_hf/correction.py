@@ -21,7 +21,7 @@ Hessian. H is float64: the 1/sigma^2 terms span many orders of magnitude.
 import torch
 
 from deltamix_hf.gptq import cholesky
-from deltamix_hf.metric import energies, times
+from deltamix_hf.metric import Metric, energies, times
 
 _BLOCK_ROWS = 4096
 
@@ -36,7 +36,7 @@ PLAIN_DAMPING = 1e-2
 
 def corrected_left_factor(
     delta: torch.Tensor,
-    gram: torch.Tensor | None,
+    gram: Metric,
     right: torch.Tensor,
     sigma: torch.Tensor,
     damping: float = RTC_DAMPING,
@@ -60,7 +60,7 @@ def corrected_left_factor(
 
 def plain_left_factor(
     left: torch.Tensor,
-    gram: torch.Tensor | None,
+    gram: Metric,
     right: torch.Tensor,
     sigma: torch.Tensor,
     damping: float = PLAIN_DAMPING,
@@ -73,7 +73,7 @@ def plain_left_factor(
     return left * sigma, scaled / root
 
 
-def metric_error(delta: torch.Tensor, approx: torch.Tensor, gram: torch.Tensor | None) -> float:
+def metric_error(delta: torch.Tensor, approx: torch.Tensor, gram: Metric) -> float:
     """tr((D - A) C (D - A)^T) / tr(D C D^T) for `[m, n]` matrices; `gram` None is the identity.
 
     Products are formed in the dtype of `delta`, sums in float64, a block of rows at a time. The
@@ -91,7 +91,7 @@ def metric_error(delta: torch.Tensor, approx: torch.Tensor, gram: torch.Tensor |
 
 
 def _scaled_hessian(
-    gram: torch.Tensor | None, right: torch.Tensor, sigma: torch.Tensor, damping: float
+    gram: Metric, right: torch.Tensor, sigma: torch.Tensor, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """C V^T `[n, k]`, K = S V C V^T S + lambda I `[k, k]` float64, and sigma_i sigma_j `[k, k]`."""
     if tuple(sigma.shape) != (len(right),):
@@ -113,8 +113,8 @@ def unbiased_gains(
     left_hat: torch.Tensor,
     right: torch.Tensor,
     right_hat: torch.Tensor,
-    outputs: torch.Tensor | None,
-    inputs: torch.Tensor | None,
+    outputs: Metric,
+    inputs: Metric,
 ) -> torch.Tensor:
     """Gain of each rank, float32 `[k]`, that undoes the shrinking of rounded factors.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from deltamix_hf import gptq
-from deltamix_hf.metric import damped, energies
+from deltamix_hf.metric import Metric, damped, dense, energies
 
 _BLOCK_ROWS = 4096
 
@@ -34,7 +34,7 @@ class Candidates:
 def error_table(
     right: torch.Tensor,
     sigma: torch.Tensor,
-    gram: torch.Tensor | None,
+    gram: Metric,
     widths: Sequence[int],
     group_size: int,
     gaussian: bool = False,
@@ -53,7 +53,7 @@ def error_table(
     if tuple(sigma.shape) != (ranks,):
         raise ValueError(f"sigma {list(sigma.shape)} does not match right {list(right.shape)}")
     bits = torch.tensor(widths, device=right.device).repeat_interleave(ranks)
-    hessian = damped(gram, damping)
+    hessian = dense(damped(gram, damping))
     rounded = gptq.gptq_rows(right.repeat(len(widths), 1), hessian, bits, group_size, gaussian)
     power = sigma.to(torch.float64) ** 2
     table = torch.empty(ranks, len(widths), dtype=torch.float64, device=right.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .metric import Metric, root, unwhiten, whiten
+from .metric import Metric, Root, root, unwhiten, whiten
 from .svd import singular_values, thin_svd
 
 
@@ -49,7 +49,7 @@ def spectrum(delta: Tensor, outputs: Metric, inputs: Metric) -> Tensor:
     return singular_values(_image(delta, root(outputs), root(inputs)))
 
 
-def _image(delta: Tensor, out_root: Metric, in_root: Metric) -> Tensor:
+def _image(delta: Tensor, out_root: Root, in_root: Root) -> Tensor:
     """L_Aᵀ·ΔW·L_C `[m, n]`."""
     image = whiten(delta, in_root)
     return whiten(image.T, out_root).T.contiguous()

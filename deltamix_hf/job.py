@@ -9,7 +9,7 @@ the scales of all of them last. What an interrupted run has left in the journal 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -23,12 +23,14 @@ from .base import BaseCheckpoint
 from .compress import Budget, Compressed, Compressor, Matrix
 from .config import DeltaMixConfig
 from .journal import Journal
+from .metric import diagonal
 from .modules import attach_with_ties, oriented, shape_of, tied_modules
 from .sequential import compress_blocks
 from .stack import Stack, find_blocks
 from .statistics import LayerStatistics, Metrics, collect, metrics_of
 from .stopwatch import Stopwatch
 from .weights import Weights
+from .workers import Workers, cost
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +48,9 @@ class Job:
         targets: dict[str, nn.Module],
         journal: Journal,
         weights: Weights,
+        workers: Workers | None = None,
     ):
+        self.workers = workers or Workers()
         self.model, self.base, self.config, self.targets = model, base, config, targets
         self.journal, self.weights = journal, weights
         self.finished = {name for name in targets if journal.read(f"matrix {name}") is not None}
@@ -113,9 +117,9 @@ class Job:
         for name in self.targets:
             if uses := self._uses(name):
                 found = metrics_of(uses, self.scored)
-                for side, x in zip(sides, (found.outputs, found.inputs), strict=True):
-                    if x is not None:
-                        side.append(float((x.diagonal() if x.dim() == 2 else x).mean()))
+                for side, metric in zip(sides, (found.outputs, found.inputs), strict=True):
+                    if (x := diagonal(metric)) is not None:
+                        side.append(float(x.mean()))
         return statistics.median(sides[0] or [1.0]), statistics.median(sides[1] or [1.0])
 
     def delta(self, name: str) -> Tensor:
@@ -146,7 +150,9 @@ class Job:
             for name, module in self.targets.items()
         }
         with self.watch.stage("allocation"):
-            compressor = Compressor(matrices, budget, config, self.journal, self.watch)
+            compressor = Compressor(
+                matrices, budget, config, self.journal, self.watch, self.workers
+            )
         stacks: list[Stack] = []
         if config.sequential and self.batches and len(self.finished) < len(self.targets):
             with self.watch.stage("sequential"):
@@ -156,14 +162,16 @@ class Job:
         plain = [name for name in self.targets if name not in chained]
         self._bar = logging.tqdm(total=len(matrices), desc="Compressing", unit="matrix")
         with self.watch.stage("compression"):
-            for name in sorted(plain, key=lambda name: -sum(matrices[name].shape)):
-                self._compress(compressor, name, None, None)
+            plain = sorted(plain, key=lambda name: -sum(matrices[name].shape))
+            for name in self._compress_all(compressor, dict.fromkeys(plain)):
                 self._attach(name)
             for stack in stacks:
                 finish = partial(self._fit, compressor)
                 compress_blocks(stack, chained, finish, self._attach_block, self.finished)
         self._bar.close()
-        if self.course:
+        if self.workers.size > 1:
+            self.workers.finish(self.journal)
+        if self.course and self.workers.rank == 0:
             with self.watch.stage("tuning"):
                 self._tune()
 
@@ -178,12 +186,33 @@ class Job:
         self.config.measured = tuning.judged(self.model, self.course)
 
     def _fit(
-        self, compressor: Compressor, name: str, change: Tensor | None, inputs: Tensor | None
-    ) -> Tensor:
-        """`_compress`; returns the compressed weight [m, n]."""
-        self._compress(compressor, name, change, inputs)
-        packed, weight = self._results[name].packed, self._matrix(name, self.base)
-        return weight if packed is None else weight.add_(packed.dense())
+        self, compressor: Compressor, changes: dict[str, Tensor | None], inputs: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Compress the targets of a stage; their compressed weights [m, n]."""
+        weights = {}
+        for name in self._compress_all(compressor, changes, inputs):
+            packed, weight = self._results[name].packed, self._matrix(name, self.base)
+            weights[name] = weight if packed is None else weight.add_(packed.dense())
+        return weights
+
+    def _compress_all(
+        self,
+        compressor: Compressor,
+        changes: dict[str, Tensor | None],
+        inputs: Tensor | None = None,
+    ) -> Iterator[str]:
+        """Names of targets in turn as they are compressed, by this worker or by others."""
+        owners = self.workers.owners({name: cost(*compressor.shapes[name]) for name in changes})
+        others = [name for name in changes if owners[name] != self.workers.rank]
+        for name in [name for name in changes if name not in others]:
+            self._compress(compressor, name, changes.pop(name), inputs)
+            yield name
+        for name in others:
+            changes.pop(name)
+            self.workers.wait(self.journal, f"matrix {name}")
+            self.finished.add(name)
+            self._compress(compressor, name, None, None)
+            yield name
 
     def _compress(
         self, compressor: Compressor, name: str, change: Tensor | None, inputs: Tensor | None

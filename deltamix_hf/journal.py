@@ -98,6 +98,12 @@ class Journal:
                 f"cannot keep finished parts in {self.folder}: {error}; make room there"
             ) from error
 
+    def of(self, worker: int) -> Journal:
+        """A journal of its own in the same folder, for what no other worker is to see."""
+        if worker == 0:
+            return self
+        return Journal(self.folder, identity_of([self.identity, worker], {}))
+
     def forget(self, name: str) -> None:
         """Drop a part, if it is there."""
         path = self._path(name)

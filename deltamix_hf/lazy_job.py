@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from . import tuning
-from .blockwise import BlockwiseStatistics, after_blocks
+from .blockwise import BlockwisePass, after_blocks
 from .calibration import split_rows
 from .errors import DeltaMixError
 from .job import Job
@@ -38,7 +38,7 @@ class LazyJob(Job):
             DeltaMixError: the model is no such chain.
         """
         blocks = find_blocks(self.model, list(self.targets))
-        shelf = partial(Shelf, self.journal, device=self.weights.device)
+        shelf = partial(Shelf, self.journal.of(self.workers.rank), device=self.weights.device)
         if len(blocks) == 1:
             stack = Stack(self.model, blocks[0], self.batches, self.weights.hold, shelf)
             if stack.capture() and stack.plain:
@@ -50,26 +50,34 @@ class LazyJob(Job):
 
     def measure(self, batches: list[Tensor]) -> None:
         super().measure(batches)
-        for i in range(len(self.stack.blocks) if batches else 0):
-            self.stack.shelf(f"level {i + 1}").clear()
+        if batches and self.workers.rank == 0:  # nobody is in the passes any more
+            for i in range(len(self.stack.blocks)):
+                self._passes.forget("level", i + 1, range(len(batches)))
 
     def _collect(self, batches: list[Tensor]) -> None:
+        self.found, self.scored = self._passes.found, self._passes.scored
+
+    @cached_property
+    def _passes(self) -> BlockwisePass:
         config, device = self.config, self.weights.device
-        found = BlockwiseStatistics(
-            self.stack, self.observed(), config.fisher, config.seed, self.journal, device
+        modules = self.observed()
+        return BlockwisePass(
+            self.stack, modules, config.fisher, config.seed, self.journal, device, self.workers
         )
-        self.found, self.scored = found, found.scored
 
     def _listen(self, batches: list[Tensor]) -> None:
+        if self.workers.rank:  # the first tunes
+            return
         places: list[tuple[int, int]] = []  # of each piece: its batch and first row
         for b, ids in enumerate(batches):
             pieces = split_rows(ids, tuning.TOKENS_PER_STEP)
             places += [(b, i * len(pieces[0])) for i in range(len(pieces))]
-        last = self.stack.shelf(f"level {len(self.stack.blocks)}")
+        last = len(self.stack.blocks)
 
         def output(i: int, ids: Tensor) -> Any:
             b, start = places[i]
-            return after_blocks(self.stack, ids, last[b][start : start + len(ids)])
+            hidden = self._passes.get("level", last, b)[start : start + len(ids)]
+            return after_blocks(self.stack, ids, hidden)
 
         shelf, seed = partial(Shelf, self.journal), self.config.seed
         self.course = tuning.lessons(self.model, batches, seed, shelf, output)

@@ -1,8 +1,13 @@
 """Metrics: what one unit of error costs in each direction, on the input or the output side.
 
-A metric M is a symmetric positive matrix [d, d], a diagonal [d], or None for the identity. Layer
-error is measured as tr(Eᵀ·A·E·C) with A on outputs and C on inputs, so all the pipeline needs of a
-metric is: products with it, damping, and a factor L with L·Lᵀ = M to whiten with.
+A metric M is a symmetric positive matrix [d, d], a diagonal plus one of low rank, a diagonal [d],
+or None for the identity. Layer error is measured as tr(Eᵀ·A·E·C) with A on outputs and C on inputs,
+so all the pipeline needs of a metric is: products with it, damping, and a factor L with L·Lᵀ = M to
+whiten with. Of D + Rᵀ·R, with B = R·D^-½ and Q·Λ·Qᵀ = Bᵀ·B, that is
+
+    L = D^½·(I + Q·(√(1 + Λ) − 1)·Qᵀ),    L⁻¹ = (I + Q·(1/√(1 + Λ) − 1)·Qᵀ)·D^-½
+
+so at 32000 outputs no matrix of 4 GB is made.
 
 `SecondMoment` accumulates M = Σ x·xᵀ / N over batches. Up to FULL elements it keeps the matrix,
 d²·4 bytes. Above, it keeps a sketch of SKETCH rows and the exact diagonal, (SKETCH + 1)·d·4 bytes:
@@ -15,12 +20,39 @@ DIAGONAL elements (vocabularies) it keeps the diagonal alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .gptq import cholesky, damp
 
-Metric = Tensor | None
+
+@dataclass(frozen=True)
+class LowRank:
+    """diag(weights) + rowsᵀ·rows, of `weights` [d] and `rows` [r, d], float32."""
+
+    weights: Tensor
+    rows: Tensor
+
+    def dense(self) -> Tensor:
+        """The matrix [d, d]."""
+        found = self.rows.T @ self.rows
+        found.diagonal().add_(self.weights)
+        return found
+
+
+@dataclass(frozen=True)
+class LowRankRoot:
+    """L of a `LowRank`: D^½ [d], Q [d, k] and √(1 + Λ) [k], float32."""
+
+    weights: Tensor
+    basis: Tensor
+    growth: Tensor
+
+
+Metric = Tensor | LowRank | None
+Root = Tensor | LowRankRoot | None
 
 FULL = 6144
 SKETCH = 2048
@@ -65,18 +97,20 @@ class SecondMoment:
         """Its tensors and numbers, for `restored`."""
         tensors = {"total": self.total, "squares": self.squares}
         sizes = {"dim": self.dim, "count": self.count}
-        return {key: t for key, t in tensors.items() if t is not None}, sizes
+        kept = {key: t for key, t in tensors.items() if t is not None}
+        return kept | {"random": self._random.get_state()}, sizes
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], sizes: dict[str, int]) -> SecondMoment:
-        """What gave this `state`, to be read; not to be added to."""
+        """What gave this `state`."""
         moment = cls(sizes["dim"])
         moment.count = sizes["count"]
+        moment._random.set_state(tensors["random"].cpu())
         moment.total, moment.squares = tensors.get("total"), tensors.get("squares")
         return moment
 
-    def mean(self, count: int | None = None) -> Tensor:
-        """Σ x·xᵀ / `count` (default: the rows seen) as a metric: `[d, d]`, or `[d]` if diagonal."""
+    def mean(self, count: int | None = None) -> Tensor | LowRank:
+        """Σ x·xᵀ / `count` (default: the rows seen) as a metric."""
         if self.total is None or self.squares is None:
             raise ValueError("nothing was accumulated")
         count = self.count if count is None else count
@@ -84,20 +118,28 @@ class SecondMoment:
             return self.total / count
         if self.kind == "diagonal":
             return self.squares / count
-        found = self.total.T @ self.total
-        scale = (self.squares / found.diagonal().clamp(min=1e-30)).sqrt()
-        found.mul_(scale).mul_(scale[:, None]).mul_(0.5)
-        found.diagonal().copy_(self.squares)
-        return found.div_(count)
+        scale = (self.squares / self.total.square().sum(0).clamp(min=1e-30)).sqrt()
+        return LowRank(0.5 * self.squares / count, self.total * (scale * (0.5 / count) ** 0.5))
 
 
-def blended(metric: Metric, rows: Tensor, share: float) -> Tensor:
+def dense(metric: Metric) -> Tensor | None:
+    """The matrix [d, d] of a metric that has one; a diagonal stays [d], None stays None."""
+    return metric.dense() if isinstance(metric, LowRank) else metric
+
+
+def blended(metric: Metric, rows: Tensor, share: float) -> Tensor | LowRank:
     """(1 − share)·metric + share·rows·rowsᵀ, for rows `[d, k]`; a new tensor, None being I.
 
     The product is brought to the metric's mean diagonal first. Where the metric is a diagonal, or
     would be, so is the product.
     """
     dim = len(rows)
+    if isinstance(metric, LowRank):
+        known, found = diagonal(metric), rows.square().sum(1)
+        assert known is not None
+        size = share * known.mean() / found.mean().clamp(min=_NOTHING)
+        parts = [metric.rows * (1 - share) ** 0.5, rows.T * size.sqrt()]
+        return LowRank((1 - share) * metric.weights, torch.cat(parts))
     full = dim <= FULL if metric is None else metric.dim() == 2
     product = rows @ rows.T if full else rows.square().sum(1)
     sizes = product.diagonal() if full else product
@@ -114,6 +156,9 @@ def damped(metric: Metric, fraction: float) -> Metric:
     """`metric + fraction · mean(diag) · I`, a new tensor; None stays None."""
     if metric is None:
         return None
+    if isinstance(metric, LowRank):
+        mean = metric.weights.mean() + metric.rows.square().sum() / len(metric.weights)
+        return LowRank(metric.weights + fraction * mean, metric.rows)
     if metric.dim() == 1:
         return metric + fraction * metric.mean()
     return damp(metric, fraction)
@@ -121,6 +166,8 @@ def damped(metric: Metric, fraction: float) -> Metric:
 
 def diagonal(metric: Metric) -> Tensor | None:
     """The cost of each direction on its own, `[d]`; None stays None."""
+    if isinstance(metric, LowRank):
+        return metric.weights + metric.rows.square().sum(0)
     return metric.diagonal() if metric is not None and metric.dim() == 2 else metric
 
 
@@ -128,6 +175,9 @@ def times(rows: Tensor, metric: Metric) -> Tensor:
     """`rows @ metric` for rows `[k, d]`, in the rows' dtype."""
     if metric is None:
         return rows
+    if isinstance(metric, LowRank):
+        low = metric.rows.to(rows)
+        return (rows * metric.weights.to(rows)).addmm_(rows @ low.T, low)
     metric = metric.to(rows)
     return rows * metric if metric.dim() == 1 else rows @ metric
 
@@ -137,8 +187,8 @@ def energies(rows: Tensor, metric: Metric) -> Tensor:
     return (times(rows, metric).double() * rows).sum(1)
 
 
-def root(metric: Metric) -> Metric:
-    """L with L·Lᵀ = metric: lower Cholesky factor float32 `[d, d]`, or a diagonal float64 `[d]`.
+def root(metric: Metric) -> Root:
+    """L with L·Lᵀ = metric: a lower Cholesky factor float32 `[d, d]`, or a diagonal float64 `[d]`.
 
     It is factorised in float64; rounded, it takes half the memory and triangular solves are as good
     as what is to be rounded to 8 bits needs.
@@ -147,6 +197,8 @@ def root(metric: Metric) -> Metric:
     """
     if metric is None:
         return None
+    if isinstance(metric, LowRank):
+        return _low_rank_root(metric)
     if metric.dim() == 2:
         return cholesky(metric).float()
     if bool((metric < 0).any()):
@@ -154,15 +206,32 @@ def root(metric: Metric) -> Metric:
     return metric.double().sqrt()
 
 
-def whiten(rows: Tensor, factor: Metric) -> Tensor:
+def _low_rank_root(metric: LowRank) -> LowRankRoot:
+    """Directions of less than 1e-6 of the diagonal are left to the diagonal."""
+    weights = metric.weights.double().clamp(min=_NOTHING).sqrt()
+    scaled = metric.rows / weights.to(metric.rows)  # B [r, d]
+    values, vectors = torch.linalg.eigh((scaled @ scaled.T).double())
+    kept = values > 1e-6
+    values, vectors = values[kept], vectors[:, kept]
+    basis = scaled.T @ (vectors / values.sqrt()).to(scaled)
+    return LowRankRoot(weights.float(), basis, (1 + values).sqrt().float())
+
+
+def whiten(rows: Tensor, factor: Root) -> Tensor:
     """`rows @ L` for rows `[k, d]` and a `root` L."""
+    if isinstance(factor, LowRankRoot):
+        rows = rows * factor.weights.to(rows)
+        return rows.addmm_((rows @ factor.basis) * (factor.growth - 1), factor.basis.T)
     return times(rows, factor)
 
 
-def unwhiten(rows: Tensor, factor: Metric) -> Tensor:
+def unwhiten(rows: Tensor, factor: Root) -> Tensor:
     """`rows @ L⁻¹`, the inverse of `whiten`."""
     if factor is None:
         return rows
+    if isinstance(factor, LowRankRoot):
+        low = (rows @ factor.basis) * (1 / factor.growth - 1)
+        return torch.addmm(rows, low, factor.basis.T).div_(factor.weights.to(rows))
     if factor.dim() == 1:
         return rows / factor.to(rows)
     solved = torch.linalg.solve_triangular(factor, rows.to(factor.dtype), upper=False, left=False)

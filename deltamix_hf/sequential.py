@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from .gptq import cholesky
-from .metric import SecondMoment
+from .metric import SecondMoment, dense
 from .modules import matrix_of, oriented, weight_of
 from .stack import Arguments, Rest, Shelf, Stack, run, tensor_of
 
 RIDGE = 0.03
 _SOLVED = 1024  # rows at once: float64 copies of a 4096 x 11008 target are 360 MB each
 
-Finish = Callable[[str, Tensor | None, Tensor | None], Tensor]
-"""(target, change of its delta [m, n], its input Gram [n, n]) -> its compressed weight [m, n]."""
+Finish = Callable[[dict[str, Tensor | None], Tensor | None], dict[str, Tensor]]
+"""({target: change of its delta [m, n]}, their input Gram [n, n]) -> compressed weights [m, n]."""
 
 
 @dataclass
@@ -56,9 +56,9 @@ def compress_blocks(
 ) -> None:
     """Compress all blocks in order.
 
-    `finish` compresses one target and returns its new weight; `done(block)` is called when
-    a block's compressed weights may be put into the model. The model must still hold the
-    fine-tune's weights in every block not yet done. For targets that are `finished` already,
+    `finish` compresses the targets of a stage and returns their new weights; `done(block)` is
+    called when a block's compressed weights may be put into the model. The model must still hold
+    the fine-tune's weights in every block not yet done. For targets that are `finished` already,
     `finish` needs no measurement.
     """
     coarse, present = stack.entry()
@@ -85,14 +85,12 @@ def compress_blocks(
             for stage in stages:
                 names = [f"{name}.{target}" for target in stage.names]
                 if all(full in finished for full in names):
-                    for target, full in zip(stage.names, names, strict=True):
-                        _replace(weights, block, target, finish(full, None, None))
+                    _replace(weights, block, name, finish(dict.fromkeys(names), None))
                 else:
                     _compress_stage(block, name, stage, coarse, present[i], seen, weights, finish)
             staged = {target for stage in stages for target in stage.names}
-            for target in inside:
-                if target not in staged:  # not called exactly once: plain target
-                    finish(f"{name}.{target}", None, None)
+            if others := [f"{name}.{target}" for target in inside if target not in staged]:
+                finish(dict.fromkeys(others), None)  # not called exactly once: plain target
             for b in range(0 if last else len(exact)):
                 _, coarse[b] = run(block, weights, coarse[b], present[i][b])
         stack.rest[i], present[i] = [], []
@@ -131,7 +129,8 @@ def _compress_stage(
     if lag is not None:
         moved[first] += lag
     del drift, lag  # 485 MB at 11008 inputs, as are the two below
-    inner, count = gram.mean(), gram.count
+    inner, count = dense(gram.mean()), gram.count
+    assert inner is not None
     del gram
     solver = cholesky(inner, RIDGE)
     for change in moved.values():
@@ -139,15 +138,20 @@ def _compress_stage(
             solved = torch.cholesky_solve((rows / count).double().T, solver)
             rows.copy_(solved.T)
     del solver
-    for target in stage.names:
-        change = moved.pop(target)
-        _replace(weights, block, target, finish(f"{name}.{target}", change, inner))
+    changes: dict[str, Tensor | None] = {
+        f"{name}.{target}": moved.pop(target) for target in stage.names
+    }
+    _replace(weights, block, name, finish(changes, inner))
 
 
-def _replace(weights: dict[str, Tensor], block: nn.Module, target: str, matrix: Tensor) -> None:
-    """Enter the new matrix [m, n] of a target as its weight."""
-    module = block.get_submodule(target)
-    weights[f"{target}.weight"] = oriented(module, matrix).to(weight_of(module).dtype)
+def _replace(
+    weights: dict[str, Tensor], block: nn.Module, name: str, matrices: dict[str, Tensor]
+) -> None:
+    """Enter the new matrices [m, n] of targets of the block `name` as their weights."""
+    for full, matrix in matrices.items():
+        target = full.removeprefix(f"{name}.")
+        module = block.get_submodule(target)
+        weights[f"{target}.weight"] = oriented(module, matrix).to(weight_of(module).dtype)
 
 
 def find_stages(

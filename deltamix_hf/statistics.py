@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .errors import DeltaMixError
-from .metric import Metric, SecondMoment
+from .metric import Metric, SecondMoment, dense, diagonal
 
 # Draws of ε in all, at least; a classifier makes only one prediction a text.
 _LEAST_DRAWS, _MOST_PER_PREDICTION = 1024, 4
@@ -55,7 +55,7 @@ class Hooks:
     """Accumulates the moments of every use of the given modules while the model runs."""
 
     def __init__(self, modules: Mapping[str, nn.Module], fisher: bool):
-        self.found: dict[str, LayerStatistics] = {}
+        self.found: dict[str, LayerStatistics] = {}  # may be what others have begun
         self.fisher = fisher
         self._last: tuple[Tensor, str] | None = None
         self._alias: dict[str, str] = {}
@@ -71,12 +71,19 @@ class Hooks:
             layer = self.found[name]
             if layer.tokens is not None:
                 layer.tokens += torch.bincount(x.reshape(-1), minlength=len(layer.tokens))
-            elif name not in self._alias:
+            elif self._owner(name) == name:
                 layer.inputs.add(x)
             if layer.gradients is not None and y.requires_grad:
                 y.register_hook(layer.gradients.add)
 
         return measure
+
+    def _owner(self, name: str) -> str:
+        """The first of the modules that share this one's inputs."""
+        if name not in self._alias:
+            mine = self.found[name].inputs
+            self._alias[name] = next(n for n, o in self.found.items() if o.inputs is mine)
+        return self._alias[name]
 
     def _start(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerStatistics:
         gradients = SecondMoment(y.shape[-1]) if self.fisher else None
@@ -230,11 +237,12 @@ def metrics_of(uses: list[LayerStatistics], scored: int, inputs: Metric = None) 
             next((g for use in uses if (g := _fisher(use, scored)) is not None), None), inputs
         )
     found = [_of_use(use, scored) for use in uses]
-    complete = [(_diagonal(u.outputs), u.inputs) for u in found if u.outputs is not None]
+    complete = [(diagonal(u.outputs), dense(u.inputs)) for u in found if u.outputs is not None]
     if len(found) == 1 or len(complete) < len(found):
         return next((use for use in found if use.inputs is not None), Metrics())
-    outputs = torch.stack([a * c.trace() for a, c in complete if c is not None]).sum(0)
-    inputs = torch.stack([c * a.sum() for a, c in complete if c is not None]).sum(0)
+    both = [(a, c) for a, c in complete if a is not None and c is not None]
+    outputs = torch.stack([a * c.trace() for a, c in both]).sum(0)
+    inputs = torch.stack([c * a.sum() for a, c in both]).sum(0)
     return Metrics(outputs, inputs / outputs.sum())
 
 
@@ -251,7 +259,3 @@ def _of_use(use: LayerStatistics, scored: int) -> Metrics:
         return Metrics(fisher, use.inputs.mean())
     frequency = use.tokens / use.tokens.sum()
     return Metrics(frequency if fisher is not None else None, fisher)
-
-
-def _diagonal(metric: Tensor) -> Tensor:
-    return metric if metric.dim() == 1 else metric.diagonal()

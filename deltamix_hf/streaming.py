@@ -4,6 +4,9 @@ Tensors of both are read in pairs from their files. Calibration runs block after
 states, gradients and statistics wait on disk for the next block. The delta repo is the one that
 compressing in memory writes, byte for byte if the calibration text is the same and nothing is tuned
 (tuning sees predictions that were made in other batches, and may differ in the last digit).
+
+Started by `torchrun` or `accelerate launch`, the processes do it together (`workers.py`), and the
+bytes are the same again.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .architecture import model_class, read_config
 from .base import BaseCheckpoint, repo_files, weights_from_base
@@ -26,6 +30,7 @@ from .saving import install_save
 from .siblings import link_siblings
 from .stopwatch import Stopwatch
 from .weights import unloaded
+from .workers import Workers
 
 
 def compress_streaming(
@@ -53,6 +58,14 @@ def compress_streaming(
     quantizer = DeltaMixHfQuantizer(config, pre_quantized=False)
     quantizer.validate_environment()
     settings = quantizer.quantization_config
+    workers = Workers.launched()
+    if workers.size > 1 and settings.allocation != "global":
+        raise DeltaMixError(
+            f"method {settings.method!r} hands bytes on from one matrix to the next, so it runs in "
+            "one process; start it without torchrun, or use method 'deltamix-kl'"
+        )
+    if workers.rank:
+        logging.disable_progress_bar()
     model_config = read_config(finetuned)
     try:
         files, _, quantizer.commit = repo_files(finetuned, {})
@@ -63,7 +76,9 @@ def compress_streaming(
     model = unloaded(model_class(finetuned, model_config), model_config)
     model.config.name_or_path = finetuned
     tuned, base = BaseCheckpoint(files, model), BaseCheckpoint(quantizer.base_files, model)
-    outcome = compress_model(model, base, settings, quantizer.commit, tuned, torch.device(device))
+    outcome = compress_model(
+        model, base, settings, quantizer.commit, tuned, torch.device(device), workers
+    )
     quantizer.seconds, quantizer.journal = outcome.seconds, outcome.journal
     quantizer.stored = _stored(model, base, settings, outcome.overlay)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
@@ -71,6 +86,8 @@ def compress_streaming(
     model._weight_conversions = []  # type: ignore[assignment]
     link_siblings(model)
     install_save(model)
+    if workers.rank:  # the first writes
+        return model
     watch = Stopwatch()
     with watch.stage("write"):
         model.save_pretrained(target)

@@ -82,6 +82,17 @@ def test_compress_writes_a_repo_that_says_what_it_is(run, home, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["delta"]
 
 
+def test_low_memory_writes_the_same_repo(run, home, tmp_path):
+    arguments = ("compress", home.tuned, "--base", home.base, "--ratio", RATIO)
+    arguments += ("--calibration", home.texts, "--method", "deltamix")
+    assert run(*arguments, "--output", tmp_path / "memory").code == 0
+    done = run(*arguments, "--output", tmp_path / "disk", "--low-memory")
+    assert done.code == 0, done.err
+    assert snapshot(tmp_path / "disk") == snapshot(tmp_path / "memory")
+    assert "of memory" in done.err and "of disk" in done.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "memory"]
+
+
 @pytest.mark.parametrize("budget", [("--bits", "4"), ("--megabytes", "0.0452")])
 def test_budgets_in_other_units(run, home, tmp_path, budget):
     """A quarter of 16 bits; a quarter of 0.1809 MB."""

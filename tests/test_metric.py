@@ -7,9 +7,12 @@ import torch
 
 from deltamix_hf.metric import (
     FULL,
+    LowRank,
     SecondMoment,
     blended,
     damped,
+    dense,
+    diagonal,
     energies,
     root,
     times,
@@ -51,13 +54,13 @@ def test_against_the_explicit_sum(kind):
     rows = rows_of(200)
     moment = moment_of(rows, **KINDS[kind])
     assert moment.kind == kind and moment.count == 200
-    found, wanted = moment.mean().double(), explicit(rows)
+    found, wanted = dense(moment.mean()).double(), explicit(rows)
     if kind == "diagonal":
         found, wanted = found.diag(), wanted.diagonal().diag()
     if kind == "sketch":
         found, wanted = found.diagonal(), wanted.diagonal()
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(moment.mean(50), moment.mean() * 4)
+    torch.testing.assert_close(dense(moment.mean(50)), dense(moment.mean()) * 4)
     with pytest.raises(ValueError, match="nothing was accumulated"):
         SecondMoment(DIM, **KINDS[kind]).mean()
 
@@ -83,7 +86,7 @@ def with_its_diagonal(matrix):
 
 def test_a_sketch_of_few_rows_is_exact():
     rows = rows_of(16)
-    found = moment_of(rows, **KINDS["sketch"]).mean()
+    found = dense(moment_of(rows, **KINDS["sketch"]).mean())
     wanted = with_its_diagonal(explicit(rows))
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -96,7 +99,7 @@ def test_a_sketch_is_positive_and_right_on_average():
         moment = SecondMoment(DIM, full=8, sketch=48, diagonal=DIM)
         moment._random.manual_seed(draw)
         moment.add(rows)
-        found = moment.mean().double()
+        found = dense(moment.mean()).double()
         torch.testing.assert_close(found.diagonal(), wanted.diagonal(), rtol=1e-5, atol=0)
         assert torch.linalg.eigvalsh(found).min() > -1e-6 * found.trace()
         mean += found / 200
@@ -113,16 +116,26 @@ def test_low_precision_rows_are_added_in_float32():
 
 def metrics():
     full = explicit(rows_of(100)).float()
-    return {"matrix": full, "diagonal": full.diagonal().clone(), "identity": None}
+    low = LowRank(torch.rand(DIM, generator=torch.Generator().manual_seed(4)) + 0.1, rows_of(6))
+    return {"matrix": full, "low rank": low, "diagonal": full.diagonal().clone(), "identity": None}
+
+
+def matrix_of(metric):
+    """The same as one matrix."""
+    if metric is None:
+        return torch.eye(DIM)
+    found = dense(metric)
+    return found.diag() if found.dim() == 1 else found
 
 
 @pytest.mark.parametrize("kind", metrics())
 def test_what_a_metric_does(kind):
     metric, rows = metrics()[kind], rows_of(5, seed=1)
-    dense = {"matrix": metric, "diagonal": None, "identity": torch.eye(DIM)}[kind]
-    dense = metric.diag() if dense is None else dense
-    torch.testing.assert_close(times(rows, metric), rows @ dense)
-    wanted = ((rows.double() @ dense.double()) * rows).sum(1)
+    matrix = matrix_of(metric)
+    torch.testing.assert_close(times(rows, metric), rows @ matrix, rtol=1e-4, atol=1e-4)
+    if metric is not None:
+        torch.testing.assert_close(diagonal(metric), matrix.diagonal())
+    wanted = ((rows.double() @ matrix.double()) * rows).sum(1)
     found = energies(rows, metric)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
@@ -131,10 +144,8 @@ def test_what_a_metric_does(kind):
     assert image.dtype == rows.dtype
     torch.testing.assert_close(image.square().sum(1).double(), wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(unwhiten(image, factor), rows, rtol=1e-3, atol=1e-4)
-    if factor is not None:
-        lower = factor.diag() if factor.dim() == 1 else factor
-        lower = lower.double()
-        torch.testing.assert_close(lower @ lower.T, dense.double(), rtol=1e-5, atol=1e-6)
+    lower = whiten(torch.eye(DIM), factor).double()
+    torch.testing.assert_close(lower @ lower.T, matrix.double(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", metrics())
@@ -144,11 +155,17 @@ def test_damping(kind):
     if metric is None:
         assert found is None
         return
-    before = metric.clone()
-    extra = 0.1 * (metric if metric.dim() == 1 else metric.diagonal()).mean()
-    wanted = metric + (extra if metric.dim() == 1 else extra * torch.eye(DIM))
-    torch.testing.assert_close(found, wanted)
-    assert torch.equal(metric, before)
+    before = matrix_of(metric).clone()
+    wanted = before + 0.1 * before.diagonal().mean() * torch.eye(DIM)
+    torch.testing.assert_close(matrix_of(found), wanted)
+    assert torch.equal(matrix_of(metric), before)
+
+
+def test_blending_a_sketch():
+    metric, rows = metrics()["low rank"], rows_of(4, seed=1).T  # [DIM, 4]
+    known, gram = matrix_of(metric), rows @ rows.T
+    gram *= 0.25 * known.diagonal().mean() / gram.diagonal().mean()
+    torch.testing.assert_close(matrix_of(blended(metric, rows, 0.25)), 0.75 * known + gram)
 
 
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "matrix"])

@@ -131,10 +131,11 @@ def compressed(model, targets, damage, entry=0.0):
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1 + entry)
 
-    def finish(name, change, inner):
-        told[name] = (change, inner)
-        weights[name] = damage(name, model.get_submodule(name).weight.detach())
-        return weights[name]
+    def finish(changes, inner):
+        for name, change in changes.items():
+            told[name] = (change, inner)
+            weights[name] = damage(name, model.get_submodule(name).weight.detach())
+        return {name: weights[name] for name in changes}
 
     def done(block):
         finished.append(block)

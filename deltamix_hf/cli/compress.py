@@ -54,6 +54,9 @@ def compress(
     --calibration texts.jsonl
 
     Example: deltamix compress me/my-70b --base org/base-70b --output my-delta --low-memory
+
+    Example: torchrun --nproc-per-node 8 -m deltamix_hf compress me/my-70b --base org/base-70b
+    --output my-delta --low-memory
     """
     work = output.absolute().with_name(f".{output.name}.unfinished")
     if output.exists() and not work.exists() and not overwrite:
@@ -64,8 +67,12 @@ def compress(
     from ..adapters import compress_adapter, is_adapter
     from ..architecture import is_delta, read_config
     from ..streaming import compress_streaming
+    from ..workers import Workers
     from .models import best_device, from_pretrained
 
+    workers = Workers.launched()
+    if workers.size > 1 and not low_memory:
+        raise DeltaMixError("several processes compress together with --low-memory only; add it")
     adapter = is_adapter(finetuned)
     if adapter and low_memory:
         raise DeltaMixError("an adapter is compressed in memory: leave --low-memory out")
@@ -80,11 +87,13 @@ def compress(
         calibration=calibration,
         checkpoint_dir=work,
     )
-    if work.exists():
+    if work.exists() and not workers.rank:
         notes.print(f"going on with what {work} holds")
     try:
         if low_memory:
             model = compress_streaming(finetuned, output, settings, best_device() or "cpu")
+            if workers.rank:
+                return
         elif adapter:
             model = compress_adapter(finetuned, settings)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -41,10 +42,10 @@ def from_pretrained(repo: str, **given: Any) -> Any:
 
 
 def best_device() -> str | None:
-    """A GPU if there is one."""
+    """A GPU if there is one; of several processes by `torchrun`, each has its own."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else None
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else None
 
 
 def load_tokenizer(repo: str) -> Any:

@@ -1,0 +1,84 @@
+"""Several processes make the delta repo that one makes, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_pairs import snapshot
+
+from deltamix_hf import DeltaMixError, workers
+from deltamix_hf.cli.compress import compress
+from deltamix_hf.journal import Journal
+from deltamix_hf.streaming import compress_streaming
+from deltamix_hf.workers import Workers
+
+
+@given(count=st.integers(0, 50), size=st.integers(1, 9))
+def test_every_batch_is_somebodys(count, size):
+    shares = [list(Workers(rank, size).batches(count)) for rank in range(size)]
+    assert [b for share in shares for b in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(costs=st.dictionaries(st.text("ab", min_size=1), st.floats(0.1, 9)), size=st.integers(1, 4))
+def test_matrices_are_shared_by_cost(costs, size):
+    owners = {rank: Workers(rank, size).owners(costs) for rank in range(size)}
+    found = owners[0]
+    assert all(other == found for other in owners.values())
+    assert found.keys() == costs.keys() and set(found.values()) <= set(range(size))
+    loads = [sum(costs[n] for n in costs if found[n] == rank) for rank in range(size)]
+    assert max(loads) - min(loads) <= max(costs.values(), default=0)  # no fairer by one matrix
+
+
+def test_launchers_say_who_is_who(monkeypatch):
+    assert Workers.launched() == Workers(0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert Workers.launched() == Workers(2, 3) and Workers.launched().last
+
+
+def test_waiting_for_another(tmp_path, monkeypatch):
+    journal, two = Journal(tmp_path, "a"), Workers(1, 2)
+    threading.Timer(0.2, journal.write, ("part", {})).start()
+    started = time.monotonic()
+    two.wait(journal, "part")
+    assert 0.1 < time.monotonic() - started < 5
+    monkeypatch.setattr(workers, "PATIENCE", 0.1)
+    with pytest.raises(DeltaMixError, match="another worker has not finished 'other'"):
+        two.wait(journal, "other")
+
+
+def launch(processes: int, *arguments: object) -> None:
+    """`stream_worker.py` by torchrun in that many processes of one thread."""
+    script = Path(__file__).with_name("stream_worker.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*torchrun, "--master-port", "0", str(script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("name", "processes"), [("llama_tied", 2), ("gpt2", 3)])
+def test_any_number_of_processes_writes_the_bytes_of_one(pair, tmp_path, name, processes):
+    source = pair(name)
+    for count in (1, processes):
+        launch(count, source.tuned, source.base, tmp_path / str(count), 0.25)
+    assert snapshot(tmp_path / str(processes)) == snapshot(tmp_path / "1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", str(processes)]
+
+
+def test_only_what_can_be_shared_is(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    source = pair("llama")
+    with pytest.raises(DeltaMixError, match="method 'delta-come' hands bytes on"):
+        compress_streaming(source.tuned, tmp_path / "out", source.config(method="delta-come"))
+    with pytest.raises(DeltaMixError, match="with --low-memory only"):
+        compress(str(source.tuned), str(source.base), tmp_path / "out")
