@@ -1,12 +1,18 @@
-"""What the tests of several workers have `torchrun` start: FINETUNED BASE OUTPUT RATIO."""
+"""What the tests of several workers have `torchrun` start: FINETUNED BASE OUTPUT."""
 
+import os
 import sys
 
-from tiny_pairs import calibration_ids
+from tiny_pairs import calibration_ids, quick
 
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.streaming import compress_streaming
 
-finetuned, base, output, ratio = sys.argv[1:]
-config = DeltaMixConfig(base, ratio=float(ratio), calibration=calibration_ids(), tune_steps=3)
-compress_streaming(finetuned, output, config)
+
+def main(finetuned: str | os.PathLike, base: str | os.PathLike, output: str | os.PathLike) -> None:
+    options = quick("deltamix-kl") | {"calibration": calibration_ids()}
+    compress_streaming(finetuned, output, DeltaMixConfig(base, ratio=0.25, **options))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
