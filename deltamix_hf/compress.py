@@ -205,7 +205,7 @@ class Compressor:
                 delta = matrix.delta()
                 near = self._damped(self._informed(delta, matrix.metrics()))
                 whitening = near if self.config.whiten else Metrics()
-                with self.watch.stage("SVD"):
+                with self.watch.stage("spectra"):
                     sigma = spectrum(delta, whitening.outputs, whitening.inputs)
             measured[name] = (sigma**2).cpu()
             self.journal.write(f"spectrum of {name}", {"energies": measured[name]})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .metric import Metric, Root, root, unwhiten, whiten
+from .metric import Metric, Root, root, unwhiten, unwhiten_left, whiten, whiten_left
 from .svd import singular_values, thin_svd
 
 
@@ -35,7 +35,7 @@ def factorise(delta: Tensor, outputs: Metric, inputs: Metric, rank: int | None =
     out_root, in_root = root(outputs), root(inputs)
     left, sigma, right = thin_svd(_image(delta, out_root, in_root), rank)
     return Factors(
-        left=unwhiten(left.T.contiguous(), out_root).T.contiguous(),
+        left=unwhiten_left(left, out_root).contiguous(),
         sigma=sigma,
         right=unwhiten(right, in_root).contiguous(),
     )
@@ -50,6 +50,6 @@ def spectrum(delta: Tensor, outputs: Metric, inputs: Metric) -> Tensor:
 
 
 def _image(delta: Tensor, out_root: Root, in_root: Root) -> Tensor:
-    """L_Aᵀ·ΔW·L_C `[m, n]`."""
-    image = whiten(delta, in_root)
-    return whiten(image.T, out_root).T.contiguous()
+    """L_Aᵀ·ΔW·L_C `[m, n]`, a new tensor."""
+    image = delta.clone() if in_root is None else whiten(delta, in_root)
+    return whiten_left(image, out_root)

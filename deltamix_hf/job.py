@@ -209,7 +209,8 @@ class Job:
             yield name
         for name in others:
             changes.pop(name)
-            self.workers.wait(self.journal, f"matrix {name}")
+            with self.watch.stage("waiting"):
+                self.workers.wait(self.journal, f"matrix {name}")
             self.finished.add(name)
             self._compress(compressor, name, None, None)
             yield name

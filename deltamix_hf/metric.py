@@ -225,6 +225,28 @@ def whiten(rows: Tensor, factor: Root) -> Tensor:
     return times(rows, factor)
 
 
+def whiten_left(columns: Tensor, factor: Root) -> Tensor:
+    """`Lᵀ @ columns` for columns `[d, k]`, in their place where that saves a copy."""
+    if isinstance(factor, LowRankRoot):
+        columns *= factor.weights.to(columns)[:, None]
+        low = (factor.growth - 1)[:, None] * (factor.basis.T @ columns)
+        return columns.addmm_(factor.basis, low)
+    if factor is None or factor.dim() == 1:
+        return columns if factor is None else columns.mul_(factor.to(columns)[:, None])
+    return factor.T.to(columns) @ columns
+
+
+def unwhiten_left(columns: Tensor, factor: Root) -> Tensor:
+    """`L⁻ᵀ @ columns`, the inverse of `whiten_left`, in their place where that saves a copy."""
+    if isinstance(factor, LowRankRoot):
+        low = (1 / factor.growth - 1)[:, None] * (factor.basis.T @ columns)
+        return columns.addmm_(factor.basis, low).div_(factor.weights.to(columns)[:, None])
+    if factor is None or factor.dim() == 1:
+        return columns if factor is None else columns.div_(factor.to(columns)[:, None])
+    solved = torch.linalg.solve_triangular(factor.T, columns.to(factor.dtype), upper=True)
+    return solved.to(columns.dtype)
+
+
 def unwhiten(rows: Tensor, factor: Root) -> Tensor:
     """`rows @ L⁻¹`, the inverse of `whiten`."""
     if factor is None:

@@ -2,6 +2,7 @@
 
     python examples/bench_streaming.py make /tmp/pair --blocks 4
     python examples/bench_streaming.py run /tmp/pair --tokens 4096
+    torchrun --nproc-per-node 2 examples/bench_streaming.py run /tmp/pair --tokens 4096
 
 `make` writes a base and a fine-tune of the shape of a 1B, 7B or 70B llama, of fewer blocks, in
 shards of one block each: random weights of the usual size, and a delta of 1 % of their norm whose
@@ -13,7 +14,6 @@ import argparse
 import json
 import resource
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.streaming import compress_streaming
+from deltamix_hf.workers import Workers
 
 SHAPES = {  # hidden size, in the MLP, heads, key/value heads, blocks, vocabulary
     "1B": (2048, 8192, 32, 8, 16, 128256),
@@ -118,6 +119,7 @@ def make(folder: Path, shape: str, blocks: int, hidden: int | None) -> None:
 
 def run(folder: Path, method: str, tokens: int, length: int, free: bool, device: str) -> None:
     logging.disable_progress_bar()
+    workers = Workers.launched()
     loaded = json.loads((folder / "finetuned" / "config.json").read_text())
     blocks, vocabulary = loaded["num_hidden_layers"], loaded["vocab_size"]
     random = torch.Generator().manual_seed(1)
@@ -125,19 +127,20 @@ def run(folder: Path, method: str, tokens: int, length: int, free: bool, device:
     options = {} if free else {"calibration": ids}
     if free and method == "deltamix-kl":
         options = {"fisher": False, "tune_steps": 0}  # the weights alone
-    before = peak()
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        config = DeltaMixConfig(
-            folder / "base", method=method, checkpoint_dir=Path(work) / "parts", **options
-        )
-        started = time.perf_counter()
-        model = compress_streaming(folder / "finetuned", Path(work) / "delta", config, device)
-        spent = time.perf_counter() - started
-        written = sum(f.stat().st_size for f in (Path(work) / "delta").glob("*.safetensors"))
+    before, output = peak(), folder / "delta"
+    config = DeltaMixConfig(folder / "base", method=method, **options)
+    started = time.perf_counter()
+    model = compress_streaming(folder / "finetuned", output, config, device)
+    spent = time.perf_counter() - started
+    if workers.rank:
+        return
+    written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    shutil.rmtree(output)
     print(
         f"{method}, {'weights alone' if free else f'{tokens} tokens'}, {blocks} blocks of "
         f"{loaded['hidden_size']} x {loaded['intermediate_size']}, {device}, "
-        f"{torch.get_num_threads()} threads: {spent:.0f} s, {written / 1e6:.0f} MB written"
+        f"{workers.size} processes of {torch.get_num_threads()} threads: {spent:.0f} s, "
+        f"{written / 1e6:.0f} MB written"
     )
     print(f"peak memory {peak():.2f} GB, before it began {before:.2f} GB")
     for stage, seconds in sorted(model.hf_quantizer.seconds.items(), key=lambda item: -item[1]):

@@ -17,7 +17,9 @@ from deltamix_hf.metric import (
     root,
     times,
     unwhiten,
+    unwhiten_left,
     whiten,
+    whiten_left,
 )
 
 DIM = 24
@@ -144,6 +146,10 @@ def test_what_a_metric_does(kind):
     assert image.dtype == rows.dtype
     torch.testing.assert_close(image.square().sum(1).double(), wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(unwhiten(image, factor), rows, rtol=1e-3, atol=1e-4)
+    columns = rows.T.contiguous()
+    image = whiten_left(columns.clone(), factor)
+    torch.testing.assert_close(image.square().sum(0).double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(unwhiten_left(image.clone(), factor), columns, rtol=1e-3, atol=1e-4)
     lower = whiten(torch.eye(DIM), factor).double()
     torch.testing.assert_close(lower @ lower.T, matrix.double(), rtol=1e-4, atol=1e-5)
 
