@@ -53,6 +53,7 @@ def levels(bits: int) -> Tensor:
 _LEVELS = [levels(b) for b in range(9)]
 _FIRST = torch.tensor([0, *(len(t) for t in _LEVELS[:-1])]).cumsum(0)  # of each width in _TABLE
 _TABLE = torch.cat(_LEVELS)
+_AT_ONCE = 1 << 22  # elements
 
 
 def _edges() -> Tensor:
@@ -117,15 +118,18 @@ def fit_rows(x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = 
 
     `weights` `[n]`: what an error in each column costs.
     """
-    body, rest = _grouped(x, group_size)
     inside, end = None, None
     if weights is not None:
         # A group whose errors cost nothing still needs a scale.
         weights = (weights.float() / weights.max().clamp(min=_NOTHING)).clamp(min=1e-6)
         inside, end = _grouped(weights[None], group_size)
-    found = [fit(body, bits[:, None], inside)] if body.shape[1] else []
-    found += [fit(rest, bits, end)[:, None]] if rest.shape[1] else []
-    return torch.cat(found, 1)
+    scales = []
+    for some in _some_rows(x):
+        body, rest = _grouped(x[some].contiguous(), group_size)
+        found = [fit(body, bits[some, None], inside)] if body.shape[1] else []
+        found += [fit(rest, bits[some], end)[:, None]] if rest.shape[1] else []
+        scales.append(torch.cat(found, 1))
+    return torch.cat(scales)
 
 
 def round_to_nearest(
@@ -133,7 +137,11 @@ def round_to_nearest(
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 `[k, n]` and scales float32 `[k, G]` of the rows of `x` `[k, n]`; see `fit`."""
     scales = fit_rows(x, bits, group_size, weights)
-    return encode(x.float() / _spread(scales, x.shape[1], group_size), bits[:, None]), scales
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    for some in _some_rows(x):
+        spread = _spread(scales[some], x.shape[1], group_size)
+        codes[some] = encode(x[some].contiguous().float() / spread, bits[some, None])
+    return codes, scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, bits: Tensor, group_size: int) -> Tensor:
@@ -144,7 +152,17 @@ def dequantize(codes: Tensor, scales: Tensor, bits: Tensor, group_size: int) -> 
             f"codes {list(codes.shape)} at group size {group_size} need scales [{k}, {groups}], "
             f"got {list(scales.shape)}"
         )
-    return decode(codes, bits[:, None]).mul_(_spread(scales, n, group_size))
+    values = torch.empty_like(codes, dtype=torch.float32)
+    for some in _some_rows(codes):
+        levels = decode(codes[some], bits[some, None])
+        torch.mul(levels, _spread(scales[some], n, group_size), out=values[some])
+    return values
+
+
+def _some_rows(x: Tensor) -> list[slice]:
+    """Rows of `x` `[k, n]`, a few at a time: indices into tables take 8 bytes an element."""
+    step = max(1, _AT_ONCE // max(x.shape[1], 1))
+    return [slice(start, start + step) for start in range(0, max(len(x), 1), step)]
 
 
 def _grouped(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ import torch
 from deltamix_hf.gptq import cholesky
 from deltamix_hf.metric import Metric, energies, times
 
-_BLOCK_ROWS = 4096
+_BLOCK_ROWS = 1024
 
 # lambda of RTC as a share of mean(diag). The paper gives no value, and it decides everything where
 # a few ranks hold most of the energy: the mean is then far above the tail ranks' own diagonal, and
@@ -73,17 +73,20 @@ def plain_left_factor(
     return left * sigma, scaled / root
 
 
-def metric_error(delta: torch.Tensor, approx: torch.Tensor, gram: Metric) -> float:
-    """tr((D - A) C (D - A)^T) / tr(D C D^T) for `[m, n]` matrices; `gram` None is the identity.
+def metric_error(
+    delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, gram: Metric
+) -> float:
+    """tr((D - A) C (D - A)^T) / tr(D C D^T) for D `[m, n]` and A = left `[m, k]` right `[k, n]`.
 
-    Products are formed in the dtype of `delta`, sums in float64, a block of rows at a time. The
-    error of a zero delta is 0 if it is met exactly and infinite otherwise.
+    `gram` None is the identity. Products are formed in the dtype of `delta`, sums in float64, a
+    block of rows at a time. The error of a zero delta is 0 if it is met exactly and infinite
+    otherwise.
     """
-    if delta.shape != approx.shape:
-        raise ValueError(f"delta {list(delta.shape)} and approx {list(approx.shape)} differ")
+    if delta.shape != (shape := (len(left), right.shape[1])):
+        raise ValueError(f"delta {list(delta.shape)} and its approximation {list(shape)} differ")
     error = total = 0.0
-    for rows, near in zip(delta.split(_BLOCK_ROWS), approx.split(_BLOCK_ROWS), strict=True):
-        error += float(energies(rows - near, gram).sum())
+    for rows, near in zip(delta.split(_BLOCK_ROWS), left.split(_BLOCK_ROWS), strict=True):
+        error += float(energies(rows - near @ right, gram).sum())
         total += float(energies(rows, gram).sum())
     if total == 0:
         return 0.0 if error == 0 else float("inf")
@@ -127,9 +130,9 @@ def unbiased_gains(
     """
     size = left.abs().amax()  # squares of very small or large deltas stay in range
     left, left_hat = left / size, left_hat / size
-    outer = times(left.t(), outputs) @ left_hat
-    inner = times(right, inputs) @ right_hat.t()
-    energy = (times(left.t(), outputs) * left.t()).sum(1) * (times(right, inputs) * right).sum(1)
+    outputs_of, inputs_of = times(left.t(), outputs), times(right, inputs)
+    outer, inner = outputs_of @ left_hat, inputs_of @ right_hat.t()
+    energy = (outputs_of * left.t()).sum(1) * (inputs_of * right).sum(1)
     matrix = (outer * inner).double()
     gains, info = torch.linalg.solve_ex(matrix, energy.double()[:, None])
     if bool(info.any()) or not bool(torch.isfinite(gains).all()):

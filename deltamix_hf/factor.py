@@ -26,6 +26,12 @@ class Factors:
     sigma: Tensor
     right: Tensor
 
+    def kept(self, ranks: Tensor) -> Factors:
+        """The ranks of a mask bool `[k]`."""
+        if bool(ranks.all()):
+            return self
+        return Factors(self.left[:, ranks], self.sigma[ranks], self.right[ranks])
+
 
 def factorise(delta: Tensor, outputs: Metric, inputs: Metric, rank: int | None = None) -> Factors:
     """The `rank` (None: all numerical) dominant ranks of `delta` `[m, n]` in the metric.

@@ -58,6 +58,7 @@ FULL = 6144
 SKETCH = 2048
 DIAGONAL = 32768
 _NOTHING = 2.0**-100
+_SUMMED = 256  # rows at once: in float64 a row of 28672 takes 229 kB
 
 
 class SecondMoment:
@@ -184,7 +185,8 @@ def times(rows: Tensor, metric: Metric) -> Tensor:
 
 def energies(rows: Tensor, metric: Metric) -> Tensor:
     """`x·M·xᵀ` of every row, float64 `[k]`."""
-    return (times(rows, metric).double() * rows).sum(1)
+    blocks = rows.split(_SUMMED)
+    return torch.cat([(times(some, metric).double() * some).sum(1) for some in blocks])
 
 
 def root(metric: Metric) -> Root:

@@ -60,7 +60,7 @@ def test_correction_beats_the_plain_factor_and_uses_dropped_ranks():
     target, hessian = corrected_left_factor(delta, gram, right, sigma, PLAIN_DAMPING)
     kept, _ = corrected_left_factor((left * sigma) @ thin_svd(delta, 6)[2], gram, right, sigma)
     assert torch.equal(plain, left * sigma) and torch.equal(inner, hessian)
-    errors = [metric_error(delta, factor @ right, gram) for factor in (target, kept, plain)]
+    errors = [metric_error(delta, factor, right, gram) for factor in (target, kept, plain)]
     assert errors[0] < errors[1] < errors[2]
 
 
@@ -86,8 +86,10 @@ def test_no_gram_is_the_identity():
         (plain_left_factor(left, None, right, sigma), plain_left_factor(left, eye, right, sigma)),
     ):
         assert all(torch.allclose(a, b) for a, b in zip(first, second, strict=True))
-    approx = delta * 0.9
-    assert metric_error(delta, approx, None) == pytest.approx(metric_error(delta, approx, eye))
+    approx, one = delta * 0.9, torch.eye(delta.shape[1]).to(delta)
+    assert metric_error(delta, approx, one, None) == pytest.approx(
+        metric_error(delta, approx, one, eye)
+    )
 
 
 def test_no_ranks():
@@ -99,12 +101,14 @@ def test_no_ranks():
 
 def test_metric_error():
     delta, x, gram, _, _, _ = problem(m=5000)
-    approx = delta + 0.1 * delta.flip(0)
+    approx, one = delta + 0.1 * delta.flip(0), torch.eye(delta.shape[1]).to(delta)
     expected = ((delta - approx) @ x).square().sum() / (delta @ x).square().sum()
-    assert metric_error(delta, approx, gram) == pytest.approx(expected.item())
+    assert metric_error(delta, approx, one, gram) == pytest.approx(expected.item())
     zero = torch.zeros_like(delta)
-    assert metric_error(delta, zero, gram) == pytest.approx(1)
-    assert metric_error(zero, zero, gram) == 0 and metric_error(zero, delta, gram) == float("inf")
+    assert metric_error(delta, zero, one, gram) == pytest.approx(1)
+    assert metric_error(delta, zero[:, :0], one[:0], gram) == pytest.approx(1)
+    assert metric_error(zero, zero, one, gram) == 0
+    assert metric_error(zero, delta, one, gram) == float("inf")
 
 
 def gain_problem(k=6):
@@ -179,4 +183,4 @@ def test_errors_name_the_problem():
     with pytest.raises(ValueError, match="positive"):
         corrected_left_factor(delta, gram, right, sigma * 0)
     with pytest.raises(ValueError, match="differ"):
-        metric_error(delta, delta[:3], gram)
+        metric_error(delta, delta[:3], torch.eye(delta.shape[1]).to(delta), gram)
