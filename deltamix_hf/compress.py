@@ -41,7 +41,7 @@ from .stopwatch import Stopwatch
 from .workers import Workers, cost
 
 # Shares of the mean diagonal added to the metrics before they are used.
-OUTPUT_DAMPING, INPUT_DAMPING = 0.1, 0.01
+OUTPUT_DAMPING, INPUT_DAMPING = DAMPING = 0.1, 0.01
 
 # Mean squared error of the min-max grid, groups of 128, on a normal variable, by width.
 _MIN_MAX = (1.0, 0.979, 0.2533, 0.0466, 0.01014, 0.002376, 5.75e-4, 1.42e-4, 3.53e-5)
@@ -203,10 +203,9 @@ class Compressor:
             matrix = matrices[name]
             with _named(name):
                 delta = matrix.delta()
-                near = self._damped(self._informed(delta, matrix.metrics()))
-                whitening = near if self.config.whiten else Metrics()
+                whitening = self._whitening(self._informed(delta, matrix.metrics()))
                 with self.watch.stage("spectra"):
-                    sigma = spectrum(delta, whitening.outputs, whitening.inputs)
+                    sigma = spectrum(delta, whitening.outputs, whitening.inputs, DAMPING)
             measured[name] = (sigma**2).cpu()
             self.journal.write(f"spectrum of {name}", {"energies": measured[name]})
         for name in matrices.keys() - measured.keys() if self.workers.rank == 0 else ():
@@ -230,11 +229,17 @@ class Compressor:
             widths = widths[torch.argsort((widths[:, 0] == 0).int(), stable=True)]
             self._plan[name] = Widths(widths[:, 0], widths[:, 1])
 
-    def _factors(self, delta: Tensor, near: Metrics, rank: int | None = None) -> Factors:
-        """Ranks of ΔW; `near` are the damped metrics."""
-        whitening = near if self.config.whiten else Metrics()
+    def _factors(self, delta: Tensor, metrics: Metrics, rank: int | None = None) -> Factors:
+        """Ranks of ΔW."""
+        whitening = self._whitening(metrics)
         with self.watch.stage("SVD"):
-            return factorise(delta, whitening.outputs, whitening.inputs, rank)
+            return factorise(delta, whitening.outputs, whitening.inputs, rank, DAMPING)
+
+    def _whitening(self, metrics: Metrics) -> Metrics:
+        """The metrics in which the SVD is taken."""
+        if not self.config.whiten:
+            return Metrics()
+        return metrics if self.config.fisher else Metrics(None, metrics.inputs)
 
     def _informed(self, delta: Tensor, metrics: Metrics) -> Metrics:
         """The metrics, with what ΔW itself says of them if the user gave no text.
@@ -289,17 +294,16 @@ class Compressor:
     def _compress(self, name: str, delta: Tensor, metrics: Metrics) -> Compressed:
         config, group_sizes, measured = self.config, self.group_sizes[name], metrics.inputs
         metrics = self._informed(delta, metrics)
-        near = self._damped(metrics)
         if name in self._plan:
             widths = self._plan[name]
             kept = int((widths.v > 0).sum())
-            factors = self._factors(delta, near, kept)
+            factors = self._factors(delta, metrics, kept)
             k = len(factors.sigma)
-            v = self._round_v(factors.right, near, widths.v[:k])
+            v = self._round_v(factors.right, metrics, widths.v[:k])
             widths = Widths(widths.v[:k], widths.u[:k])
         else:
             share = self._left * self.sizes[name] // self._weight
-            factors, v = self._within(share, delta, metrics, near, group_sizes)
+            factors, v = self._within(share, delta, metrics, group_sizes)
             widths = Widths(v.bits, v.bits)
         kept_ranks = (widths.v > 0).to(delta.device)
         v, factors = v.rows(kept_ranks), factors.kept(kept_ranks)
@@ -311,6 +315,7 @@ class Compressor:
             target, inner = corrected_left_factor(delta, metrics.inputs, right_hat, sigma)
         else:
             target, inner = plain_left_factor(left, metrics.inputs, right_hat, sigma)
+        near = self._damped(metrics)
         if self.gaussian:
             # GPTQ in A is no better here: KL at 1/16 and 1/64 0.00041 and 0.0229 on
             # pocket-shakespeare, 0.00042 and 0.0229 without it. The gains make up for it.
@@ -329,29 +334,29 @@ class Compressor:
         packed = PackedFactors.pack(v, u)
         return Compressed(packed if packed.rank else None, error)
 
-    def _round_v(self, right: Tensor, near: Metrics, bits: Tensor) -> Rounded:
-        return gptq_rows(right, dense(near.inputs), bits, self.config.group_size, self.gaussian)
+    def _round_v(self, right: Tensor, metrics: Metrics, bits: Tensor) -> Rounded:
+        inputs, group_size = dense(metrics.inputs), self.config.group_size
+        return gptq_rows(right, inputs, bits, group_size, self.gaussian, INPUT_DAMPING)
 
     def _within(
         self,
         share: int,
         delta: Tensor,
         metrics: Metrics,
-        near: Metrics,
         group_sizes: GroupSizes,
     ) -> tuple[Factors, Rounded]:
-        """Widths that fit `share` bytes, and V rounded to them; `near` are the damped metrics."""
+        """Widths that fit `share` bytes, and V rounded to them."""
         config, (m, n) = self.config, tuple(delta.shape)
         widths = range(9)
         cost = {b: rank_bytes(m, n, b, b, group_sizes, self.gaussian) for b in widths}
         least = min(b for b in config.bits if b > 0)
         if config.allocation == "bands":
-            factors = self._factors(delta, near, max(share // cost[least], 0))
+            factors = self._factors(delta, metrics, max(share // cost[least], 0))
             bits = allocation.bands(len(factors.sigma), cost, share)
-            return factors, self._round_v(factors.right, near, bits)
+            return factors, self._round_v(factors.right, metrics, bits)
         # All ranks are candidates: with C, a rank may be worth more than one of larger sigma.
         rank = None if 0 in config.bits else max(share // cost[least], 0)
-        factors = self._factors(delta, near, rank)
+        factors = self._factors(delta, metrics, rank)
         with self.watch.stage("error table"):
             table, candidates = error_table(
                 factors.right,

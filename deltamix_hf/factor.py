@@ -33,12 +33,19 @@ class Factors:
         return Factors(self.left[:, ranks], self.sigma[ranks], self.right[ranks])
 
 
-def factorise(delta: Tensor, outputs: Metric, inputs: Metric, rank: int | None = None) -> Factors:
+def factorise(
+    delta: Tensor,
+    outputs: Metric,
+    inputs: Metric,
+    rank: int | None = None,
+    damping: tuple[float, float] = (0.0, 0.0),
+) -> Factors:
     """The `rank` (None: all numerical) dominant ranks of `delta` `[m, n]` in the metric.
 
+    `damping`: shares of the mean diagonals added to `outputs` and `inputs`.
     Raises ValueError for NaN or a metric that is not positive.
     """
-    out_root, in_root = root(outputs), root(inputs)
+    out_root, in_root = root(outputs, damping[0]), root(inputs, damping[1])
     left, sigma, right = thin_svd(_image(delta, out_root, in_root), rank)
     return Factors(
         left=unwhiten_left(left, out_root).contiguous(),
@@ -47,12 +54,14 @@ def factorise(delta: Tensor, outputs: Metric, inputs: Metric, rank: int | None =
     )
 
 
-def spectrum(delta: Tensor, outputs: Metric, inputs: Metric) -> Tensor:
+def spectrum(
+    delta: Tensor, outputs: Metric, inputs: Metric, damping: tuple[float, float] = (0.0, 0.0)
+) -> Tensor:
     """Sigma of `factorise` alone, in a third of its time: float64, descending.
 
     Raises ValueError for NaN or a metric that is not positive.
     """
-    return singular_values(_image(delta, root(outputs), root(inputs)))
+    return singular_values(_image(delta, root(outputs, damping[0]), root(inputs, damping[1])))
 
 
 def _image(delta: Tensor, out_root: Root, in_root: Root) -> Tensor:

@@ -46,6 +46,8 @@ from deltamix_hf import codebook, grid
 # Steps per block. On one Zen 4 core 32, 64 and 128 are within 20 % of each other.
 _BLOCK = 64
 
+_COPIED = 1024  # rows at once
+
 # Damping added to a unit-diagonal Hessian, in turn, until it factorises.
 _RETRIES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
 
@@ -116,13 +118,14 @@ def gptq_rows(
     bits: torch.Tensor,
     group_size: int,
     gaussian: bool = False,
+    damping: float = 0.0,
 ) -> Rounded:
     """Round `weight` `[r, c]`, row i at width `bits[i]`, for least error in `hessian` `[c, c]`.
 
-    `hessian` is used as given (see `damp`); a diagonal `[c]` or None, the identity, leave plain
-    rounding. `gaussian` chooses the codebook; its scales are fitted for the Hessian's diagonal.
-    Returns codes `[r, c]`. Raises ValueError for wrong shapes, values that are not finite, or a
-    Hessian that stays indefinite after damping.
+    `damping` times its mean diagonal is added to `hessian`; a diagonal `[c]` or None, the identity,
+    leave plain rounding. `gaussian` chooses the codebook; its scales are fitted for the Hessian's
+    diagonal. Returns codes `[r, c]`. Raises ValueError for wrong shapes, values that are not
+    finite, or a Hessian that stays indefinite after damping.
     """
     rows, columns = weight.shape
     _check(weight, hessian, bits, rows, columns)
@@ -148,7 +151,7 @@ def gptq_rows(
             return _round_gaussian(values, scale, bits, codes[i])
         return _round(values, scale, step_zeros[group[i]], top, codes[i])
 
-    _sweep(work, hessian.to(weight.device)[order][:, order], round_step)
+    _sweep(work, hessian.to(weight.device), round_step, order, damping)
     ordered = torch.empty_like(codes)
     ordered[order] = codes
     return Rounded(ordered.t().contiguous(), scales, zeros, group_size, bits)
@@ -184,14 +187,17 @@ def gptq_columns(
         zero = zeros[i].to(torch.float32)
         return _round(grouped, scales[i, :, None], zero[:, None], top[i], codes[i]).view(-1)
 
-    _sweep(work, hessian.to(work.device), round_step)
+    _sweep(work, hessian.to(work.device), round_step, torch.arange(ranks, device=work.device))
     return Rounded(codes.view(ranks, -1)[:, :m].contiguous(), scales, zeros, group_size, bits)
 
 
-def cholesky(matrix: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+def cholesky(
+    matrix: torch.Tensor, damping: float = 0.0, order: torch.Tensor | None = None
+) -> torch.Tensor:
     """Lower Cholesky factor, float64, of a symmetric positive semi-definite `[k, k]` matrix.
 
-    `damping` times the mean of the diagonal is added to it first (`damp`, without its copy).
+    `damping` times the mean of the diagonal is added to it first, and rows and columns are taken in
+    `order` int64 `[k]`, both without a copy of the matrix.
 
     Factorised at unit diagonal; a failure is retried with more damping of that diagonal, from 1e-8
     to 0.1. Zero diagonal entries are treated as isolated unit entries. Raises ValueError if the
@@ -199,39 +205,60 @@ def cholesky(matrix: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
     """
     diagonal = matrix.diagonal().to(torch.float64)
     diagonal = diagonal + damping * diagonal.mean()
+    diagonal = diagonal if order is None else diagonal[order]
     dead = diagonal <= 0
     root = torch.where(dead, 1.0, diagonal).sqrt()
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     for extra in _RETRIES:
         # In place all the way: one float64 copy of an 11008 x 11008 matrix is 970 MB.
-        unit = matrix.T.to(torch.float64, copy=True, memory_format=torch.contiguous_format).T
+        unit = _float64(matrix, order)
         unit.div_(root[:, None]).div_(root)
         if bool(dead.any()):
             unit[dead], unit[:, dead] = 0.0, 0.0
         unit.diagonal().fill_(1.0 + extra)
         torch.linalg.cholesky_ex(unit, out=(unit, info))
-        if not info.any() and bool(torch.isfinite(unit).all()):
+        # NaN anywhere in a row reaches its diagonal
+        if not info.any() and bool(torch.isfinite(unit.diagonal()).all()):
             return unit.mul_(root[:, None])
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("the Hessian holds NaN or infinity")
     raise ValueError(
         f"the {matrix.shape[0]} x {matrix.shape[0]} Hessian is not positive definite, even with "
         f"{_RETRIES[-1]:.0%} of its diagonal added; check the calibration statistics"
     )
 
 
-def _mixing(hessian: torch.Tensor) -> torch.Tensor:
+def _float64(matrix: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """A copy by columns, as LAPACK wants it, with rows and columns in `order`."""
+    made = matrix.new_empty(matrix.shape, dtype=torch.float64)
+    for start in range(0, len(matrix), _COPIED):
+        stop = start + _COPIED
+        rows = matrix[start:stop] if order is None else matrix[order[start:stop]][:, order]
+        made[start:stop] = rows
+    return made.T  # it is symmetric
+
+
+def _mixing(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
     """float32 `[s, s]`: entry (i, j) is R_ji / R_ii, what the error of step j adds to step i."""
-    reversed_lower = cholesky(hessian.flip(0, 1))  # R flipped
+    reversed_lower = cholesky(hessian, damping, order.flip(0))  # R flipped
     reversed_lower.div_(reversed_lower.diagonal().clone())
-    return reversed_lower.t().to(torch.float32).flip(0, 1)
+    found = reversed_lower.t().to(torch.float32)
+    del reversed_lower  # before the next copy
+    return found.flip(0, 1)
 
 
 def _sweep(
     work: torch.Tensor,
     hessian: torch.Tensor,
     round_step: Callable[[int, torch.Tensor], torch.Tensor],
+    order: torch.Tensor,
+    damping: float = 0.0,
 ) -> None:
-    """Round the rows of `work` `[s, l]` in order; `round_step(i, values [l])` rounds row i."""
-    mixing = _mixing(hessian)
+    """Round the rows of `work` `[s, l]` in turn; `round_step(i, values [l])` rounds row i.
+
+    Row i is coordinate `order[i]` of the Hessian.
+    """
+    mixing = _mixing(hessian, order, damping)
     errors = torch.empty_like(work)
     for start in range(0, len(work), _BLOCK):
         stop = min(start + _BLOCK, len(work))

@@ -189,20 +189,22 @@ def energies(rows: Tensor, metric: Metric) -> Tensor:
     return torch.cat([(times(some, metric).double() * some).sum(1) for some in blocks])
 
 
-def root(metric: Metric) -> Root:
+def root(metric: Metric, damping: float = 0.0) -> Root:
     """L with L·Lᵀ = metric: a lower Cholesky factor float32 `[d, d]`, or a diagonal float64 `[d]`.
 
-    It is factorised in float64; rounded, it takes half the memory and triangular solves are as good
-    as what is to be rounded to 8 bits needs.
+    `damping` times the mean of its diagonal is added first. It is factorised in float64; rounded,
+    it takes half the memory and triangular solves are as good as rounding to 8 bits needs.
 
     Raises ValueError if the metric is not positive semi-definite.
     """
     if metric is None:
         return None
+    if not isinstance(metric, LowRank) and metric.dim() == 2:
+        return cholesky(metric, damping).float()
+    metric = damped(metric, damping)
+    assert metric is not None
     if isinstance(metric, LowRank):
         return _low_rank_root(metric)
-    if metric.dim() == 2:
-        return cholesky(metric).float()
     if bool((metric < 0).any()):
         raise ValueError("a diagonal metric has negative entries")
     return metric.double().sqrt()

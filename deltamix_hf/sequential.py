@@ -66,13 +66,13 @@ def compress_blocks(
     known: list[str] | None = None
     stages: list[Stage] = []
     for i, (name, block) in enumerate(zip(stack.names, stack.blocks, strict=True)):
+        rest = stack.rest[i]
+        inside = [t.removeprefix(f"{name}.") for t in targets if t.startswith(f"{name}.")]
+        last = i + 1 == len(stack.blocks)
+        over = all(f"{name}.{target}" in finished for target in inside)
         with stack.hold(block):
-            rest = stack.rest[i]
-            inside = [t.removeprefix(f"{name}.") for t in targets if t.startswith(f"{name}.")]
             if inside != known:  # blocks with the same targets have the same stages
                 known, stages = inside, find_stages(block, inside, exact[0], rest[0])
-            last = i + 1 == len(stack.blocks)
-            over = all(f"{name}.{target}" in finished for target in inside)
             watched = [] if over else [s.names[0] for s in stages]
             watched += [] if over else [s.residual for s in stages if s.residual is not None]
             seen = {module: stack.empty(f"input {module}") for module in dict.fromkeys(watched)}
@@ -81,35 +81,60 @@ def compress_blocks(
                 exact[b] = after
                 for module, x in inputs.items():
                     seen[module].append(x)
-            weights: dict[str, Tensor] = {}
-            for stage in stages:
-                names = [f"{name}.{target}" for target in stage.names]
-                if all(full in finished for full in names):
-                    _replace(weights, block, name, finish(dict.fromkeys(names), None))
-                else:
-                    _compress_stage(block, name, stage, coarse, present[i], seen, weights, finish)
-            staged = {target for stage in stages for target in stage.names}
-            if others := [f"{name}.{target}" for target in inside if target not in staged]:
-                finish(dict.fromkeys(others), None)  # not called exactly once: plain target
+        made = _Made(stack, name, block)
+        for stage in stages:
+            names = [f"{name}.{target}" for target in stage.names]
+            changes: dict[str, Tensor | None] = dict.fromkeys(names)
+            inner = None
+            if not all(full in finished for full in names):
+                with stack.hold(block):
+                    moved, inner = _measure_stage(
+                        block, stage, coarse, present[i], seen, made.weights()
+                    )
+                changes = {f"{name}.{target}": change for target, change in moved.items()}
+                del moved
+            made.keep(finish(changes, inner))
+        staged = {target for stage in stages for target in stage.names}
+        if others := [f"{name}.{target}" for target in inside if target not in staged]:
+            finish(dict.fromkeys(others), None)  # not called exactly once: plain target
+        with stack.hold(block):
+            weights = {} if last else made.weights()
             for b in range(0 if last else len(exact)):
                 _, coarse[b] = run(block, weights, coarse[b], present[i][b])
         stack.rest[i], present[i] = [], []
         done(name)
 
 
-def _compress_stage(
+class _Made:
+    """New weights of a block's targets, kept where its hidden states are."""
+
+    def __init__(self, stack: Stack, name: str, block: nn.Module):
+        self.stack, self.name, self.block = stack, name, block
+        self.shelves: dict[str, Shelf] = {}
+
+    def keep(self, matrices: dict[str, Tensor]) -> None:
+        """Matrices [m, n] by the target's full name."""
+        for full in list(matrices):
+            target = full.removeprefix(f"{self.name}.")
+            module, matrix = self.block.get_submodule(target), matrices.pop(full)
+            self.shelves[target] = self.stack.empty(f"weight {target}")
+            self.shelves[target].append(oriented(module, matrix).to(weight_of(module).dtype))
+
+    def weights(self) -> dict[str, Tensor]:
+        return {f"{target}.weight": shelf[0] for target, shelf in self.shelves.items()}
+
+
+def _measure_stage(
     block: nn.Module,
-    name: str,
     stage: Stage,
     coarse: Shelf,
     rest: Rest,
     seen: dict[str, Shelf],
     weights: dict[str, Tensor],
-    finish: Finish,
-) -> None:
-    """Compress the targets of one stage; puts their new weights into `weights`.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Changes of the deltas [m, n] of one stage's targets, and their input Gram [n, n].
 
-    `seen` holds the inputs of the fine-tune's layers, a batch each.
+    `seen` holds the inputs of the fine-tune's layers, a batch each; `weights` are the new ones.
     """
     first, residual = stage.names[0], stage.residual
     n = seen[first][0].shape[-1]
@@ -137,21 +162,7 @@ def _compress_stage(
         for rows in change.split(_SOLVED):
             solved = torch.cholesky_solve((rows / count).double().T, solver)
             rows.copy_(solved.T)
-    del solver
-    changes: dict[str, Tensor | None] = {
-        f"{name}.{target}": moved.pop(target) for target in stage.names
-    }
-    _replace(weights, block, name, finish(changes, inner))
-
-
-def _replace(
-    weights: dict[str, Tensor], block: nn.Module, name: str, matrices: dict[str, Tensor]
-) -> None:
-    """Enter the new matrices [m, n] of targets of the block `name` as their weights."""
-    for full, matrix in matrices.items():
-        target = full.removeprefix(f"{name}.")
-        module = block.get_submodule(target)
-        weights[f"{target}.weight"] = oriented(module, matrix).to(weight_of(module).dtype)
+    return moved, inner
 
 
 def find_stages(
