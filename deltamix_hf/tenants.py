@@ -32,6 +32,7 @@ from .packed import PackedFactors
 from .plans import SLOTS, Combination
 from .pool import Pool
 from .routing import BASE, Route, Router
+from .sharding import is_sharded
 from .tenant_model import Names, tenant_model_class
 from .tenant_modules import TenantModule, make_tenant
 
@@ -234,6 +235,11 @@ def _refuse(method: str, *args: Any, **kwargs: Any) -> None:
 def tenants_of(model: PreTrainedModel) -> Tenants:
     """The model's tenants; the first call makes the model ready for them."""
     if "dm_tenants" not in model.__dict__:
+        if is_sharded(model):
+            raise DeltaMixError(
+                "the model is shared out among processes and cannot take several deltas in; load "
+                "it without tp_plan, or one delta repo by itself with from_pretrained"
+            )
         if any(t.device.type == "meta" for t in model.state_dict().values()):
             raise DeltaMixError(
                 "parts of the model are offloaded; load it whole to serve several deltas from it"

@@ -1,0 +1,101 @@
+"""One of the processes of test_tensor_parallel.py: `python tensor_parallel_ranks.py <folder>`.
+
+For each folder named in <folder>/cases.json with a dense model in `tuned` and its delta in `delta`,
+it loads both under tensor parallelism and writes what they do to <folder>/rank<i>.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from architectures import inputs_of, logits
+from transformers.distributed import DistributedConfig
+
+from deltamix_hf import DeltaMixConfig, DeltaMixError, cache_merged
+from deltamix_hf.modules import delta_modules
+
+ROOT = Path(sys.argv[1])
+
+
+def load(cls: Any, folder: Path, **options: Any) -> Any:
+    options.setdefault("distributed_config", DistributedConfig(tp_plan="auto"))
+    return cls.from_pretrained(folder, **options)
+
+
+def run(folder: Path, name: str) -> dict[str, Any]:
+    cls = getattr(transformers, name)
+    try:
+        dense = logits(load(cls, folder / "tuned"))
+    except Exception as error:  # transformers cannot: its own words are the reason to skip
+        return {"cannot": f"{type(error).__name__}: {error}", "refused": refusal(cls, folder)}
+    model = load(cls, folder / "delta")
+    found = {"dense": dense, "logits": logits(model), "with_grad": model(**inputs_of(model)).logits}
+    found["logits_with_grad"] = found.pop("with_grad").detach()
+    if model.can_generate() and model.main_input_name == "input_ids":
+        found["generated"] = model.generate(**inputs_of(model), max_new_tokens=4, do_sample=False)
+    model.save_pretrained(folder / "again")
+    # every process may read what was saved as soon as it returns
+    found["saved"] = sorted(path.name for path in (folder / "again").iterdir())
+    found["codes"] = {
+        name: (module.dm_v.numel(), module.dm_u.numel())
+        for name, module in delta_modules(model).items()
+    }
+    return found
+
+
+def refusal(cls: Any, folder: Path) -> str:
+    try:
+        load(cls, folder / "delta")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def refusals(folder: Path, name: str) -> dict[str, str]:
+    """What each of these says instead of being done wrongly."""
+    cls = getattr(transformers, name)
+    model = load(cls, folder / "delta")
+    config = DeltaMixConfig(folder / "base", ratio=0.5)
+    attempts = {
+        "compress": lambda: load(cls, folder / "tuned", quantization_config=config),
+        "dequantize on load": lambda: load(
+            cls, folder / "delta", quantization_config=DeltaMixConfig(dequantize=True)
+        ),
+        "fsdp": lambda: load(
+            cls, folder / "delta", distributed_config=DistributedConfig(fsdp_size=2)
+        ),
+        "dequantize": lambda: model.dequantize(),
+        "cache_merged": lambda: cache_merged(model),
+        "load_delta": lambda: load(cls, folder / "base").load_delta(folder / "delta", "one"),
+        "push": lambda: model.push_to_hub("me/none"),
+        "save and push": lambda: model.save_pretrained(folder / "pushed", push_to_hub=True),
+    }
+    said = {}
+    for what, attempt in attempts.items():
+        try:
+            attempt()
+            said[what] = "nothing"
+        except DeltaMixError as error:
+            said[what] = str(error)
+    return said
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    cases = json.loads((ROOT / "cases.json").read_text())
+    found: dict[str, Any] = {case: run(ROOT / case, name) for case, name in cases.items()}
+    found["refusals"] = refusals(ROOT / "llama", cases["llama"])
+    torch.save(found, ROOT / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
