@@ -30,7 +30,7 @@ from .format import GUARD, PREFIX, ROWS, guard_names
 from .hub import push_folder
 from .modules import delta_modules
 from .registration import NOTICE
-from .sharding import is_sharded, whole
+from .sharding import wanted, whole
 
 # Files that make up tokenizers and processors on the Hub; copied as they are.
 COMPANIONS = (
@@ -147,7 +147,7 @@ def save_pretrained(
             source = self.config.name_or_path
             copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
             _add_notice(staging / "config.json")
-    if shared := is_sharded(self):
+    if shared := wanted(self):
         torch.distributed.barrier()  # what the others read next is there
     if not alone:
         quantizer.journal.remove()
@@ -184,7 +184,7 @@ def push_to_hub(
     if _adapter_alone(self):
         plain_push: Any = type(self).push_to_hub
         return plain_push(self, repo_id, max_shard_size=max_shard_size, **options)
-    if is_sharded(self):
+    if wanted(self):
         raise _cannot_push()
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -19,13 +19,14 @@ from transformers.distributed import DistributedConfig
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError, cache_merged
 from deltamix_hf.modules import delta_modules
+from deltamix_hf.sharding import own
 
 ROOT = Path(sys.argv[1])
 
 
 def load(cls: Any, folder: Path, **options: Any) -> Any:
-    options.setdefault("distributed_config", DistributedConfig(tp_plan="auto"))
-    return cls.from_pretrained(folder, **options)
+    how = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=2)}
+    return cls.from_pretrained(folder, **{**how, **options})
 
 
 def run(folder: Path, name: str) -> dict[str, Any]:
@@ -35,15 +36,15 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     except Exception as error:  # transformers cannot: its own words are the reason to skip
         return {"cannot": f"{type(error).__name__}: {error}", "refused": refusal(cls, folder)}
     model = load(cls, folder / "delta")
-    found = {"dense": dense, "logits": logits(model), "with_grad": model(**inputs_of(model)).logits}
-    found["logits_with_grad"] = found.pop("with_grad").detach()
+    found = {"dense": dense, "logits": logits(model)}
+    found["logits_with_grad"] = model(**inputs_of(model)).logits.detach()
     if model.can_generate() and model.main_input_name == "input_ids":
         found["generated"] = model.generate(**inputs_of(model), max_new_tokens=4, do_sample=False)
     model.save_pretrained(folder / "again")
     # every process may read what was saved as soon as it returns
     found["saved"] = sorted(path.name for path in (folder / "again").iterdir())
-    found["codes"] = {
-        name: (module.dm_v.numel(), module.dm_u.numel())
+    found["sizes"] = {
+        name: (*own(module.weight).shape, module.dm_v.numel(), module.dm_u.numel())
         for name, module in delta_modules(model).items()
     }
     return found
