@@ -93,7 +93,7 @@ def delta_state_dict(
         if module in packed and leaf.startswith(PREFIX):
             stored[name] = factor(name, tensor)
         elif name in base:
-            if module in config.resized:
+            if leaf == "weight" and module in config.resized:  # a bias of that length is whole
                 base.resize(name, tensor)
                 if (added := base.added(name)) is not None:
                     stored[f"{module}.{ROWS}"] = added.to(overlay_dtype(added.dtype, config))
