@@ -48,6 +48,13 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return m, n
 
 
+def declared_shape(module: nn.Module) -> tuple[int, int]:
+    """`shape_of`, also where bitsandbytes keeps the weight in a form of its own."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return shape_of(module)
+
+
 def tied_tensors(model: PreTrainedModel, name: str) -> list[str]:
     """The tensor's own name and those of the tensors tied to it."""
     ties = model.all_tied_weights_keys.items()

@@ -1,4 +1,4 @@
-"""All that differs from the base comes back: packed, or whole and bit for bit; nothing else is stored.
+"""All that differs from the base comes back: packed, or whole and bit for bit.
 
 Fine-tunes here change every parameter and every saved buffer.
 """
@@ -62,7 +62,9 @@ def made(request, tmp_path_factory) -> Any:
     fine_tune(model)
     change_buffers(model)
     model.save_pretrained(folder / "tuned")
-    config = DeltaMixConfig(folder / "base", budget_bytes=2_000_000, method="delta-come", bf16_overlay=True)
+    config = DeltaMixConfig(
+        folder / "base", budget_bytes=2_000_000, method="delta-come", bf16_overlay=True
+    )
     packed = type(model).from_pretrained(folder / "tuned", quantization_config=config)
     packed.save_pretrained(folder / "delta")
     return type(model), folder, dict(model.state_dict())
