@@ -82,6 +82,9 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
 
     Packed tensors are loaded whole. So is what `resized` names: transformers would cut the base's
     rows and the added rows apart before they are put together.
+
+    Raises:
+        DeltaMixError: the caller's own plan shares out such a matrix.
     """
     from transformers.distributed import tensor_parallel
 
@@ -89,17 +92,24 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
     if _WHOLE not in styles:  # before transformers 5.21
         styles.register(_WHOLE, tensor_parallel.TensorParallelLayer())
     plan = model.tp_plan
+    users = getattr(model.config.distributed_config, "tp_plan", None)  # joined to it later
+    users = users if isinstance(users, dict) else {}
+    if not (plan or users):
+        return  # transformers says that there is none
     resized = resized | {
         twin.removesuffix(".weight")
         for twin, source in model.all_tied_weights_keys.items()
         if source.removesuffix(".weight") in resized
     }
+    if taken := sorted(resized & users.keys()):
+        raise DeltaMixError(
+            f"{taken[0]} has other rows than the base's and is kept whole in every process: take it "
+            "out of tp_plan"
+        )
     plan.update(dict.fromkeys(resized & plan.keys(), _WHOLE))
     for name, module in delta_modules(model).items():
-        pattern = _pattern(name)
-        if pattern in plan:
-            for part in module.delta_parameters():
-                plan[f"{pattern}.{PREFIX}{part}"] = _WHOLE
+        for part in module.delta_parameters():
+            plan[f"{_pattern(name)}.{PREFIX}{part}"] = _WHOLE
     # transformers looks names up in named_parameters(), which lists what twins share once; it ties
     # them again after loading
     for twin in model.all_tied_weights_keys:

@@ -1,7 +1,7 @@
 """One of the processes of test_tensor_parallel.py: `python tensor_parallel_ranks.py <folder>`.
 
-For each folder named in <folder>/cases.json with a dense model in `tuned` and its delta in `delta`,
-it loads both under tensor parallelism and writes what they do to <folder>/rank<i>.pt.
+<folder>/cases.json names folders with a dense model in `tuned` and its delta in `delta`, and the
+class and plan to load them with. What they do then goes to <folder>/rank<i>.pt.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from deltamix_hf.sharding import own
 ROOT = Path(sys.argv[1])
 
 
-def load(cls: Any, folder: Path, **options: Any) -> Any:
-    how = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=2)}
+def load(cls: Any, folder: Path, plan: Any = "auto", **options: Any) -> Any:
+    how = {"distributed_config": DistributedConfig(tp_plan=plan, tp_size=2)}
     return cls.from_pretrained(folder, **{**how, **options})
 
 
-def run(folder: Path, name: str) -> dict[str, Any]:
+def run(folder: Path, name: str, plan: Any) -> dict[str, Any]:
     cls = getattr(transformers, name)
     try:
-        dense = logits(load(cls, folder / "tuned"))
+        dense = logits(load(cls, folder / "tuned", plan))
     except Exception as error:  # transformers cannot: its own words are the reason to skip
         return {"cannot": f"{type(error).__name__}: {error}", "refused": refusal(cls, folder)}
-    model = load(cls, folder / "delta")
+    model = load(cls, folder / "delta", plan)
     found = {"dense": dense, "logits": logits(model)}
     found["logits_with_grad"] = model(**inputs_of(model)).logits.detach()
     if model.can_generate() and model.main_input_name == "input_ids":
@@ -63,7 +63,9 @@ def refusals(folder: Path, name: str) -> dict[str, str]:
     cls = getattr(transformers, name)
     model = load(cls, folder / "delta")
     config = DeltaMixConfig(folder / "base", ratio=0.5)
+    own_plan = {"model.embed_tokens": "embedding_rowwise"}
     attempts = {
+        "resized": lambda: load(cls, ROOT / "more_tokens" / "delta", own_plan),
         "compress": lambda: load(cls, folder / "tuned", quantization_config=config),
         "dequantize on load": lambda: load(
             cls, folder / "delta", quantization_config=DeltaMixConfig(dequantize=True)
@@ -92,8 +94,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     cases = json.loads((ROOT / "cases.json").read_text())
-    found: dict[str, Any] = {case: run(ROOT / case, name) for case, name in cases.items()}
-    found["refusals"] = refusals(ROOT / "llama", cases["llama"])
+    found: dict[str, Any] = {case: run(ROOT / case, *how) for case, how in cases.items()}
+    found["refusals"] = refusals(ROOT / "llama", cases["llama"][0])
     torch.save(found, ROOT / f"rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 

@@ -38,10 +38,16 @@ CASES: dict[str, tuple[Any, dict[str, Any], int | None]] = {
     },
     "min_max": (FAMILIES["llama"].build, {"method": "deltamix", "ratio": 0.3}, None),
     "min_max_tied": (FAMILIES["llama_tied"].build, {"method": "delta-come", "ratio": 0.3}, None),
+    "own_plan": (ARCHITECTURES["gpt_neox"].build, {"ratio": 0.3}, None),
+    "by_columns": (FAMILIES["llama"].build, {"ratio": 0.3}, None),
     "uneven": (uneven, {"ratio": 0.3}, None),
     "uneven_min_max": (uneven, {"method": "delta-come", "ratio": 0.3}, None),
     "more_tokens": (FAMILIES["llama"].build, {"ratio": 0.35}, 261),
     "fewer_tokens": (FAMILIES["llama_tied"].build, {"ratio": 0.35}, 200),
+}
+PLANS = {  # beside or in place of the model's own rules
+    "own_plan": {"gpt_neox.embed_in": "embedding_rowwise"},
+    "by_columns": {"model.embed_tokens": "embedding_colwise"},
 }
 
 
@@ -67,7 +73,8 @@ def ran(tmp_path_factory) -> tuple[Path, dict[str, str], list[dict[str, Any]]]:
     """The folder of all cases, their classes, and what each process found."""
     root = tmp_path_factory.mktemp("ranks")
     classes = {name: make(root / name, *case) for name, case in CASES.items()}
-    (root / "cases.json").write_text(json.dumps(classes))
+    cases = {name: (classes[name], PLANS.get(name, "auto")) for name in CASES}
+    (root / "cases.json").write_text(json.dumps(cases))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -144,19 +151,22 @@ def test_what_is_saved_is_the_same_repo(ran, case):
     assert all(result["saved"] == found[0]["saved"] for result in found)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "min_max"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "min_max", *PLANS])
 def test_each_process_holds_a_part(ran, name):
     """Half of U where it holds half the weight's rows, half of V where half its columns."""
     modules = dict(alone(ran, name).named_modules())
+    if "cannot" in ran[2][0][name]:
+        pytest.skip(f"transformers cannot shard the dense model: {ran[2][0][name]['cannot']}")
     for results in ran[2]:
         for module, (rows, columns, v, u) in results[name]["sizes"].items():
             m, n = modules[module].weight.shape
             whole_v, whole_u = modules[module].dm_v.numel(), modules[module].dm_u.numel()
             assert (2 * rows == m) == (2 * u == whole_u), module
             assert (2 * columns == n) == (2 * v == whole_v), module
-            if module.endswith(("o_proj", "down_proj")):
+            by_columns = name == "by_columns" and module == "model.embed_tokens"
+            if module.endswith(("o_proj", "down_proj")) or by_columns:
                 assert 2 * columns == n and rows == m
-            elif module.endswith(("q_proj", "up_proj", "lm_head")):
+            elif module.endswith(("q_proj", "up_proj", "lm_head", "embed_in")):
                 assert 2 * rows == m and columns == n
 
 
@@ -173,6 +183,7 @@ def test_without_a_plan_transformers_says_so(ran):
     ("what", "message"),
     [
         ("compress", "compressing needs the whole fine-tune in one process"),
+        ("resized", "model.embed_tokens has other rows than the base's"),
         ("dequantize on load", "merge it in one process"),
         ("fsdp", "cannot be loaded with fsdp_size above 1"),
         ("dequantize", "cannot be merged with the delta"),
