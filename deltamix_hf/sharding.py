@@ -103,8 +103,8 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
     }
     if taken := sorted(resized & users.keys()):
         raise DeltaMixError(
-            f"{taken[0]} has other rows than the base's and is kept whole in every process: take it "
-            "out of tp_plan"
+            f"{taken[0]} has other rows than the base's and is kept whole in every process: take "
+            "it out of tp_plan"
         )
     plan.update(dict.fromkeys(resized & plan.keys(), _WHOLE))
     for name, module in delta_modules(model).items():
