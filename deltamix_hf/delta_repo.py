@@ -15,10 +15,12 @@ from .base import KeyMap, repo_files
 from .config import QUANT_METHOD, DeltaMixConfig
 from .errors import DeltaMixError, first_line
 from .format import GUARD, PREFIX, ROWS, TensorInfo, is_guard, packed_modules, read_headers
-from .modules import shape_of
+from .modules import declared_shape
 from .packed import PackedFactors, parts
 from .trust import check_weight_files
 from .vocabulary import Resized, resized_in_repo
+
+_CODES = (torch.int8, torch.uint8)  # what quantized weights of other libraries look like
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ def find_delta(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], DeltaMixCo
     Raises:
         DeltaMixError: not found, or not a delta repo.
     """
+    files, config, _ = find_delta_of(repo, kwargs)
+    return files, config
+
+
+def find_delta_of(
+    repo: str, kwargs: dict[str, Any]
+) -> tuple[list[str], DeltaMixConfig, dict[str, Any]]:
+    """`find_delta`, and all that config.json says of the model.
+
+    Raises:
+        DeltaMixError: not found, or not a delta repo.
+    """
     try:
         files, config, _ = repo_files(repo, kwargs)
     except (OSError, ValueError) as error:
@@ -62,7 +76,7 @@ def find_delta(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], DeltaMixCo
     if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
     check_weight_files(repo, files, read_headers(files))
-    return files, DeltaMixConfig.from_dict(settings)
+    return files, DeltaMixConfig.from_dict(settings), config
 
 
 @dataclass(frozen=True)
@@ -153,6 +167,12 @@ def _check_module(keys: KeyMap, stored: str, weight: str) -> None:
 def _check_whole(ours: Tensor, info: TensorInfo, stored: str) -> None:
     """`ours`: the model's own tensor; a whole one must have its shape, and be as it a float."""
     theirs = info.placeholder()
+    if theirs.is_floating_point() and ours.dtype in _CODES:
+        raise DeltaMixError(
+            f"{stored} is stored whole, which cannot take the place of {ours.dtype}: load the base "
+            "without quantization, or name this layer in its llm_int8_skip_modules or "
+            "modules_to_not_convert"
+        )
     fits = theirs.shape == ours.shape
     if not fits or theirs.is_floating_point() != ours.is_floating_point():
         raise DeltaMixError(
@@ -198,7 +218,7 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
         raise DeltaMixError(f"{source!r} holds {stored} {shape}, the model has none such")
     packed: dict[str, PackedFactors] = {}
     for name, stored in contents.packed.items():
-        m, n = shape_of(keys.model.get_submodule(name))
+        m, n = declared_shape(keys.model.get_submodule(name))
         kinds = parts(config.codebook == "gaussian")
         tensors = {part: read(f"{stored}.{PREFIX}{part}") for part in kinds}
         try:

@@ -48,6 +48,13 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return m, n
 
 
+def declared_shape(module: nn.Module) -> tuple[int, int]:
+    """`shape_of`, also where bitsandbytes keeps the weight in a form of its own."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return shape_of(module)
+
+
 def tied_tensors(model: PreTrainedModel, name: str) -> list[str]:
     """The tensor's own name and those of the tensors tied to it."""
     ties = model.all_tied_weights_keys.items()
@@ -82,6 +89,11 @@ class DeltaModule(nn.Module):
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W_base + Û·V̂, added in float32, in `dtype` (default: the base weight's)."""
         weight = weight_of(self)
+        if hasattr(weight, "device_mesh"):
+            raise DeltaMixError(
+                "the weights are shared out among processes and cannot be merged with the delta; "
+                "load the delta repo in one process for that"
+            )
         delta = oriented(self, self.packed().dense().to(weight.device))
         return (weight.float() + delta).to(dtype or weight.dtype)
 
@@ -119,12 +131,24 @@ class DeltaConv1D(DeltaModule, Conv1D):
 class DeltaEmbedding(DeltaModule, nn.Embedding):
     """y = W_base[ids] + Û[ids]·V̂."""
 
+    dm_first: int | None = None  # the first of this process's tokens, if several share them out
+
     def forward(self, ids: Tensor) -> Tensor:
         if self.dm_merged is not None:
             return F.embedding(ids, self.dm_merged)
+        if self.dm_first is not None:
+            return self._own_tokens(ids - self.dm_first)
         base = super().forward(ids)  # cooperates with subclasses such as scaled embeddings
         rows = cheapest(low_rank_rows)(ids.long(), *self._op_arguments())
         return base + rows.to(base.dtype)
+
+    def _own_tokens(self, ids: Tensor) -> Tensor:
+        """Zeros for the tokens of other processes: transformers adds them all up."""
+        others = (ids < 0) | (ids >= len(self.weight))
+        ids = ids.masked_fill(others, 0)
+        rows = cheapest(low_rank_rows)(ids.long(), *self._op_arguments())
+        y = F.embedding(ids, self.weight) + rows.to(self.weight.dtype)
+        return y.masked_fill(others[..., None], 0)
 
 
 _PLAIN = {DeltaLinear: nn.Linear, DeltaConv1D: Conv1D, DeltaEmbedding: nn.Embedding}

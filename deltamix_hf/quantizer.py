@@ -30,11 +30,12 @@ from transformers.core_model_loading import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from . import sharding
 from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same
 from .compress_model import compress_model
 from .config import DeltaMixConfig
 from .delta_repo import Contents, check_finite, contents_of
-from .errors import DeltaMixError
+from .errors import DeltaMixError, first_line
 from .format import PREFIX, ROWS, TensorInfo, check_base, is_guard, read_headers
 from .journal import Journal
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, shape_of, weight_of
@@ -81,6 +82,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
         self._from_base: list[str] = []
         self._whole: list[str] = []  # what the delta repo replaces
+        # where packed tensors lie in the files, if processes share them: name -> name there
+        self._factors: dict[str, tuple[TensorInfo, str]] = {}
         self._resized: list[WeightConverter] = []  # of matrices with more or fewer rows
         self._dtype = torch.get_default_dtype()  # the one asked for
         self._dtypes: dict[str, torch.dtype] = {}  # what transformers should have cast to
@@ -130,6 +133,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self.commit = commit_of(checkpoint_files[0]) if checkpoint_files else None
+        kinds = sharding.wanted(model)
+        sharding.check_wanted(kinds, self.quantization_config, not self.pre_quantized)
         if not self.pre_quantized:
             return
         if not checkpoint_files:
@@ -156,6 +161,13 @@ class DeltaMixHfQuantizer(HfQuantizer):
             *(model._keys_to_ignore_on_load_unexpected or ()),
             "^" + _HIDDEN.replace(".", r"\."),
         }
+        if kinds:
+            sharding.plan_packed(model, set(contents.resized))
+            self._factors = {
+                f"{name}.{PREFIX}{part}": (infos[key := f"{stored}.{PREFIX}{part}"], key)
+                for name, stored in contents.packed.items()
+                for part in parts(self.quantization_config.codebook == "gaussian")
+            }
         self._base = base
         self._from_base = [n for n in keys.state if n in base and n not in supplied]
         self._whole = list(supplied)
@@ -265,7 +277,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
             for name in self._whole:
                 tensor = model.get_parameter_or_buffer(name)
                 if tensor.device.type != "meta":
-                    check_finite(name, tensor)
+                    check_finite(name, sharding.own(tensor))
             self._cast_renamed(model)
             conversions: Any = getattr(model, "_weight_conversions", None) or []
             # they are undone on saving, which ours need not be
@@ -285,7 +297,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
             config = self.quantization_config
             outcome = compress_model(model, base, config, self.commit)
             self.seconds, self.journal = outcome.seconds, outcome.journal
-        link_siblings(model)
+        if sharding.is_sharded(model):
+            sharding.keep_own_part(model)
+        else:  # which needs the factors of several layers while one of them runs
+            link_siblings(model)
         # transformers makes every float parameter trainable while loading
         model.requires_grad_(False)
         # what we save is in model form already
@@ -301,8 +316,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
         for name in self._from_base:
             tensor = model.get_parameter_or_buffer(name)
             info = base.infos[base.checkpoint_keys(name)[0]]
-            # offloaded, sharded over devices or converted on the way: not comparable by eye
+            # offloaded, sharded or converted on the way: not comparable by eye
             if tensor.device.type == "meta" or tuple(tensor.shape) != info.shape:
+                continue
+            if sharding.is_shard(tensor):
                 continue
             if tensor.ndim and base.is_plain(name) and not same(tensor[:1], base.first_row(name)):
                 raise DeltaMixError(
@@ -356,12 +373,25 @@ class DeltaMixHfQuantizer(HfQuantizer):
             return None, {}  # only the adapter is saved
         stored = self.stored
         if stored is None:
-            stored = delta_state_dict(model, BaseCheckpoint(self.base_files, model))
+            base = BaseCheckpoint(self.base_files, model)
+            stored = delta_state_dict(model, base, self._whole_factor)
         whole = [
             n for n in stored if not is_guard(n) and (f".{PREFIX}" not in n or n.endswith(ROWS))
         ]
         self.quantization_config.overlay = sorted(whole)
         return stored, {}
+
+    def _whole_factor(self, name: str, held: torch.Tensor) -> torch.Tensor:
+        """A packed tensor, read again from the delta repo if this process holds a part of it."""
+        if name not in self._factors:
+            return held
+        try:
+            return _read(*self._factors[name])
+        except OSError as error:
+            raise DeltaMixError(
+                "a model shared out among processes is saved from the delta repo it was loaded "
+                f"from, which is gone: {first_line(error)}"
+            ) from error
 
 
 def _resize(

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -30,6 +30,7 @@ from .format import GUARD, PREFIX, ROWS, guard_names
 from .hub import push_folder
 from .modules import delta_modules
 from .registration import NOTICE
+from .sharding import wanted, whole
 
 # Files that make up tokenizers and processors on the Hub; copied as they are.
 COMPANIONS = (
@@ -61,8 +62,15 @@ HUB_OPTIONS = (
 
 
 @torch.no_grad()
-def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, Tensor]:
+def delta_state_dict(
+    model: PreTrainedModel,
+    base: BaseCheckpoint,
+    factor: Callable[[str, Tensor], Tensor] = lambda name, held: held,
+) -> dict[str, Tensor]:
     """What a delta repo stores: packed tensors, overlay and guards, under model names.
+
+    `factor` gives the whole of a packed tensor, from its name and what the model holds of it. Of
+    processes that share a model all must call this.
 
     Raises:
         DeltaMixError: a base weight was edited (merged adapters), or weights are offloaded.
@@ -81,10 +89,11 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
             raise DeltaMixError(
                 f"{name} is offloaded and cannot be saved from here; load without offload"
             )
+        tensor = whole(tensor)
         if module in packed and leaf.startswith(PREFIX):
-            stored[name] = tensor
+            stored[name] = factor(name, tensor)
         elif name in base:
-            if module in config.resized:
+            if leaf == "weight" and module in config.resized:  # a bias of that length is whole
                 base.resize(name, tensor)
                 if (added := base.added(name)) is not None:
                     stored[f"{module}.{ROWS}"] = added.to(overlay_dtype(added.dtype, config))
@@ -134,13 +143,17 @@ def save_pretrained(
     quantizer: Any = self.hf_quantizer
     with written_whole(target) as staging:
         plain_save(self, staging, **kwargs)
-        if kwargs.get("is_main_process", True) and not alone:
+        if (staging / "config.json").exists() and not alone:  # one process of several writes it
             source = self.config.name_or_path
             copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
             _add_notice(staging / "config.json")
+    if shared := wanted(self):
+        torch.distributed.barrier()  # what the others read next is there
     if not alone:
         quantizer.journal.remove()
     if push_to_hub:
+        if shared:
+            raise _cannot_push()
         repo_id = hub.pop("repo_id", target.name)
         if alone:
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
@@ -171,9 +184,18 @@ def push_to_hub(
     if _adapter_alone(self):
         plain_push: Any = type(self).push_to_hub
         return plain_push(self, repo_id, max_shard_size=max_shard_size, **options)
+    if wanted(self):
+        raise _cannot_push()
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder, max_shard_size=max_shard_size)
         return push_folder(Path(folder), repo_id, **options)
+
+
+def _cannot_push() -> DeltaMixError:
+    return DeltaMixError(
+        "processes that share a model cannot push it: save_pretrained(folder) in all of them, then "
+        "'deltamix push folder'"
+    )
 
 
 def _adapter_alone(model: PreTrainedModel) -> bool:

@@ -217,6 +217,8 @@ def make_tenant(module: nn.Module, router: Router) -> TenantModule:
         tenant = TenantEmbedding
     elif isinstance(module, nn.Embedding) and not reads_weight_itself(cls):
         tenant, plain = type(cls.__name__, (cls, TenantEmbedding), {}), nn.Embedding
+    elif isinstance(module, nn.Linear):  # quantized: it makes the base's product in its own way
+        tenant, plain = _tenant_linear(cls), cls
     else:
         tenant = _other_tenant(cls)
     change_class(module, tenant)
@@ -224,6 +226,11 @@ def make_tenant(module: nn.Module, router: Router) -> TenantModule:
     module.dm_router, module.dm_packed, module.dm_overlay = router, {}, {}
     module.dm_plain_class, module.dm_number = plain, tenant_ops.register(module)
     return module
+
+
+@cache
+def _tenant_linear(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (TenantLinear, cls), {})
 
 
 @cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +24,7 @@ from transformers.utils import logging
 
 from .at_once import refresh
 from .base import BaseCheckpoint, resolve_base, same
-from .delta_repo import StoredDelta, find_delta, read_delta
+from .delta_repo import StoredDelta, find_delta, find_delta_of, read_delta
 from .errors import DeltaMixError
 from .format import PREFIX, TensorInfo, check_base, fingerprints
 from .kernels import TRITON, choose
@@ -32,6 +33,8 @@ from .packed import PackedFactors
 from .plans import SLOTS, Combination
 from .pool import Pool
 from .routing import BASE, Route, Router
+from .settings import differing
+from .sharding import is_sharded
 from .tenant_model import Names, tenant_model_class
 from .tenant_modules import TenantModule, make_tenant
 
@@ -63,7 +66,14 @@ class Tenants:
         if not isinstance(name, str) or not name or name == BASE:
             raise DeltaMixError(f"{name!r} cannot name a delta; give a text other than {BASE!r}")
         self.pool.check_new(name)
-        files, config = find_delta(repo, kwargs)
+        files, config, theirs = find_delta_of(repo, kwargs)
+        for setting, values in differing(self.model.config, theirs).items():
+            warnings.warn(
+                f"{repo!r} was made of a model with {setting} = {values[1]}, the base runs with "
+                f"{values[0]}: beside it the delta gives something else than by itself",
+                UserWarning,
+                stacklevel=3,
+            )
         check_base(config.base_fingerprints, self._base.infos, "the model's base", self._known)
         read = partial(read_delta, repo, files, config, self._base.keys)
         self.pool.add(name, read(), read)
@@ -234,6 +244,11 @@ def _refuse(method: str, *args: Any, **kwargs: Any) -> None:
 def tenants_of(model: PreTrainedModel) -> Tenants:
     """The model's tenants; the first call makes the model ready for them."""
     if "dm_tenants" not in model.__dict__:
+        if is_sharded(model):
+            raise DeltaMixError(
+                "the model is shared out among processes and cannot take several deltas in; load "
+                "it without tp_plan, or one delta repo by itself with from_pretrained"
+            )
         if any(t.device.type == "meta" for t in model.state_dict().values()):
             raise DeltaMixError(
                 "parts of the model are offloaded; load it whole to serve several deltas from it"

@@ -1,0 +1,126 @@
+"""Tiny models of every architecture the promises are tested on: `ARCHITECTURES`.
+
+Those of `tiny_pairs.FAMILIES`, and others that are built differently: other norms and positions,
+experts, vision towers, speech.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tiny_pairs import DECODER, FAMILIES, VOCAB
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+PLAIN = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
+EXPERTS = {"num_experts_per_tok": 2}
+
+
+def _gemma3() -> PreTrainedModel:
+    return Gemma3ForCausalLM(Gemma3TextConfig(**DECODER, head_dim=16))
+
+
+def _phi() -> PreTrainedModel:
+    return PhiForCausalLM(PhiConfig(**DECODER))
+
+
+def _gpt_neox() -> PreTrainedModel:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**PLAIN))
+
+
+def _mixtral() -> PreTrainedModel:
+    return MixtralForCausalLM(MixtralConfig(**DECODER, **EXPERTS, num_local_experts=4))
+
+
+def _qwen3_moe() -> PreTrainedModel:
+    sizes = {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**DECODER, **EXPERTS, **sizes))
+
+
+def _whisper() -> PreTrainedModel:
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "max_source_positions": 20}
+    feed = {"encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_target_positions": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": VOCAB}
+    ids = {"decoder_start_token_id": 1, "pad_token_id": 2, "eos_token_id": 1, "bos_token_id": 0}
+    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **feed, **heads, **ids))
+
+
+def _llava() -> PreTrainedModel:
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**DECODER), image_token_index=255
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def _qwen2_vl() -> PreTrainedModel:
+    vision = {"embed_dim": 64, "hidden_size": 64, "num_heads": 4, "depth": 2, "patch_size": 8}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    text = {**DECODER, "rope_parameters": rope}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to build it, and how much its delta may take (experts are stored whole)."""
+
+    build: Callable[[], PreTrainedModel]
+    ratio: float
+
+
+ARCHITECTURES = {
+    **{
+        name: Architecture(family.build, family.budget["ratio"])
+        for name, family in FAMILIES.items()
+        if not family.headless_base
+    },
+    "gemma3": Architecture(_gemma3, 0.25),
+    "phi": Architecture(_phi, 0.25),
+    "gpt_neox": Architecture(_gpt_neox, 0.25),
+    "mixtral": Architecture(_mixtral, 0.9),
+    "qwen3_moe": Architecture(_qwen3_moe, 0.9),
+    "whisper": Architecture(_whisper, 0.4),
+    "qwen2_vl": Architecture(_qwen2_vl, 0.4),
+    "llava": Architecture(_llava, 0.4),
+}
+
+
+def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Two rows of nine tokens that all vocabularies here have, or of sound."""
+    random = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 200, (2, 9), generator=random)
+    if model.main_input_name == "input_features":
+        sound = torch.randn(2, 80, 40, generator=random)
+        return {"input_features": sound, "decoder_input_ids": ids}
+    decoder: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return {"input_ids": ids, **decoder}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(**inputs_of(model)).logits
