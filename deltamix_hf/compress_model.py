@@ -137,7 +137,10 @@ def compress_model(
         assert device is not None
         lazy = LazyWeights(model, files, base, device, overlay)
         job = LazyJob(model, base, config, targets, journal, lazy, workers)
-    job.measure(_tokens(model, config, revision, journal, files is None))
+    batches = _tokens(model, config, revision, journal, files is None)
+    if isinstance(job, LazyJob) and not job.workers.rank:
+        logger.warning("compressing takes %s", job.needs(batches, budget.total))
+    job.measure(batches)
     if config.bf16_overlay:
         with torch.no_grad():
             for tensor in overlay.values():

@@ -61,14 +61,19 @@ class Journal:
         path = self._path(name)
         return path is not None and path.is_file()
 
-    def read(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
-        """Tensors and facts of a finished part; None if there is none that can be read."""
+    def read(self, name: str, mapped: bool = False) -> tuple[dict[str, Tensor], Any] | None:
+        """Tensors and facts of a finished part; None if there is none that can be read.
+
+        `mapped` tensors lie in the file, and come into memory where they are looked at.
+        """
         path = self._path(name)
         if path is None or not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as handle:
-                tensors = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+                if not mapped:
+                    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
                 return tensors, json.loads(handle.metadata()["facts"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             path.unlink(missing_ok=True)  # a power cut can leave a torn file: do that part again

@@ -6,6 +6,7 @@ interrupted job finds them again.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,6 +18,8 @@ from .calibration import split_rows
 from .errors import DeltaMixError
 from .job import Job
 from .journal import Shelf
+from .modules import shape_of
+from .needs import Needs, needs
 from .stack import Stack, find_blocks
 from .weights import LazyWeights
 
@@ -46,6 +49,22 @@ class LazyJob(Job):
         raise DeltaMixError(
             f"a {type(self.model).__name__} is no single chain of blocks, so it cannot be run "
             "block by block; compress it in memory, or without text by method='deltamix'"
+        )
+
+    def needs(self, batches: list[Tensor], result: int) -> Needs:
+        """What this job takes for a delta of `result` bytes."""
+        stacks = find_blocks(self.model, list(self.targets))
+        sizes = [self.weights.nbytes(name) for names in stacks for name in names]
+        config: Any = self.model.config.get_text_config()
+        return needs(
+            {name: shape_of(module) for name, module in self.targets.items()},
+            block=max(sizes, default=0),
+            blocks=len(sizes),
+            tokens=sum(ids.numel() for ids in batches),
+            hidden=config.hidden_size,
+            itemsize=self.model.dtype.itemsize,
+            chained=self.config.sequential,
+            result=result,
         )
 
     def measure(self, batches: list[Tensor]) -> None:
@@ -81,6 +100,15 @@ class LazyJob(Job):
 
         shelf, seed = partial(Shelf, self.journal), self.config.seed
         self.course = tuning.lessons(self.model, batches, seed, shelf, output)
+
+    def _attach(self, name: str) -> None:
+        result = self._results[name]
+        found = self.journal.read(f"matrix {name}", mapped=True)
+        if result.packed is not None and found and self.weights.device.type == "cpu":
+            # where it lies on disk: the deltas of all matrices are a 16th of the model
+            tensors: Any = found[0]
+            self._results[name] = replace(result, packed=replace(result.packed, **tensors))
+        super()._attach(name)
 
     def _stacks(self) -> list[Stack]:
         return [self._captured()]  # what is stored whole has been rounded since

@@ -138,6 +138,10 @@ class LazyWeights:
     def put_base(self, name: str) -> None:
         self.names_of_base.add(name)
 
+    def nbytes(self, name: str) -> int:
+        """Of the weights of the module `name`, as they are in memory."""
+        return sum(p.nbytes for p in self.model.get_submodule(name).parameters())
+
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
         self._take(module)
