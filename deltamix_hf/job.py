@@ -24,6 +24,7 @@ from . import tuning
 from .base import BaseCheckpoint
 from .compress import Budget, Compressed, Compressor, Matrix
 from .config import DeltaMixConfig
+from .experts import Expert
 from .journal import Journal
 from .modules import attach_with_ties, matrix_of, oriented, shape_of, tied_modules, weight_of
 from .sequential import Stack, find_blocks
@@ -70,13 +71,13 @@ class Job:
         with self._timed("statistics"):
             observed: dict[str, nn.Module] = {}
             for name in self.targets:
-                users = tied_modules(model, name)
+                users = self._users(name)
                 if not config.fisher:  # a tied embedding is measured where it is used as a matrix
                     users = {n: m for n, m in users.items() if not isinstance(m, nn.Embedding)}
                 observed |= users
             found, self.scored = collect(model, observed, batches, config.fisher, config.seed)
             for name in self.targets:
-                uses = [found[n] for n in tied_modules(model, name) if n in found]
+                uses = [found[n] for n in self._users(name) if n in found]
                 self.uses |= {name: uses} if uses else {}
 
     def metrics(self, name: str) -> Metrics:
@@ -105,10 +106,21 @@ class Job:
         )
         return a, c
 
+    def _users(self, name: str) -> dict[str, nn.Module]:
+        """The modules that use a target's weight, by name."""
+        target = self.targets[name]
+        return {name: target} if isinstance(target, Expert) else tied_modules(self.model, name)
+
+    def _base_weight(self, name: str) -> Tensor:
+        target = self.targets[name]
+        if isinstance(target, Expert):
+            return self.base.read_expert(target.fused.name, target.number)
+        return self.base.read(f"{name}.weight")
+
     def delta(self, name: str) -> Tensor:
         module = self.targets[name]
         weight = matrix_of(module).detach()
-        base = oriented(module, self.base.read(f"{name}.weight"))
+        base = oriented(module, self._base_weight(name))
         return weight.float() - base.to(weight.device, torch.float32)
 
     def run(self, budget: Budget) -> None:
@@ -166,7 +178,7 @@ class Job:
             result = replace(result, packed=result.packed.to(device))
         self._results[name] = result
         self._bar.update()
-        base = oriented(self.targets[name], self.base.read(f"{name}.weight"))
+        base = oriented(self.targets[name], self._base_weight(name))
         weight = base.to(device, torch.float32)
         return weight if result.packed is None else weight + result.packed.dense()
 
@@ -177,12 +189,16 @@ class Job:
     def _attach(self, name: str) -> None:
         """Put the base weight and the packed delta where the fine-tuned weight was."""
         packed, error = self._results[name].packed, self._results[name].error
+        target = self.targets[name]
         with torch.no_grad():
-            weight_of(self.targets[name]).copy_(self.base.read(f"{name}.weight"))
+            weight_of(target).copy_(self._base_weight(name))
         if packed is None:
             self.config.dropped.append(name)
         else:
             self.config.errors[name] = error
+        if isinstance(target, Expert):
+            target.fused.finish(target.number, packed)
+        elif packed is not None:
             attach_with_ties(self.model, name, packed.runs, packed.group_sizes, packed.tensors)
         del self._results[name]
 

@@ -26,7 +26,8 @@ from transformers.utils.hub import cached_file
 from .base import BaseCheckpoint, same, weights_from_base
 from .config import overlay_dtype
 from .errors import DeltaMixError
-from .format import GUARD, PREFIX, ROWS, guard_names
+from .experts import delta_experts
+from .format import GUARD, ROWS, guard_names, packed_part
 from .hub import push_folder
 from .modules import delta_modules
 from .registration import NOTICE
@@ -72,16 +73,18 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
     state = model.state_dict()
     tied = set(model.all_tied_weights_keys)
     stored: dict[str, Tensor] = {}
-    packed = delta_modules(model)
+    frozen = {f"{module}.weight" for module in delta_modules(model)}
+    for module, experts in delta_experts(model).items():
+        frozen |= {f"{module}.{leaf}" for leaf in experts.dm_group_sizes}
     for name, tensor in state.items():
-        module, _, leaf = name.rpartition(".")
+        module = name.rpartition(".")[0]
         if name in tied:
             continue
         if tensor.device.type == "meta":
             raise DeltaMixError(
                 f"{name} is offloaded and cannot be saved from here; load without offload"
             )
-        if module in packed and leaf.startswith(PREFIX):
+        if packed_part(name):
             stored[name] = tensor
         elif name in base:
             if module in config.resized:
@@ -89,7 +92,7 @@ def delta_state_dict(model: PreTrainedModel, base: BaseCheckpoint) -> dict[str, 
                 if (added := base.added(name)) is not None:
                     stored[f"{module}.{ROWS}"] = added.to(overlay_dtype(added.dtype, config))
             unchanged = same(tensor, base.read(name))
-            if module in packed and leaf == "weight" and not unchanged:
+            if name in frozen and not unchanged:
                 raise DeltaMixError(
                     f"the frozen base weight {name} was edited (merged adapters?); save the dense "
                     "model instead: model.dequantize(), then save_pretrained"

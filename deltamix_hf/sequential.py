@@ -11,7 +11,7 @@ asks the layer to give on x_c what the fine-tune gives on x_f, and, where its ou
 residual stream r, to make up for the error of that stream too. λ = 0.03·mean(diag C).
 
 Blocks are the elements of a `ModuleList` that are called once each, one on the other's output;
-anything else (embeddings, heads, shared blocks) keeps its plain target. Memory: the inputs of one
+anything else (embeddings, heads, shared blocks, fused experts) keeps its plain target. Memory: the inputs of one
 block's layers for all calibration tokens, and two streams of hidden states.
 """
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from .experts import replace_expert
 from .gptq import cholesky, damp
 from .metric import SecondMoment
 from .modules import matrix_of, oriented, weight_of
@@ -199,7 +200,8 @@ class Stack:
             staged = {target for stage in stages for target in stage.names}
             for target in inside:
                 if target not in staged:  # not called exactly once: plain target
-                    finish(f"{name}.{target}", None, None)
+                    matrix = finish(f"{name}.{target}", None, None)
+                    replace_expert(weights, block, target, matrix)
             if i + 1 < len(self.blocks):
                 for b, hidden in enumerate(coarse):
                     _, coarse[b] = _run(block, weights, hidden, present[i][b], [])
@@ -277,6 +279,7 @@ def find_stages(
         return hook
 
     modules = {n: m for n, m in block.named_modules() if n}
+    targets = [t for t in targets if t in modules]  # experts are slices of a parameter
     handles = [m.register_forward_pre_hook(before(n)) for n, m in modules.items()]
     handles += [modules[t].register_forward_hook(after(t)) for t in targets]
     try:

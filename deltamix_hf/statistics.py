@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .errors import DeltaMixError
+from .expert_statistics import observed_experts
 from .metric import Metric, SecondMoment
 
 # Draws of ε in all, at least; a classifier makes only one prediction a text.
@@ -119,7 +120,11 @@ def collect(
     hooks = _Hooks(modules, fisher)
     scored = 0
     try:
-        with frozen(model), torch.set_grad_enabled(fisher):
+        with (
+            observed_experts(modules, fisher) as experts,
+            frozen(model),
+            torch.set_grad_enabled(fisher),
+        ):
             for ids in logging.tqdm(batches, desc="Calibrating", unit="batch"):
                 output = _predict(model, ids)
                 if fisher:
@@ -128,6 +133,7 @@ def collect(
         found = hooks.close()
         for handle in handles:
             handle.remove()
+    found |= {name: LayerStatistics(*moments) for name, moments in experts.items()}
     # inputs first: gradients of all layers before the culprit are NaN too
     moments = [(name, layer.inputs) for name, layer in found.items()]
     moments += [(name, layer.gradients) for name, layer in found.items() if layer.gradients]

@@ -74,7 +74,7 @@ ARCHITECTURES: dict[str, tuple[Any, float]] = {
     "gpt_neox": (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**PLAIN)), 0.25),
     "mixtral": (
         lambda: MixtralForCausalLM(MixtralConfig(**DECODER, **EXPERTS, num_local_experts=4)),
-        0.9,
+        0.3,
     ),
     "qwen3_moe": (
         lambda: Qwen3MoeForCausalLM(
@@ -82,7 +82,7 @@ ARCHITECTURES: dict[str, tuple[Any, float]] = {
                 **DECODER, **EXPERTS, num_experts=4, moe_intermediate_size=64, head_dim=16
             )
         ),
-        0.9,
+        0.3,
     ),
     "whisper": (whisper, 0.4),
     "qwen2_vl": (qwen2_vl, 0.4),

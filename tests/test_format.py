@@ -29,7 +29,7 @@ from deltamix_hf.format import (
     size_report,
     weight_files,
 )
-from deltamix_hf.modules import compressed_shapes
+from deltamix_hf.experts import compressed_shapes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int16, torch.int64]
 tensors = st.dictionaries(
