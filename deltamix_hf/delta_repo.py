@@ -177,7 +177,7 @@ def _check_fused(keys: KeyMap, stored: str, name: str) -> None:
 
 
 def without_codes(infos: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
-    """Reads the small tensors of packed experts, and of their codes the headers: as meta tensors."""
+    """Reads the small tensors of packed experts, and of their codes the shapes: meta tensors."""
 
     def read(name: str) -> Tensor:
         info = infos[name]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations import moe
 
 from .errors import DeltaMixError
@@ -51,7 +51,8 @@ def experts_forward(
     experts, order = top_k_index.reshape(-1).sort(stable=True)
     numbers = torch.arange(module.num_experts, device=experts.device)
     ends = torch.searchsorted(experts, numbers, right=True).to(torch.int32)
-    y = project("gate_up_proj" if module.has_gate else "up_proj", hidden_states[order // top_k], ends)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    y = project(first, hidden_states[order // top_k], ends)
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
     y = project("down_proj", y, ends)
     if getattr(module, "has_post_expert_norm", False):

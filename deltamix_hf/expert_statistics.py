@@ -9,8 +9,8 @@ that all others are free, which they are not. It gets the mean weight, as layers
 called.
 
 Exact moments of 128 experts would take 45 MB each in Qwen3-30B-A3B, 276 GB in all. So an expert's
-moments are sketched (`metric.py`) from a size on, and with as many rows, that all experts of a layer
-take what one wide layer may.
+moments are sketched (`metric.py`) from such a size on, and with so few rows, that all experts of a
+layer together take what one wide layer may.
 """
 
 from __future__ import annotations

@@ -113,9 +113,7 @@ class DeltaExperts(nn.Module):
     dm_gaussian: bool
     dm_plain_class: type[nn.Module]
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return experts_forward(self, hidden_states, top_k_index, top_k_weights, self._project)
 
     def _project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
@@ -171,7 +169,7 @@ class DeltaExperts(nn.Module):
 
 
 @cache
-def _delta_class(plain: type[nn.Module]) -> type[nn.Module]:
+def _delta_class(plain: Any) -> type[DeltaExperts]:
     return type(plain.__name__, (DeltaExperts, plain), {"dm_plain_class": plain})
 
 
@@ -185,8 +183,8 @@ def attach_experts(module: nn.Module, name: str, packed: PackedExperts) -> None:
         if not is_experts(module):
             raise DeltaMixError(f"a {type(module).__name__} cannot carry packed experts")
         change_class(module, _delta_class(type(module)))
-        module.dm_group_sizes = {}
         assert isinstance(module, DeltaExperts)
+        module.dm_group_sizes = {}
     module.dm_group_sizes[name], module.dm_gaussian = packed.group_sizes, packed.zeros is None
     for part, tensor in packed.tensors.items():
         frozen = nn.Parameter(tensor, requires_grad=False)
@@ -224,9 +222,7 @@ def expert_place(model: nn.Module, name: str) -> tuple[nn.Module, str, int] | No
     return (module, leaf, int(number)) if known else None
 
 
-def replace_expert(
-    weights: dict[str, Tensor], model: nn.Module, name: str, matrix: Tensor
-) -> None:
+def replace_expert(weights: dict[str, Tensor], model: nn.Module, name: str, matrix: Tensor) -> None:
     """Enter an expert's new matrix [m, n] in its whole parameter; nothing if it is no expert's."""
     if (place := expert_place(model, name)) is None:
         return

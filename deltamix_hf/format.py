@@ -331,7 +331,8 @@ class SizeReport:
     """True bytes of a delta repo's weight files, split by kind.
 
     `total` = payload + scales + metadata + overlay, and equals the files' sizes; metadata is
-    headers, guards, per-rank widths and experts' counts. `reference` is the bf16 bytes of all that differs.
+    headers, guards, per-rank widths and experts' counts. `reference` is the bf16 bytes of all that
+    differs.
     """
 
     payload: int

@@ -348,7 +348,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         experts = delta_experts(model)
         weights = {name: weight_of(module) for name, module in modules.items()}
         for name, mixture in experts.items():
-            weights |= mixture.frozen_weights()
+            weights |= {f"{name}.{leaf}": w for leaf, w in mixture.frozen_weights().items()}
         for name, weight in weights.items():
             if weight.device.type == "meta":
                 raise DeltaMixError(

@@ -11,8 +11,8 @@ asks the layer to give on x_c what the fine-tune gives on x_f, and, where its ou
 residual stream r, to make up for the error of that stream too. λ = 0.03·mean(diag C).
 
 Blocks are the elements of a `ModuleList` that are called once each, one on the other's output;
-anything else (embeddings, heads, shared blocks, fused experts) keeps its plain target. Memory: the inputs of one
-block's layers for all calibration tokens, and two streams of hidden states.
+anything else (embeddings, heads, shared blocks, fused experts) keeps its plain target. Memory: the
+inputs of one block's layers for all calibration tokens, and two streams of hidden states.
 """
 
 from __future__ import annotations

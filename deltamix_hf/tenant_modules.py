@@ -199,8 +199,12 @@ class TenantEmbedding(TenantModule, nn.Embedding):
         return cheapest(low_rank_rows)(x.long(), *packed.op_arguments)
 
 
-def make_tenant(module: nn.Module, router: Router) -> TenantModule:
+def make_tenant(
+    module: nn.Module, router: Router, kind: type[nn.Module] | None = None
+) -> TenantModule:
     """Change `module`'s class in place, so that deltas can be added to it; once is enough.
+
+    The class is `kind`, or found by what the module is.
 
     A subclass of `nn.Embedding` keeps its own forward, whose `super().forward` meets ours: what it
     does to the rows (Gemma scales them) is done to the delta's too.
@@ -209,8 +213,11 @@ def make_tenant(module: nn.Module, router: Router) -> TenantModule:
         return module
     cls: Any = type(module)
     plain: type[nn.Module] = cls
-    if cls is nn.Linear:
-        tenant: type[nn.Module] = TenantLinear
+    tenant: type[nn.Module]
+    if kind is not None:
+        tenant = kind
+    elif cls is nn.Linear:
+        tenant = TenantLinear
     elif cls is Conv1D:
         tenant = TenantConv1D
     elif cls is nn.Embedding:

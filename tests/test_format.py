@@ -16,6 +16,7 @@ from tiny_pairs import FAMILIES, weight_bytes
 from transformers import AutoModel, AutoModelForCausalLM
 
 from deltamix_hf import DeltaMixError
+from deltamix_hf.experts import compressed_shapes
 from deltamix_hf.format import (
     SizeReport,
     check_base,
@@ -29,7 +30,6 @@ from deltamix_hf.format import (
     size_report,
     weight_files,
 )
-from deltamix_hf.experts import compressed_shapes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int16, torch.int64]
 tensors = st.dictionaries(

@@ -96,8 +96,8 @@ def parse_ratio(text: str) -> float:
 
 
 def _summary(model: Any, folder: Path) -> None:
-    from ..format import size_report
     from ..experts import compressed_shapes
+    from ..format import size_report
 
     settings = model.config.quantization_config
     out.print(size_table(size_report(folder, compressed_shapes(model))))
