@@ -182,7 +182,8 @@ def attach_experts(module: nn.Module, name: str, packed: PackedExperts) -> None:
     if not isinstance(module, DeltaExperts):
         if not is_experts(module):
             raise DeltaMixError(f"a {type(module).__name__} cannot carry packed experts")
-        change_class(module, _delta_class(type(module)))
+        plain: Any = type(module)
+        change_class(module, _delta_class(plain))
         assert isinstance(module, DeltaExperts)
         module.dm_group_sizes = {}
     module.dm_group_sizes[name], module.dm_gaussian = packed.group_sizes, packed.zeros is None

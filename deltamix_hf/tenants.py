@@ -126,7 +126,8 @@ class Tenants:
         module = self.model.get_submodule(name)
         if isinstance(module, TenantModule):
             return module
-        kind = tenant_experts_class(type(module)) if is_experts(module) else None
+        plain: Any = type(module)
+        kind = tenant_experts_class(plain) if is_experts(module) else None
         made = make_tenant(module, self.router, kind)
         if isinstance(made, nn.Embedding) and made is not self.model.get_input_embeddings():
             made.dm_has_batch = self._looked_up_by_row(made)
