@@ -34,7 +34,7 @@ from .calibration import (
 from .compress import plan_budget
 from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError
-from .experts import Expert, FusedWeight, fused_weights, is_experts
+from .experts import Expert, FusedWeight, fused_sizes, fused_weights, is_experts
 from .format import ROWS, fingerprints, guard_names
 from .job import Job
 from .journal import Journal, identity_of
@@ -111,7 +111,7 @@ def compress_model(
         guard_names(weights_from_base(model, base, overlay), model.base_model_prefix),
         config,
         {name for name, module in targets.items() if isinstance(module, nn.Embedding)},
-        {m.fused.name: m.fused.experts for m in targets.values() if isinstance(m, Expert)},
+        fused_sizes(model, targets),
     )
     journal = _journal(model, config)
     job = Job(model, base, config, targets, journal)

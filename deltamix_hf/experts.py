@@ -11,6 +11,8 @@ expert by the patterns with which transformers fuses checkpoints.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
 
@@ -26,6 +28,7 @@ from .packed import GroupSizes, PackedFactors
 from .packed_experts import PackedExperts, expert_parts
 
 _NAMES = ("gate_up_proj", "up_proj", "down_proj")
+_EXPERT = re.compile(rf"(.+\.(?:{'|'.join(_NAMES)}))\.\d+")
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -221,6 +224,22 @@ def expert_place(model: nn.Module, name: str) -> tuple[nn.Module, str, int] | No
         return None
     known = int(number) < len(weight_of(module, leaf)) and str(int(number)) == number
     return (module, leaf, int(number)) if known else None
+
+
+def fused_name(name: str) -> str | None:
+    """The 3-D parameter an expert's matrix belongs to, by its name alone; None for other names."""
+    found = _EXPERT.fullmatch(name)
+    return found[1] if found else None
+
+
+def fused_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """3-D parameter -> its number of experts, of all experts' matrices among `names`."""
+    places = {name: expert_place(model, name) for name in names if fused_name(name)}
+    return {
+        name.rpartition(".")[0]: len(weight_of(*place[:2]))
+        for name, place in places.items()
+        if place is not None
+    }
 
 
 def replace_expert(weights: dict[str, Tensor], model: nn.Module, name: str, matrix: Tensor) -> None:

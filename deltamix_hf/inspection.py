@@ -27,7 +27,7 @@ from .delta_repo import (
     without_codes,
 )
 from .errors import DeltaMixError
-from .experts import expert_place, matrix_shape
+from .experts import expert_place, fused_name, matrix_shape
 from .format import PREFIX, SizeReport, TensorInfo, read_headers, size_report
 from .packed import PackedFactors, layout_of, parts
 from .packed_experts import PackedExperts, expert_parts
@@ -101,8 +101,7 @@ class RepoReport:
         """
         grouped: dict[str, list[MatrixReport]] = {}
         for name, matrix in self.matrices.items():
-            fused, _, last = name.rpartition(".")
-            grouped.setdefault(fused if last.isdecimal() else name, []).append(matrix)
+            grouped.setdefault(fused_name(name) or name, []).append(matrix)
         found: dict[str, dict[int | None, MatrixReport]] = {}
         for name, matrices in grouped.items():
             kind, depth = type_and_depth(name)

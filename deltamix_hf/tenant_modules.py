@@ -79,7 +79,11 @@ class TenantModule(nn.Module):
         length = x.shape[0]
         flat = x.dim() == 2 and length % batch == 0
         router = len(args) == 1 and not kwargs and not any(self.children()) and _has_rows(y, batch)
-        if not ((isinstance(y, Tensor) or router) and self.dm_has_batch and (length in (1, batch) or flat)):
+        if not (
+            (isinstance(y, Tensor) or router)
+            and self.dm_has_batch
+            and (length in (1, batch) or flat)
+        ):
             raise DeltaMixError(
                 f"a {self.dm_plain_class.__name__} that maps {list(x.shape)} to a "
                 f"{type(y).__name__} does not see the {batch} rows of the batch apart; give all "
