@@ -38,6 +38,7 @@ from deltamix_hf.experts import (
 from deltamix_hf.format import read_header, size_report
 from deltamix_hf.inspection import inspect_repo, rank_sizes
 from deltamix_hf.modules import delta_modules
+from deltamix_hf.statistics import collect
 from deltamix_hf.verification import verify_repo
 
 FAMILY = pytest.mark.parametrize("name", MIXTURES)
@@ -175,16 +176,15 @@ def test_every_byte_is_counted(delta, name, method):
     size, on_disk = report.size, weight_bytes(repo.folder)
     assert size.total == on_disk <= repo.budget
     assert on_disk > 0.9 * repo.budget
-    assert size.reference == sum(
-        2 * tensor.numel() for tensor in repo.pair.load(repo.pair.tuned).parameters()
-    )
+    base, tuned = (repo.pair.load(f).state_dict() for f in (repo.pair.base, repo.pair.tuned))
+    differing = [t for n, t in tuned.items() if not torch.equal(t, base[n])]
+    assert size.reference == sum(2 * tensor.numel() for tensor in differing)
     assert size == size_report(repo.folder, compressed_shapes(repo.pair.load(repo.folder)))
-    kinds = ("payload", "scales")
-    for kind in kinds:
+    for kind in ("payload", "scales"):
         assert sum(getattr(m, kind) for m in report.matrices.values()) == getattr(size, kind)
     experts = [n for n in report.matrices if n.rpartition(".")[0].endswith("_proj")]
     assert len(experts) == 2 * 2 * EXPERTS
-    assert len(report.matrices) == MIXTURES[name].packed + len(experts) + 2 * 2  # k, v are small
+    assert len(report.matrices) == MIXTURES[name].packed + len(experts)
 
 
 @FAMILY
@@ -200,7 +200,7 @@ def test_one_set_of_tensors_for_each_parameter(delta, name):
 
 def test_too_small_a_budget_says_what_would_do(pair):
     source = pair("mixtral")
-    with pytest.raises(DeltaMixError, match="budget_bytes >= (\\d+)") as error:
+    with pytest.raises(DeltaMixError, match="budget_bytes >= ") as error:
         source.compress(ratio=0.01)
     least = int(str(error.value).rpartition(" ")[2])
     model = source.compress(method="delta-come", ratio=None, budget_bytes=least + 40_000)
@@ -237,7 +237,7 @@ def test_ranks_compete_with_all_others(pair):
 
 def test_experts_can_be_kept_out(pair):
     source = pair("mixtral")
-    options = {"method": "delta-come", "ratio": 0.95}
+    options = {"method": "delta-come", "ratio": 0.95, "bf16_overlay": True}
     for skip in ("experts", "gate_up_proj", FUSED):
         model = source.compress(**options, modules_to_not_convert=[skip])
         assert not hasattr(experts_of(model), "gate_up_proj_dm_v")
@@ -265,28 +265,31 @@ def vars_of(config: LlamaConfig) -> dict[str, Any]:
 # The calibration
 
 
-def test_experts_that_see_no_token(pair):
-    """Their router never picks them: they get the mean weight, and nothing fails."""
-    source = pair("mixtral")
-    folder = source.tuned.parent / "idle"
-    model = source.load(source.tuned)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate.weight[3] = 0
-            layer.mlp.gate.weight[:3] *= 50  # someone's logit is always above 0
+@torch.no_grad()
+def idle(source: Any, folder: Any) -> Any:
+    """A fine-tune that sends every token to one of its experts 0 and 1."""
+    model = source.load(source.tuned, num_experts_per_tok=1)
+    for layer in model.model.layers:
+        first = layer.mlp.gate.weight[0].clone()
+        layer.mlp.gate.weight.copy_(torch.stack([first, -first, first / 2, first * 0]))
     model.save_pretrained(folder)
+    return model
+
+
+def test_experts_that_see_no_token(pair, tmp_path):
+    """They get the mean weight, as layers do that are never called."""
+    source = pair("mixtral")
+    model = idle(source, tmp_path / "idle")
+    base = BaseCheckpoint([str(source.base / "model.safetensors")], model)
+    targets, _ = sort_tensors(model, base, ())
+    found, _ = collect(model, targets, [calibration_ids()], fisher=True)
+    assert {f"{FUSED}.0", f"{FUSED}.1"} <= found.keys()
+    assert not {f"{FUSED}.2", f"{FUSED}.3"} & found.keys()
     config = source.config(calibration=calibration_ids(), **quick("deltamix-kl"))
-    packed = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
-    seen: set[int] = set()
-    experts_of(packed).register_forward_pre_hook(
-        lambda _, args: seen.update(args[1].unique().tolist())
-    )
-    logits(packed, calibration_ids())
+    packed = source.load(tmp_path / "idle", quantization_config=config)
     errors = packed.config.quantization_config.errors
-    assert f"{FUSED}.3" in errors and 0 < errors[f"{FUSED}.3"] < 1
-    counts = experts_of(packed).gate_up_proj_dm_counts
-    assert (counts > 0).all()
-    assert 3 not in seen or len(seen) == 4
+    assert 0 < errors[f"{FUSED}.3"] < 1
+    assert (experts_of(packed).gate_up_proj_dm_counts > 0).all()
 
 
 def test_calibration_helps_the_experts(delta):
@@ -399,13 +402,8 @@ def test_several_deltas_are_added_up(delta):
     model.set_delta(["one", "two"])
     base = experts_of(one.pair.load(one.pair.base)).state_dict()
     dense = one.pair.load(one.pair.base)
-    changes = [
-        {
-            n: p - base[n]
-            for n, p in experts_of(d.pair.load(d.folder).dequantize()).state_dict().items()
-        }
-        for d in (one, two)
-    ]
+    merged = [experts_of(d.pair.load(d.folder).dequantize()).state_dict() for d in (one, two)]
+    changes = [{n: p - base[n] for n, p in state.items()} for state in merged]
     with torch.no_grad():
         for name, parameter in experts_of(dense).named_parameters():
             parameter.copy_(base[name] + changes[0][name] + changes[1][name])
