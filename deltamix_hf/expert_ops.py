@@ -1,21 +1,23 @@
 """What a mixture of experts computes with its 3-D weights, and the packed deltas' part of it.
 
-Tokens are sorted by expert, so that every product is one grouped product over all experts: of the
-frozen base weights by transformers' own, of the packed factors after decoding those of the experts
-that some token chose. No step is taken once for each expert.
+Tokens are sorted by expert. Of the frozen base weights a projection is then one grouped product,
+transformers' own. Of the packed factors only those of experts that some token chose are decoded,
+together for all that have few tokens: while generating, that is one step for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.integrations import moe
 
+from . import grid, lookup
 from .errors import DeltaMixError
-from .packed_experts import PackedExperts, ranges
+from .packed import PackedFactors
+from .packed_experts import PackedExperts
 
 Project = Callable[[str, Tensor, Tensor], Tensor]
 """(name of a 3-D parameter, x [S, n] sorted by expert, ends int32 [experts]) -> [S, m].
@@ -23,9 +25,9 @@ Project = Callable[[str, Tensor, Tensor], Tensor]
 Expert e has the rows ends[e − 1] to ends[e] of x.
 """
 
-# Elements of decoded factors at a time, 64 MB in float32: 128 experts of Qwen3-30B-A3B at 1/16
-# would take 420 MB for one parameter. A choice of 8 of them for a single token takes one step.
-_AT_ONCE = 1 << 24
+# Rows that are multiplied by the ranks of all their experts, after which those of others count 0:
+# what that wastes takes no longer than decoding the ranks does.
+_ROWS = 16
 _ALIGNED = 16  # bytes between rows that torch's grouped product wants
 
 
@@ -103,29 +105,47 @@ def plain_expert_low_rank(
     y = x.new_zeros(len(x), n if transposed else m)
     sizes = ends.diff(prepend=ends.new_zeros(1))
     hit = ((sizes > 0) & (counts > 0)).nonzero()[:, 0]
-    if not len(hit):
-        return y
-    # As elsewhere on a CPU: bfloat16 products of ever new weights would fill oneDNN's cache.
-    dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
-    deepest = int(counts[hit].max())
-    depth = -(-deepest // 8) * 8  # whole steps of 16 bytes
+    experts = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+    rows, starts = sizes[hit].tolist(), (ends - sizes)[hit].tolist()
     with torch.autocast(x.device.type, enabled=False):
-        for some in hit.split(max(1, _AT_ONCE // (depth * (m + n)))):
-            factors, owner, place = packed.chosen(some)
-            slots = owner * depth + place
-            right, left = (
-                side.new_zeros(len(some) * depth, side.shape[1], dtype=dtype)
-                .index_copy_(0, slots, side.to(dtype))
-                .view(len(some), depth, -1)
-                for side in (factors.right(), factors.left())
-            )
+        for some in _groups(rows):
+            part = slice(starts[some.start], starts[some.stop - 1] + rows[some.stop - 1])
+            factors, owner = packed.chosen(hit[some])
+            right, left, scales = _decoded(factors, x.dtype)
             if transposed:
                 right, left = left, right
-            rows = ranges(ends[some] - sizes[some], sizes[some])
-            own = sizes[some].cumsum(0).to(torch.int32)
-            h = grouped_product(x[rows].to(dtype), right.mT, own)
-            y[rows] = grouped_product(h, left, own).to(x.dtype)
+            h = (x[part].to(right.dtype) @ right.T).mul_(scales)
+            h.masked_fill_(experts[part, None] != hit[some][owner], 0)
+            y[part] = (h @ left).to(x.dtype)
     return y
+
+
+def _groups(rows: list[int]) -> Iterator[slice]:
+    """Neighbours that together have at most `_ROWS` rows, or one with more."""
+    start = total = 0
+    for i, count in enumerate(rows):
+        if i > start and total + count > _ROWS:
+            yield slice(start, i)
+            start, total = i, 0
+        total += count
+    if rows:
+        yield slice(start, len(rows))
+
+
+def _decoded(factors: PackedFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """V̂ [K, n], Ûᵀ [K, m] and what each rank is yet to be multiplied by, [K]; see `lookup.py`."""
+    quick = factors.v.device.type == "cpu" and dtype != torch.float64
+    runs, whole = tuple(factors.runs), factors.group_sizes == (0, 0)
+    if quick and whole and lookup.supported(runs, factors.gaussian, factors.group_sizes):
+        sides = [(factors.v, 1, factors.n), (factors.u, 2, factors.m)]
+        right, left = (
+            lookup.levels(codes, [(run[0], run[side]) for run in runs], length)
+            for codes, side, length in sides
+        )
+        return right, left, grid.scales_from_bits(factors.ranks[:, 1:].contiguous()).prod(1)
+    dtype = torch.float32 if quick else dtype  # as elsewhere on a CPU
+    right, left = factors.right().to(dtype), factors.left().to(dtype)
+    return right, left, right.new_ones(len(right))
 
 
 expert_low_rank = torch.library.custom_op("deltamix::expert_low_rank", mutates_args=())(

@@ -176,18 +176,16 @@ class PackedExperts:
             found.append(packed if runs else None)
         return found
 
-    def chosen(self, experts: Tensor) -> tuple[PackedFactors, Tensor, Tensor]:
+    def chosen(self, experts: Tensor) -> tuple[PackedFactors, Tensor]:
         """All ranks of some experts (int64 [H]), sorted by width like those of one matrix.
 
         Returns:
-            The K ranks; whose each is, int64 [K] in 0 .. H − 1; its place among those of its
-            expert, int64 [K].
+            The K ranks, and whose each is: int64 [K] in 0 .. H − 1.
         """
         counts, words = self.counts.long(), self.ranks[:, 0].long() & 255
         sizes = counts[experts]
         owner = torch.arange(len(experts), device=sizes.device).repeat_interleave(sizes)
-        rank = ranges((counts.cumsum(0) - counts)[experts], sizes)
-        place = rank - (counts.cumsum(0) - counts)[experts][owner]
+        rank = _ranges((counts.cumsum(0) - counts)[experts], sizes)
         widths = {"v": words % 16, "u": words // 16}
         widths["zeros"] = torch.maximum(widths["v"], widths["u"])
         keys = (16 * widths["v"] + widths["u"])[rank]
@@ -198,13 +196,13 @@ class PackedExperts:
         for part, width in widths.items():
             packed = self.tensors.get(part)
             if packed is not None:
-                own[part] = packed[ranges((width.cumsum(0) - width)[rank], width[rank])]
+                own[part] = packed[_ranges((width.cumsum(0) - width)[rank], width[rank])]
         triples = [(c, k // 16, k % 16) for c, k in zip(runs.tolist(), found.tolist(), strict=True)]
         factors = PackedFactors(self.m, self.n, self.group_sizes, triples, **own)
-        return factors, owner[order], place[order]
+        return factors, owner[order]
 
 
-def ranges(starts: Tensor, sizes: Tensor) -> Tensor:
+def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
     """start, start + 1, ... of every range, one range after the other; int64."""
     ends = sizes.cumsum(0)
     steps = torch.arange(int(ends[-1]) if len(ends) else 0, device=starts.device)

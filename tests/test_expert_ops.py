@@ -48,8 +48,9 @@ def test_each_row_takes_its_experts_factors(gaussian, load, transposed):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_few_experts_at_a_time(monkeypatch):
-    monkeypatch.setattr(expert_ops, "_AT_ONCE", 1)
+@pytest.mark.parametrize("most", [1, 4, 7])
+def test_a_few_experts_at_a_time(monkeypatch, most):
+    monkeypatch.setattr(expert_ops, "_ROWS", most)
     load, experts = LOADS[0], some_experts()
     x, packed = torch.randn(10, N), PackedExperts.join(experts)
     found = delta_product(packed, x, ends_of(load))
