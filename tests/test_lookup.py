@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_ops import TOLERANCES, arguments, relative
 from test_packed import pack
 
-from deltamix_hf import lookup, ops
+from deltamix_hf import codebook, lookup, ops, packing
 
 WIDTHS = (8, 4, 3, 2)
 
