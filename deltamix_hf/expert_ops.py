@@ -16,6 +16,7 @@ from transformers.integrations import moe
 
 from . import grid, lookup
 from .errors import DeltaMixError
+from .expert_kernels import add_by_kernels
 from .packed import PackedFactors
 from .packed_experts import PackedExperts
 
@@ -171,8 +172,11 @@ def _backward(ctx, grad):
 expert_low_rank.register_autograd(_backward, setup_context=_context)
 
 
-def delta_product(packed: PackedExperts, x: Tensor, ends: Tensor) -> Tensor:
-    """The packed part of a projection: x [S, n] -> [S, m]."""
-    seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    op: Any = expert_low_rank if seen else plain_expert_low_rank
-    return op(x, ends, *packed.op_arguments, False)
+def add_delta(y: Tensor, packed: PackedExperts, x: Tensor, ends: Tensor) -> Tensor:
+    """y [S, m], a frozen projection of x [S, n], with the packed part added; may change y."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return y + expert_low_rank(x.to(y.dtype), ends, *packed.op_arguments, False)
+    if not add_by_kernels(y, packed, x, ends):
+        plain: Any = plain_expert_low_rank
+        y += plain(x.to(y.dtype), ends, *packed.op_arguments, False)
+    return y

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import DeltaMixError
-from .expert_ops import base_product, delta_product, experts_forward
+from .expert_ops import add_delta, base_product, experts_forward
 from .format import PREFIX
 from .modules import change_class, packed_shapes, shape_of
 from .packed import GroupSizes, PackedFactors
@@ -126,7 +126,7 @@ class DeltaExperts(nn.Module):
         y = base_product(self, name, weight_of(self, name), x, ends)
         if name not in self.dm_group_sizes:
             return y
-        return y + delta_product(self.packed(name), x.to(y.dtype), ends)
+        return add_delta(y, self.packed(name), x, ends)
 
     def packed(self, name: str) -> PackedExperts:
         """The deltas of one 3-D parameter."""

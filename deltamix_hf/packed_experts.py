@@ -154,6 +154,10 @@ class PackedExperts:
         """In page-locked host memory; needs a GPU."""
         return self._changed(Tensor.pin_memory)
 
+    def untied(self) -> PackedExperts:
+        """The same memory in other tensors: views of theirs do not keep ours alive."""
+        return self._changed(lambda tensor: tensor.data)
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> PackedExperts:
         changed: Any = {part: change(tensor) for part, tensor in self.tensors.items()}
         return replace(self, **changed)

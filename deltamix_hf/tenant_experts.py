@@ -1,7 +1,7 @@
 """Fused experts with the packed deltas of many fine-tunes: each row's deltas, each token's experts.
 
-Rows that take the same deltas are computed together. There is no kernel for all of them at once:
-the grouped kernels' tables tell rows apart by delta, and here they differ by expert too.
+Rows that take the same deltas are computed together. Not all of them at once: the kernels' tables
+tell rows apart by one number, here the expert, and these rows differ by delta too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .expert_ops import base_product, delta_product, experts_forward
+from .expert_ops import add_delta, base_product, experts_forward
 from .experts import weight_of
 from .packed_experts import PackedExperts
 from .plans import Combination
@@ -47,7 +47,7 @@ class TenantExperts(TenantModule):
             y = base_product(module, name, weight_of(module, name), x, ends)
             for delta in deltas:
                 if name in delta:
-                    y = y + delta_product(delta[name], x.to(y.dtype), ends)
+                    y = add_delta(y, delta[name], x, ends)
             return y
 
         compute: Any = partial(experts_forward, module, project=project)

@@ -11,8 +11,8 @@ from transformers.integrations import moe
 
 from deltamix_hf import DeltaMixError, expert_ops
 from deltamix_hf.expert_ops import (
+    add_delta,
     base_product,
-    delta_product,
     experts_forward,
     grouped_product,
     plain_expert_low_rank,
@@ -26,6 +26,10 @@ LOADS = [[3, 2, 1, 4, 0], [0, 3, 0, 0, 0], [0, 0, 0, 1, 0], [1, 1, 1, 1, 1], [0,
 
 def ends_of(load: list[int]) -> torch.Tensor:
     return torch.tensor(load).cumsum(0).to(torch.int32)
+
+
+def delta_product(packed, x, ends):
+    return add_delta(x.new_zeros(len(x), packed.m), packed, x, ends)
 
 
 def by_loops(x, load, experts, transposed=False):
