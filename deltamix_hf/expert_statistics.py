@@ -8,7 +8,7 @@ An expert that saw fewer than `FEWEST` tokens is left out: a metric of a handful
 that all others are free, which they are not. It gets the mean weight, as layers do that are never
 called.
 
-Exact moments of 128 experts would take 45 MB each in Qwen3-30B-A3B, 276 GB in all. So an expert's
+Exact moments of 128 experts would take 45 MB each in Qwen3-30B-A3B, 279 GB in all. So an expert's
 moments are sketched (`metric.py`) from such a size on, and with so few rows, that all experts of a
 layer together take what one wide layer may.
 """
