@@ -95,15 +95,13 @@ class Job:
 
     @cached_property
     def _typical(self) -> tuple[float, float]:
-        found = [metrics_of(uses, self.scored) for uses in self.uses.values()]
-        sides = [[f.outputs for f in found], [f.inputs for f in found]]
-        a, c = (
-            statistics.median(
-                [float((x.diagonal() if x.dim() == 2 else x).mean()) for x in side if x is not None]
-                or [1.0]
-            )
-            for side in sides
-        )
+        sides: tuple[list[float], list[float]] = [], []
+        for uses in self.uses.values():  # of one at a time: a mixture has thousands
+            found = metrics_of(uses, self.scored)
+            for side, x in zip(sides, (found.outputs, found.inputs), strict=True):
+                if x is not None:
+                    side.append(float((x.diagonal() if x.dim() == 2 else x).mean()))
+        a, c = (statistics.median(side or [1.0]) for side in sides)
         return a, c
 
     def _users(self, name: str) -> dict[str, nn.Module]:

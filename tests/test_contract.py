@@ -67,7 +67,7 @@ def qwen2_vl() -> Any:
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
 
 
-# How to build it, and how much its delta may take: experts are stored whole.
+# How to build it, and how much its delta may take.
 ARCHITECTURES: dict[str, tuple[Any, float]] = {
     "gemma3": (lambda: Gemma3ForCausalLM(Gemma3TextConfig(**DECODER, head_dim=16)), 0.25),
     "phi": (lambda: PhiForCausalLM(PhiConfig(**DECODER)), 0.25),

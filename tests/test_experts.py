@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Mixtr
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError, cache_merged
 from deltamix_hf.base import BaseCheckpoint
+from deltamix_hf.compress import Compressor
 from deltamix_hf.compress_model import sort_tensors
 from deltamix_hf.delta_repo import find_delta
 from deltamix_hf.distance import measure
@@ -290,6 +291,29 @@ def test_experts_that_see_no_token(pair, tmp_path):
     errors = packed.config.quantization_config.errors
     assert 0 < errors[f"{FUSED}.3"] < 1
     assert (experts_of(packed).gate_up_proj_dm_counts > 0).all()
+
+
+def test_an_interrupted_job_goes_on(pair, tmp_path, monkeypatch):
+    """What is finished of the experts is not done again, and the bytes are the same."""
+    source, options = pair("mixtral"), quick("deltamix-kl")
+    done: list[str] = []
+    plain = Compressor.compress
+
+    def compress(self, name, *args):
+        if len(done) == 13:
+            raise KeyboardInterrupt
+        done.append(name)
+        return plain(self, name, *args)
+
+    monkeypatch.setattr(Compressor, "compress", compress)
+    with pytest.raises(KeyboardInterrupt):
+        source.compress(checkpoint_dir=tmp_path / "work", **options)
+    assert any(name.startswith(f"{FUSED}.") for name in done)
+    monkeypatch.setattr(Compressor, "compress", plain)
+    for folder, more in (("one", {"checkpoint_dir": tmp_path / "work"}), ("two", {})):
+        source.compress(**options, **more).save_pretrained(tmp_path / folder)
+    one, two = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("one", "two"))
+    assert one == two
 
 
 def test_calibration_helps_the_experts(delta):
