@@ -81,7 +81,7 @@ class FusedWeight:
 
     def __init__(self, model: PreTrainedModel, name: str):
         owner, _, self.leaf = name.rpartition(".")
-        self.model, self.name, self.module = model, name, model.get_submodule(owner)
+        self.name, self.module = name, model.get_submodule(owner)
         self.waiting: set[int] = set()
         self._packed: list[PackedFactors | None] = [None] * self.experts
 
