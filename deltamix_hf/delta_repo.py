@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,10 +28,10 @@ class StoredDelta:
     """Packed factors by module name, packed experts by 3-D parameter, overlay by tensor name."""
 
     packed: dict[str, PackedFactors]
-    experts: dict[str, PackedExperts]
     overlay: dict[str, Tensor]
     fingerprints: dict[str, str]  # of the base it belongs to
     source: str
+    experts: dict[str, PackedExperts] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -287,4 +287,4 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
     for name, stored in contents.overlay.items():
         overlay[name] = read(stored)
         check_finite(stored, overlay[name])
-    return StoredDelta(packed, experts, overlay, config.base_fingerprints, source)
+    return StoredDelta(packed, overlay, config.base_fingerprints, source, experts)

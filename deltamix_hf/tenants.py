@@ -231,7 +231,7 @@ class Tenants:
                 tensor.copy_(value)
         recorded = quantizer.quantization_config.base_fingerprints
         source = str(model.name_or_path)
-        stored = StoredDelta(packed, experts, overlay, recorded, source)
+        stored = StoredDelta(packed, overlay, recorded, source, experts)
         read = None
         if quantizer.pre_quantized and os.path.isdir(source):
             read = partial(read_delta, source, *find_delta(source, {}), base.keys)
