@@ -251,8 +251,8 @@ def test_small_experts_are_stored_whole(tmp_path):
     model.save_pretrained(tmp_path / "base")
     base = BaseCheckpoint([str(tmp_path / "base" / "model.safetensors")], model)
     with torch.no_grad():
-        experts_of(model).gate_up_proj += 1
-        experts_of(model).down_proj += 1
+        experts_of(model).gate_up_proj *= 1.1
+        experts_of(model).down_proj *= 1.1
     targets, overlay = sort_tensors(model, base, ())
     assert [type(t) for t in targets.values()] == [Expert] * 4  # of gate_up_proj, [64, 64]
     assert list(overlay) == ["model.layers.0.mlp.experts.down_proj"]  # [64, 32]
