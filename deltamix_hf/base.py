@@ -135,6 +135,7 @@ class BaseCheckpoint:
         self._resized: dict[
             str, tuple[int, Tensor]
         ] = {}  # model name -> rows, and the last of them
+        self._fused: tuple[str, Tensor] | None = None  # read last by `read_expert`
         for key in sorted(self.infos, key=dot_natural_key):  # the order transformers fuses in
             name, pattern = self.keys.rename(key)
             if name not in self.keys.state:
@@ -214,6 +215,12 @@ class BaseCheckpoint:
         realised = converter.convert(first, model=model, config=model.config)
         value = realised[name]
         return value[0] if isinstance(value, list) else value
+
+    def read_expert(self, name: str, number: int) -> Tensor:
+        """One matrix of a 3-D parameter, as `read`; the parameter read last stays in memory."""
+        if self._fused is None or self._fused[0] != name:
+            self._fused = name, self.read(name)
+        return self._fused[1][number]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a parameter in the base's files; None if it is made from several tensors."""

@@ -36,6 +36,7 @@ from .gptq import Rounded, gptq_columns, gptq_rows, round_rows
 from .journal import Journal
 from .metric import blended, damped, dense, diagonal
 from .packed import DTYPES, GroupSizes, PackedFactors, part_shapes, rank_bytes
+from .packed_experts import COUNT_BYTES, largest_parts
 from .statistics import Metrics
 from .stopwatch import Stopwatch
 from .workers import Workers, cost
@@ -94,6 +95,7 @@ def plan_budget(
     guards: list[str],
     config: DeltaMixConfig,
     embeddings: Collection[str] = (),
+    experts: Mapping[str, int] | None = None,
 ) -> Budget:
     """Split the promised bytes into what is fixed and what is left for ranks.
 
@@ -102,6 +104,8 @@ def plan_budget(
         overlay: tensor name -> (dtype, shape) of everything stored whole.
         guards: names of the guard tensors.
         embeddings: which of the matrices are embeddings.
+        experts: 3-D parameter -> number of its experts. Their matrices, `<parameter>.<number>`,
+            are stored together.
 
     Raises:
         DeltaMixError: the overlay and headers alone exceed the budget, or no matrix could keep
@@ -114,11 +118,17 @@ def plan_budget(
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(overlay)
     entries |= dict.fromkeys(guards, GUARD)
     group_sizes = {name: config.group_sizes(name in embeddings) for name in shapes}
+    experts = experts or {}
     for name, (m, n) in shapes.items():
+        if (fused := name.rpartition(".")[0]) in experts:
+            largest = largest_parts(experts[fused], m, n, group_sizes[name], gaussian)
+            entries |= {f"{fused}_{PREFIX}{part}": entry for part, entry in largest.items()}
+            continue
         worst = part_shapes(m, n, [(min(m, n), 8, 8)], group_sizes[name], gaussian)
         entries |= {f"{name}.{PREFIX}{part}": (DTYPES[part], s) for part, s in worst.items()}
     whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
     whole += len(guards)  # a byte each
+    whole += COUNT_BYTES * sum(experts.values())
     least = min(b for b in config.bits if b > 0)
     one_rank = sum(
         rank_bytes(m, n, least, least, group_sizes[name], gaussian)

@@ -35,6 +35,7 @@ from .calibration import (
 from .compress import plan_budget
 from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError
+from .experts import Expert, FusedWeight, fused_sizes, fused_weights, is_experts
 from .format import ROWS, fingerprints, guard_names
 from .job import Job
 from .journal import Journal, identity_of
@@ -95,7 +96,8 @@ def compress_model(
         )
     skip = config.modules_to_not_convert or []
     targets, overlay = sort_tensors(model, base, skip, files)
-    if direct := read_directly(model if files is None else _empty(model), targets):
+    layers = [name for name, target in targets.items() if not isinstance(target, Expert)]
+    if direct := read_directly(model if files is None else _empty(model), layers):
         logger.warning(
             "%d matrices are stored whole, because the model reads their weights past the layers: "
             "%s ...", len(direct), direct[0],
@@ -130,6 +132,7 @@ def compress_model(
         guard_names(weights_from_base(model, base, overlay), model.base_model_prefix),
         config,
         {name for name, module in targets.items() if isinstance(module, nn.Embedding)},
+        fused_sizes(model, targets),
     )
     journal = _journal(model, config, files)
     job = Job(model, base, config, targets, journal, LoadedWeights(model, base))
@@ -242,14 +245,18 @@ def sort_tensors(
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
         module = model.get_submodule(module_name)
-        if name in base and leaf == "weight" and packable(module, module_name, skip):
+        if name in base and packable_experts(module, name, skip):
+            targets |= differing_experts(model, name, tensor, value)
+        elif name in base and leaf == "weight" and packable(module, module_name, skip):
             targets[module_name] = module
-            for rows, other in zip(tensor.split(_ROWS), value.split(_ROWS), strict=True):
-                other = other.to(tensor.device, torch.float32)
-                moved += float((rows.float() - other).square().sum())
-                size += float(other.square().sum())
         else:
             overlay[name] = tensor
+            continue
+        pairs = (t.flatten(0, -2).split(_ROWS) for t in (tensor, value))
+        for rows, other in zip(*pairs, strict=True):
+            other = other.to(tensor.device, torch.float32)
+            moved += float((rows.float() - other).square().sum())
+            size += float(other.square().sum())
     if moved > _UNRELATED**2 * size:
         warnings.warn(
             f"the fine-tune's weights are {(moved / size) ** 0.5 if size else math.inf:.2f} times "
@@ -266,8 +273,33 @@ def packable(module: nn.Module, name: str, skip: Sequence[str]) -> bool:
     return (
         delta_class(type(module)) is not None
         and weight_of(module).numel() >= _SMALLEST
-        and not any(name == s or name.endswith("." + s) or name.startswith(s + ".") for s in skip)
+        and not _skipped(name, skip)
     )
+
+
+def packable_experts(module: nn.Module, name: str, skip: Sequence[str]) -> bool:
+    """Whether the tensor `name` of the module holds experts that are stored as ranks."""
+    owner, _, leaf = name.rpartition(".")
+    return (
+        is_experts(module)
+        and leaf in fused_weights(module)
+        and module.get_parameter(leaf)[0].numel() >= _SMALLEST
+        and not _skipped(owner, skip)
+        and not _skipped(name, skip)
+    )
+
+
+def differing_experts(
+    model: PreTrainedModel, name: str, tensor: Tensor, base: Tensor
+) -> dict[str, nn.Module]:
+    """The experts of a 3-D parameter whose matrix is not the base's, by name."""
+    fused = FusedWeight(model, name)
+    pairs = enumerate(zip(tensor, base, strict=True))
+    return {f"{name}.{i}": fused.expert(i) for i, (ours, its) in pairs if not same(ours, its)}
+
+
+def _skipped(name: str, skip: Sequence[str]) -> bool:
+    return any(name == s or name.endswith("." + s) or name.startswith(s + ".") for s in skip)
 
 
 def _batches(

@@ -82,7 +82,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
         base_fingerprints: written by compression: base tensor name -> fingerprint.
         measured: written by compression: `kl`, nats for each of `positions` predictions, to the
             fine-tune, on calibration texts that tuning has not seen.
-        errors: written by compression: module name -> relative error tr(EᵀE·C)/tr(ΔWᵀΔW·C).
+        errors: written by compression: module name, or `<parameter>.<expert>` -> relative error
+            tr(EᵀE·C)/tr(ΔWᵀΔW·C).
         overlay: written by saving: names of the tensors that are stored whole.
         resized: written by compression: embeddings or heads of another number of rows than in the
             base: module name -> rows of the base and of the fine-tune.

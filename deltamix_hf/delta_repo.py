@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from .base import KeyMap, repo_files
 from .config import QUANT_METHOD, DeltaMixConfig
 from .errors import DeltaMixError, first_line
-from .format import GUARD, PREFIX, ROWS, TensorInfo, is_guard, packed_modules, read_headers
+from .experts import fused_weights, is_experts, slice_shape, weight_of
+from .format import GUARD, PREFIX, ROWS, TensorInfo, is_guard, packed_names, read_headers
 from .modules import declared_shape
 from .packed import PackedFactors, parts
+from .packed_experts import PackedExperts, expert_parts
 from .trust import check_weight_files
 from .vocabulary import Resized, resized_in_repo
 
@@ -25,17 +27,19 @@ _CODES = (torch.int8, torch.uint8)  # what quantized weights of other libraries 
 
 @dataclass(frozen=True)
 class StoredDelta:
-    """Packed factors by module name and overlay tensors by tensor name, as a model names them."""
+    """Packed factors by module name, packed experts by 3-D parameter, overlay by tensor name."""
 
     packed: dict[str, PackedFactors]
     overlay: dict[str, Tensor]
     fingerprints: dict[str, str]  # of the base it belongs to
     source: str
+    experts: dict[str, PackedExperts] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         packed = sum(sum(factors.nbytes.values()) for factors in self.packed.values())
+        packed += sum(factors.nbytes for factors in self.experts.values())
         return packed + sum(t.numel() * t.element_size() for t in self.overlay.values())
 
     def pinned(self) -> StoredDelta:
@@ -46,8 +50,9 @@ class StoredDelta:
         if not torch.cuda.is_available():
             return self
         packed = {name: factors.pinned() for name, factors in self.packed.items()}
+        experts = {name: factors.pinned() for name, factors in self.experts.items()}
         overlay = {name: tensor.pin_memory() for name, tensor in self.overlay.items()}
-        return replace(self, packed=packed, overlay=overlay)
+        return replace(self, packed=packed, experts=experts, overlay=overlay)
 
 
 def find_delta(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], DeltaMixConfig]:
@@ -85,6 +90,7 @@ class Contents:
 
     Attributes:
         packed: by module.
+        experts: by 3-D parameter.
         overlay: by tensor.
         guards: names in the files.
         resized: matrices with more or fewer rows than in the base, by module.
@@ -92,6 +98,7 @@ class Contents:
     """
 
     packed: dict[str, str]
+    experts: dict[str, str]
     overlay: dict[str, str]
     guards: set[str]
     resized: dict[str, Resized]
@@ -111,21 +118,23 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
         DeltaMixError: incomplete, of other shapes or kinds than the model's, or two for one place.
     """
     gaussian = config.codebook == "gaussian"
-    modules = packed_modules(infos, gaussian, config.errors)
+    modules, fused = packed_names(infos, gaussian, config.errors)
     ours = {f"{module}.{PREFIX}{part}" for module in modules for part in parts(gaussian)}
+    ours |= {f"{name}_{PREFIX}{part}" for name in fused for part in expert_parts(gaussian)}
     guards = {name for name in infos.keys() - ours if is_guard(name)}
     for name in guards:
         if infos[name].placeholder().dtype != GUARD[0] or infos[name].shape != GUARD[1]:
             raise DeltaMixError(f"the delta repo holds {name}, which is no guard: it is damaged")
-    _check_listed(config, modules.keys(), infos.keys() - ours - guards)
+    _check_listed(config, {*modules}, {*fused}, infos.keys() - ours - guards)
     packed: dict[str, str] = {}
+    experts: dict[str, str] = {}
     overlay: dict[str, str] = {}
     absent: list[str] = []
     taken: dict[str, str] = {}
     stored_names = [(module, f"{module}.weight") for module in modules]
     resized = resized_in_repo(infos, config, keys)
     whole = sorted(n for n in infos.keys() - ours - guards if not n.endswith(f".{ROWS}"))
-    for stored, key in [*stored_names, *((name, name) for name in whole)]:
+    for stored, key in [*stored_names, *((name, name) for name in (*fused, *whole))]:
         name = keys.rename(key)[0]
         if name not in keys.state:
             absent.append(stored)
@@ -138,15 +147,23 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
         if key != stored:
             _check_module(keys, stored, name)
             packed[name.removesuffix(".weight")] = stored
+        elif stored in fused:
+            _check_fused(keys, stored, name)
+            experts[name] = stored
         else:
             _check_whole(keys.state[name], infos[stored], stored)
             overlay[name] = stored
-    return Contents(packed, overlay, guards, resized, absent)
+    return Contents(packed, experts, overlay, guards, resized, absent)
 
 
-def _check_listed(config: DeltaMixConfig, modules: Set[str], whole: Set[str]) -> None:
+def _check_listed(
+    config: DeltaMixConfig, modules: Set[str], fused: Set[str], whole: Set[str]
+) -> None:
     """Refuse what config.json does not list, and too little; old repos have shorter lists."""
-    if config.errors and (more := sorted(modules - config.errors.keys())):
+    unlisted = fused - {name.rpartition(".")[0] for name in config.errors}
+    if config.errors:
+        unlisted |= modules - config.errors.keys()
+    if more := sorted(unlisted):
         raise DeltaMixError(f"the delta repo holds {more[0]}, which its config.json does not list")
     if config.overlay is None:
         return
@@ -162,6 +179,63 @@ def _check_module(keys: KeyMap, stored: str, weight: str) -> None:
     kinds = nn.Linear | nn.Embedding | Conv1D
     if (dot, leaf) != (".", "weight") or not isinstance(module, kinds):
         raise DeltaMixError(f"{stored}: a {type(module).__name__} cannot carry a packed delta")
+
+
+def _check_fused(keys: KeyMap, stored: str, name: str) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = keys.model.get_submodule(owner)
+    if not is_experts(module) or leaf not in fused_weights(module):
+        raise DeltaMixError(
+            f"{stored}: the {leaf} of a {type(module).__name__} cannot carry packed experts"
+        )
+
+
+def without_codes(infos: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
+    """Reads the small tensors of packed experts, and of their codes the shapes: meta tensors."""
+
+    def read(name: str) -> Tensor:
+        info = infos[name]
+        if name.endswith((f"_{PREFIX}v", f"_{PREFIX}u")):
+            return info.placeholder()
+        with safe_open(info.file, framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(name)
+            return tensor
+
+    return read
+
+
+def listed_experts(config: DeltaMixConfig, stored: str) -> set[str]:
+    """Matrices of the packed 3-D parameter `stored` that config.json lists."""
+    return {name for name in config.errors if name.rpartition(".")[0] == stored}
+
+
+def checked_experts(
+    keys: KeyMap, name: str, stored: str, config: DeltaMixConfig, read: Callable[[str], Tensor]
+) -> PackedExperts:
+    """The deltas of the 3-D parameter `name`, from stored tensors; its codes may be meta.
+
+    Raises:
+        DeltaMixError: not the tensors of such a parameter, values no compressor writes, or other
+            experts than config.json lists.
+    """
+    owner, _, leaf = name.rpartition(".")
+    module = keys.model.get_submodule(owner)
+    kinds = expert_parts(config.codebook == "gaussian")
+    tensors = {part: read(f"{stored}_{PREFIX}{part}") for part in kinds}
+    shape = len(weight_of(module, leaf)), *slice_shape(module, leaf)
+    try:
+        packed = PackedExperts.checked(*shape, config.group_size, tensors)
+    except DeltaMixError as error:
+        raise DeltaMixError(f"{name}: {error}") from None
+    counts = packed.counts.tolist()
+    kept = {f"{stored}.{number}" for number, count in enumerate(counts) if count}
+    listed = listed_experts(config, stored)
+    if wrong := sorted(kept ^ listed):
+        raise DeltaMixError(
+            f"only {'config.json' if wrong[0] in listed else 'the delta repo'} has ranks of "
+            f"{wrong[0]}: weights and config.json do not fit"
+        )
+    return packed
 
 
 def _check_whole(ours: Tensor, info: TensorInfo, stored: str) -> None:
@@ -225,8 +299,12 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
             packed[name] = PackedFactors.checked(m, n, config.group_size, tensors)
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
+    experts = {
+        name: checked_experts(keys, name, stored, config, read)
+        for name, stored in contents.experts.items()
+    }
     overlay: dict[str, Tensor] = {}
     for name, stored in contents.overlay.items():
         overlay[name] = read(stored)
         check_finite(stored, overlay[name])
-    return StoredDelta(packed, overlay, config.base_fingerprints, source)
+    return StoredDelta(packed, overlay, config.base_fingerprints, source, experts)

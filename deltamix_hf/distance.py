@@ -20,9 +20,10 @@ from transformers.utils import logging
 
 from .base import BaseCheckpoint, same, weights_from_base
 from .compress import plan_budget, rank_options
-from .compress_model import packable
+from .compress_model import packable, packable_experts
 from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError
+from .experts import fused_name, fused_sizes, slice_shape
 from .format import ROWS, guard_names, reference_bytes
 from .global_allocation import solve_global
 from .modules import shape_of
@@ -98,7 +99,8 @@ class Distance:
         """The matrices by name without the numbers of layers."""
         groups: dict[str, list[MatrixDistance]] = {}
         for name, matrix in self.matrices.items():
-            groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(matrix)
+            kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", fused_name(name) or name)
+            groups.setdefault(kind, []).append(matrix)
         return groups
 
 
@@ -132,8 +134,8 @@ def measure(
         found = _compare(model, tuned, base, name)
         if found is None:
             identical += 1
-        elif isinstance(found, MatrixDistance):
-            matrices[name.removesuffix(".weight")] = found
+        elif isinstance(found, dict):
+            matrices |= found
         else:
             overlay[name] = overlay_dtype(found.dtype, config), tuple(found.shape)
         added = base.added(name)
@@ -143,14 +145,17 @@ def measure(
         bar.update()
     bar.close()
     guards = guard_names(weights_from_base(model, base, overlay), model.base_model_prefix)
-    losses = [_loss(matrices, overlay, guards, ratio) for ratio in ratios if matrices or overlay]
+    experts = fused_sizes(model, matrices)
+    losses = [
+        _loss(matrices, overlay, guards, experts, ratio) for ratio in ratios if matrices or overlay
+    ]
     return Distance(matrices, overlay, identical, _reference(matrices, overlay), losses)
 
 
 def _compare(
     model: PreTrainedModel, tuned: BaseCheckpoint, base: BaseCheckpoint, name: str
-) -> MatrixDistance | Tensor | None:
-    """None: equal; a tensor: to be stored whole."""
+) -> dict[str, MatrixDistance] | Tensor | None:
+    """Matrices to pack, by name; None: equal; a tensor: to be stored whole."""
     value = tuned.read(name)
     if value.is_floating_point() and not torch.isfinite(value).all():
         raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
@@ -170,15 +175,29 @@ def _compare(
         )
     if same(value, before):
         return None
+    if packable_experts(module, name, ()):
+        shape, pairs = slice_shape(module, leaf), enumerate(zip(value, before, strict=True))
+        return {
+            f"{name}.{number}": _distance(shape, expert, its, False)
+            for number, (expert, its) in pairs
+            if not same(expert, its)
+        }
     if leaf != "weight" or not packable(module, module_name, ()):
         return value
+    embedding = isinstance(module, nn.Embedding)
+    return {module_name: _distance(shape_of(module), value, before, embedding)}
+
+
+def _distance(
+    shape: tuple[int, int], value: Tensor, before: Tensor, embedding: bool
+) -> MatrixDistance:
     delta = value.float() - before.float()
     return MatrixDistance(
-        shape_of(module),
+        shape,
         float(delta.double().square().sum()),
         float(before.double().square().sum()),
         singular_values(delta).square(),
-        isinstance(module, nn.Embedding),
+        embedding,
     )
 
 
@@ -186,13 +205,14 @@ def _loss(
     matrices: dict[str, MatrixDistance],
     overlay: dict[str, tuple[torch.dtype, tuple[int, ...]]],
     guards: list[str],
+    experts: dict[str, int],
     ratio: float,
 ) -> BudgetLoss:
     config = DeltaMixConfig(ratio=ratio, drop_penalty=1.0)
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
     embeddings = {name for name, matrix in matrices.items() if matrix.embedding}
     try:
-        budget = plan_budget(shapes, overlay, guards, config, embeddings)
+        budget = plan_budget(shapes, overlay, guards, config, embeddings, experts)
     except DeltaMixError:  # too small
         return BudgetLoss(ratio, config.budget(_reference(matrices, overlay)), None)
     energies = [matrix.energies for matrix in matrices.values()]

@@ -4,6 +4,7 @@ A delta repo is an ordinary transformers repo whose weight files hold, instead o
 
 - the packed tensors `<module>.dm_v`, `.dm_u`, `.dm_ranks` and, on min-max grids, `.dm_zeros` of
   each compressed matrix,
+- the same of fused experts, `<parameter>_dm_v` and so on, and `<parameter>_dm_counts`,
 - the overlay: every other tensor that differs from the base, whole, under its model name,
 - guards: one-byte tensors that make a loader that ignores the format fail instead of loading noise.
 
@@ -17,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,11 +30,13 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import DeltaMixError
 from .packed import PARTS, parts
+from .packed_experts import EXPERT_PARTS, expert_parts
 
 PREFIX = "dm_"
 ROWS = "dm_rows"  # rows of an embedding or head that the base has not, [rows, n]
 GUARD_SEPARATOR = ":"
 GUARD = (torch.uint8, (1,))  # dtype and shape of a guard
+_EXPERT_PART = re.compile(rf"(.+)_{PREFIX}({'|'.join(EXPERT_PARTS)})")
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 _MAX_DIMENSIONS = 16
 _MAX_EXTENT = 2**63  # of offsets, in bytes; torch's own limit
@@ -215,38 +219,57 @@ def check_base(
         )
 
 
-def packed_modules(
-    names: Iterable[str], gaussian: bool, expected: Iterable[str] = ()
-) -> dict[str, set[str]]:
-    """Module name -> parts present, from tensor names; incomplete sets are refused.
+def packed_part(name: str) -> tuple[str, str, str] | None:
+    """What a tensor's name says: what it is packed for, "." or "_" (an expert's), and which part.
 
-    `gaussian`: the codebook, which has no zero points. `expected`: modules that must be there.
+    `model.q_proj`, "." and `v` for `model.q_proj.dm_v`; None for what is no packed tensor.
+    """
+    module, _, leaf = name.rpartition(".")
+    if leaf.startswith(PREFIX) and leaf.removeprefix(PREFIX) in PARTS:
+        return module, ".", leaf.removeprefix(PREFIX)
+    found = _EXPERT_PART.fullmatch(name)
+    return (found[1], "_", found[2]) if found else None
+
+
+def packed_names(
+    names: Iterable[str], gaussian: bool, expected: Iterable[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Packed modules, and packed 3-D parameters, by tensor names; incomplete sets are refused.
+
+    `gaussian`: the codebook, which has no zero points. `expected`: matrices that must be there.
 
     Raises:
-        DeltaMixError: a module is missing, lacks one of its tensors, or has one of the other
+        DeltaMixError: a matrix is missing, lacks one of its tensors, or has one of the other
             codebook.
     """
-    wanted = set(parts(gaussian))
-    modules: dict[str, set[str]] = {}
+    wanted = {".": set(parts(gaussian)), "_": set(expert_parts(gaussian))}
+    found: dict[str, dict[str, set[str]]] = {".": {}, "_": {}}
     for name in names:
-        module, _, leaf = name.rpartition(".")
-        if leaf.startswith(PREFIX) and leaf.removeprefix(PREFIX) in PARTS:
-            modules.setdefault(module, set()).add(leaf.removeprefix(PREFIX))
-    if absent := sorted(set(expected) - modules.keys()):
+        if place := packed_part(name):
+            owner, joint, part = place
+            found[joint].setdefault(owner, set()).add(part)
+    absent = sorted(
+        name
+        for name in expected
+        if name not in found["."] and name.rpartition(".")[0] not in found["_"]
+    )
+    if absent:
         raise DeltaMixError(
             f"the delta repo lacks the packed matrix {absent[0]}: the file is incomplete"
         )
-    for module, present in modules.items():
-        if missing := sorted(wanted - present):
-            raise DeltaMixError(
-                f"the delta repo lacks {module}.{PREFIX}{missing[0]}: the file is incomplete"
-            )
-        if surplus := sorted(present - wanted):
-            raise DeltaMixError(
-                f"the delta repo holds {module}.{PREFIX}{surplus[0]}, which its codebook has not: "
-                "weights and config.json do not fit"
-            )
-    return modules
+    for joint, owners in found.items():
+        for owner, present in owners.items():
+            if missing := sorted(wanted[joint] - present):
+                raise DeltaMixError(
+                    f"the delta repo lacks {owner}{joint}{PREFIX}{missing[0]}: the file is "
+                    "incomplete"
+                )
+            if surplus := sorted(present - wanted[joint]):
+                raise DeltaMixError(
+                    f"the delta repo holds {owner}{joint}{PREFIX}{surplus[0]}, which its codebook "
+                    "has not: weights and config.json do not fit"
+                )
+    return list(found["."]), list(found["_"])
 
 
 def guard_names(weights: Sequence[str], base_model_prefix: str) -> list[str]:
@@ -308,7 +331,8 @@ class SizeReport:
     """True bytes of a delta repo's weight files, split by kind.
 
     `total` = payload + scales + metadata + overlay, and equals the files' sizes; metadata is
-    headers, guards and per-rank widths. `reference` is the bf16 bytes of all that differs.
+    headers, guards, per-rank widths and experts' counts. `reference` is the bf16 bytes of all that
+    differs.
     """
 
     payload: int
@@ -332,7 +356,7 @@ def size_report(
     """Measure a delta repo on disk.
 
     `weights`: name -> shape [m, n] of every compressed matrix, those too that kept no rank
-    (`modules.compressed_shapes`).
+    (`experts.compressed_shapes`).
     """
     files = weight_files(folder)
     infos = read_headers(files)
@@ -340,14 +364,17 @@ def size_report(
     overlay: dict[str, tuple[int, ...]] = {}
     widths = 0
     for name, info in infos.items():
-        leaf, size = name.rpartition(".")[2], info.end - info.start
-        if leaf in (PREFIX + "v", PREFIX + "u"):
+        place, size = packed_part(name), info.end - info.start
+        part = place and place[2]
+        if part in ("v", "u"):
             kinds["payload"] += size
-        elif leaf == PREFIX + "ranks":
+        elif part == "ranks":
             widths += 2 * info.shape[0]
             kinds["scales"] += size - 2 * info.shape[0]
-        elif leaf == PREFIX + "zeros":
+        elif part == "zeros":
             kinds["scales"] += size
+        elif part == "counts":
+            widths += size
         elif not is_guard(name):
             kinds["overlay"] += size
             overlay[name] = info.shape

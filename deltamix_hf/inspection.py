@@ -18,11 +18,19 @@ from torch import Tensor
 from .architecture import empty_model, is_delta, read_config
 from .base import KeyMap
 from .config import DeltaMixConfig
-from .delta_repo import Contents, contents_of, find_delta
+from .delta_repo import (
+    Contents,
+    checked_experts,
+    contents_of,
+    find_delta,
+    listed_experts,
+    without_codes,
+)
 from .errors import DeltaMixError
+from .experts import expert_place, fused_name, matrix_shape
 from .format import PREFIX, SizeReport, TensorInfo, read_headers, size_report
-from .modules import shape_of
 from .packed import PackedFactors, layout_of, parts
+from .packed_experts import PackedExperts, expert_parts
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class MatrixReport:
     """One compressed matrix.
 
     Attributes:
-        stored: the module's name in the files; None if it kept no rank.
+        stored: the matrix's name in the files; None if it kept no rank.
         shape: [m, n] of the dense matrix.
         v_bits, u_bits: int64 [k], widths of both sides of every rank kept, as stored.
         payload, scales, metadata: bytes of its codes, of its scales and zero points, and of its
@@ -87,11 +95,17 @@ class RepoReport:
 
     @property
     def by_type(self) -> dict[str, dict[int | None, MatrixReport]]:
-        """Type of layer (the name without its number) -> depth (None: no number) -> matrix."""
-        found: dict[str, dict[int | None, MatrixReport]] = {}
+        """Type of layer (the name without its number) -> depth (None: no number) -> matrix.
+
+        The experts of one 3-D parameter are taken together, as one tall matrix.
+        """
+        grouped: dict[str, list[MatrixReport]] = {}
         for name, matrix in self.matrices.items():
+            grouped.setdefault(fused_name(name) or name, []).append(matrix)
+        found: dict[str, dict[int | None, MatrixReport]] = {}
+        for name, matrices in grouped.items():
             kind, depth = type_and_depth(name)
-            found.setdefault(kind, {})[depth] = matrix
+            found.setdefault(kind, {})[depth] = _together(matrices)
         return found
 
 
@@ -125,6 +139,9 @@ def inspect_repo(repo: str | Path) -> RepoReport:
         name: _matrix(infos, config, contents.packed.get(name), name, shape)
         for name, shape in shapes.items()
     }
+    for name, stored in contents.experts.items():
+        packed = checked_experts(keys, name, stored, config, without_codes(infos))
+        matrices |= _expert_matrices(packed, config, name, stored)
     overlay = {
         name: (infos[stored].dtype, infos[stored].shape, _length(infos[stored]))
         for name, stored in contents.whole.items()
@@ -145,10 +162,13 @@ def stored_shapes(
     if contents.absent:
         raise DeltaMixError(f"the model has no {contents.absent[0]}, which the files hold")
     compressed = {*contents.packed, *config.dropped}
-    names = [n[: -len(".weight")] for n, t in keys.state.items() if _is_matrix(n, t)]
+    for fused, stored in contents.experts.items():
+        listed = listed_experts(config, stored)
+        compressed |= {f"{fused}.{name.rpartition('.')[2]}" for name in listed}
+    names = [name for n, t in keys.state.items() for name in _matrices_in(keys, n, t)]
     if unknown := sorted(compressed - {*names}):
         raise DeltaMixError(f"the model has no matrix {unknown[0]}, which config.json lists")
-    return {n: shape_of(keys.model.get_submodule(n)) for n in names if n in compressed}
+    return {n: matrix_shape(keys.model, n) for n in names if n in compressed}
 
 
 def rank_sizes(report: RepoReport, name: str) -> Tensor:
@@ -161,9 +181,17 @@ def rank_sizes(report: RepoReport, name: str) -> Tensor:
     if matrix.stored is None:
         return torch.zeros(0)
     infos = read_headers(report.files)
-    names = parts(config.codebook == "gaussian")
-    tensors = {part: _read(infos, f"{matrix.stored}.{PREFIX}{part}") for part in names}
-    factors = PackedFactors.checked(*matrix.shape, config.group_size, tensors)
+    gaussian, stored = config.codebook == "gaussian", matrix.stored
+    fused, _, number = stored.rpartition(".")
+    factors: PackedFactors | None
+    if f"{fused}_{PREFIX}counts" in infos:
+        tensors = {part: _read(infos, f"{fused}_{PREFIX}{part}") for part in expert_parts(gaussian)}
+        shape = len(tensors["counts"]), *matrix.shape
+        factors = PackedExperts.checked(*shape, config.group_size, tensors).split()[int(number)]
+        assert factors is not None
+    else:
+        tensors = {part: _read(infos, f"{stored}.{PREFIX}{part}") for part in parts(gaussian)}
+        factors = PackedFactors.checked(*matrix.shape, config.group_size, tensors)
     return factors.left().norm(dim=1) * factors.right().norm(dim=1)
 
 
@@ -175,9 +203,7 @@ def _matrix(
     shape: tuple[int, int],
 ) -> MatrixReport:
     """`stored` is the module's name in the files; None for a matrix that kept no rank."""
-    error = config.errors.get(name)
-    if error is not None and not 0 <= error < 1e300:
-        error = None  # no compressor writes NaN or the like
+    error = _error(config, name)
     if stored is None:
         nothing = torch.zeros(0, dtype=torch.int64)
         return MatrixReport(None, shape, nothing, nothing, 0, 0, 0, error)
@@ -200,8 +226,55 @@ def _matrix(
     )
 
 
-def _is_matrix(name: str, tensor: Tensor) -> bool:
-    return name.endswith(".weight") and tensor.ndim == 2
+def _error(config: DeltaMixConfig, name: str) -> float | None:
+    error = config.errors.get(name)
+    return error if error is not None and 0 <= error < 1e300 else None  # no NaN or the like
+
+
+def _expert_matrices(
+    packed: PackedExperts, config: DeltaMixConfig, name: str, stored: str
+) -> dict[str, MatrixReport]:
+    """Every expert of a 3-D parameter that kept ranks; the codes may be meta."""
+    found = {}
+    for number, factors in enumerate(packed.split()):
+        if factors is not None:
+            own, words = f"{stored}.{number}", factors.ranks[:, 0].long()
+            found[f"{name}.{number}"] = MatrixReport(
+                stored=own,
+                shape=(factors.m, factors.n),
+                v_bits=words % 16,
+                u_bits=words // 16 % 16,
+                error=_error(config, own),
+                **factors.nbytes,
+            )
+    return found
+
+
+def _together(matrices: list[MatrixReport]) -> MatrixReport:
+    """Matrices of one shape as one, below each other; its error is their mean."""
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    errors = [matrix.error for matrix in matrices if matrix.error is not None]
+    return MatrixReport(
+        stored=first.stored,
+        shape=(sum(matrix.shape[0] for matrix in matrices), first.shape[1]),
+        v_bits=torch.cat([matrix.v_bits for matrix in matrices]),
+        u_bits=torch.cat([matrix.u_bits for matrix in matrices]),
+        payload=sum(matrix.payload for matrix in matrices),
+        scales=sum(matrix.scales for matrix in matrices),
+        metadata=sum(matrix.metadata for matrix in matrices),
+        error=sum(errors) / len(errors) if errors else None,
+    )
+
+
+def _matrices_in(keys: KeyMap, name: str, tensor: Tensor) -> list[str]:
+    """Names of the matrices that a parameter holds: one, or one for each expert."""
+    if name.endswith(".weight") and tensor.ndim == 2:
+        return [name.removesuffix(".weight")]
+    if tensor.ndim == 3 and expert_place(keys.model, f"{name}.0"):
+        return [f"{name}.{number}" for number in range(len(tensor))]
+    return []
 
 
 def _length(info: TensorInfo | None) -> int:

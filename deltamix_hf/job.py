@@ -22,6 +22,7 @@ from . import tuning
 from .base import BaseCheckpoint
 from .compress import Budget, Compressed, Compressor, Matrix
 from .config import DeltaMixConfig
+from .experts import Expert
 from .journal import Journal
 from .metric import diagonal
 from .modules import attach_with_ties, oriented, shape_of, tied_modules
@@ -86,14 +87,14 @@ class Job:
         """The modules whose statistics make up those of the targets."""
         observed: dict[str, nn.Module] = {}
         for name in self.targets:
-            users = tied_modules(self.model, name)
+            users = self._users(name)
             if not self.config.fisher:  # a tied embedding is measured where it is used as a matrix
                 users = {n: m for n, m in users.items() if not isinstance(m, nn.Embedding)}
             observed |= users
         return observed
 
     def _uses(self, name: str) -> list[LayerStatistics]:
-        return [self.found[n] for n in tied_modules(self.model, name) if n in self.found]
+        return [self.found[n] for n in self._users(name) if n in self.found]
 
     def metrics(self, name: str, inputs: Tensor | None = None) -> Metrics:
         """Metrics of a target; what was never called gets the mean weight of what was.
@@ -122,20 +123,30 @@ class Job:
                         side.append(float(x.mean()))
         return statistics.median(sides[0] or [1.0]), statistics.median(sides[1] or [1.0])
 
+    def _users(self, name: str) -> dict[str, nn.Module]:
+        """The modules that use a target's weight, by name."""
+        target = self.targets[name]
+        return {name: target} if isinstance(target, Expert) else tied_modules(self.model, name)
+
     def delta(self, name: str) -> Tensor:
         """ΔW float32 [m, n] of a target."""
         with self.watch.stage("read"):
             delta = self._matrix(name, self.weights)
-            for rows, other in zip(delta.split(_ROWS), self._base(name).split(_ROWS), strict=True):
+            base = oriented(self.targets[name], self._read(name, self.base))
+            for rows, other in zip(delta.split(_ROWS), base.split(_ROWS), strict=True):
                 rows -= other.to(rows.device, torch.float32)
         return delta
 
     def _matrix(self, name: str, source: Weights | BaseCheckpoint) -> Tensor:
-        weight = oriented(self.targets[name], source.read(f"{name}.weight"))
+        """A copy of a target's matrix, float32 [m, n]."""
+        weight = oriented(self.targets[name], self._read(name, source))
         return weight.to(self.weights.device, torch.float32, copy=True)
 
-    def _base(self, name: str) -> Tensor:
-        return oriented(self.targets[name], self.base.read(f"{name}.weight"))
+    def _read(self, name: str, source: Weights | BaseCheckpoint) -> Tensor:
+        target = self.targets[name]
+        if isinstance(target, Expert):
+            return source.read_expert(target.fused.name, target.number)
+        return source.read(f"{name}.weight")
 
     def run(self, budget: Budget) -> None:
         """Compress every target, then tune."""
@@ -236,10 +247,17 @@ class Job:
     def _attach(self, name: str) -> None:
         """Put the base weight and the packed delta where the fine-tuned weight was."""
         packed, error = self._results[name].packed, self._results[name].error
-        self.weights.put_base(f"{name}.weight")
+        target = self.targets[name]
+        if isinstance(target, Expert):
+            self.weights.put_base(target.fused.name, target.number)
+        else:
+            self.weights.put_base(f"{name}.weight")
         if packed is None:
             self.config.dropped.append(name)
         else:
             self.config.errors[name] = error
+        if isinstance(target, Expert):
+            target.fused.finish(target.number, packed)
+        elif packed is not None:
             attach_with_ties(self.model, name, packed.runs, packed.group_sizes, packed.tensors)
         del self._results[name]

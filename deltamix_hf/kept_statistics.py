@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DeltaMixError
+from .expert_statistics import Moments, enough, observed_experts
 from .journal import Journal
 from .metric import SecondMoment
 from .statistics import Hooks, LayerStatistics, check_finite
@@ -48,16 +49,22 @@ class KeptStatistics(Mapping[str, LayerStatistics]):
             DeltaMixError: the model gives NaN.
         """
         hooks, facts = Hooks(modules, fisher), dict[str, Any]()
+        begun: dict[str, Moments] = {}
         if self.workers.rank:
             before = self.workers.rank - 1
             self.workers.wait(self.journal, self._part(place, before))
             handed = self._read(self._part(place, before))[1]
             facts |= handed["facts"]
             hooks.found = self._layers(handed["modules"])
+            begun = {n: (layer.inputs, layer.gradients) for n, layer in hooks.found.items()}
         try:
-            yield facts
+            with observed_experts(modules, fisher, begun) as experts:
+                yield facts
         finally:
             found = hooks.close()
+        found = {name: layer for name, layer in found.items() if name not in experts}
+        experts = enough(experts) if self.workers.last else experts
+        found |= {name: LayerStatistics(*moments) for name, moments in experts.items()}
         check_finite(found)
         own = None if self.workers.last else self.workers.rank
         stored: dict[int, str] = {}  # q/k/v share their inputs

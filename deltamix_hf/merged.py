@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .errors import DeltaMixError
+from .experts import delta_experts
 from .modules import delta_modules, weight_of
 
 
@@ -27,12 +28,18 @@ def cache_merged(model: nn.Module, enabled: bool = True) -> int:
         DeltaMixError: a matrix is offloaded; nothing is cached then.
     """
     modules = delta_modules(model)
+    experts = delta_experts(model)
     if not enabled:
         for module in modules.values():
             module.dm_merged = None
+        for mixture in experts.values():
+            mixture.drop_merged()
         return 0
-    for name, module in modules.items():
-        if weight_of(module).device.type == "meta":
+    weights = {name: weight_of(module) for name, module in modules.items()}
+    for name, mixture in experts.items():
+        weights |= {f"{name}.{leaf}": weight for leaf, weight in mixture.frozen_weights().items()}
+    for name, weight in weights.items():
+        if weight.device.type == "meta":
             raise DeltaMixError(
                 f"{name} is offloaded; merged weights are cached for models that are in memory"
             )
@@ -42,4 +49,7 @@ def cache_merged(model: nn.Module, enabled: bool = True) -> int:
         if key not in made:
             made[key] = module.merged_weight()
         module.dm_merged = made[key]
-    return sum(tensor.numel() * tensor.element_size() for tensor in made.values())
+    kept = [*made.values()]
+    for mixture in experts.values():
+        kept += mixture.keep_merged()
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)

@@ -21,6 +21,7 @@ DIAGONAL elements (vocabularies) it keeps the diagonal alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,18 +95,18 @@ class SecondMoment:
     def nbytes(self) -> int:
         return 4 * (self.rows + (self.kind != "full")) * self.dim
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Its tensors and numbers, for `restored`."""
         tensors = {"total": self.total, "squares": self.squares}
-        sizes = {"dim": self.dim, "count": self.count}
+        sizes = {"dim": self.dim, "count": self.count, "kind": self.kind, "rows": self.rows}
         kept = {key: t for key, t in tensors.items() if t is not None}
         return kept | {"random": self._random.get_state()}, sizes
 
     @classmethod
-    def restored(cls, tensors: dict[str, Tensor], sizes: dict[str, int]) -> SecondMoment:
+    def restored(cls, tensors: dict[str, Tensor], sizes: dict[str, Any]) -> SecondMoment:
         """What gave this `state`."""
         moment = cls(sizes["dim"])
-        moment.count = sizes["count"]
+        moment.count, moment.kind, moment.rows = sizes["count"], sizes["kind"], sizes["rows"]
         moment._random.set_state(tensors["random"].cpu())
         moment.total, moment.squares = tensors.get("total"), tensors.get("squares")
         return moment

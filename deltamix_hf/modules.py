@@ -32,9 +32,10 @@ def weight_of(module: nn.Module) -> Tensor:
 def oriented(module: nn.Module, weight: Tensor) -> Tensor:
     """A weight of `module` as the matrix [m outputs, n inputs], or that matrix as its weight.
 
-    Only GPT-2's `Conv1D` keeps the transpose.
+    GPT-2's `Conv1D` and some experts keep the transpose.
     """
-    return weight.T if isinstance(module, Conv1D) else weight
+    transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+    return weight.T if transposed else weight
 
 
 def matrix_of(module: nn.Module) -> Tensor:
@@ -251,9 +252,3 @@ def packed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     tied = model.all_tied_weights_keys
     modules = delta_modules(model).items()
     return {name: shape_of(module) for name, module in modules if f"{name}.weight" not in tied}
-
-
-def compressed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """`packed_shapes` and the matrices that differ from the base but were not worth a rank."""
-    dropped = model.config.quantization_config.dropped
-    return packed_shapes(model) | {name: shape_of(model.get_submodule(name)) for name in dropped}

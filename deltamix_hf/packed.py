@@ -76,15 +76,20 @@ def part_shapes(
 
 
 def check_parts(
-    m: int, n: int, runs: Runs, group_sizes: GroupSizes, tensors: Mapping[str, Tensor]
+    m: int,
+    n: int,
+    runs: Runs,
+    group_sizes: GroupSizes,
+    tensors: Mapping[str, Tensor],
+    matrices: int = 1,
 ) -> None:
-    """Refuse tensors that are not those of an [m, n] matrix with these widths.
+    """Refuse tensors that are not those of an [m, n] matrix, or several, with these widths.
 
     Raises:
         DeltaMixError: names the first part of another shape or dtype, or more ranks than there can
             be.
     """
-    if (rank := sum(count for count, _, _ in runs)) > min(m, n):
+    if (rank := sum(count for count, _, _ in runs)) > matrices * min(m, n):
         raise DeltaMixError(
             f"the delta has {rank} ranks, an [{m}, {n}] matrix has at most {min(m, n)}: the delta "
             "does not belong to this model, or the file is damaged"

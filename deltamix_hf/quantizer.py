@@ -34,9 +34,18 @@ from . import sharding
 from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same
 from .compress_model import compress_model
 from .config import DeltaMixConfig
-from .delta_repo import Contents, check_finite, contents_of
+from .delta_repo import Contents, check_finite, checked_experts, contents_of, without_codes
 from .errors import DeltaMixError, first_line
-from .format import PREFIX, ROWS, TensorInfo, check_base, is_guard, read_headers
+from .experts import attach_experts, delta_experts
+from .format import (
+    PREFIX,
+    ROWS,
+    TensorInfo,
+    check_base,
+    is_guard,
+    packed_part,
+    read_headers,
+)
 from .journal import Journal
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, shape_of, weight_of
 from .packed import check_values, layout_of, parts
@@ -146,7 +155,9 @@ class DeltaMixHfQuantizer(HfQuantizer):
         contents = contents_of(infos, self.quantization_config, keys)
         for name, stored in contents.packed.items():
             self._attach_placeholders(model, name, stored, infos)
-        if contents.absent and not contents.packed:
+        for name, stored in contents.experts.items():
+            self._attach_experts(keys, name, stored, infos)
+        if contents.absent and not (contents.packed or contents.experts):
             raise DeltaMixError(
                 f"none of the matrices of the delta repo belong to a {type(model).__name__}; load "
                 "it with the class it was made from"
@@ -206,6 +217,16 @@ class DeltaMixHfQuantizer(HfQuantizer):
             check_values(m, n, runs, group_sizes, ranks, zeros)
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
+
+    def _attach_experts(
+        self, keys: KeyMap, name: str, stored: str, infos: dict[str, TensorInfo]
+    ) -> None:
+        """Give the experts of the 3-D parameter `name` empty packed parameters."""
+        read = without_codes(infos)
+        packed = checked_experts(keys, name, stored, self.quantization_config, read)
+        owner, _, leaf = name.rpartition(".")
+        module = keys.model.get_submodule(owner)
+        attach_experts(module, leaf, packed.to(torch.device("meta")))
 
     def _fitting_rows(
         self, contents: Contents, base: BaseCheckpoint, infos: dict[str, TensorInfo]
@@ -343,8 +364,12 @@ class DeltaMixHfQuantizer(HfQuantizer):
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         merged: dict[int, nn.Parameter] = {}
         modules = delta_modules(model)
-        for name, module in modules.items():
-            if module.weight.device.type == "meta":
+        experts = delta_experts(model)
+        weights = {name: weight_of(module) for name, module in modules.items()}
+        for name, mixture in experts.items():
+            weights |= {f"{name}.{leaf}": w for leaf, w in mixture.frozen_weights().items()}
+        for name, weight in weights.items():
+            if weight.device.type == "meta":
                 raise DeltaMixError(
                     f"{name} is offloaded; load the delta repo without offload to merge"
                 )
@@ -355,6 +380,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
                 merged[key] = nn.Parameter(module.merged_weight(), requires_grad=False)
             module.weight = merged[key]
             detach(module)
+        for mixture in experts.values():
+            mixture.merge()
         ties = model.all_tied_weights_keys
         for target in [name for name in ties if name.rpartition(".")[2].startswith(PREFIX)]:
             del ties[target]
@@ -375,9 +402,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if stored is None:
             base = BaseCheckpoint(self.base_files, model)
             stored = delta_state_dict(model, base, self._whole_factor)
-        whole = [
-            n for n in stored if not is_guard(n) and (f".{PREFIX}" not in n or n.endswith(ROWS))
-        ]
+        whole = [n for n in stored if not is_guard(n) and packed_part(n) is None]
         self.quantization_config.overlay = sorted(whole)
         return stored, {}
 

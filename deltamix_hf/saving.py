@@ -26,7 +26,8 @@ from transformers.utils.hub import cached_file
 from .base import BaseCheckpoint, same, weights_from_base
 from .config import overlay_dtype
 from .errors import DeltaMixError
-from .format import GUARD, PREFIX, ROWS, guard_names
+from .experts import delta_experts
+from .format import GUARD, ROWS, guard_names, packed_part
 from .hub import push_folder
 from .modules import delta_modules
 from .registration import NOTICE
@@ -80,7 +81,9 @@ def delta_state_dict(
     state = model.state_dict()
     tied = set(model.all_tied_weights_keys)
     stored: dict[str, Tensor] = {}
-    packed = delta_modules(model)
+    frozen = {f"{module}.weight" for module in delta_modules(model)}
+    for module, experts in delta_experts(model).items():
+        frozen |= {f"{module}.{leaf}" for leaf in experts.dm_group_sizes}
     for name, tensor in state.items():
         module, _, leaf = name.rpartition(".")
         if name in tied:
@@ -90,7 +93,7 @@ def delta_state_dict(
                 f"{name} is offloaded and cannot be saved from here; load without offload"
             )
         tensor = whole(tensor)
-        if module in packed and leaf.startswith(PREFIX):
+        if packed_part(name):
             stored[name] = factor(name, tensor)
         elif name in base:
             if leaf == "weight" and module in config.resized:  # a bias of that length is whole
@@ -98,7 +101,7 @@ def delta_state_dict(
                 if (added := base.added(name)) is not None:
                     stored[f"{module}.{ROWS}"] = added.to(overlay_dtype(added.dtype, config))
             unchanged = same(tensor, base.read(name))
-            if module in packed and leaf == "weight" and not unchanged:
+            if name in frozen and not unchanged:
                 raise DeltaMixError(
                     f"the frozen base weight {name} was edited (merged adapters?); save the dense "
                     "model instead: model.dequantize(), then save_pretrained"

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .experts import expert_place, replace_expert
 from .gptq import cholesky
 from .metric import SecondMoment, dense
 from .modules import matrix_of, oriented, weight_of
@@ -96,7 +97,7 @@ def compress_blocks(
             made.keep(finish(changes, inner))
         staged = {target for stage in stages for target in stage.names}
         if others := [f"{name}.{target}" for target in inside if target not in staged]:
-            finish(dict.fromkeys(others), None)  # not called exactly once: plain target
+            made.keep(finish(dict.fromkeys(others), None))  # not called exactly once: plain target
         with stack.hold(block):
             weights = {} if last else made.weights()
             for b in range(0 if last else len(exact)):
@@ -115,13 +116,22 @@ class _Made:
     def keep(self, matrices: dict[str, Tensor]) -> None:
         """Matrices [m, n] by the target's full name."""
         for full in list(matrices):
-            target = full.removeprefix(f"{self.name}.")
-            module, matrix = self.block.get_submodule(target), matrices.pop(full)
+            target, matrix = full.removeprefix(f"{self.name}."), matrices.pop(full)
+            if expert_place(self.block, target) is None:
+                module = self.block.get_submodule(target)
+                matrix = oriented(module, matrix).to(weight_of(module).dtype)
             self.shelves[target] = self.stack.empty(f"weight {target}")
-            self.shelves[target].append(oriented(module, matrix).to(weight_of(module).dtype))
+            self.shelves[target].append(matrix)
 
     def weights(self) -> dict[str, Tensor]:
-        return {f"{target}.weight": shelf[0] for target, shelf in self.shelves.items()}
+        """By the parameter's name; experts' in their whole parameter, which must be in memory."""
+        found: dict[str, Tensor] = {}
+        for target, shelf in self.shelves.items():
+            if expert_place(self.block, target) is None:
+                found[f"{target}.weight"] = shelf[0]
+            else:
+                replace_expert(found, self.block, target, shelf[0])
+        return found
 
 
 def _measure_stage(
@@ -191,6 +201,7 @@ def find_stages(
         return hook
 
     modules = {n: m for n, m in block.named_modules() if n}
+    targets = [t for t in targets if t in modules]  # experts are slices of a parameter
     handles = [m.register_forward_pre_hook(before(n)) for n, m in modules.items()]
     handles += [modules[t].register_forward_hook(after(t)) for t in targets]
     try:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .errors import DeltaMixError
+from .expert_statistics import enough, observed_experts
 from .metric import Metric, SecondMoment, dense, diagonal
 
 # Draws of ε in all, at least; a classifier makes only one prediction a text.
@@ -119,7 +120,12 @@ def collect(
     """
     random = torch.Generator().manual_seed(seed)
     scored = 0
-    with frozen(model), embeddings_need_gradients(model, fisher), torch.set_grad_enabled(fisher):
+    with (
+        observed_experts(modules, fisher) as experts,
+        frozen(model),
+        embeddings_need_gradients(model, fisher),
+        torch.set_grad_enabled(fisher),
+    ):
         hooks = Hooks(modules, fisher)
         try:
             for ids in logging.tqdm(batches, desc="Calibrating", unit="batch"):
@@ -128,6 +134,7 @@ def collect(
                     scored += backward(output, len(batches), random)
         finally:
             found = hooks.close()
+    found |= {name: LayerStatistics(*moments) for name, moments in enough(experts).items()}
     check_finite(found)
     return found, scored
 

@@ -24,7 +24,7 @@ from .base import BaseCheckpoint, repo_files, weights_from_base
 from .compress_model import compress_model
 from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError, first_line
-from .format import GUARD, PREFIX, guard_names
+from .format import GUARD, guard_names, packed_part
 from .quantizer import DeltaMixHfQuantizer
 from .saving import install_save
 from .siblings import link_siblings
@@ -106,7 +106,7 @@ def _stored(
     stored = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if name.rpartition(".")[2].startswith(PREFIX) and name not in tied
+        if packed_part(name) and name not in tied
     }
     stored |= {name: t.to(overlay_dtype(t.dtype, config)) for name, t in overlay.items()}
     dtype, shape = GUARD

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .experts import delta_experts
 from .modules import delta_modules
 from .pool import DeltaMemory
 from .tenants import DEFAULT, Tenants, tenants_of
@@ -125,4 +126,4 @@ def active_deltas(self: PreTrainedModel) -> list[str]:
 
 
 def _has_deltas(model: PreTrainedModel) -> bool:
-    return "dm_tenants" in model.__dict__ or bool(delta_modules(model))
+    return "dm_tenants" in model.__dict__ or bool(delta_modules(model) or delta_experts(model))

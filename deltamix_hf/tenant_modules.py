@@ -78,7 +78,12 @@ class TenantModule(nn.Module):
         x, batch = _first_tensor(args, kwargs), len(route.rows)
         length = x.shape[0]
         flat = x.dim() == 2 and length % batch == 0
-        if not (isinstance(y, Tensor) and self.dm_has_batch and (length in (1, batch) or flat)):
+        router = len(args) == 1 and not kwargs and not any(self.children()) and _has_rows(y, batch)
+        if not (
+            (isinstance(y, Tensor) or router)
+            and self.dm_has_batch
+            and (length in (1, batch) or flat)
+        ):
             raise DeltaMixError(
                 f"a {self.dm_plain_class.__name__} that maps {list(x.shape)} to a "
                 f"{type(y).__name__} does not see the {batch} rows of the batch apart; give all "
@@ -86,12 +91,14 @@ class TenantModule(nn.Module):
             )
         if length == 1 < batch:  # positions, say
             y = y.expand(batch, *y.shape[1:])
-        for combination, rows in route.groups(y.shape[0], x.device):
+        size = (y if isinstance(y, Tensor) else y[0]).shape[0]
+        taken, given = (route.groups(n, x.device) for n in (max(length, batch), size))
+        for (combination, rows), (_, places) in zip(taken, given, strict=True):
             if self._touched(combination):
                 chosen = tuple(_pick(value, rows, length) for value in args)
                 named = {key: _pick(value, rows, length) for key, value in kwargs.items()}
-                part = self._combined(combination, chosen, named, y[rows])
-                y = y.index_copy(0, rows, part.expand(len(rows), *part.shape[1:]).to(y.dtype))
+                base = y[places] if isinstance(y, Tensor) else None
+                y = _placed(y, places, self._combined(combination, chosen, named, base))
         return y
 
     def _unpacked(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -199,8 +206,12 @@ class TenantEmbedding(TenantModule, nn.Embedding):
         return cheapest(low_rank_rows)(x.long(), *packed.op_arguments)
 
 
-def make_tenant(module: nn.Module, router: Router) -> TenantModule:
+def make_tenant(
+    module: nn.Module, router: Router, kind: type[nn.Module] | None = None
+) -> TenantModule:
     """Change `module`'s class in place, so that deltas can be added to it; once is enough.
+
+    The class is `kind`, or found by what the module is.
 
     A subclass of `nn.Embedding` keeps its own forward, whose `super().forward` meets ours: what it
     does to the rows (Gemma scales them) is done to the delta's too.
@@ -209,8 +220,11 @@ def make_tenant(module: nn.Module, router: Router) -> TenantModule:
         return module
     cls: Any = type(module)
     plain: type[nn.Module] = cls
-    if cls is nn.Linear:
-        tenant: type[nn.Module] = TenantLinear
+    tenant: type[nn.Module]
+    if kind is not None:
+        tenant = kind
+    elif cls is nn.Linear:
+        tenant = TenantLinear
     elif cls is Conv1D:
         tenant = TenantConv1D
     elif cls is nn.Embedding:
@@ -240,6 +254,20 @@ def _other_tenant(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _has_rows(y: Any, batch: int) -> bool:
+    """Whether it is what routers of experts give: tensors with as many rows each, for any row."""
+    sizes = {t.shape[:1] for t in y if isinstance(t, Tensor)} if isinstance(y, tuple) else set()
+    tensors = isinstance(y, tuple) and all(isinstance(t, Tensor) for t in y)
+    return tensors and len(sizes) == 1 and all(size and size[0] % batch == 0 for size in sizes)
+
+
+def _placed(y: Any, rows: Tensor, part: Any) -> Any:
+    """`y`, one tensor or several, with `part` in these rows."""
+    if isinstance(y, tuple):
+        return tuple(_placed(ours, rows, its) for ours, its in zip(y, part, strict=True))
+    return y.index_copy(0, rows, part.expand(len(rows), *part.shape[1:]).to(y.dtype))
 
 
 def _to_front(value: Any, dim: int, length: int) -> Any:

@@ -26,6 +26,7 @@ from .at_once import refresh
 from .base import BaseCheckpoint, resolve_base, same
 from .delta_repo import StoredDelta, find_delta, find_delta_of, read_delta
 from .errors import DeltaMixError
+from .experts import delta_experts, detach_experts, is_experts
 from .format import PREFIX, TensorInfo, check_base, fingerprints
 from .kernels import TRITON, choose
 from .modules import change_class, delta_modules, detach, tied_modules, tied_tensors
@@ -35,6 +36,7 @@ from .pool import Pool
 from .routing import BASE, Route, Router
 from .settings import differing
 from .sharding import is_sharded
+from .tenant_experts import ExpertDeltas, tenant_experts_class
 from .tenant_model import Names, tenant_model_class
 from .tenant_modules import TenantModule, make_tenant
 
@@ -94,6 +96,12 @@ class Tenants:
                 if device not in placed:
                     placed[device] = packed.to(device)
                 module.dm_packed[name] = placed[device]
+        for parameter, experts in stored.experts.items():
+            owner, _, leaf = parameter.rpartition(".")
+            module = self._tenant(owner)
+            touched.add(owner)
+            deltas: Any = module.dm_packed.setdefault(name, ExpertDeltas())  # type: ignore[arg-type]
+            deltas[leaf] = experts.to(getattr(module, leaf).device)
         for tensor_name, value in stored.overlay.items():
             for twin in tied_tensors(self.model, tensor_name):
                 owner, _, leaf = twin.rpartition(".")
@@ -128,7 +136,9 @@ class Tenants:
         module = self.model.get_submodule(name)
         if isinstance(module, TenantModule):
             return module
-        made = make_tenant(module, self.router)
+        plain: Any = type(module)
+        kind = tenant_experts_class(plain) if is_experts(module) else None
+        made = make_tenant(module, self.router, kind)
         if isinstance(made, nn.Embedding) and made is not self.model.get_input_embeddings():
             made.dm_has_batch = self._looked_up_by_row(made)
         return made
@@ -210,11 +220,18 @@ class Tenants:
         quantizer: Any = getattr(model, "hf_quantizer", None)
         if not hasattr(quantizer, "base_files"):
             return
-        own = delta_modules(model)
+        own, mixtures = delta_modules(model), delta_experts(model)
         tied = set(model.all_tied_weights_keys)
         packed = {n: m.packed() for n, m in own.items() if f"{n}.weight" not in tied}
+        experts = {
+            f"{name}.{leaf}": mixture.packed(leaf)
+            for name, mixture in mixtures.items()
+            for leaf in mixture.dm_group_sizes
+        }
         for module in own.values():
             detach(module)
+        for mixture in mixtures.values():
+            detach_experts(mixture)
         for name in [name for name in tied if name.rpartition(".")[2].startswith(PREFIX)]:
             del model.all_tied_weights_keys[name]
         overlay: dict[str, Tensor] = {}
@@ -224,7 +241,7 @@ class Tenants:
                 tensor.copy_(value)
         recorded = quantizer.quantization_config.base_fingerprints
         source = str(model.name_or_path)
-        stored = StoredDelta(packed, overlay, recorded, source)
+        stored = StoredDelta(packed, overlay, recorded, source, experts)
         read = None
         if quantizer.pre_quantized and os.path.isdir(source):
             read = partial(read_delta, source, *find_delta(source, {}), base.keys)

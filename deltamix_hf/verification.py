@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .architecture import empty_model
 from .base import KeyMap, resolve_base
 from .config import DeltaMixConfig
-from .delta_repo import Contents, check_finite, contents_of, find_delta
+from .delta_repo import Contents, check_finite, checked_experts, contents_of, find_delta
 from .errors import DeltaMixError
 from .format import PREFIX, TensorInfo, check_base, fingerprint, read_headers, size_report
 from .inspection import stored_shapes
@@ -61,14 +61,18 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
             tensor: Tensor = handles[infos[name].file].get_tensor(name)
             return tensor
 
-        yield from _matrices(contents, config, shapes, read)
+        yield from _matrices(contents, config, shapes, keys, read)
         yield from _overlay(contents, read)
     yield _budget(files, config, shapes)
     yield _base(repo, config, base, quick)
 
 
 def _matrices(
-    contents: Contents, config: DeltaMixConfig, shapes: Mapping[str, tuple[int, int]], read: Read
+    contents: Contents,
+    config: DeltaMixConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    keys: KeyMap,
+    read: Read,
 ) -> Iterator[Check]:
     kinds, sound = parts(config.codebook == "gaussian"), 0
     bar = logging.tqdm(contents.packed.items(), desc="Reading matrices", unit="matrix")
@@ -77,6 +81,12 @@ def _matrices(
             tensors = {part: read(f"{stored}.{PREFIX}{part}") for part in kinds}
             PackedFactors.checked(*shapes[name], config.group_size, tensors)
             sound += 1
+        except DeltaMixError as error:
+            yield Check(name, str(error))
+    for name, stored in contents.experts.items():
+        try:
+            packed = checked_experts(keys, name, stored, config, read)
+            sound += int((packed.counts > 0).sum())
         except DeltaMixError as error:
             yield Check(name, str(error))
     yield Check(f"{sound} packed matrices: shapes, widths, scales")

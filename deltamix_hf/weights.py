@@ -34,8 +34,11 @@ class Weights(Protocol):
     def hold(self, module: nn.Module) -> AbstractContextManager[Any]:
         """Have the weights of a block in memory meanwhile."""
 
-    def put_base(self, name: str) -> None:
-        """Let a parameter have the base's value from now on."""
+    def read_expert(self, name: str, number: int) -> Tensor:
+        """One matrix of a 3-D parameter."""
+
+    def put_base(self, name: str, number: int | None = None) -> None:
+        """Let a parameter, or one matrix of a 3-D one, have the base's value from now on."""
 
 
 class LoadedWeights:
@@ -50,9 +53,16 @@ class LoadedWeights:
     def hold(self, module: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    def read_expert(self, name: str, number: int) -> Tensor:
+        return self.read(name)[number]
+
     @torch.no_grad()
-    def put_base(self, name: str) -> None:
-        self.model.get_parameter(name).copy_(self.base.read(name))
+    def put_base(self, name: str, number: int | None = None) -> None:
+        parameter = self.model.get_parameter(name)
+        if number is None:
+            parameter.copy_(self.base.read(name))
+        else:
+            parameter[number].copy_(self.base.read_expert(name, number))
 
 
 def unloaded(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -102,6 +112,7 @@ class LazyWeights:
         self.model, self.tuned, self.base, self.device = model, tuned, base, device
         model.dm_device = device  # type: ignore[assignment]
         self.overlay, self.names_of_base = overlay, set[str]()
+        self.experts_of_base: dict[str, list[int]] = {}
         self._ties: dict[str, str] = dict(model.all_tied_weights_keys)
         self._addresses: dict[int, str] = {}  # of weights in memory -> their names
         self._parts: dict[nn.Module, _Part] = {}
@@ -133,10 +144,19 @@ class LazyWeights:
         name = self._ties.get(name, name)
         if name in self.overlay:
             return self.overlay[name]
-        return (self.base if name in self.names_of_base else self.tuned).read(name)
+        value = (self.base if name in self.names_of_base else self.tuned).read(name)
+        for number in self.experts_of_base.get(name, ()):
+            value[number] = self.base.read_expert(name, number)
+        return value
 
-    def put_base(self, name: str) -> None:
-        self.names_of_base.add(name)
+    def read_expert(self, name: str, number: int) -> Tensor:
+        return self.tuned.read_expert(name, number)
+
+    def put_base(self, name: str, number: int | None = None) -> None:
+        if number is None:
+            self.names_of_base.add(name)
+        else:
+            self.experts_of_base.setdefault(name, []).append(number)
 
     def nbytes(self, name: str) -> int:
         """Of the weights of the module `name`, as they are in memory."""

@@ -16,6 +16,7 @@ from tiny_pairs import FAMILIES, weight_bytes
 from transformers import AutoModel, AutoModelForCausalLM
 
 from deltamix_hf import DeltaMixError
+from deltamix_hf.experts import compressed_shapes
 from deltamix_hf.format import (
     SizeReport,
     check_base,
@@ -23,13 +24,12 @@ from deltamix_hf.format import (
     fingerprints,
     header_bytes,
     is_guard,
-    packed_modules,
+    packed_names,
     read_header,
     read_headers,
     size_report,
     weight_files,
 )
-from deltamix_hf.modules import compressed_shapes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int16, torch.int64]
 tensors = st.dictionaries(
@@ -207,15 +207,21 @@ def test_check_base(tmp_path):
 
 
 @pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
-def test_packed_modules(gaussian):
+@pytest.mark.parametrize("experts", [False, True], ids=["layer", "experts"])
+def test_packed_names(gaussian, experts):
     kinds = ["v", "u", "ranks"] if gaussian else ["v", "u", "ranks", "zeros"]
-    names = [f"a.b.dm_{kind}" for kind in kinds] + ["a.b.weight", "a.dm_other", "norm.weight"]
-    assert packed_modules(names, gaussian) == {"a.b": set(kinds)}
+    kinds, stem = ([*kinds, "counts"], "a.b_dm_") if experts else (kinds, "a.b.dm_")
+    names = [f"{stem}{kind}" for kind in kinds] + ["a.b.weight", "a.dm_other", "norm.weight"]
+    expected = ["a.b.0", "a.b.17"] if experts else ["a.b"]
+    found = ([], ["a.b"]) if experts else (["a.b"], [])
+    assert packed_names(names, gaussian, expected) == found
     for kind in kinds:
-        with pytest.raises(DeltaMixError, match=rf"a\.b\.dm_{kind}"):
-            packed_modules([name for name in names if name != f"a.b.dm_{kind}"], gaussian)
-    with pytest.raises(DeltaMixError, match=r"a\.b\.dm_zeros.*"):
-        packed_modules(names, not gaussian)  # of the other codebook
+        with pytest.raises(DeltaMixError, match=rf"lacks {stem}{kind}"):
+            packed_names([name for name in names if name != f"{stem}{kind}"], gaussian)
+    with pytest.raises(DeltaMixError, match=rf"{stem}zeros"):
+        packed_names(names, not gaussian)  # of the other codebook
+    with pytest.raises(DeltaMixError, match=r"lacks the packed matrix a\.c"):
+        packed_names(names, gaussian, [*expected, "a.c"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_ops import TOLERANCES, arguments, relative
 from test_packed import pack
 
-from deltamix_hf import lookup, ops
+from deltamix_hf import codebook, lookup, ops, packing
 
 WIDTHS = (8, 4, 3, 2)
 
@@ -79,3 +79,13 @@ def test_rows_of_an_embedding(u_group):
     index = torch.tensor([[0, 64, 3], [3, 33, 31]])
     found = ops.low_rank_rows(index, *arguments(packed))
     assert found.shape == (2, 3, 30) and relative(found, delta[index]) < 1e-6
+
+
+@pytest.mark.parametrize("length", [8, 40, 43])
+def test_levels_in_the_elements_order(length):
+    runs = [(3, 8), (2, 4), (4, 3), (1, 2), (2, 8)]
+    bits = torch.tensor([b for count, b in runs for _ in range(count)])
+    codes = torch.randint(0, 256, (len(bits), length)) % (2**bits)[:, None]
+    codes = codes.to(torch.uint8)
+    found = lookup.levels(packing.pack(codes, runs), runs, length)
+    torch.testing.assert_close(found, codebook.decode(codes, bits[:, None]))

@@ -12,7 +12,7 @@ from tiny_pairs import calibration_ids, logits, quick, relative, snapshot
 from deltamix_hf import DeltaMixError
 from deltamix_hf.streaming import compress_streaming
 
-CHAINS = ["llama", "llama_tied", "qwen3", "gpt2", "bert"]
+CHAINS = ["llama", "llama_tied", "qwen3", "gpt2", "bert", "mixtral"]
 METHODS = {
     "deltamix-kl": {"tune_steps": 0, "calibration": calibration_ids()},
     "deltamix": {"calibration": calibration_ids(), "sequential": True},

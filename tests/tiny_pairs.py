@@ -24,8 +24,12 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -37,6 +41,7 @@ from transformers import (
 from deltamix_hf import DeltaMixConfig
 
 VOCAB = 256
+EXPERTS = 4
 DECODER = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -68,6 +73,24 @@ def _gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCAB, **size, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     )
+
+
+def _mixtral() -> PreTrainedModel:
+    """Its checkpoints hold every expert apart, which transformers fuses on loading."""
+    return MixtralForCausalLM(
+        MixtralConfig(**DECODER, num_local_experts=EXPERTS, num_experts_per_tok=2)
+    )
+
+
+def _gpt_oss() -> PreTrainedModel:
+    """Transposed weights, with biases, and a gate of its own."""
+    model = GptOssForCausalLM(
+        GptOssConfig(**DECODER, head_dim=16, num_local_experts=EXPERTS, num_experts_per_tok=2)
+    )
+    for parameter in model.parameters():  # its experts are not initialised
+        if parameter.ndim == 3:
+            nn.init.normal_(parameter, std=0.05)
+    return model
 
 
 def _bert() -> PreTrainedModel:
@@ -107,6 +130,13 @@ FAMILIES = {
         _bert, AutoModelForMaskedLM, {"ratio": 0.3}, 2 * 6 + 2, False, headless_base=True
     ),
     "t5": Family(_t5, AutoModelForSeq2SeqLM, {"ratio": 0.2}, 2 * 6 + 2 * 10 + 1),
+}
+
+
+# Fused experts: `test_experts.py`. `packed` counts layers; the experts' matrices come on top.
+MIXTURES = {
+    "mixtral": Family(_mixtral, AutoModelForCausalLM, {"ratio": 0.3}, 2 * 2 + 2),
+    "gpt_oss": Family(_gpt_oss, AutoModelForCausalLM, {"ratio": 0.3}, 2 * 2 + 2),
 }
 
 
@@ -150,7 +180,7 @@ def fine_tune(model: nn.Module, seed: int = 1, size: float = 0.1) -> None:
 
 
 def make_pair(name: str, folder: Path) -> Pair:
-    family = FAMILIES[name]
+    family = (FAMILIES | MIXTURES)[name]
     torch.manual_seed(0)
     model = family.build().eval()
     base = model

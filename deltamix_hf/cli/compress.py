@@ -119,8 +119,8 @@ def parse_ratio(text: str) -> float:
 
 
 def _summary(model: Any, folder: Path) -> None:
+    from ..experts import compressed_shapes
     from ..format import size_report
-    from ..modules import compressed_shapes
 
     settings = model.config.quantization_config
     out.print(size_table(size_report(folder, compressed_shapes(model))))
