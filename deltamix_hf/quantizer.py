@@ -49,6 +49,7 @@ from .format import (
 from .journal import Journal
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, shape_of, weight_of
 from .packed import check_values, layout_of, parts
+from .packed_experts import expert_parts
 from .registration import NOTICE
 from .saving import delta_state_dict, install_save, uninstall_save
 from .siblings import link_siblings
@@ -174,10 +175,13 @@ class DeltaMixHfQuantizer(HfQuantizer):
         }
         if kinds:
             sharding.plan_packed(model, set(contents.resized))
+            gaussian = self.quantization_config.codebook == "gaussian"
+            ours = [(n, s, ".", parts(gaussian)) for n, s in contents.packed.items()]
+            ours += [(n, s, "_", expert_parts(gaussian)) for n, s in contents.experts.items()]
             self._factors = {
-                f"{name}.{PREFIX}{part}": (infos[key := f"{stored}.{PREFIX}{part}"], key)
-                for name, stored in contents.packed.items()
-                for part in parts(self.quantization_config.codebook == "gaussian")
+                f"{name}{mark}{PREFIX}{part}": (infos[key := f"{stored}{mark}{PREFIX}{part}"], key)
+                for name, stored, mark, held in ours
+                for part in held
             }
         self._base = base
         self._from_base = [n for n in keys.state if n in base and n not in supplied]

@@ -22,9 +22,11 @@ from transformers import PreTrainedModel
 from . import packing
 from .config import DeltaMixConfig
 from .errors import DeltaMixError
+from .experts import DeltaExperts, delta_experts
 from .format import PREFIX
 from .modules import DeltaEmbedding, delta_modules, weight_of
 from .packed import PackedFactors, parts, scale_counts, zero_points
+from .packed_experts import PackedExperts, expert_parts
 
 _SIZES = ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size", "pp_size")
 _WHOLE = "replicate"  # transformers' own name for it, from some version on
@@ -110,6 +112,10 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
     for name, module in delta_modules(model).items():
         for part in module.delta_parameters():
             plan[f"{_pattern(name)}.{PREFIX}{part}"] = _WHOLE
+    for name, experts in delta_experts(model).items():
+        for leaf in experts.dm_group_sizes:
+            for part in expert_parts(experts.dm_gaussian):
+                plan[f"{_pattern(name)}.{leaf}_{PREFIX}{part}"] = _WHOLE
     # transformers looks names up in named_parameters(), which lists what twins share once; it ties
     # them again after loading
     for twin in model.all_tied_weights_keys:
@@ -146,6 +152,27 @@ def keep_own_part(model: PreTrainedModel) -> None:
             module.dm_first = int(rows[0])
         # transformers then hands the layer plain tensors, this process's part of them
         vars(module)["_hf_quantized_needs_local_tp"] = True
+    for experts in delta_experts(model).values():
+        for leaf in list(experts.dm_group_sizes):
+            _keep_own_experts(experts, leaf)
+
+
+def _keep_own_experts(module: DeltaExperts, leaf: str) -> None:
+    """The same for all experts of a 3-D parameter."""
+    weight: Any = getattr(module, leaf)
+    if not is_shard(weight):
+        return
+    if len(_own(weight, 0)) < len(weight):
+        raise DeltaMixError("experts with deltas cannot be shared out whole among processes")
+    sides = _own(weight, 1), _own(weight, 2)
+    rows, columns = sides[::-1] if module.is_transposed else sides
+    mine = PackedExperts.join(
+        [found and part_of(found, rows, columns) for found in module.packed(leaf).split()]
+    )
+    module.dm_group_sizes[leaf] = mine.group_sizes
+    for part, tensor in mine.tensors.items():
+        setattr(module, f"{leaf}_{PREFIX}{part}", nn.Parameter(tensor, requires_grad=False))
+    vars(module)["_hf_quantized_needs_local_tp"] = True
 
 
 def _own(weight: Any, dim: int) -> Tensor:
