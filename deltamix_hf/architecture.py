@@ -21,8 +21,7 @@ def read_config(repo: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(repo)
     except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or ["no config.json"]
-        raise DeltaMixError(f"cannot find the model {repo!r}: {lines[0]}") from error
+        raise DeltaMixError(f"cannot find the model {repo!r}: {first_line(error)}") from error
     except Exception as error:  # a config class refuses odd values with whatever type it likes
         raise DeltaMixError(f"config.json of {repo!r} is damaged: {first_line(error)}") from error
 

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 from transformers.utils.hub import cached_file, cached_files
 
 from .errors import DeltaMixError, first_line
-from .format import TensorInfo, read_headers
+from .format import TensorInfo, read_headers, read_tensor
 from .trust import CONFIG, INDEX, WEIGHTS, read_index, read_object
 
 
@@ -132,9 +132,7 @@ class BaseCheckpoint:
         self.keys = KeyMap(model)
         self.sources: dict[str, list[tuple[str, str | None]]] = {}  # model name -> (key, pattern)
         self._group: dict[str, str] = {}  # model name -> first target of its converter
-        self._resized: dict[
-            str, tuple[int, Tensor]
-        ] = {}  # model name -> rows, and the last of them
+        self._resized: dict[str, Tensor] = {}  # model name -> the fine-tune's, of other rows
         self._fused: tuple[str, Tensor] | None = None  # read last by `read_expert`
         for key in sorted(self.infos, key=dot_natural_key):  # the order transformers fuses in
             name, pattern = self.keys.rename(key)
@@ -189,10 +187,6 @@ class BaseCheckpoint:
         source = self.sources[self._group[name]]
         return len(source) == 1 and source[0][1] is None
 
-    def read_key(self, key: str) -> Tensor:
-        with safe_open(self.infos[key].file, framework="pt") as handle:
-            return handle.get_tensor(key)
-
     def read(self, name: str) -> Tensor:
         """The base's value of the parameter `name`, in the base's dtype, on the CPU.
 
@@ -202,15 +196,16 @@ class BaseCheckpoint:
         if name not in self:
             raise DeltaMixError(f"the base has no tensor for {name!r}")
         if self.is_plain(name):
-            found = self.read_key(self.sources[name][0][0])
+            found = read_tensor(self.infos[key := self.sources[name][0][0]], key)
             if name not in self._resized:
                 return found
-            rows, added = self._resized[name]
-            return torch.cat([found[:rows], added.to(found.device, found.dtype)])
+            whole = self._resized[name]
+            added = whole[len(found) :].to(found.device, found.dtype)
+            return torch.cat([found[: len(whole)], added])
         first = self._group[name]
         converter = self.keys.converter(self.sources[first][0][1])
         for key, pattern in self.sources[first]:
-            converter.add_tensor(first, key, str(pattern), self.read_key(key))  # type: ignore[arg-type]
+            converter.add_tensor(first, key, str(pattern), read_tensor(self.infos[key], key))  # type: ignore[arg-type]
         model = self.keys.model
         realised = converter.convert(first, model=model, config=model.config)
         value = realised[name]
@@ -235,12 +230,22 @@ class BaseCheckpoint:
 
         For vocabularies that were resized: rows that the base has not are the fine-tune's own.
         """
-        self._resized[name] = len(whole), whole[self.rows(name) :]
+        self._resized[name] = whole
+
+    @property
+    def resized(self) -> dict[str, list[int]]:
+        """Rows in the base and in the fine-tune of what was resized, by module name."""
+        return {
+            name.removesuffix(".weight"): [self.rows(name), len(whole)]
+            for name, whole in self._resized.items()
+        }
 
     def added(self, name: str) -> Tensor | None:
         """Rows of a resized parameter that the base has not; None if there are none."""
-        _, rows = self._resized.get(name, (0, None))
-        return rows if rows is not None and len(rows) else None
+        if name not in self._resized:
+            return None
+        rows = self._resized[name][self.rows(name) :]
+        return rows if len(rows) else None
 
     def first_row(self, name: str) -> Tensor:
         """The first row of a plain, at least 1-d parameter."""

@@ -34,7 +34,7 @@ from .calibration import (
 )
 from .compress import plan_budget
 from .config import DeltaMixConfig, overlay_dtype
-from .errors import DeltaMixError
+from .errors import DeltaMixError, first_line
 from .experts import Expert, FusedWeight, fused_sizes, fused_weights, is_experts
 from .format import ROWS, fingerprints, guard_names
 from .job import Job
@@ -109,12 +109,7 @@ def compress_model(
     # new ones: the caller's config shares the old
     config.errors, config.dropped, config.measured = {}, [], {}
     config.base_fingerprints = fingerprints(base.infos)
-    config.resized = {
-        name: [base.rows(f"{name}.weight"), len(weight_of(module))]
-        for name, module in vocabulary_modules(model).items()
-        if f"{name}.weight" not in model.all_tied_weights_keys
-        and is_resized(base, module, f"{name}.weight")
-    }
+    config.resized = base.resized
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     config.seq_length = min(config.seq_length, positions or config.seq_length)
     config.calibration_source = describe(config)
@@ -347,5 +342,5 @@ def _tokenizer(source: str | None, revision: str | None) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DeltaMixError(
             f"calibration by texts needs the tokenizer of {source}, which cannot be loaded "
-            f"({str(error).splitlines()[0]}); save it there, or give token ids"
+            f"({first_line(error)}); save it there, or give token ids"
         ) from error

@@ -10,7 +10,7 @@ docs/budget.md has them beside the measured KL of real pairs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,9 +129,10 @@ def measure(
     matrices: dict[str, MatrixDistance] = {}
     overlay: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     identical = 0
+    ends = list(vocabulary_modules(model).values())
     bar = logging.tqdm(total=len(names), desc="Measuring ΔW", unit="tensor")
     for name in names:
-        found = _compare(model, tuned, base, name)
+        found = _compare(model, ends, tuned, base, name)
         if found is None:
             identical += 1
         elif isinstance(found, dict):
@@ -153,7 +154,11 @@ def measure(
 
 
 def _compare(
-    model: PreTrainedModel, tuned: BaseCheckpoint, base: BaseCheckpoint, name: str
+    model: PreTrainedModel,
+    ends: Collection[nn.Module],
+    tuned: BaseCheckpoint,
+    base: BaseCheckpoint,
+    name: str,
 ) -> dict[str, MatrixDistance] | Tensor | None:
     """Matrices to pack, by name; None: equal; a tensor: to be stored whole."""
     value = tuned.read(name)
@@ -163,12 +168,10 @@ def _compare(
         return value
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
-    if module in vocabulary_modules(model).values() and is_resized(base, module, name):
+    if module in ends and is_resized(base, module, name):
         base.resize(name, value)  # added rows are stored, and are no part of ΔW
     before = base.read(name)
-    if before.shape != value.shape and not one_for_each_token(
-        vocabulary_modules(model).values(), value
-    ):
+    if before.shape != value.shape and not one_for_each_token(ends, value):
         raise DeltaMixError(
             f"{name} is {list(value.shape)} in the fine-tune and {list(before.shape)} in the base: "
             "this is not the base it was fine-tuned from"

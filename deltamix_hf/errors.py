@@ -17,7 +17,7 @@ class DeltaMixError(ValueError):
         return _one_line(super().__str__())
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's error says, without the lines that explain at length."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -147,6 +147,12 @@ def _check_ranges(infos: Mapping[str, TensorInfo], start: int, end: int) -> None
         raise ValueError(f"{end - start} bytes at its end belong to no tensor")
 
 
+def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
+    """The tensor that is called `name` in its file, on the CPU."""
+    with safe_open(info.file, framework="pt") as handle:
+        return handle.get_tensor(name)
+
+
 def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, TensorInfo]:
     """`read_header` over all shards of a checkpoint.
 
@@ -326,6 +332,9 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(Path(folder).glob("*.safetensors"))
 
 
+KINDS = ("payload", "scales", "metadata", "overlay")  # of bytes; together they are all
+
+
 @dataclass(frozen=True)
 class SizeReport:
     """True bytes of a delta repo's weight files, split by kind.
@@ -348,6 +357,11 @@ class SizeReport:
     @property
     def ratio(self) -> float:
         return self.total / self.reference if self.reference else 0.0
+
+    @property
+    def fraction(self) -> str:
+        """The ratio as people say it: "1/16.0"."""
+        return f"1/{1 / self.ratio:.1f}" if self.ratio else "nothing"
 
 
 def size_report(

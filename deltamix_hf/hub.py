@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .base import resolve_base
 from .config import QUANT_METHOD
-from .errors import DeltaMixError
+from .errors import DeltaMixError, first_line
 from .format import check_base, read_headers
 
 CARD, PICTURE = "README.md", "allocation.png"
@@ -71,9 +71,7 @@ def push_folder(
             create_pr=create_pr,
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise DeltaMixError(
-            f"cannot push to {repo_id!r}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise DeltaMixError(f"cannot push to {repo_id!r}: {first_line(error)}") from error
     return commit.pr_url or commit.commit_url
 
 
@@ -119,9 +117,11 @@ def _operations(
     revision: str | None,
     tags: list[str],
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
+    from .inspection import inspect_repo
     from .model_card import model_card, picture
 
-    card = model_card(folder, repo_id, config, _earlier_card(repo_id, api.token), tags)
+    report = inspect_repo(folder)
+    card = model_card(report, repo_id, config, _earlier_card(repo_id, api.token), tags)
     contents: dict[str, Any] = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -130,7 +130,7 @@ def _operations(
     contents |= {
         "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         CARD: str(card).encode(),
-        PICTURE: picture(folder),
+        PICTURE: picture(report),
     }
     # What an earlier push left would be read instead: a whole file wins over shards.
     stale = [

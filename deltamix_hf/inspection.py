@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from .architecture import empty_model, is_delta, read_config
+from .architecture import empty_model, read_config
 from .base import KeyMap
 from .config import DeltaMixConfig
 from .delta_repo import (
@@ -28,7 +27,7 @@ from .delta_repo import (
 )
 from .errors import DeltaMixError
 from .experts import expert_place, fused_name, matrix_shape
-from .format import PREFIX, SizeReport, TensorInfo, read_headers, size_report
+from .format import PREFIX, SizeReport, TensorInfo, read_headers, read_tensor, size_report
 from .packed import PackedFactors, layout_of, parts
 from .packed_experts import PackedExperts, expert_parts
 
@@ -128,8 +127,6 @@ def inspect_repo(repo: str | Path) -> RepoReport:
     """
     repo = str(repo)
     model_config = read_config(repo)
-    if not is_delta(model_config):
-        raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
     files, config = find_delta(repo, {})
     keys = KeyMap(empty_model(repo, model_config))
     infos = read_headers(files)
@@ -185,12 +182,14 @@ def rank_sizes(report: RepoReport, name: str) -> Tensor:
     fused, _, number = stored.rpartition(".")
     factors: PackedFactors | None
     if f"{fused}_{PREFIX}counts" in infos:
-        tensors = {part: _read(infos, f"{fused}_{PREFIX}{part}") for part in expert_parts(gaussian)}
+        tensors = {
+            part: _tensor(infos, f"{fused}_{PREFIX}{part}") for part in expert_parts(gaussian)
+        }
         shape = len(tensors["counts"]), *matrix.shape
         factors = PackedExperts.checked(*shape, config.group_size, tensors).split()[int(number)]
         assert factors is not None
     else:
-        tensors = {part: _read(infos, f"{stored}.{PREFIX}{part}") for part in parts(gaussian)}
+        tensors = {part: _tensor(infos, f"{stored}.{PREFIX}{part}") for part in parts(gaussian)}
         factors = PackedFactors.checked(*matrix.shape, config.group_size, tensors)
     return factors.left().norm(dim=1) * factors.right().norm(dim=1)
 
@@ -207,7 +206,7 @@ def _matrix(
     if stored is None:
         nothing = torch.zeros(0, dtype=torch.int64)
         return MatrixReport(None, shape, nothing, nothing, 0, 0, 0, error)
-    ranks = _read(infos, f"{stored}.{PREFIX}ranks")
+    ranks = _tensor(infos, f"{stored}.{PREFIX}ranks")
     try:
         layout_of(ranks, config.group_size)
     except DeltaMixError as damage:
@@ -281,6 +280,5 @@ def _length(info: TensorInfo | None) -> int:
     return 0 if info is None else info.end - info.start
 
 
-def _read(infos: dict[str, TensorInfo], name: str) -> Tensor:
-    with safe_open(infos[name].file, framework="pt") as handle:
-        return handle.get_tensor(name)
+def _tensor(infos: dict[str, TensorInfo], name: str) -> Tensor:
+    return read_tensor(infos[name], name)

@@ -7,12 +7,13 @@ after it stays, and so does metadata that is not ours.
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .inspection import RepoReport, inspect_repo
+from .format import KINDS
+from .hub import PICTURE
+from .inspection import RepoReport
 
 BEGIN, END = "<!-- deltamix: begin -->", "<!-- deltamix: end -->"
 TAGS = ("deltamix", "delta-compression")
@@ -37,25 +38,23 @@ LOADERS = {
 
 
 def model_card(
-    folder: Path,
+    report: RepoReport,
     repo_id: str,
     config: dict[str, Any],
     earlier: ModelCard | None = None,
     tags: list[str] | None = None,
 ) -> ModelCard:
-    """The card of the delta repo in `folder`, to be pushed to `repo_id`.
+    """The card of the delta repo that `report` describes, to be pushed to `repo_id`.
 
     Args:
         config: config.json as it will be uploaded.
         earlier: the card that is there already.
         tags: tags besides our own.
 
-    Raises:
-        DeltaMixError: the repo is damaged.
     """
     settings = config["quantization_config"]
     task = task_of(config.get("architectures") or [])
-    body = "\n".join([BEGIN, *_sections(inspect_repo(folder), repo_id, settings, task), END])
+    body = "\n".join([BEGIN, *_sections(report, repo_id, settings, task), END])
     known = earlier.data.to_dict() if earlier is not None else {}
     known |= {
         "library_name": "transformers",
@@ -77,12 +76,12 @@ def task_of(architectures: list[str]) -> str | None:
     return None
 
 
-def picture(folder: Path) -> bytes:
+def picture(report: RepoReport) -> bytes:
     """PNG of where the bits went."""
     from .plots import allocation_figure
 
     buffer = io.BytesIO()
-    figure = allocation_figure(inspect_repo(folder))
+    figure = allocation_figure(report)
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -105,13 +104,13 @@ def _sections(
         "",
         f"The difference between a fine-tune and its base, [{settings['base_model']}]"
         f"(https://huggingface.co/{settings['base_model']}), compressed to "
-        f"{_share(report.size.ratio)} of its bf16 bytes with "
+        f"{report.size.fraction} of its bf16 bytes with "
         "[deltamix_hf](https://pypi.org/project/deltamix-hf/). The base is fetched when this "
         "is loaded, and checked.",
         "",
         *_use(repo_id, task),
         *_sizes(report),
-        f"![Bits by layer]({'allocation.png'})",
+        f"![Bits by layer]({PICTURE})",
         "",
         *_quality(report, settings),
         *_origin(settings),
@@ -133,7 +132,7 @@ def _use(repo_id: str, task: str | None) -> list[str]:
 
 def _sizes(report: RepoReport) -> list[str]:
     size = report.size
-    rows = [(kind, getattr(size, kind)) for kind in ("payload", "scales", "metadata", "overlay")]
+    rows = [(kind, getattr(size, kind)) for kind in KINDS]
     return [
         "| weight files | MB | share |",
         "|---|---:|---:|",
@@ -176,7 +175,3 @@ def _origin(settings: dict[str, Any]) -> list[str]:
         f"- method: `{settings['method']}`, format {settings['format_version']}",
         "",
     ]
-
-
-def _share(ratio: float) -> str:
-    return f"1/{1 / ratio:.1f}" if ratio else "nothing"

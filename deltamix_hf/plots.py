@@ -17,9 +17,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .format import KINDS
 from .inspection import MatrixReport, RepoReport, rank_sizes
 
-KINDS = ("payload", "scales", "metadata", "overlay")
 _COLOURS = ("#0072b2", "#e69f00", "#999999", "#009e73")  # apart for colour-blind eyes too
 _LAYERS = 8  # spectra in one picture
 _MOST_POINTS = 400  # of one spectrum: a 7B model's matrices have thousands of ranks
@@ -50,7 +50,7 @@ def allocation_figure(report: RepoReport) -> Figure:
     types = report.by_type
     figure = Figure(figsize=(11, _height(len(types))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    title = f"Bits for each weight ({_ratio(report)} of bf16)"
+    title = f"Bits for each weight ({report.size.fraction} of bf16)"
     _heat_map(report, left, lambda m: m.bits_per_weight, Normalize(vmin=0), title)
     sums = [sum(m.bytes for m in group.values()) / 1e6 for group in types.values()]
     right.barh(range(len(types)), sums, color=_COLOURS[0])
@@ -184,10 +184,6 @@ def _rest(report: RepoReport) -> dict[str, int]:
 
 def _height(rows: int) -> float:
     return 1.6 + 0.32 * min(max(rows, 3), _MOST_NAMES)
-
-
-def _ratio(report: RepoReport) -> str:
-    return f"1/{1 / report.size.ratio:.1f}" if report.size.ratio else "nothing"
 
 
 def _labels(names: Iterable[str]) -> dict[str, str]:

@@ -20,7 +20,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import (
@@ -45,6 +44,7 @@ from .format import (
     is_guard,
     packed_part,
     read_headers,
+    read_tensor,
 )
 from .journal import Journal
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, shape_of, weight_of
@@ -150,8 +150,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise DeltaMixError("a delta repo is loaded from its own files; no state_dict, please")
         delta_files = list(checkpoint_files)
-        self._check_source(model, delta_files)
         infos = read_headers(delta_files)
+        self._check_source(model, delta_files, infos)
         keys = KeyMap(model)
         contents = contents_of(infos, self.quantization_config, keys)
         for name, stored in contents.packed.items():
@@ -192,12 +192,14 @@ class DeltaMixHfQuantizer(HfQuantizer):
             self._dtypes = {n: d for n, d in self._dtypes.items() if not kept.search(n)}
         checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
 
-    def _check_source(self, model: PreTrainedModel, delta_files: list[str]) -> None:
+    def _check_source(
+        self, model: PreTrainedModel, delta_files: list[str], infos: dict[str, TensorInfo]
+    ) -> None:
         """Refuse weight files, or a base, that are not for this delta repo to name."""
         config, repo = self.quantization_config, str(model.config.name_or_path)
         if named := getattr(model.config, "transformers_weights", None):
             raise DeltaMixError(f"config.json has its weights in {named!r}, not in {WEIGHTS}")
-        check_weight_files(repo, delta_files, read_headers(delta_files))
+        check_weight_files(repo, delta_files, infos)
         if not config.base_given:
             from_hub = self.commit is not None or not os.path.exists(repo)
             check_base_name(config.base_model, config.base_revision, from_hub)
@@ -212,12 +214,14 @@ class DeltaMixHfQuantizer(HfQuantizer):
                 part: infos[f"{stored}.{PREFIX}{part}"]
                 for part in parts(config.codebook == "gaussian")
             }
-            ranks = _read(held["ranks"], f"{stored}.{PREFIX}ranks")
+            ranks = read_tensor(held["ranks"], f"{stored}.{PREFIX}ranks")
             runs, group_sizes = layout_of(ranks, config.group_size)
             placeholders = {part: info.placeholder() for part, info in held.items()}
             attach_with_ties(model, name, runs, group_sizes, placeholders)
             m, n = shape_of(model.get_submodule(name))
-            zeros = _read(held["zeros"], f"{stored}.{PREFIX}zeros") if "zeros" in held else None
+            zeros = (
+                read_tensor(held["zeros"], f"{stored}.{PREFIX}zeros") if "zeros" in held else None
+            )
             check_values(m, n, runs, group_sizes, ranks, zeros)
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
@@ -241,7 +245,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
             weight = f"{name}.weight"
             sources = [*base.checkpoint_keys(weight), weight, found.stored or f"{name}.{ROWS}"]
             if found.stored is not None:
-                check_finite(found.stored, _read(infos[found.stored], found.stored))
+                check_finite(found.stored, read_tensor(infos[found.stored], found.stored))
             patterns = [f"^{re.escape(source)}$" for source in dict.fromkeys(sources)]
             converters.append(WeightConverter(patterns, weight, [FitRows(found.rows)]))
         return converters
@@ -415,7 +419,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if name not in self._factors:
             return held
         try:
-            return _read(*self._factors[name])
+            return read_tensor(*self._factors[name])
         except OSError as error:
             raise DeltaMixError(
                 "a model shared out among processes is saved from the delta repo it was loaded "
@@ -441,11 +445,6 @@ def _part_inside(model: PreTrainedModel, name: str) -> str | None:
     """`layers` of `model.layers.0.mlp.up_proj`; None for what is no part of the base model."""
     part = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
     return part if part in dict(model.base_model.named_children()) else None
-
-
-def _read(info: TensorInfo, name: str) -> torch.Tensor:
-    with safe_open(info.file, framework="pt") as handle:
-        return handle.get_tensor(name)
 
 
 def _complete_offload_index(model: PreTrainedModel) -> None:

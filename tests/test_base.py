@@ -14,6 +14,7 @@ from transformers import AutoModel, MixtralConfig, MixtralForCausalLM
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.base import WEIGHTS, BaseCheckpoint, resolve_base, same
+from deltamix_hf.format import read_tensor
 
 
 @pytest.fixture(scope="session")
@@ -189,4 +190,4 @@ def test_scalar_tensors_of_the_base_are_read(pair, tmp_path):
     """A 0-d tensor has no first row, but is read and compared like any other."""
     save_file({"scale": torch.tensor(2.0)}, tmp_path / WEIGHTS)
     base = BaseCheckpoint([str(tmp_path / WEIGHTS)], pair("llama").load(pair("llama").base))
-    assert base.read_key("scale").item() == 2.0
+    assert read_tensor(base.infos["scale"], "scale").item() == 2.0

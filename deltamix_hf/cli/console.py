@@ -22,10 +22,10 @@ def report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         notes.print("[red]interrupted[/red]: nothing was left half-written", highlight=False)
         return INTERRUPTED
-    from ..errors import DeltaMixError
+    from ..errors import DeltaMixError, first_line
 
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    what = lines[0] if isinstance(error, DeltaMixError) else f"{type(error).__name__}: {lines[0]}"
+    what = first_line(error)
+    what = what if isinstance(error, DeltaMixError) else f"{type(error).__name__}: {what}"
     hint = "" if isinstance(error, DeltaMixError) else " (--debug shows where)"
     notes.print(f"[red]error[/red]: {escape(what)}{hint}", highlight=False, soft_wrap=True)
     return FAILED
@@ -38,11 +38,13 @@ def megabytes(count: int) -> str:
 
 def size_table(size: SizeReport) -> Table:
     """True bytes of a delta repo's weight files by kind, and the ratio they make."""
+    from ..format import KINDS
+
     table = Table(box=None, title="weight files", title_justify="left")
     table.add_column("")
     table.add_column("MB", justify="right")
     table.add_column("share", justify="right")
-    for kind in ("payload", "scales", "metadata", "overlay"):
+    for kind in KINDS:
         count = getattr(size, kind)
         table.add_row(kind, f"{count / 1e6:.2f}", f"{count / size.total:.1%}")
     table.add_row("all", f"{size.total / 1e6:.2f}", f"{size.ratio:.5f} of bf16")

@@ -124,6 +124,8 @@ def _sorted(report: RepoReport, sort: Order) -> list[tuple[str, MatrixReport]]:
 
 
 def _figures(report: RepoReport) -> dict[str, Any]:
+    from ..format import KINDS
+
     config, size = report.config, report.size
     return {
         "base_model": config.base_model,
@@ -132,10 +134,7 @@ def _figures(report: RepoReport) -> dict[str, Any]:
         "format_version": config.format_version,
         "calibration_source": config.calibration_source,
         "measured": config.measured,
-        "bytes": {
-            kind: getattr(size, kind)
-            for kind in ("payload", "scales", "metadata", "overlay", "total", "reference")
-        },
+        "bytes": {kind: getattr(size, kind) for kind in (*KINDS, "total", "reference")},
         "ratio": size.ratio,
         "matrices": {
             name: {

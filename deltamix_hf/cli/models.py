@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from ..architecture import is_delta, model_class, read_config
-from ..errors import DeltaMixError
+from ..errors import DeltaMixError, first_line
 
 
 def load_model(repo: str, base: str | None = None, dequantize: bool = False) -> Any:
@@ -60,6 +60,6 @@ def load_tokenizer(repo: str) -> Any:
         return AutoTokenizer.from_pretrained(repo)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DeltaMixError(
-            f"{repo!r} has no tokenizer that can be loaded ({str(error).splitlines()[0]}); save it "
+            f"{repo!r} has no tokenizer that can be loaded ({first_line(error)}); save it "
             "there with tokenizer.save_pretrained"
         ) from error
