@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.format import ROWS, is_guard
+from deltamix_hf.experts import delta_experts
+from deltamix_hf.format import ROWS, is_guard, packed_part
 from deltamix_hf.modules import delta_modules
 
 
@@ -75,6 +76,10 @@ def rounded(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.bfloat16().to(tensor.dtype) if tensor.is_floating_point() else tensor
 
 
+def stored_whole(stored: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in stored if packed_part(name) is None and not is_guard(name)]
+
+
 def test_each_tensor_is_packed_or_whole(made):
     """And, since all differ, none is left to the base; tied ones are stored once."""
     cls, folder, tuned = made
@@ -82,7 +87,9 @@ def test_each_tensor_is_packed_or_whole(made):
     stored = load_file(folder / "delta" / "model.safetensors")
     tied = set(model.all_tied_weights_keys)
     packed = {f"{name}.weight" for name in delta_modules(model)} - tied
-    whole = {n for n in stored if ".dm_" not in n and not is_guard(n)}
+    for name, module in delta_experts(model).items():
+        packed |= {f"{name}.{leaf}" for leaf in module.dm_group_sizes}
+    whole = set(stored_whole(stored))
     assert not packed & whole
     assert packed | whole == tuned.keys() - tied
     assert not any(name.endswith(ROWS) for name in stored)
@@ -92,7 +99,7 @@ def test_whole_tensors_come_back_bit_for_bit(made):
     cls, folder, tuned = made
     found = cls.from_pretrained(folder / "delta").state_dict()
     stored = load_file(folder / "delta" / "model.safetensors")
-    whole = [name for name in stored if ".dm_" not in name and not is_guard(name)]
+    whole = stored_whole(stored)
     assert whole
     for name in whole:
         assert torch.equal(found[name], rounded(tuned[name])), name
@@ -105,9 +112,7 @@ def test_beside_the_base_too(made):
     model = cls.from_pretrained(folder / "base")
     model.load_delta(folder / "delta", "one")
     stored = load_file(folder / "delta" / "model.safetensors")
-    for name in stored:
-        if ".dm_" in name or is_guard(name):
-            continue
+    for name in stored_whole(stored):
         module, _, leaf = name.rpartition(".")
         held = model.get_submodule(module).dm_overlay["one"][leaf]
         assert torch.equal(held, rounded(tuned[name])), name
