@@ -337,7 +337,7 @@ class Compressor:
         if config.unbiased_gains:
             rounded = u.dequantize().T
             u = u.scaled(
-                unbiased_gains(left * sigma, rounded, right, right_hat, near.outputs, near.inputs)
+                unbiased_gains(left, sigma, rounded, right, right_hat, near.outputs, near.inputs)
             )
             del rounded
         error = metric_error(delta, u.dequantize().T, right_hat, measured)

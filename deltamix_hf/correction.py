@@ -21,7 +21,7 @@ Hessian. H is float64: the 1/sigma^2 terms span many orders of magnitude.
 import torch
 
 from deltamix_hf.gptq import cholesky
-from deltamix_hf.metric import Metric, energies, times
+from deltamix_hf.metric import Metric, energies, product, times
 
 _BLOCK_ROWS = 1024
 
@@ -113,6 +113,7 @@ def _scaled_hessian(
 
 def unbiased_gains(
     left: torch.Tensor,
+    sigma: torch.Tensor,
     left_hat: torch.Tensor,
     right: torch.Tensor,
     right_hat: torch.Tensor,
@@ -122,19 +123,18 @@ def unbiased_gains(
     """Gain of each rank, float32 `[k]`, that undoes the shrinking of rounded factors.
 
     Least squares pulls every kept component towards zero, the same way in all layers, and this adds
-    up; random errors do not. With exact factors `left` `[m, k]` (sigma folded in) and `right`
-    `[k, n]`, M = (leftᵀ·A·left_hat) ∘ (right·C·right_hatᵀ) is how much of exact component i rounded
-    component j carries, and d = M⁻¹·λ, λ_i the energy of component i, makes all of them whole.
-    Clamped to 0.5-3. On rxnfp at 1/16 it takes KL from 0.0131 to 0.0102, and with dropped ranks
-    charged four times from 0.0131 to 0.0055.
+    up; random errors do not. With exact factors `left` `[m, k]`, `sigma` `[k]` (S) and `right`
+    `[k, n]`, M = (S·leftᵀ·A·left_hat) ∘ (right·C·right_hatᵀ) is how much of exact component i
+    rounded component j carries (`left_hat` `[m, k]` with its sigma folded in), and d = M⁻¹·λ, λ_i
+    the energy of component i, makes all of them whole. Clamped to 0.5-3. On rxnfp at 1/16 it takes
+    KL from 0.0131 to 0.0102, and with dropped ranks charged four times from 0.0131 to 0.0055.
     """
-    size = left.abs().amax()  # squares of very small or large deltas stay in range
-    left, left_hat = left / size, left_hat / size
-    outputs_of, inputs_of = times(left.t(), outputs), times(right, inputs)
-    outer, inner = outputs_of @ left_hat, inputs_of @ right_hat.t()
-    energy = (outputs_of * left.t()).sum(1) * (inputs_of * right).sum(1)
-    matrix = (outer * inner).double()
-    gains, info = torch.linalg.solve_ex(matrix, energy.double()[:, None])
+    sigma = sigma.double()
+    outer = product(left, outputs, left_hat).double() * sigma[:, None]
+    inner = (times(right, inputs) @ right_hat.t()).double()
+    energy = energies(left.t(), outputs) * sigma**2 * energies(right, inputs)
+    matrix = outer * inner
+    gains, info = torch.linalg.solve_ex(matrix, energy[:, None])
     if bool(info.any()) or not bool(torch.isfinite(gains).all()):
         return torch.ones(len(energy), device=left.device)
     return gains[:, 0].float().clamp(0.5, 3.0)

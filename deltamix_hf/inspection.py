@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .architecture import empty_model, read_config
+from .architecture import empty_model, is_delta, read_config
 from .base import KeyMap
 from .config import DeltaMixConfig
 from .delta_repo import (
@@ -127,6 +127,8 @@ def inspect_repo(repo: str | Path) -> RepoReport:
     """
     repo = str(repo)
     model_config = read_config(repo)
+    if not is_delta(model_config):  # before its weights are fetched
+        raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
     files, config = find_delta(repo, {})
     keys = KeyMap(empty_model(repo, model_config))
     infos = read_headers(files)

@@ -59,6 +59,7 @@ FULL = 6144
 SKETCH = 2048
 DIAGONAL = 32768
 _NOTHING = 2.0**-100
+_MULTIPLIED = 4096  # rows at once
 _SUMMED = 256  # rows at once: in float64 a row of 28672 takes 229 kB
 
 
@@ -182,6 +183,21 @@ def times(rows: Tensor, metric: Metric) -> Tensor:
         return (rows * metric.weights.to(rows)).addmm_(rows @ low.T, low)
     metric = metric.to(rows)
     return rows * metric if metric.dim() == 1 else rows @ metric
+
+
+def product(columns: Tensor, metric: Metric, other: Tensor) -> Tensor:
+    """`columnsᵀ·M·other` `[k, l]` of columns `[d, k]` and `[d, l]`, without copies of either."""
+    if isinstance(metric, LowRank):
+        low = metric.rows.to(columns)
+        return product(columns, metric.weights, other).addmm_((low @ columns).T, low @ other)
+    if metric is None or metric.dim() == 2:
+        return columns.T @ (other if metric is None else metric.to(other) @ other)
+    found = columns.new_zeros(columns.shape[1], other.shape[1])
+    for some, weights, rows in zip(
+        *(t.split(_MULTIPLIED) for t in (columns, metric.to(columns), other)), strict=True
+    ):
+        found.addmm_((some * weights[:, None]).T, rows)
+    return found
 
 
 def energies(rows: Tensor, metric: Metric) -> Tensor:

@@ -150,8 +150,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise DeltaMixError("a delta repo is loaded from its own files; no state_dict, please")
         delta_files = list(checkpoint_files)
-        infos = read_headers(delta_files)
-        self._check_source(model, delta_files, infos)
+        infos = self._checked_headers(model, delta_files)
         keys = KeyMap(model)
         contents = contents_of(infos, self.quantization_config, keys)
         for name, stored in contents.packed.items():
@@ -192,17 +191,19 @@ class DeltaMixHfQuantizer(HfQuantizer):
             self._dtypes = {n: d for n, d in self._dtypes.items() if not kept.search(n)}
         checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
 
-    def _check_source(
-        self, model: PreTrainedModel, delta_files: list[str], infos: dict[str, TensorInfo]
-    ) -> None:
+    def _checked_headers(
+        self, model: PreTrainedModel, delta_files: list[str]
+    ) -> dict[str, TensorInfo]:
         """Refuse weight files, or a base, that are not for this delta repo to name."""
         config, repo = self.quantization_config, str(model.config.name_or_path)
         if named := getattr(model.config, "transformers_weights", None):
             raise DeltaMixError(f"config.json has its weights in {named!r}, not in {WEIGHTS}")
+        infos = read_headers(delta_files)
         check_weight_files(repo, delta_files, infos)
         if not config.base_given:
             from_hub = self.commit is not None or not os.path.exists(repo)
             check_base_name(config.base_model, config.base_revision, from_hub)
+        return infos
 
     def _attach_placeholders(
         self, model: PreTrainedModel, name: str, stored: str, infos: dict[str, TensorInfo]

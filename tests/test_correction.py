@@ -111,6 +111,9 @@ def test_metric_error():
     assert metric_error(zero, delta, one, gram) == float("inf")
 
 
+ONES = torch.ones(6)
+
+
 def gain_problem(k=6):
     """Exact and rounded factors of a delta, and metrics of both sides; float32."""
     delta, _, gram, left, sigma, right = (t.float() for t in problem(k=k))
@@ -131,7 +134,7 @@ def test_unbiased_gains_make_every_component_whole(kind):
         outputs = inputs = None
     elif kind == "diagonal":
         outputs, inputs = outputs.diagonal(), inputs.diagonal()
-    gains = unbiased_gains(left, left_hat, right, right_hat, outputs, inputs)
+    gains = unbiased_gains(left, ONES, left_hat, right, right_hat, outputs, inputs)
     assert gains.shape == (6,) and gains.dtype == torch.float32
     assert gains.min() > 0.5 and gains.max() < 3 and gains.mean() > 1.05
     found = (left_hat * gains) @ right_hat
@@ -150,8 +153,8 @@ def test_unbiased_gains_make_every_component_whole(kind):
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e15])
 def test_unbiased_gains_do_not_depend_on_the_size_of_the_delta(scale):
     left, left_hat, *others = gain_problem()
-    plain = unbiased_gains(left, left_hat, *others)
-    scaled = unbiased_gains(left * scale, left_hat * scale, *others)
+    plain = unbiased_gains(left, ONES, left_hat, *others)
+    scaled = unbiased_gains(left, ONES * scale, left_hat * scale, *others)
     torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=0)
 
 
@@ -161,16 +164,17 @@ def test_gains_of_exact_factors_are_one():
     for metrics in ((None, None), (outputs, inputs), (outputs.diagonal(), None)):
         found = factorise(delta, *metrics, 6)
         exact = found.left * found.sigma
-        gains = unbiased_gains(exact, exact, found.right, found.right, *metrics)
+        right = found.right
+        gains = unbiased_gains(found.left, found.sigma, exact, right, right, *metrics)
         torch.testing.assert_close(gains, torch.ones(6), rtol=1e-3, atol=0)
 
 
 def test_gains_are_clamped_and_fall_back_to_one():
     left, left_hat, right, right_hat, outputs, inputs = gain_problem()
     for factor, bound in ((0.01, 3.0), (100.0, 0.5)):
-        gains = unbiased_gains(left, left_hat * factor, right, right_hat, outputs, inputs)
+        gains = unbiased_gains(left, ONES, left_hat * factor, right, right_hat, outputs, inputs)
         assert gains.eq(bound).all()
-    lost = unbiased_gains(left, left_hat * 0, right, right_hat, outputs, inputs)
+    lost = unbiased_gains(left, ONES, left_hat * 0, right, right_hat, outputs, inputs)
     assert torch.equal(lost, torch.ones(6))
 
 

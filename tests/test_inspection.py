@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,3 +224,9 @@ def test_pictures_of_a_delta_without_matrices(delta, copied):
     config["quantization_config"]["errors"] = {}
     (folder / "config.json").write_text(json.dumps(config))
     assert len(save_figures(inspect_repo(Path(folder)), folder / "plots")) == 4
+
+
+def test_a_whole_model_is_refused_before_its_weights_are_fetched(pair, tmp_path):
+    shutil.copy(pair("llama").tuned / "config.json", tmp_path)
+    with pytest.raises(DeltaMixError, match="is not a delta repo: it holds a whole model"):
+        inspect_repo(tmp_path)

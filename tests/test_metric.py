@@ -14,6 +14,7 @@ from deltamix_hf.metric import (
     dense,
     diagonal,
     energies,
+    product,
     root,
     times,
     unwhiten,
@@ -137,6 +138,9 @@ def test_what_a_metric_does(kind):
     torch.testing.assert_close(times(rows, metric), rows @ matrix, rtol=1e-4, atol=1e-4)
     if metric is not None:
         torch.testing.assert_close(diagonal(metric), matrix.diagonal())
+    other = rows_of(7, seed=5).T.contiguous()
+    crossed = product(rows.T.contiguous(), metric, other)
+    torch.testing.assert_close(crossed, rows @ matrix @ other, rtol=1e-4, atol=1e-3)
     wanted = ((rows.double() @ matrix.double()) * rows).sum(1)
     found = energies(rows, metric)
     assert found.dtype == torch.float64
