@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from server import Server
-from tiny_pairs import DECODER, Family, Pair, fine_tune, make_tokenizer
+from tiny_pairs import DECODER, Family, Pair, fine_tune, make_tokenizer, token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 TOKENS = 64
+PROMPTS = token_ids(8, 12).tolist()
 
 
 class Deltas:
@@ -41,21 +42,25 @@ class Deltas:
             methods = {"a": "deltamix", "b": "delta-come"}  # both codebooks
             pair.compress(method=methods[name], calibration=None).save_pretrained(root / name)
             make_tokenizer().save_pretrained(root / name)
-        self._models: dict[str, PreTrainedModel] = {}
+        self._continued: dict[str, list[list[int]]] = {}
 
     def _save(self, model: PreTrainedModel, name: str) -> None:
         model.save_pretrained(self.root / name)
         make_tokenizer().save_pretrained(self.root / name)
 
+    def continued(self, name: str) -> list[list[int]]:
+        """What transformers generates greedily after each of the prompts."""
+        if name not in self._continued:
+            self._continued[name] = self.generated(name, PROMPTS, TOKENS)
+        return self._continued[name]
+
     @torch.no_grad()
-    def continued(self, name: str, prompt: list[int], tokens: int = TOKENS) -> list[int]:
-        """What transformers generates greedily after a prompt."""
-        if name not in self._models:
-            self._models[name] = AutoModelForCausalLM.from_pretrained(self.root / name)
-        model = self._models[name]
+    def generated(self, name: str, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        """The same after any prompts of one length."""
+        model = AutoModelForCausalLM.from_pretrained(self.root / name)
         options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        ids = model.generate(torch.tensor([prompt]), do_sample=False, eos_token_id=None, **options)
-        return ids[0, len(prompt) :].tolist()
+        ids = model.generate(torch.tensor(prompts), do_sample=False, eos_token_id=None, **options)
+        return ids[:, len(prompts[0]) :].tolist()
 
 
 @pytest.fixture(scope="session")
@@ -68,5 +73,6 @@ def many(deltas: Deltas, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """The base with room for two deltas; none is loaded."""
     log = tmp_path_factory.mktemp("many") / "log"
     options = ["--quantization", "deltamix", "--enable-lora", "--max-loras", "2"]
+    options += ["--served-model-name", "base", "--block-size", "32"]
     with Server(deltas.root / "base", log, *options) as server:
         yield server
