@@ -76,6 +76,15 @@ def test_many_in_one_load(deltas, two):
     assert answers(two, asked) == expected(deltas, asked)
 
 
+def test_many_over_two_ranks(deltas, tmp_path):
+    options = ["--quantization", "deltamix", "--enable-lora", "--max-loras", "2"]
+    options += ["--served-model-name", "base", "--tensor-parallel-size", "2", "--lora-modules"]
+    options += [f"{name}={deltas.root / name}" for name in ("a", "b")]
+    asked = [(("a", "b", "base")[i % 3], i // 3) for i in range(12)]
+    with Server(deltas.root / "base", tmp_path / "log", *options) as server:
+        assert answers(server, asked) == expected(deltas, asked)
+
+
 def test_deltas_come_and_go_under_load(deltas, many):
     asked = [("base", i) for i in range(8)] * 2
     assert many.load("a", deltas.root / "a")[0] == 200

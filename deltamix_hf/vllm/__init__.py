@@ -30,11 +30,12 @@ def register() -> None:
     import vllm
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    if vllm.__version__ in SUPPORTED:
-        from .quantization import DeltaMixQuantization as config
-    else:
-        config = _refusing(vllm.__version__)
-    register_quantization_config(QUANT_METHOD)(config)
+    if vllm.__version__ not in SUPPORTED:
+        register_quantization_config(QUANT_METHOD)(_refusing(vllm.__version__))
+        return
+    from .quantization import DeltaMixQuantization
+
+    register_quantization_config(QUANT_METHOD)(DeltaMixQuantization)
 
 
 def _refusing(version: str) -> Any:

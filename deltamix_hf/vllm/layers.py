@@ -70,11 +70,11 @@ class LayerDeltas:
     def add(self, y: Tensor, x: Tensor, head: bool = False) -> None:
         """y [..., m] += the deltas' products with x [..., n]; `head`: x is not all tokens'."""
         for piece in self.own:
-            y[..., piece.outputs] += plain_low_rank(x, *piece.packed.op_arguments, False)
+            y[..., piece.outputs] += plain_low_rank(x, *piece.packed.op_arguments, transposed=False)
         for number, rows in self._groups(x, head):
             some = x[rows]
             for piece in self.tenants.get(number, ()):
-                product = plain_low_rank(some, *piece.packed.op_arguments, False)
+                product = plain_low_rank(some, *piece.packed.op_arguments, transposed=False)
                 y[:, piece.outputs].index_add_(0, rows, product.to(y.dtype))
             if number in self.biases:
                 change = self.biases[number].to(y.dtype).expand(len(rows), -1)
