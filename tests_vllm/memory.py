@@ -30,30 +30,26 @@ def megabytes(session: int) -> float:
     return total * 1024 / 1e6
 
 
-def measured(model: Path, names: list[str], *options: str) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        options = ("--dtype", "bfloat16", "--skip-tokenizer-init", *options)
-        with Server(model, Path(folder) / "log", *options) as server:
-            for name in names:
-                server.complete(name, list(range(10, 26)), 8)
-            return megabytes(server.process.pid)
-
-
 def main() -> None:
     base, delta, dense, *rest = sys.argv[1:]
     count = int(rest[0]) if rest else 8
-    one = measured(Path(dense), ["dense"], "--served-model-name", "dense")
-    print(f"a dense model: {one:,.0f} MB", flush=True)
+    common = ["--dtype", "bfloat16", "--skip-tokenizer-init", "--served-model-name", "model"]
+    prompt = list(range(10, 26))
     with tempfile.TemporaryDirectory() as folder:
-        names = [f"delta{i}" for i in range(count)]
-        copies = [shutil.copytree(delta, Path(folder) / name) for name in names]
-        options = ["--quantization", "deltamix", "--served-model-name", "base"]
-        alone = measured(Path(base), ["base"], *options)
-        print(f"the base, without deltas: {alone:,.0f} MB", flush=True)
-        options += ["--enable-lora", "--max-loras", str(count), "--lora-modules"]
-        options += [f"{name}={path}" for name, path in zip(names, copies, strict=True)]
-        many = measured(Path(base), ["base", *names], *options)
-    print(f"the base and {count} deltas: {many:,.0f} MB; {count} dense models: {count * one:,.0f}")
+        log = Path(folder) / "log"
+        with Server(Path(dense), log, *common) as server:
+            server.complete("model", prompt, 8)
+            one = megabytes(server.process.pid)
+        options = ["--quantization", "deltamix", "--enable-lora", "--max-loras", str(count)]
+        with Server(Path(base), log, *common, *options) as server:
+            server.complete("model", prompt, 8)
+            alone = megabytes(server.process.pid)
+            for i in range(count):
+                server.load(f"delta{i}", shutil.copytree(delta, Path(folder) / f"delta{i}"))
+                server.complete(f"delta{i}", prompt, 8)
+            many = megabytes(server.process.pid)
+    print(f"a dense model: {one:,.0f} MB; {count} of them: {count * one:,.0f} MB")
+    print(f"the base: {alone:,.0f} MB; and {count} deltas: {many:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from ..errors import DeltaMixError
 from ..format import PREFIX
-from ..ops import plain_low_rank, plain_low_rank_rows
+from ..ops import cheapest, low_rank, low_rank_rows
 from ..packed import DTYPES, PARTS
 from .batch import Batch, Groups
 from .partition import Piece, Shard, pieces
@@ -70,11 +70,13 @@ class LayerDeltas:
     def add(self, y: Tensor, x: Tensor, head: bool = False) -> None:
         """y [..., m] += the deltas' products with x [..., n]; `head`: x is not all tokens'."""
         for piece in self.own:
-            y[..., piece.outputs] += plain_low_rank(x, *piece.packed.op_arguments, transposed=False)
+            y[..., piece.outputs] += cheapest(low_rank)(
+                x, *piece.packed.op_arguments, transposed=False
+            )
         for number, rows in self._groups(x, head):
             some = x[rows]
             for piece in self.tenants.get(number, ()):
-                product = plain_low_rank(some, *piece.packed.op_arguments, transposed=False)
+                product = cheapest(low_rank)(some, *piece.packed.op_arguments, transposed=False)
                 y[:, piece.outputs].index_add_(0, rows, product.to(y.dtype))
             if number in self.biases:
                 change = self.biases[number].to(y.dtype).expand(len(rows), -1)
@@ -83,10 +85,10 @@ class LayerDeltas:
     def add_rows(self, y: Tensor, ids: Tensor) -> None:
         """y [..., n] += rows `ids` [...] of the deltas to an embedding."""
         for piece in self.own:
-            y += plain_low_rank_rows(ids, *piece.packed.op_arguments).to(y.dtype)
+            y += cheapest(low_rank_rows)(ids, *piece.packed.op_arguments).to(y.dtype)
         for number, rows in self._groups(ids, head=False):
             for piece in self.tenants.get(number, ()):
-                found = plain_low_rank_rows(ids[rows], *piece.packed.op_arguments)
+                found = cheapest(low_rank_rows)(ids[rows], *piece.packed.op_arguments)
                 y.index_add_(0, rows, found.to(y.dtype))
 
     def _groups(self, x: Tensor, head: bool) -> Groups:
