@@ -16,10 +16,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ..delta_repo import StoredDelta, find_delta
 from ..errors import DeltaMixError
-from ..packed import parts
 from ..registration import QUANT_METHOD
-from .layers import deltas_of
-from .repo import base_of
+from .repo import base_of, check_arrived
 
 _OPTIONS = ("base_model", "base_revision")  # of --model-loader-extra-config
 
@@ -51,7 +49,7 @@ class DeltaMixModelLoader(DefaultModelLoader):
         self.enable_weights_track = True  # every weight must come from somewhere
         super().load_weights(model, model_config)
         assert self.delta is not None
-        check_arrived(model, self.delta, model_config.model)
+        check_arrived(model, self.delta)
         self.delta = None
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -61,6 +59,11 @@ class DeltaMixModelLoader(DefaultModelLoader):
             return
         kwargs = {"revision": model_config.revision, "cache_dir": self.load_config.download_dir}
         files, settings = find_delta(model_config.model, kwargs)
+        if settings.resized:
+            raise DeltaMixError(
+                f"{model_config.model!r} has another number of tokens than its base, which is not "
+                "known here: serve what 'deltamix merge' makes of it"
+            )
         if self.given:
             settings.base_model = self.given.get("base_model", settings.base_model)
             settings.base_revision = self.given.get("base_revision")
@@ -81,24 +84,6 @@ def is_delta_repo(model_config: Any) -> bool:
     """Whether the model is a delta repo, and not a base that is to serve many."""
     settings = getattr(model_config.hf_config, "quantization_config", None)
     return model_config.quantization == QUANT_METHOD and settings is not None
-
-
-def check_arrived(model: nn.Module, delta: StoredDelta, source: str) -> None:
-    """Refuse a model whose layers took fewer packed matrices than the delta has.
-
-    Raises:
-        DeltaMixError: see above.
-    """
-    arrived = [
-        t.keys() for _, deltas in deltas_of(model).values() for t in deltas.incoming.values()
-    ]
-    gaussian = all(factors.gaussian for factors in delta.packed.values())
-    whole = [keys for keys in arrived if keys == set(parts(gaussian))]
-    if len(whole) != len(arrived) or len(whole) != len(delta.packed):
-        raise DeltaMixError(
-            f"{len(whole)} of {len(delta.packed)} packed matrices of {source!r} found a layer in "
-            f"vLLM's {type(model).__name__}: it cannot be served without 'deltamix merge'"
-        )
 
 
 def use_our_loader() -> None:

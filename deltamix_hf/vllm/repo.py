@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base import BaseCheckpoint, commit_of, resolve_base
 from ..config import DeltaMixConfig
@@ -22,6 +22,7 @@ from ..delta_repo import StoredDelta, read_delta
 from ..errors import DeltaMixError
 from ..format import PREFIX, TensorInfo, check_base, fingerprints
 from ..trust import check_base_name
+from .layers import deltas_of
 
 Weights = list[tuple[str, Tensor]]
 
@@ -69,8 +70,8 @@ class BaseRepo:
         self._check_whole(delta)
         changes = self.changes(delta)
         replaced = {name for name, _ in changes}
-        for key in self.checkpoint.infos.keys() & delta.fingerprints.keys():
-            if key not in replaced:
+        for key in self.checkpoint.infos:
+            if key in delta.fingerprints and key not in replaced:
                 yield key, self.checkpoint.read_key(key)
         yield from changes
 
@@ -120,3 +121,20 @@ def _empty_model(config: Any) -> Any:
         raise DeltaMixError(f"transformers knows no {names[0] if names else 'model class'!r}")
     with torch.device("meta"):
         return cls(copy.deepcopy(config))
+
+
+def check_arrived(model: nn.Module, delta: StoredDelta) -> None:
+    """Refuse a delta of which the layers of vLLM's model took fewer packed matrices than it has.
+
+    Raises:
+        DeltaMixError: see above.
+    """
+    places = deltas_of(model).values()
+    arrived = [part.keys() for _, deltas in places for part in deltas.incoming.values()]
+    wanted = [factors.tensors.keys() for factors in delta.packed.values()]
+    if len(arrived) != len(wanted) or any(found not in wanted for found in arrived):
+        raise DeltaMixError(
+            f"{len(arrived)} of {len(wanted)} packed matrices of {delta.source!r} found a layer in "
+            f"vLLM's {type(model).__name__} on this rank (pipeline parallelism is not supported): "
+            "serve what 'deltamix merge' makes of it"
+        )

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..base import resolve_base
+from ..config import DeltaMixConfig
 from ..delta_repo import StoredDelta, find_delta
 from ..errors import DeltaMixError
 from ..format import fingerprints, read_headers
 from .batch import Batch
 from .layers import LayerDeltas, deltas_of
 from .norms import by_row
+from .repo import BaseRepo, check_arrived
 
 
 class DeltaManager:
@@ -39,7 +41,8 @@ class DeltaManager:
     is_enabled = True
 
     def __init__(self, vllm_config: Any, device: torch.device):
-        if vllm_config.compilation_config.mode:  # not NONE
+        compilation = vllm_config.compilation_config
+        if {compilation.mode.name, compilation.cudagraph_mode.name} != {"NONE"}:
             raise DeltaMixError(
                 "which rows take which delta is decided as the model runs: add --enforce-eager"
             )
@@ -54,8 +57,6 @@ class DeltaManager:
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
         """Find the model's base on disk; the model stays as it is."""
-        from .repo import BaseRepo
-
         wanted, load = vllm_config.model_config, vllm_config.load_config
         files, _ = resolve_base(wanted.model, wanted.revision, {"cache_dir": load.download_dir})
         self.base = BaseRepo(files, wanted.hf_config, repr(wanted.model))
@@ -103,13 +104,14 @@ class DeltaManager:
                     f"{request.lora_path!r} stores {name} {list(tensor.shape)} whole, which cannot "
                     "lie beside the base's: serve it by itself"
                 )
-        self._check_same(request, files)
+        self._check_same(request, files, settings)
         return delta, settings.group_size
 
-    def _check_same(self, request: Any, files: list[str]) -> None:
+    def _check_same(self, request: Any, files: list[str], settings: DeltaMixConfig) -> None:
         """Refuse other contents under a name and path that the prefix cache may know."""
         tensors = sorted(fingerprints(read_headers(files)).items())
-        found = hashlib.sha256(repr(tensors).encode()).hexdigest()
+        contents = repr((settings.codebook, settings.group_size, tensors))
+        found = hashlib.sha256(contents.encode()).hexdigest()
         known = self._contents.setdefault((request.lora_name, request.lora_path), found)
         if self._prefix_cache and known != found:
             raise DeltaMixError(
@@ -120,7 +122,9 @@ class DeltaManager:
 
     @torch.no_grad()
     def _place(self, number: int, delta: StoredDelta, group_size: int) -> None:
-        for name, value in self._loaded(self.base.changes(delta)).items():
+        whole = self._loaded(self.base.changes(delta))
+        check_arrived(self.model, delta)
+        for name, value in whole.items():
             owner, _, leaf = name.rpartition(".")
             module: Any = self.model.get_submodule(owner)
             if not isinstance(getattr(module, "deltas", None), LayerDeltas):
