@@ -20,7 +20,7 @@ from ..base import BaseCheckpoint, commit_of, resolve_base
 from ..config import DeltaMixConfig
 from ..delta_repo import StoredDelta, read_delta
 from ..errors import DeltaMixError
-from ..format import PREFIX, TensorInfo, check_base, fingerprints
+from ..format import PREFIX, TensorInfo, check_base, fingerprints, read_tensor
 from ..trust import check_base_name
 from .layers import deltas_of
 
@@ -72,7 +72,7 @@ class BaseRepo:
         replaced = {name for name, _ in changes}
         for key in self.checkpoint.infos:
             if key in delta.fingerprints and key not in replaced:
-                yield key, self.checkpoint.read_key(key)
+                yield key, read_tensor(self.checkpoint.infos[key], key)
         yield from changes
 
     def _check_whole(self, delta: StoredDelta) -> None:
