@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 from transformers.quantizers.base import HfQuantizer
 
 from . import sharding
-from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base, same
+from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base
 from .compress_model import compress_model
 from .config import DeltaMixConfig
 from .delta_repo import Contents, check_finite, checked_experts, contents_of, without_codes
@@ -40,20 +40,18 @@ from .format import (
     PREFIX,
     ROWS,
     TensorInfo,
-    check_base,
     is_guard,
     packed_part,
-    read_headers,
     read_tensor,
 )
 from .journal import Journal
+from .loading_checks import check_base_was_read, check_parts_fit, checked_headers
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, shape_of, weight_of
 from .packed import check_values, layout_of, parts
 from .packed_experts import expert_parts
 from .registration import NOTICE
 from .saving import delta_state_dict, install_save, uninstall_save
 from .siblings import link_siblings
-from .trust import WEIGHTS, check_base_name, check_weight_files
 from .vocabulary import FitRows
 
 _HIDDEN = "deltamix.hidden."
@@ -150,7 +148,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise DeltaMixError("a delta repo is loaded from its own files; no state_dict, please")
         delta_files = list(checkpoint_files)
-        infos = self._checked_headers(model, delta_files)
+        infos = checked_headers(model, delta_files, self.quantization_config, self.commit)
         keys = KeyMap(model)
         contents = contents_of(infos, self.quantization_config, keys)
         for name, stored in contents.packed.items():
@@ -164,7 +162,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
             )
         self._find_base()
         base = BaseCheckpoint(self.base_files, model)
-        self._check_parts_fit(model, keys, contents, base)
+        check_parts_fit(model, keys, contents, base, self.quantization_config)
         supplied, overlay = contents.overlay, set(contents.overlay.values())
         self._hidden = contents.guards | (base.hidden_keys(supplied) - overlay)
         self._resized = self._fitting_rows(contents, base, infos)
@@ -190,20 +188,6 @@ class DeltaMixHfQuantizer(HfQuantizer):
             kept, _, _ = build_glob_alternation(list(plan))
             self._dtypes = {n: d for n, d in self._dtypes.items() if not kept.search(n)}
         checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
-
-    def _checked_headers(
-        self, model: PreTrainedModel, delta_files: list[str]
-    ) -> dict[str, TensorInfo]:
-        """Refuse weight files, or a base, that are not for this delta repo to name."""
-        config, repo = self.quantization_config, str(model.config.name_or_path)
-        if named := getattr(model.config, "transformers_weights", None):
-            raise DeltaMixError(f"config.json has its weights in {named!r}, not in {WEIGHTS}")
-        infos = read_headers(delta_files)
-        check_weight_files(repo, delta_files, infos)
-        if not config.base_given:
-            from_hub = self.commit is not None or not os.path.exists(repo)
-            check_base_name(config.base_model, config.base_revision, from_hub)
-        return infos
 
     def _attach_placeholders(
         self, model: PreTrainedModel, name: str, stored: str, infos: dict[str, TensorInfo]
@@ -251,46 +235,6 @@ class DeltaMixHfQuantizer(HfQuantizer):
             converters.append(WeightConverter(patterns, weight, [FitRows(found.rows)]))
         return converters
 
-    def _check_parts_fit(
-        self, model: PreTrainedModel, keys: KeyMap, contents: Contents, base: BaseCheckpoint
-    ) -> None:
-        """Refuse a base that is another one, and a model that base and delta do not fill."""
-        recorded = self.quantization_config.base_fingerprints
-        where, kind = repr(self.quantization_config.base_model), type(model).__name__
-        check_base(recorded, base.infos, where)
-        elsewhere = contents.overlay.keys() | set(model.all_tied_weights_keys)
-        wanted = {name: tensor for name, tensor in keys.state.items() if name not in elsewhere}
-        for name, tensor in wanted.items():
-            if name in base:
-                shape = tuple(tensor.shape)
-                if resized := contents.resized.get(name.removesuffix(".weight")):
-                    shape = resized.base, *shape[1:]
-                base.check(name, shape, recorded)
-        missing = [name for name in wanted if not base.supplies(name)]
-        # Another class than the saved one may lack its head, or bring one of its own, which
-        # transformers initialises and reports. Of the model inside every part must be complete.
-        saved = model.config.architectures
-        same_class = isinstance(saved, list | tuple) and kind in saved
-        filled = {_part_inside(model, name) for name in keys.state.keys() - set(missing)} - {None}
-        for name in contents.absent:
-            if same_class or _part_inside(model, name) is not None:
-                raise DeltaMixError(
-                    f"the delta repo holds {name}, which this {kind} has not: weights and "
-                    "config.json do not fit"
-                )
-        for name in missing:
-            if same_class or _part_inside(model, name) in filled:
-                raise DeltaMixError(
-                    f"neither the delta repo nor the base {where} holds {name!r}: the delta repo "
-                    "is incomplete"
-                )
-        made_up = sum(keys.state[name].numel() for name in missing)
-        if 2 * made_up > sum(tensor.numel() for tensor in keys.state.values()):
-            raise DeltaMixError(
-                f"most of this {kind} is neither in the delta repo nor in the base {where}: its "
-                "config.json is of another model"
-            )
-
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         if not (self._hidden or self._resized):
             return weight_conversions
@@ -303,7 +247,9 @@ class DeltaMixHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if self.pre_quantized:
             _complete_offload_index(model)
-            self._check_base_was_read(model)
+            base, self._base = self._base, None
+            assert base is not None
+            check_base_was_read(model, base, self._from_base)
             for name in self._whole:
                 tensor = model.get_parameter_or_buffer(name)
                 if tensor.device.type != "meta":
@@ -338,24 +284,6 @@ class DeltaMixHfQuantizer(HfQuantizer):
         install_save(model)
         model.resize_token_embeddings = MethodType(_resize, model)  # type: ignore[method-assign]
         return model
-
-    def _check_base_was_read(self, model: PreTrainedModel) -> None:
-        """The net under the splice: the base weights in the model must be the base's."""
-        base, self._base = self._base, None
-        assert base is not None
-        for name in self._from_base:
-            tensor = model.get_parameter_or_buffer(name)
-            info = base.infos[base.checkpoint_keys(name)[0]]
-            # offloaded, sharded or converted on the way: not comparable by eye
-            if tensor.device.type == "meta" or tuple(tensor.shape) != info.shape:
-                continue
-            if sharding.is_shard(tensor):
-                continue
-            if tensor.ndim and base.is_plain(name) and not same(tensor[:1], base.first_row(name)):
-                raise DeltaMixError(
-                    f"{name} was not loaded from the base: this transformers version reads "
-                    "checkpoints in a way deltamix_hf does not know; please report it"
-                )
 
     def _cast_renamed(self, model: PreTrainedModel) -> None:
         """Cast what transformers 5.16 to 5.19 leave as stored: renamed tensors of such repos."""
@@ -440,12 +368,6 @@ def _resize(
             "before compressing it, or call model.dequantize() first"
         )
     return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
-
-
-def _part_inside(model: PreTrainedModel, name: str) -> str | None:
-    """`layers` of `model.layers.0.mlp.up_proj`; None for what is no part of the base model."""
-    part = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
-    return part if part in dict(model.base_model.named_children()) else None
 
 
 def _complete_offload_index(model: PreTrainedModel) -> None:
