@@ -24,7 +24,7 @@ from ..format import fingerprints, read_headers
 from .batch import Batch
 from .layers import LayerDeltas, deltas_of
 from .norms import by_row
-from .repo import BaseRepo, check_arrived
+from .repo import BaseRepo, check_arrived, finding_places
 
 
 class DeltaManager:
@@ -147,7 +147,8 @@ class DeltaManager:
         small = {n: p for n, p in self.model.named_parameters() if p.ndim == 1 and p.numel()}
         before = {name: parameter.detach().clone() for name, parameter in small.items()}
         try:
-            self.model.load_weights(weights)
+            with finding_places(self.model):
+                self.model.load_weights(weights)
             return {
                 n: p.detach().clone() for n, p in small.items() if not torch.equal(p, before[n])
             }
