@@ -27,9 +27,9 @@ def expected(deltas: Deltas, asked: Asked) -> list[list[int]]:
     return [deltas.continued(model)[i] for model, i in asked]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_delta_repo_alone(deltas, tmp_path, ranks):
-    options = ["--served-model-name", "a", "--tensor-parallel-size", str(ranks)]
+@pytest.mark.parametrize("options", [[], ["--tensor-parallel-size=2"], ["--no-enforce-eager"]])
+def test_a_delta_repo_alone(deltas, tmp_path, options):
+    options = ["--served-model-name", "a", *options]
     with Server(deltas.root / "a", tmp_path / "log", *options) as server:
         found = answers(server, [("a", i) for i in range(8)])
     assert found == deltas.continued("a") != deltas.continued("base")

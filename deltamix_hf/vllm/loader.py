@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ..delta_repo import StoredDelta, find_delta
 from ..errors import DeltaMixError
 from ..registration import QUANT_METHOD
-from .repo import base_of, check_arrived
+from .repo import base_of, check_arrived, finding_places
 
 _OPTIONS = ("base_model", "base_revision")  # of --model-loader-extra-config
 
@@ -47,7 +47,8 @@ class DeltaMixModelLoader(DefaultModelLoader):
             super().load_weights(model, model_config)
             return
         self.enable_weights_track = True  # every weight must come from somewhere
-        super().load_weights(model, model_config)
+        with finding_places(model):
+            super().load_weights(model, model_config)
         assert self.delta is not None
         check_arrived(model, self.delta)
         self.delta = None

@@ -1,5 +1,7 @@
 """quant_method "deltamix" for vLLM: plain weights, and beside them room for packed deltas.
 
+This is all of the plug-in that a server imports which meets no delta repo.
+
 It is chosen by the `config.json` of a delta repo, whose own delta is then always added; and by
 `--quantization deltamix` for a plain base model, whose deltas come and go like LoRAs.
 """
@@ -9,34 +11,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from ..config import DeltaMixConfig
 from ..kernels import TRITON_DTYPES
 from ..registration import QUANT_METHOD
-from .hook import install
-from .layers import DeltaMixEmbeddingMethod, DeltaMixLinearMethod
-from .loader import use_our_loader
 
 
 class DeltaMixQuantization(QuantizationConfig):
-    """Args:
-    settings: of the delta repo that is served; None: the base, which many deltas may share.
+    """What vLLM asks of a quantization method.
+
+    Args:
+        settings: of the delta repo that is served; None: the base, which many deltas may share.
     """
 
     def __init__(self, settings: DeltaMixConfig | None = None):
         super().__init__()
         self.settings = settings
-        use_our_loader()
+        self._prepare()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        use_our_loader()  # unpickled in a worker: before vLLM looks for a loader there
+        self._prepare()  # unpickled in a worker: before vLLM looks for a loader there
+
+    def _prepare(self) -> None:
+        from .loader import use_our_loader
+
+        use_our_loader()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DeltaMixQuantization:
@@ -62,6 +66,12 @@ class DeltaMixQuantization(QuantizationConfig):
         return []  # none beside config.json: a base is served without
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        from .hook import install
+        from .layers import DeltaMixEmbeddingMethod, DeltaMixLinearMethod
+
         install()
         if isinstance(layer, LinearBase):
             return DeltaMixLinearMethod(self)

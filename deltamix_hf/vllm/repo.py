@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..base import BaseCheckpoint, commit_of, resolve_base
 from ..config import DeltaMixConfig
 from ..delta_repo import StoredDelta, read_delta
-from ..errors import DeltaMixError
+from ..errors import DeltaMixError, first_line
 from ..format import PREFIX, TensorInfo, check_base, fingerprints, read_tensor
 from ..trust import check_base_name
 from .layers import deltas_of
@@ -121,6 +122,26 @@ def _empty_model(config: Any) -> Any:
         raise DeltaMixError(f"transformers knows no {names[0] if names else 'model class'!r}")
     with torch.device("meta"):
         return cls(copy.deepcopy(config))
+
+
+@contextmanager
+def finding_places(model: nn.Module) -> Iterator[None]:
+    """Say in our words if vLLM's loading finds no layer for a packed matrix.
+
+    Raises:
+        DeltaMixError: see above.
+    """
+    try:
+        yield
+    except DeltaMixError:
+        raise
+    except (ValueError, KeyError) as error:
+        if f".{PREFIX}" not in str(error):
+            raise
+        raise DeltaMixError(
+            f"vLLM's {type(model).__name__} has a plain module where the delta repo has a packed "
+            f"matrix: serve what 'deltamix merge' makes of it [{first_line(error)}]"
+        ) from error
 
 
 def check_arrived(model: nn.Module, delta: StoredDelta) -> None:

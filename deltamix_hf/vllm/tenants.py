@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.linear import RowParallelLinear
 
 from ..base import resolve_base
 from ..config import DeltaMixConfig
@@ -22,9 +23,9 @@ from ..delta_repo import StoredDelta, find_delta
 from ..errors import DeltaMixError
 from ..format import fingerprints, read_headers
 from .batch import Batch
-from .layers import LayerDeltas, deltas_of
+from .layers import deltas_of
 from .norms import by_row
-from .repo import BaseRepo, check_arrived
+from .repo import BaseRepo, check_arrived, finding_places
 
 
 class DeltaManager:
@@ -127,13 +128,22 @@ class DeltaManager:
         for name, value in whole.items():
             owner, _, leaf = name.rpartition(".")
             module: Any = self.model.get_submodule(owner)
-            if not isinstance(getattr(module, "deltas", None), LayerDeltas):
+            deltas = getattr(module, "deltas", None)
+            if (
+                deltas is not None
+                and leaf == "bias"
+                and not getattr(module, "skip_bias_add", False)
+            ):
+                if not isinstance(module, RowParallelLinear) or module.tp_rank == 0:
+                    deltas.biases[number] = value.float() - module.bias.float()
+            elif "norm" in type(module).__name__.lower():
                 parameter = nn.Parameter(value, requires_grad=False)
                 by_row(module, self.batch).setdefault(number, {})[leaf] = parameter
-            elif leaf != "bias" or getattr(module, "skip_bias_add", False):
-                raise DeltaMixError(f"the delta changes {name}, which is no bias that a layer adds")
-            elif not getattr(module, "input_is_parallel", False) or module.tp_rank == 0:
-                module.deltas.biases[number] = value.float() - module.bias.float()
+            else:
+                raise DeltaMixError(
+                    f"the delta changes {name} of a {type(module).__name__}, which cannot differ "
+                    "from one row to the next: serve it by itself"
+                )
         for layer, deltas in deltas_of(self.model).values():
             if deltas.incoming:
                 deltas.tenants[number] = deltas.take(layer, group_size, self.device)
@@ -147,7 +157,8 @@ class DeltaManager:
         small = {n: p for n, p in self.model.named_parameters() if p.ndim == 1 and p.numel()}
         before = {name: parameter.detach().clone() for name, parameter in small.items()}
         try:
-            self.model.load_weights(weights)
+            with finding_places(self.model):
+                self.model.load_weights(weights)
             return {
                 n: p.detach().clone() for n, p in small.items() if not torch.equal(p, before[n])
             }
