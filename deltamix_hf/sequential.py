@@ -89,9 +89,10 @@ def compress_blocks(
             inner = None
             if not all(full in finished for full in names):
                 with stack.hold(block):
-                    moved, inner = _measure_stage(
+                    moved, inner, count = _measure_stage(
                         block, stage, coarse, present[i], seen, made.weights()
                     )
+                _solve(moved, inner, count)
                 changes = {f"{name}.{target}": change for target, change in moved.items()}
                 del moved
             made.keep(finish(changes, inner))
@@ -141,10 +142,11 @@ def _measure_stage(
     rest: Rest,
     seen: dict[str, Shelf],
     weights: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Changes of the deltas [m, n] of one stage's targets, and their input Gram [n, n].
+) -> tuple[dict[str, Tensor], Tensor, int]:
+    """What moves the deltas of one stage's targets, their input Gram [n, n], and of how many rows.
 
-    `seen` holds the inputs of the fine-tune's layers, a batch each; `weights` are the new ones.
+    The first is the sum in the formula's brackets, [m, n] each. `seen` holds the inputs of the
+    fine-tune's layers, a batch each; `weights` are the new ones.
     """
     first, residual = stage.names[0], stage.residual
     n = seen[first][0].shape[-1]
@@ -166,13 +168,17 @@ def _measure_stage(
     del drift, lag  # 485 MB at 11008 inputs, as are the two below
     inner, count = dense(gram.mean()), gram.count
     assert inner is not None
-    del gram
-    solver = cholesky(inner, RIDGE)
+    return moved, inner, count
+
+
+def _solve(moved: dict[str, Tensor], inner: Tensor, count: int) -> None:
+    """Turn what moves the deltas into their changes, in place."""
+    lower = cholesky(inner, RIDGE)
+    triangular = torch.linalg.solve_triangular  # cholesky_solve would copy 970 MB of factor
     for change in moved.values():
         for rows in change.split(_SOLVED):
-            solved = torch.cholesky_solve((rows / count).double().T, solver)
-            rows.copy_(solved.T)
-    return moved, inner
+            half = triangular(lower, (rows / count).double().T, upper=False)
+            rows.copy_(triangular(lower.T, half, upper=True).T)
 
 
 def find_stages(
