@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 from conftest import PROMPTS, TOKENS, Deltas
@@ -89,13 +90,24 @@ def test_deltas_come_and_go_under_load(deltas, many):
     asked = [("base", i) for i in range(8)] * 2
     assert many.load("a", deltas.root / "a")[0] == 200
     asked += [("a", i) for i in range(8)]
+    enough = Event()
+
+    def traffic() -> int:
+        rounds = 0
+        while not (rounds and enough.is_set()):
+            assert answers(many, asked) == expected(deltas, asked)
+            rounds += 1
+        return rounds
+
     with ThreadPoolExecutor(1) as pool:
-        busy = pool.submit(answers, many, asked)
-        assert many.load("b", deltas.root / "b")[0] == 200
-        assert many.complete("b", PROMPTS[0], TOKENS) == deltas.continued("b")[0]
-        assert many.unload("b")[0] == 200
-        assert not busy.done()
-        assert busy.result() == expected(deltas, asked)
+        busy = pool.submit(traffic)
+        try:
+            assert many.load("b", deltas.root / "b")[0] == 200
+            assert many.complete("b", PROMPTS[0], TOKENS) == deltas.continued("b")[0]
+            assert many.unload("b")[0] == 200
+        finally:
+            enough.set()
+        assert busy.result() >= 1
     assert many.post("/v1/completions", model="b", prompt=PROMPTS[0])[0] == 404
     assert many.unload("a")[0] == 200
 
