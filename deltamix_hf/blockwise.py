@@ -55,7 +55,7 @@ class BlockwisePass:
         self.stack, self.fisher, self.seed, self.journal = stack, fisher, seed, journal
         self.device, self.workers = device, workers
         self.found = KeptStatistics(journal, device, workers)
-        self.mine = workers.batches(len(stack.batches))
+        self.mine = workers.share(len(stack.batches))
         self.inside = [
             {n: m for n, m in modules.items() if n.startswith(f"{name}.")} for name in stack.names
         ]

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +55,18 @@ class Job:
         self.workers = workers or Workers()
         self.model, self.base, self.config, self.targets = model, base, config, targets
         self.journal, self.weights = journal, weights
-        self.finished = {name for name in targets if journal.read(f"matrix {name}") is not None}
+        self.finished = self._finished_before()
         self.batches: list[Tensor] = []
         self.course: Sequence[tuning.Lesson] = []
         self.found: Mapping[str, LayerStatistics] = {}
         self.scored = 1
         self.watch = Stopwatch()
         self._results: dict[str, Compressed] = {}
+
+    def _finished_before(self) -> set[str]:
+        """Targets an earlier run has finished, as the first worker sees it: all do the same."""
+        found = [self.journal.read(f"matrix {name}") is not None for name in self.targets]
+        return set(compress(self.targets, self.workers.show(torch.tensor(found), 0).tolist()))
 
     def measure(self, batches: list[Tensor]) -> None:
         """Statistics and predictions of the fine-tune."""
@@ -178,7 +184,15 @@ class Job:
                 self._attach(name)
             for stack in stacks:
                 finish = partial(self._fit, compressor)
-                compress_blocks(stack, chained, finish, self._attach_block, self.finished)
+                compress_blocks(
+                    stack,
+                    chained,
+                    finish,
+                    self._attach_block,
+                    frozenset(self.finished),
+                    self.workers,
+                    partial(self._owned, compressor),
+                )
         self._bar.close()
         if self.workers.size > 1:
             self.workers.finish(self.journal)
@@ -206,6 +220,11 @@ class Job:
             weights[name] = weight if packed is None else weight.add_(packed.dense())
         return weights
 
+    def _owned(self, compressor: Compressor, names: Sequence[str]) -> list[str]:
+        """Those of `names` that this worker compresses, if they are compressed together."""
+        owners = self.workers.owners({name: cost(*compressor.shapes[name]) for name in names})
+        return [name for name in names if owners[name] == self.workers.rank]
+
     def _compress_all(
         self,
         compressor: Compressor,
@@ -213,9 +232,9 @@ class Job:
         inputs: Tensor | None = None,
     ) -> Iterator[str]:
         """Names of targets in turn as they are compressed, by this worker or by others."""
-        owners = self.workers.owners({name: cost(*compressor.shapes[name]) for name in changes})
-        others = [name for name in changes if owners[name] != self.workers.rank]
-        for name in [name for name in changes if name not in others]:
+        own = self._owned(compressor, list(changes))
+        others = [name for name in changes if name not in own]
+        for name in own:
             self._compress(compressor, name, changes.pop(name), inputs)
             yield name
         for name in others:

@@ -11,12 +11,13 @@ asks the layer to give on x_c what the fine-tune gives on x_f, and, where its ou
 residual stream r, to make up for the error of that stream too. λ = 0.03·mean(diag C).
 
 Layers outside a chain of blocks (`stack.py`) keep their plain target. Memory: the inputs of one
-block's layers for all calibration tokens, and two streams of hidden states.
+block's layers for all calibration tokens, and two streams of hidden states. Several workers share
+the batches, and each solves for the targets that it will compress.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +26,18 @@ from torch import Tensor, nn
 
 from .experts import expert_place, replace_expert
 from .gptq import cholesky
-from .metric import SecondMoment, dense
-from .modules import matrix_of, oriented, weight_of
+from .modules import matrix_of, oriented, shape_of, weight_of
 from .stack import Arguments, Rest, Shelf, Stack, run, tensor_of
+from .stage_sums import Rows, StageSums, all_rows
+from .workers import Workers
 
 RIDGE = 0.03
 _SOLVED = 1024  # rows at once: float64 copies of a 4096 x 11008 target are 360 MB each
 
 Finish = Callable[[dict[str, Tensor | None], Tensor | None], dict[str, Tensor]]
 """({target: change of its delta [m, n]}, their input Gram [n, n]) -> compressed weights [m, n]."""
+Owned = Callable[[Sequence[str]], Sequence[str]]
+"""Those of the targets of a stage that this worker compresses."""
 
 
 @dataclass
@@ -54,16 +58,20 @@ def compress_blocks(
     finish: Finish,
     done: Callable[[str], None],
     finished: Container[str] = (),
+    workers: Workers | None = None,
+    owned: Owned = list,
 ) -> None:
     """Compress all blocks in order.
 
     `finish` compresses the targets of a stage and returns their new weights; `done(block)` is
     called when a block's compressed weights may be put into the model. The model must still hold
     the fine-tune's weights in every block not yet done. For targets that are `finished` already,
-    `finish` needs no measurement.
+    `finish` needs no measurement; all `workers` must see the same there.
     """
+    workers = workers or Workers()
     coarse, present = stack.entry()
     exact = stack.exact
+    mine = workers.share(len(exact))  # another's hidden states stay those of the first block
     known: list[str] | None = None
     stages: list[Stage] = []
     for i, (name, block) in enumerate(zip(stack.names, stack.blocks, strict=True)):
@@ -77,7 +85,7 @@ def compress_blocks(
             watched = [] if over else [s.names[0] for s in stages]
             watched += [] if over else [s.residual for s in stages if s.residual is not None]
             seen = {module: stack.empty(f"input {module}") for module in dict.fromkeys(watched)}
-            for b in range(0 if over and last else len(exact)):
+            for b in () if over and last else mine:
                 inputs, after = run(block, {}, exact[b], rest[b], list(seen))
                 exact[b] = after
                 for module, x in inputs.items():
@@ -89,19 +97,21 @@ def compress_blocks(
             inner = None
             if not all(full in finished for full in names):
                 with stack.hold(block):
-                    moved, inner, count = _measure_stage(
-                        block, stage, coarse, present[i], seen, made.weights()
+                    sums = _measured(
+                        stack, block, stage, coarse, present[i], seen, made.weights(), workers
                     )
-                _solve(moved, inner, count)
-                changes = {f"{name}.{target}": change for target, change in moved.items()}
-                del moved
+                    own = owned(names)
+                    inside_block = [full.removeprefix(f"{name}.") for full in own]
+                    changes |= zip(own, _changes(block, inside_block, sums), strict=True)
+                inner = sums.inputs
+                del sums
             made.keep(finish(changes, inner))
         staged = {target for stage in stages for target in stage.names}
         if others := [f"{name}.{target}" for target in inside if target not in staged]:
             made.keep(finish(dict.fromkeys(others), None))  # not called exactly once: plain target
         with stack.hold(block):
             weights = {} if last else made.weights()
-            for b in range(0 if last else len(exact)):
+            for b in () if last else mine:
                 _, coarse[b] = run(block, weights, coarse[b], present[i][b])
         stack.rest[i], present[i] = [], []
         done(name)
@@ -135,50 +145,59 @@ class _Made:
         return found
 
 
-def _measure_stage(
+def _measured(
+    stack: Stack,
     block: nn.Module,
     stage: Stage,
     coarse: Shelf,
     rest: Rest,
     seen: dict[str, Shelf],
     weights: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], Tensor, int]:
-    """What moves the deltas of one stage's targets, their input Gram [n, n], and of how many rows.
+    workers: Workers,
+) -> StageSums:
+    """The sums of one stage over all batches.
 
-    The first is the sum in the formula's brackets, [m, n] each. `seen` holds the inputs of the
-    fine-tune's layers, a batch each; `weights` are the new ones.
+    `seen` holds the inputs of the fine-tune's layers, for this worker's batches; `weights` are the
+    new ones.
     """
     first, residual = stage.names[0], stage.residual
-    n = seen[first][0].shape[-1]
-    gram = SecondMoment(n, full=n)  # a sketch has no usable inverse
-    drift = torch.zeros(n, n, device=seen[first][0].device)
-    lag: Tensor | None = None
-    for b in range(len(coarse)):
-        watched = [first] if residual is None else [first, residual]
-        inputs, _ = run(block, weights, coarse[b], rest[b], watched, stop=first)
-        x = inputs[first].reshape(-1, n).float()
-        gram.add(x)
-        drift.addmm_((seen[first][b].reshape(-1, n).float() - x).T, x)
-        if residual is not None:
-            late = (seen[residual][b] - inputs[residual]).flatten(0, -2).float()
-            lag = late.T @ x if lag is None else lag.addmm_(late.T, x)
-    moved = {t: matrix_of(block.get_submodule(t)).detach().float() @ drift for t in stage.names}
-    if lag is not None:
-        moved[first] += lag
-    del drift, lag  # 485 MB at 11008 inputs, as are the two below
-    inner, count = dense(gram.mean()), gram.count
-    assert inner is not None
-    return moved, inner, count
+    watched = [first] if residual is None else [first, residual]
+    mine = workers.share(len(coarse))
+
+    def own() -> Iterator[Rows]:
+        for at, b in enumerate(mine):
+            found, _ = run(block, weights, coarse[b], rest[b], watched, stop=first)
+            rows = Rows(seen[first][at], found[first])
+            if residual is not None:
+                rows.exact_residual, rows.coarse_residual = seen[residual][at], found[residual]
+            yield rows
+
+    layer = block.get_submodule(first)
+    n = shape_of(layer)[1]
+    sums = StageSums(n, weight_of(layer).device, workers)
+    for rows in all_rows(own(), n, len(coarse), stack.empty("rows of a stage"), workers):
+        sums.add(rows)
+    sums.finish()
+    return sums
 
 
-def _solve(moved: dict[str, Tensor], inner: Tensor, count: int) -> None:
-    """Turn what moves the deltas into their changes, in place."""
+def _changes(block: nn.Module, names: Sequence[str], sums: StageSums) -> list[Tensor]:
+    """Changes of the deltas [m, n] of targets of a stage, by name within the block.
+
+    Of the sums only C is left, as a mean.
+    """
+    moved = [matrix_of(block.get_submodule(t)).detach().float() @ sums.drift for t in names]
+    if sums.lag is not None and moved:
+        moved[0] += sums.lag  # such a stage has one target
+    del sums.drift, sums.lag  # 485 MB at 11008 inputs, as are the two below
+    inner = sums.inputs.div_(sums.count)
     lower = cholesky(inner, RIDGE)
     triangular = torch.linalg.solve_triangular  # cholesky_solve would copy 970 MB of factor
-    for change in moved.values():
+    for change in moved:
         for rows in change.split(_SOLVED):
-            half = triangular(lower, (rows / count).double().T, upper=False)
+            half = triangular(lower, (rows / sums.count).double().T, upper=False)
             rows.copy_(triangular(lower.T, half, upper=True).T)
+    return moved
 
 
 def find_stages(

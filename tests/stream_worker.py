@@ -5,11 +5,12 @@ import sys
 
 from tiny_pairs import calibration_ids, quick
 
-from deltamix_hf import DeltaMixConfig
+from deltamix_hf import DeltaMixConfig, stage_sums
 from deltamix_hf.streaming import compress_streaming
 
 
 def main(finetuned: str | os.PathLike, base: str | os.PathLike, output: str | os.PathLike) -> None:
+    stage_sums.PIECE = 24  # small models have rows to share too
     options = quick("deltamix-kl") | {"calibration": calibration_ids()}
     compress_streaming(finetuned, output, DeltaMixConfig(base, ratio=0.25, **options))
 

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from deltamix_hf.workers import Workers
 
 @given(count=st.integers(0, 50), size=st.integers(1, 9))
 def test_every_batch_is_somebodys(count, size):
-    shares = [list(Workers(rank, size).batches(count)) for rank in range(size)]
+    shares = [list(Workers(rank, size).share(count)) for rank in range(size)]
     assert [b for share in shares for b in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -59,9 +60,10 @@ def test_waiting_for_another(tmp_path, monkeypatch):
 def launch(processes: int, *arguments: object) -> subprocess.Popen:
     """`stream_worker.py` by torchrun in that many processes of one thread."""
     script = Path(__file__).with_name("stream_worker.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*torchrun, "--master-port", "0", str(script), *map(str, arguments)]
+    command = [*torchrun, str(script), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -74,6 +76,24 @@ def test_any_number_of_processes_writes_the_bytes_of_one(pair, tmp_path, process
         assert job.returncode == 0, error
     assert snapshot(tmp_path / str(processes)) == snapshot(tmp_path / "1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", str(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [10, 40, 70])
+def test_killed_and_started_again_they_write_the_same(pair, tmp_path, parts):
+    source, work = pair("llama_tied"), tmp_path / ".2.unfinished"
+    job = launch(2, source.tuned, source.base, tmp_path / "2")
+    while job.poll() is None and len(list(work.glob("*.part.safetensors"))) < parts:
+        time.sleep(0.01)
+    assert job.poll() is None, "it ended before it could be killed"
+    for process in (*psutil.Process(job.pid).children(recursive=True), job):
+        process.kill()
+    job.communicate()
+    for processes in (2, 1):
+        job = launch(processes, source.tuned, source.base, tmp_path / str(processes))
+        _, error = job.communicate(timeout=300)
+        assert job.returncode == 0, error
+    assert snapshot(tmp_path / "2") == snapshot(tmp_path / "1")
 
 
 def test_only_what_can_be_shared_is(pair, tmp_path, monkeypatch):
