@@ -20,7 +20,7 @@ Hessian. H is float64: the 1/sigma^2 terms span many orders of magnitude.
 
 import torch
 
-from deltamix_hf.gptq import cholesky
+from deltamix_hf.cholesky import cholesky
 from deltamix_hf.metric import Metric, energies, product, times
 
 _BLOCK_ROWS = 1024

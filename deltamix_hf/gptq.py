@@ -42,14 +42,10 @@ from dataclasses import dataclass
 import torch
 
 from deltamix_hf import codebook, grid
+from deltamix_hf.cholesky import cholesky32
 
 # Steps per block. On one Zen 4 core 32, 64 and 128 are within 20 % of each other.
 _BLOCK = 64
-
-_COPIED = 1024  # rows at once
-
-# Damping added to a unit-diagonal Hessian, in turn, until it factorises.
-_RETRIES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
 
 
 @dataclass(frozen=True)
@@ -191,60 +187,11 @@ def gptq_columns(
     return Rounded(codes.view(ranks, -1)[:, :m].contiguous(), scales, zeros, group_size, bits)
 
 
-def cholesky(
-    matrix: torch.Tensor, damping: float = 0.0, order: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Lower Cholesky factor, float64, of a symmetric positive semi-definite `[k, k]` matrix.
-
-    `damping` times the mean of the diagonal is added to it first, and rows and columns are taken in
-    `order` int64 `[k]`, both without a copy of the matrix.
-
-    Factorised at unit diagonal; a failure is retried with more damping of that diagonal, from 1e-8
-    to 0.1. Zero diagonal entries are treated as isolated unit entries. Raises ValueError if the
-    matrix is indefinite beyond that.
-    """
-    diagonal = matrix.diagonal().to(torch.float64)
-    diagonal = diagonal + damping * diagonal.mean()
-    diagonal = diagonal if order is None else diagonal[order]
-    dead = diagonal <= 0
-    root = torch.where(dead, 1.0, diagonal).sqrt()
-    info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    for extra in _RETRIES:
-        # In place all the way: one float64 copy of an 11008 x 11008 matrix is 970 MB.
-        unit = _float64(matrix, order)
-        unit.div_(root[:, None]).div_(root)
-        if bool(dead.any()):
-            unit[dead], unit[:, dead] = 0.0, 0.0
-        unit.diagonal().fill_(1.0 + extra)
-        torch.linalg.cholesky_ex(unit, out=(unit, info))
-        # NaN anywhere in a row reaches its diagonal
-        if not info.any() and bool(torch.isfinite(unit.diagonal()).all()):
-            return unit.mul_(root[:, None])
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("the Hessian holds NaN or infinity")
-    raise ValueError(
-        f"the {matrix.shape[0]} x {matrix.shape[0]} Hessian is not positive definite, even with "
-        f"{_RETRIES[-1]:.0%} of its diagonal added; check the calibration statistics"
-    )
-
-
-def _float64(matrix: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """A copy by columns, as LAPACK wants it, with rows and columns in `order`."""
-    made = matrix.new_empty(matrix.shape, dtype=torch.float64)
-    for start in range(0, len(matrix), _COPIED):
-        stop = start + _COPIED
-        rows = matrix[start:stop] if order is None else matrix[order[start:stop]][:, order]
-        made[start:stop] = rows
-    return made.T  # it is symmetric
-
-
 def _mixing(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
     """float32 `[s, s]`: entry (i, j) is R_ji / R_ii, what the error of step j adds to step i."""
-    reversed_lower = cholesky(hessian, damping, order.flip(0))  # R flipped
+    reversed_lower = cholesky32(hessian, damping, order.flip(0))  # R flipped
     reversed_lower.div_(reversed_lower.diagonal().clone())
-    found = reversed_lower.t().to(torch.float32)
-    del reversed_lower  # before the next copy
-    return found.flip(0, 1)
+    return reversed_lower.t().flip(0, 1)
 
 
 def _sweep(

@@ -25,6 +25,7 @@ from .compress import Budget, Compressed, Compressor, Matrix
 from .config import DeltaMixConfig
 from .experts import Expert
 from .journal import Journal
+from .memory import give_back
 from .metric import diagonal
 from .modules import attach_with_ties, oriented, shape_of, tied_modules
 from .sequential import compress_blocks
@@ -253,11 +254,13 @@ class Job:
             metrics, delta = self.metrics(name, inputs), self.delta(name)
             if change is not None:
                 delta += change
+                del change
             result = compressor.compress(name, delta, metrics)
         elif result.packed is not None:
             result = replace(result, packed=result.packed.to(self.weights.device))
         self._results[name] = result
         self._bar.update()
+        give_back()
 
     def _attach_block(self, block: str) -> None:
         for name in [name for name in self._results if name.startswith(f"{block}.")]:

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gptq import cholesky, damp
+from .cholesky import cholesky32
+from .gptq import damp
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ SKETCH = 2048
 DIAGONAL = 32768
 _NOTHING = 2.0**-100
 _MULTIPLIED = 4096  # rows at once
+_ADDED = 1 << 24  # elements at once: 67 MB, where 2048 rows of 128256 take 1.05 GB
 _SUMMED = 256  # rows at once: in float64 a row of 28672 takes 229 kB
 
 
@@ -77,7 +79,10 @@ class SecondMoment:
 
     def add(self, rows: Tensor) -> None:
         """Add rows `[N, d]`."""
-        rows = rows.detach().reshape(-1, self.dim).float()
+        for piece in rows.detach().reshape(-1, self.dim).split(max(1, _ADDED // (self.dim or 1))):
+            self._add(piece.float())
+
+    def _add(self, rows: Tensor) -> None:
         if self.total is None:
             self.total = rows.new_zeros(self.rows, self.dim)
             self.squares = rows.new_zeros(self.dim)
@@ -217,7 +222,7 @@ def root(metric: Metric, damping: float = 0.0) -> Root:
     if metric is None:
         return None
     if not isinstance(metric, LowRank) and metric.dim() == 2:
-        return cholesky(metric, damping).float()
+        return cholesky32(metric, damping)
     metric = damped(metric, damping)
     assert metric is not None
     if isinstance(metric, LowRank):

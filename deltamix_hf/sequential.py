@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cholesky import cholesky
 from .experts import expert_place, replace_expert
-from .gptq import cholesky
 from .modules import matrix_of, oriented, shape_of, weight_of
 from .stack import Arguments, Rest, Shelf, Stack, run, tensor_of
 from .stage_sums import Rows, StageSums, all_rows
@@ -100,11 +100,10 @@ def compress_blocks(
                     sums = _measured(
                         stack, block, stage, coarse, present[i], seen, made.weights(), workers
                     )
-                    own = owned(names)
-                    inside_block = [full.removeprefix(f"{name}.") for full in own]
-                    changes |= zip(own, _changes(block, inside_block, sums), strict=True)
-                inner = sums.inputs
+                    changes |= _moved(block, name, owned(names), sums)
+                inner, count = sums.inputs.div_(sums.count), sums.count
                 del sums
+                _solve([change for change in changes.values() if change is not None], inner, count)
             made.keep(finish(changes, inner))
         staged = {target for stage in stages for target in stage.names}
         if others := [f"{name}.{target}" for target in inside if target not in staged]:
@@ -181,23 +180,31 @@ def _measured(
     return sums
 
 
-def _changes(block: nn.Module, names: Sequence[str], sums: StageSums) -> list[Tensor]:
-    """Changes of the deltas [m, n] of targets of a stage, by name within the block.
+def _moved(
+    block: nn.Module, name: str, targets: Sequence[str], sums: StageSums
+) -> dict[str, Tensor]:
+    """What moves the deltas of targets: what is in the formula's brackets, [m, n] each.
 
-    Of the sums only C is left, as a mean.
+    Of the sums only C is left.
     """
-    moved = [matrix_of(block.get_submodule(t)).detach().float() @ sums.drift for t in names]
-    if sums.lag is not None and moved:
-        moved[0] += sums.lag  # such a stage has one target
+    moved = {}
+    for target in targets:
+        layer = block.get_submodule(target.removeprefix(f"{name}."))
+        moved[target] = matrix_of(layer).detach().float() @ sums.drift
+        if sums.lag is not None:
+            moved[target] += sums.lag
     del sums.drift, sums.lag  # 485 MB at 11008 inputs, as are the two below
-    inner = sums.inputs.div_(sums.count)
-    lower = cholesky(inner, RIDGE)
+    return moved
+
+
+def _solve(moved: list[Tensor], inner: Tensor, count: int) -> None:
+    """Turn what moves the deltas into their changes, in place."""
+    lower = cholesky(inner, RIDGE) if moved else inner
     triangular = torch.linalg.solve_triangular  # cholesky_solve would copy 970 MB of factor
     for change in moved:
         for rows in change.split(_SOLVED):
-            half = triangular(lower, (rows / sums.count).double().T, upper=False)
+            half = triangular(lower, (rows / count).double().T, upper=False)
             rows.copy_(triangular(lower.T, half, upper=True).T)
-    return moved
 
 
 def find_stages(

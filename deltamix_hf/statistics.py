@@ -33,6 +33,7 @@ from .metric import Metric, SecondMoment, dense, diagonal
 
 # Draws of ε in all, at least; a classifier makes only one prediction a text.
 _LEAST_DRAWS, _MOST_PER_PREDICTION = 1024, 4
+_DRAWN = 1 << 24  # elements at once: 2048 rows of 128256 classes would take 4 GB
 
 
 @dataclass
@@ -221,14 +222,23 @@ def backward(
     values, is_logits = output
     draws = min(_MOST_PER_PREDICTION, -(-_LEAST_DRAWS // (len(values) * batches)))
     for draw in range(draws):
-        noise = torch.randn(values.shape, generator=random).to(values.device)
-        if is_logits:
-            p = values.detach().float().softmax(-1)
-            half = p.sqrt() * noise
-            noise = half - p * half.sum(-1, keepdim=True)
-        values.backward(noise.to(values.dtype), retain_graph=draw + 1 < draws)
+        values.backward(_drawn(values.detach(), is_logits, random), retain_graph=draw + 1 < draws)
         after()
     return len(values) * draws
+
+
+def _drawn(values: Tensor, is_logits: bool, random: torch.Generator) -> Tensor:
+    """(diag(p) − p·pᵀ)^½·ε of logits [predictions, classes], ε of hidden states."""
+    drawn = torch.empty_like(values)
+    size = max(1, _DRAWN // values.shape[-1])
+    for rows, out in zip(values.split(size), drawn.split(size), strict=True):
+        noise = torch.randn(rows.shape, generator=random).to(rows.device)
+        if is_logits:
+            p = rows.float().softmax(-1)
+            noise *= p.sqrt()
+            noise -= p.mul_(noise.sum(-1, keepdim=True))
+        out.copy_(noise)
+    return drawn
 
 
 def metrics_of(uses: list[LayerStatistics], scored: int, inputs: Metric = None) -> Metrics:

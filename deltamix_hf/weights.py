@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .base import BaseCheckpoint
 from .errors import DeltaMixError, first_line
+from .memory import give_back
 
 
 class Weights(Protocol):
@@ -169,6 +170,7 @@ class LazyWeights:
             yield
         finally:
             self._release(module)
+            give_back()
 
     @contextmanager
     def forgotten(self) -> Iterator[None]:

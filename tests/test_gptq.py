@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltamix_hf import codebook, grid
-from deltamix_hf.gptq import Rounded, cholesky, damp, gptq_columns, gptq_rows, round_rows
+from deltamix_hf.gptq import Rounded, damp, gptq_columns, gptq_rows, round_rows
 
 
 def gram(n, seed=0, samples=None):
@@ -272,14 +272,6 @@ def test_singular_hessians_are_damped_and_indefinite_ones_refused():
     assert cost(result - weight, singular) < cost(plain - weight, singular)
     with pytest.raises(ValueError, match="32 x 32 Hessian is not positive definite"):
         gptq_rows(weight, 2 * torch.ones(32, 32) - torch.eye(32) * 1.9 - singular, bits, 0)
-
-
-def test_cholesky():
-    matrix = gram(20).double()
-    matrix[5], matrix[:, 5] = 0, 0
-    lower = cholesky(matrix)
-    matrix[5, 5] = 1
-    assert torch.allclose(lower @ lower.t(), matrix, atol=1e-12)
 
 
 def test_damp():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deltamix_hf import metric
 from deltamix_hf.metric import (
     FULL,
     LowRank,
@@ -53,7 +54,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_against_the_explicit_sum(kind):
+@pytest.mark.parametrize("at_once", [metric._ADDED, 5 * DIM + 1, 1])
+def test_against_the_explicit_sum(kind, at_once, monkeypatch):
+    monkeypatch.setattr(metric, "_ADDED", at_once)
     rows = rows_of(200)
     moment = moment_of(rows, **KINDS[kind])
     assert moment.kind == kind and moment.count == 200

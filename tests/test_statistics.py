@@ -14,7 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from deltamix_hf import DeltaMixError
+from deltamix_hf import DeltaMixError, statistics
 from deltamix_hf.modules import tied_modules
 from deltamix_hf.statistics import collect, inputs_of, metrics_of, prediction
 
@@ -114,6 +114,21 @@ def test_layers_of_one_input_share_its_moment():
     assert q is k and k is v and gate is up
     assert len({id(moment) for moment in (q, o, gate, down)}) == 4
     assert q.count == gate.count == 25
+
+
+@pytest.mark.parametrize("is_logits", [False, True])
+def test_noise_is_drawn_a_few_rows_at_a_time(is_logits, monkeypatch):
+    values = torch.randn(9, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    seed = torch.Generator().manual_seed
+    whole = statistics._drawn(values, is_logits, seed(0))
+    noise = torch.randn(9, 32, generator=seed(0), dtype=torch.float32).double()
+    if is_logits:
+        p = values.double().softmax(-1)
+        noise = p.sqrt() * noise - p * (p.sqrt() * noise).sum(-1, keepdim=True)
+    torch.testing.assert_close(whole.double(), noise, rtol=1e-2, atol=1e-5)
+    for at_once in (1, 70):
+        monkeypatch.setattr(statistics, "_DRAWN", at_once)
+        assert torch.equal(statistics._drawn(values, is_logits, seed(0)), whole)
 
 
 @pytest.mark.parametrize("kind", ["causal", "classifier", "headless"])

@@ -76,7 +76,7 @@ def main() -> None:
         )
         spent = time.perf_counter() - started
     stages = ", ".join(f"{stage} {part:.0f}" for stage, part in model.hf_quantizer.seconds.items())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     if options.device != "cpu":
         peak = torch.cuda.max_memory_allocated() / 1e9
     print(
