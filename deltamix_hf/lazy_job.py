@@ -19,7 +19,7 @@ from .errors import DeltaMixError
 from .job import Job
 from .journal import Shelf
 from .modules import shape_of
-from .needs import Needs, needs
+from .needs import Block, Needs, needs
 from .stack import Stack, find_blocks
 from .weights import LazyWeights
 
@@ -53,18 +53,24 @@ class LazyJob(Job):
 
     def needs(self, batches: list[Tensor], result: int) -> Needs:
         """What this job takes for a delta of `result` bytes."""
-        stacks = find_blocks(self.model, list(self.targets))
-        sizes = [self.weights.nbytes(name) for names in stacks for name in names]
+        shapes = {name: shape_of(module) for name, module in self.targets.items()}
+        blocks = [
+            Block(
+                self.weights.nbytes(block),
+                [shape for name, shape in shapes.items() if name.startswith(f"{block}.")],
+            )
+            for names in find_blocks(self.model, list(self.targets))
+            for block in names
+        ]
         config: Any = self.model.config.get_text_config()
         return needs(
-            {name: shape_of(module) for name, module in self.targets.items()},
-            block=max(sizes, default=0),
-            blocks=len(sizes),
-            tokens=sum(ids.numel() for ids in batches),
-            hidden=config.hidden_size,
-            itemsize=self.model.dtype.itemsize,
-            chained=self.config.sequential,
-            result=result,
+            shapes,
+            blocks,
+            [ids.numel() for ids in batches],
+            (getattr(config, "vocab_size", 0), config.hidden_size),
+            self.model.dtype.itemsize,
+            self.config.sequential,
+            result,
         )
 
     def measure(self, batches: list[Tensor]) -> None:
