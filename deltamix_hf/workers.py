@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import DeltaMixError
+from .errors import DeltaMixError, first_line
 from .journal import Journal
 
 _LOOK = 0.02  # seconds between two looks for a part
@@ -62,6 +62,9 @@ class Workers:
         """The tensor that process `owner` shows to all, on the CPU where it is another's.
 
         It has one to three dimensions, and a dtype of `_DTYPES`.
+
+        Raises:
+            DeltaMixError: the processes cannot find each other.
         """
         if self.size == 1 and tensor is not None:
             return tensor
@@ -107,9 +110,19 @@ class Workers:
 
 @cache
 def _group(size: int) -> dist.ProcessGroup:
-    """A group of all processes that takes tensors on the CPU, whatever else they talk through."""
+    """A group of all processes that takes tensors on the CPU, whatever else they talk through.
+
+    Raises:
+        DeltaMixError: they were not started together.
+    """
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        try:
+            dist.init_process_group("gloo")
+        except (ValueError, RuntimeError) as error:
+            raise DeltaMixError(
+                f"the {size} workers cannot find each other: {first_line(error)}; start them by "
+                "torchrun or accelerate launch"
+            ) from error
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_pairs import snapshot
@@ -44,6 +45,14 @@ def test_launchers_say_who_is_who(monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert Workers.launched() == Workers(2, 3) and Workers.launched().last
+
+
+def test_workers_that_were_not_started_together(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DeltaMixError, match=r"the 2 workers cannot find each other: .*torchrun"):
+        Workers.launched().show(torch.ones(1), 1)
 
 
 def test_waiting_for_another(tmp_path, monkeypatch):
