@@ -9,8 +9,7 @@ measures its own table, and Delta-CoMe has fixed bands.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from . import allocation, codebook
+from . import allocation
+from .budget import Budget, rank_options
 from .calibration import no_text_given
 from .config import DeltaMixConfig
 from .correction import (
@@ -30,24 +30,17 @@ from .correction import (
 from .error_table import error_table, pick
 from .errors import DeltaMixError
 from .factor import Factors, factorise, spectrum
-from .format import GUARD, PREFIX, header_bytes, reference_bytes
-from .global_allocation import Choices, solve_global
+from .global_allocation import solve_global
 from .gptq import Rounded, gptq_columns, gptq_rows, round_rows
 from .journal import Journal
 from .metric import blended, damped, dense, diagonal
-from .packed import DTYPES, GroupSizes, PackedFactors, part_shapes, rank_bytes
-from .packed_experts import COUNT_BYTES, largest_parts
+from .packed import GroupSizes, PackedFactors, rank_bytes
 from .statistics import Metrics
 from .stopwatch import Stopwatch
 from .workers import Workers, cost
 
 # Shares of the mean diagonal added to the metrics before they are used.
 OUTPUT_DAMPING, INPUT_DAMPING = DAMPING = 0.1, 0.01
-
-# Mean squared error of the min-max grid, groups of 128, on a normal variable, by width.
-_MIN_MAX = (1.0, 0.979, 0.2533, 0.0466, 0.01014, 0.002376, 5.75e-4, 1.42e-4, 3.53e-5)
-# What GPTQ leaves of V's rounding error in C, from rxnfp and SmolLM2 at 1/16.
-_V_GPTQ = 0.35
 
 
 @dataclass(frozen=True)
@@ -74,81 +67,6 @@ class Compressed:
 
     packed: PackedFactors | None
     error: float
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bytes for packed ranks in total, after headers, guards and overlay are paid."""
-
-    total: int
-    fixed: int
-    reference: int
-
-    @property
-    def ranks(self) -> int:
-        return self.total - self.fixed
-
-
-def plan_budget(
-    shapes: Mapping[str, tuple[int, int]],
-    overlay: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    guards: list[str],
-    config: DeltaMixConfig,
-    embeddings: Collection[str] = (),
-    experts: Mapping[str, int] | None = None,
-) -> Budget:
-    """Split the promised bytes into what is fixed and what is left for ranks.
-
-    Args:
-        shapes: module name -> [m, n] of each matrix to pack.
-        overlay: tensor name -> (dtype, shape) of everything stored whole.
-        guards: names of the guard tensors.
-        embeddings: which of the matrices are embeddings.
-        experts: 3-D parameter -> number of its experts. Their matrices, `<parameter>.<number>`,
-            are stored together.
-
-    Raises:
-        DeltaMixError: the overlay and headers alone exceed the budget, or no matrix could keep
-            even one rank; names the smallest budget that works.
-    """
-    gaussian = config.codebook == "gaussian"
-    numel = {name: torch.Size(shape).numel() for name, (_, shape) in overlay.items()}
-    reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})
-    total = config.budget(reference)
-    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(overlay)
-    entries |= dict.fromkeys(guards, GUARD)
-    group_sizes = {name: config.group_sizes(name in embeddings) for name in shapes}
-    experts = experts or {}
-    for name, (m, n) in shapes.items():
-        if (fused := name.rpartition(".")[0]) in experts:
-            largest = largest_parts(experts[fused], m, n, group_sizes[name], gaussian)
-            entries |= {f"{fused}_{PREFIX}{part}": entry for part, entry in largest.items()}
-            continue
-        worst = part_shapes(m, n, [(min(m, n), 8, 8)], group_sizes[name], gaussian)
-        entries |= {f"{name}.{PREFIX}{part}": (DTYPES[part], s) for part, s in worst.items()}
-    whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
-    whole += len(guards)  # a byte each
-    whole += COUNT_BYTES * sum(experts.values())
-    least = min(b for b in config.bits if b > 0)
-    one_rank = sum(
-        rank_bytes(m, n, least, least, group_sizes[name], gaussian)
-        for name, (m, n) in shapes.items()
-    )
-    if config.allocation == "global":  # some matrix can keep one
-        one_rank //= max(len(shapes), 1)
-    fixed = whole + header_bytes(entries, total)
-    if total < fixed + one_rank:
-        needed = fixed + one_rank
-        while needed < (more := whole + header_bytes(entries, needed) + one_rank):
-            needed = more  # more bytes are longer offsets
-        ratio = math.ceil((needed + 1) / reference * 1e6) / 1e6
-        advice = f"ratio >= {ratio:.6f} or " if ratio <= 1 else ""
-        raise DeltaMixError(
-            f"the budget of {total:,} bytes ({total / reference:.4g} of the {reference:,} bf16 "
-            f"bytes that differ) is too small: headers and the overlay take {fixed:,}, one "
-            f"{least}-bit rank per matrix {one_rank:,}. Give {advice}budget_bytes >= {needed}"
-        )
-    return Budget(total=total, fixed=fixed, reference=reference)
 
 
 class Compressor:
@@ -380,23 +298,6 @@ class Compressor:
         with self.watch.stage("HiGHS"):
             bits = allocation.solve(table, prices, config.bits, share, f_max=config.f_max).bits
         return factors, pick(candidates, bits)
-
-
-def rank_options(
-    shape: tuple[int, int], group_sizes: GroupSizes, config: DeltaMixConfig
-) -> tuple[Choices, list[tuple[int, int]]]:
-    """Relative error and bytes of every pair of widths (V, U) of a rank of an [m, n] matrix."""
-    gaussian = config.codebook == "gaussian"
-    used = [b for b in config.bits if b > 0]
-    pairs = [(v, u) for v in used for u in used if config.split_widths or v == u]
-    left = codebook.DISTORTION if gaussian else _MIN_MAX
-    error = [1 - (1 - _V_GPTQ * left[v]) * (1 - left[u]) for v, u in pairs]
-    bytes_ = [rank_bytes(*shape, v, u, group_sizes, gaussian) for v, u in pairs]
-    choices = Choices(
-        torch.tensor([config.drop_penalty, *error], dtype=torch.float64),
-        torch.tensor([0, *bytes_], dtype=torch.int64),
-    )
-    return choices, [(0, 0), *pairs]
 
 
 def compress_all(

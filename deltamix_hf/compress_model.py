@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .base import BaseCheckpoint, same, weights_from_base
+from .budget import plan_budget
 from .bypass import read_directly
 from .calibration import (
     SELF,
@@ -32,7 +33,6 @@ from .calibration import (
     stacked,
     token_batches,
 )
-from .compress import plan_budget
 from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError, first_line
 from .experts import Expert, FusedWeight, fused_sizes, fused_weights, is_experts

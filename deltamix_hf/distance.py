@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .base import BaseCheckpoint, same, weights_from_base
-from .compress import plan_budget, rank_options
+from .budget import plan_budget, rank_options
 from .compress_model import packable, packable_experts
 from .config import DeltaMixConfig, overlay_dtype
 from .errors import DeltaMixError

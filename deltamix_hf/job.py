@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 from . import tuning
 from .base import BaseCheckpoint
-from .compress import Budget, Compressed, Compressor, Matrix
+from .budget import Budget
+from .compress import Compressed, Compressor, Matrix
 from .config import DeltaMixConfig
 from .experts import Expert
 from .journal import Journal

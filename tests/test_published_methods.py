@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.compress import Budget, Compressor, Matrix
+from deltamix_hf.budget import Budget
+from deltamix_hf.compress import Compressor, Matrix
 from deltamix_hf.statistics import Metrics
 from deltamix_hf.svd import thin_svd
 
