@@ -3,11 +3,11 @@
 A metric M is a symmetric positive matrix [d, d], a diagonal plus one of low rank, a diagonal [d],
 or None for the identity. Layer error is measured as tr(Eᵀ·A·E·C) with A on outputs and C on inputs,
 so all the pipeline needs of a metric is: products with it, damping, and a factor L with L·Lᵀ = M to
-whiten with. Of D + Rᵀ·R, with B = R·D^-½ and Q·Λ·Qᵀ = Bᵀ·B, that is
+whiten with. Of D + Rᵀ·R, with B = R·D^-½, V·Λ·Vᵀ = B·Bᵀ and Q = Bᵀ·V·Λ^-½, that is
 
     L = D^½·(I + Q·(√(1 + Λ) − 1)·Qᵀ),    L⁻¹ = (I + Q·(1/√(1 + Λ) − 1)·Qᵀ)·D^-½
 
-so at 32000 outputs no matrix of 4 GB is made.
+so at 32000 outputs no matrix of 4 GB is made, nor Q, which would be as large as R.
 
 `SecondMoment` accumulates M = Σ x·xᵀ / N over batches. Up to FULL elements it keeps the matrix,
 d²·4 bytes. Above, it keeps a sketch of SKETCH rows and the exact diagonal, (SKETCH + 1)·d·4 bytes:
@@ -46,11 +46,23 @@ class LowRank:
 
 @dataclass(frozen=True)
 class LowRankRoot:
-    """L of a `LowRank`: D^½ [d], Q [d, k] and √(1 + Λ) [k], float32."""
+    """L of a `LowRank`: D^½ [d], R [r, d], V·Λ^-½ [r, k] and √(1 + Λ) [k], float32."""
 
     weights: Tensor
-    basis: Tensor
+    rows: Tensor
+    mix: Tensor
     growth: Tensor
+
+    def spread(self, columns: Tensor, gains: Tensor) -> Tensor:
+        """(I + Q·gains·Qᵀ) @ columns for columns `[d, n]`, in their place."""
+        found = columns.new_zeros(len(self.rows), columns.shape[1])
+        pieces = [t.split(_MULTIPLIED) for t in (columns, self.weights[:, None], self.rows.T)]
+        for some, weights, rows in zip(*pieces, strict=True):
+            found.addmm_(rows.T, some / weights)
+        found = self.mix @ (gains[:, None] * (self.mix.T @ found))
+        for some, weights, rows in zip(*pieces, strict=True):
+            some.addmm_(rows / weights, found)
+        return columns
 
 
 Metric = Tensor | LowRank | None
@@ -234,29 +246,28 @@ def root(metric: Metric, damping: float = 0.0) -> Root:
 
 def _low_rank_root(metric: LowRank) -> LowRankRoot:
     """Directions of less than 1e-6 of the diagonal are left to the diagonal."""
-    weights = metric.weights.double().clamp(min=_NOTHING).sqrt()
-    scaled = metric.rows / weights.to(metric.rows)  # B [r, d]
-    values, vectors = torch.linalg.eigh((scaled @ scaled.T).double())
+    weights, rows = metric.weights.double().clamp(min=_NOTHING).sqrt(), metric.rows
+    scaled = rows / weights.to(rows)  # B [r, d]
+    inner = (scaled @ scaled.T).double()
+    del scaled
+    values, vectors = torch.linalg.eigh(inner)
     kept = values > 1e-6
     values, vectors = values[kept], vectors[:, kept]
-    basis = scaled.T @ (vectors / values.sqrt()).to(scaled)
-    return LowRankRoot(weights.float(), basis, (1 + values).sqrt().float())
+    mix = (vectors / values.sqrt()).to(rows)
+    return LowRankRoot(weights.float(), rows, mix, (1 + values).sqrt().float())
 
 
 def whiten(rows: Tensor, factor: Root) -> Tensor:
     """`rows @ L` for rows `[k, d]` and a `root` L."""
     if isinstance(factor, LowRankRoot):
-        rows = rows * factor.weights.to(rows)
-        return rows.addmm_((rows @ factor.basis) * (factor.growth - 1), factor.basis.T)
+        return factor.spread((rows * factor.weights).T, factor.growth - 1).T
     return times(rows, factor)
 
 
 def whiten_left(columns: Tensor, factor: Root) -> Tensor:
     """`Lᵀ @ columns` for columns `[d, k]`, in their place where that saves a copy."""
     if isinstance(factor, LowRankRoot):
-        columns *= factor.weights.to(columns)[:, None]
-        low = (factor.growth - 1)[:, None] * (factor.basis.T @ columns)
-        return columns.addmm_(factor.basis, low)
+        return factor.spread(columns.mul_(factor.weights[:, None]), factor.growth - 1)
     if factor is None or factor.dim() == 1:
         return columns if factor is None else columns.mul_(factor.to(columns)[:, None])
     return factor.T.to(columns) @ columns
@@ -265,8 +276,7 @@ def whiten_left(columns: Tensor, factor: Root) -> Tensor:
 def unwhiten_left(columns: Tensor, factor: Root) -> Tensor:
     """`L⁻ᵀ @ columns`, the inverse of `whiten_left`, in their place where that saves a copy."""
     if isinstance(factor, LowRankRoot):
-        low = (1 / factor.growth - 1)[:, None] * (factor.basis.T @ columns)
-        return columns.addmm_(factor.basis, low).div_(factor.weights.to(columns)[:, None])
+        return factor.spread(columns, 1 / factor.growth - 1).div_(factor.weights[:, None])
     if factor is None or factor.dim() == 1:
         return columns if factor is None else columns.div_(factor.to(columns)[:, None])
     solved = torch.linalg.solve_triangular(factor.T, columns.to(factor.dtype), upper=True)
@@ -278,8 +288,8 @@ def unwhiten(rows: Tensor, factor: Root) -> Tensor:
     if factor is None:
         return rows
     if isinstance(factor, LowRankRoot):
-        low = (rows @ factor.basis) * (1 / factor.growth - 1)
-        return torch.addmm(rows, low, factor.basis.T).div_(factor.weights.to(rows))
+        found = factor.spread(rows.T.clone(), 1 / factor.growth - 1)
+        return found.div_(factor.weights[:, None]).T
     if factor.dim() == 1:
         return rows / factor.to(rows)
     solved = torch.linalg.solve_triangular(factor, rows.to(factor.dtype), upper=False, left=False)

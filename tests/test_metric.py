@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltamix_hf import metric
+from deltamix_hf import metric as module
 from deltamix_hf.metric import (
     FULL,
     LowRank,
@@ -54,9 +54,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("at_once", [metric._ADDED, 5 * DIM + 1, 1])
+@pytest.mark.parametrize("at_once", [module._ADDED, 5 * DIM + 1, 1])
 def test_against_the_explicit_sum(kind, at_once, monkeypatch):
-    monkeypatch.setattr(metric, "_ADDED", at_once)
+    monkeypatch.setattr(module, "_ADDED", at_once)
     rows = rows_of(200)
     moment = moment_of(rows, **KINDS[kind])
     assert moment.kind == kind and moment.count == 200
@@ -135,7 +135,9 @@ def matrix_of(metric):
 
 
 @pytest.mark.parametrize("kind", metrics())
-def test_what_a_metric_does(kind):
+@pytest.mark.parametrize("at_once", [module._MULTIPLIED, 7])
+def test_what_a_metric_does(kind, at_once, monkeypatch):
+    monkeypatch.setattr(module, "_MULTIPLIED", at_once)
     metric, rows = metrics()[kind], rows_of(5, seed=1)
     matrix = matrix_of(metric)
     torch.testing.assert_close(times(rows, metric), rows @ matrix, rtol=1e-4, atol=1e-4)
