@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .metric import SecondMoment
+from .statistics import DRAWN
 from .tuning import TOKENS_PER_STEP
 
 _PROCESS = 600_000_000
 _PER_WEIGHT = 12  # the delta, its image in the metric, and factors, float32
 _PER_METRIC = 11  # a full metric, its factor, half of it in float64, and what is made of it
 _PER_ACTIVATION = 4  # of a matrix's inputs and outputs, for the backward pass
-_NOISE = 270_000_000  # what is drawn of it at once
+_PER_DRAWN = 16  # of the predictions' noise that is drawn at once
 _PREDICTIONS = 1_000_000_000
 
 
@@ -79,7 +80,8 @@ def needs(
         memory = max(memory, job)
     if batches:
         (classes, hidden), most = logits, max(batches)
-        predicting = itemsize * classes * (2 * most + hidden) + _NOISE
+        predicting = itemsize * classes * (2 * most + hidden)
+        predicting += _PER_DRAWN * min(classes * most, DRAWN)
         widest = max((n for m, n in shapes.values() if n < m * 4), default=0)
         summing = 8 * widest * widest
         passing = [(2 if chained else 1) * block.nbytes + summing for block in blocks]

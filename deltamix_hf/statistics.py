@@ -33,7 +33,7 @@ from .metric import Metric, SecondMoment, dense, diagonal
 
 # Draws of ε in all, at least; a classifier makes only one prediction a text.
 _LEAST_DRAWS, _MOST_PER_PREDICTION = 1024, 4
-_DRAWN = 1 << 24  # elements at once: 2048 rows of 128256 classes would take 4 GB
+DRAWN = 1 << 24  # elements at once: 2048 rows of 128256 classes would take 4 GB
 
 
 @dataclass
@@ -230,7 +230,7 @@ def backward(
 def _drawn(values: Tensor, is_logits: bool, random: torch.Generator) -> Tensor:
     """(diag(p) − p·pᵀ)^½·ε of logits [predictions, classes], ε of hidden states."""
     drawn = torch.empty_like(values)
-    size = max(1, _DRAWN // values.shape[-1])
+    size = max(1, DRAWN // values.shape[-1])
     for rows, out in zip(values.split(size), drawn.split(size), strict=True):
         noise = torch.randn(rows.shape, generator=random).to(rows.device)
         if is_logits:

@@ -6,8 +6,9 @@
 
 `make` writes a base and a fine-tune of the shape of a 1B, 7B or 70B llama, of fewer blocks, in
 shards of one block each: random weights of the usual size, and a delta of 1 % of their norm whose
-singular values fall as i^-0.5. `run` compresses it to 1/16 by `compress_streaming` and says what
-all the blocks of such a model would take: per-block stages times its blocks, the rest once.
+singular values fall as i^-0.5. `run` compresses it to 1/16 by `compress_streaming`, and says what
+whole models of these shapes would take at the same speed: every stage times the ratio of what it
+does (GROWS), for as many tokens.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import resource
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,6 +34,12 @@ SHAPES = {  # hidden size, in the MLP, heads, key/value heads, blocks, vocabular
     "70B": (8192, 28672, 64, 8, 80, 32000),
 }
 RELATIVE, DECAY, RANKS = 0.01, 0.5, 512
+
+# With the multiplications of decompositions, or the ranks to choose for; all else with the weights.
+GROWS = {
+    **dict.fromkeys(("spectra", "SVD", "quantization"), lambda m, n: m * n * min(m, n)),
+    **dict.fromkeys(("allocation", "HiGHS"), min),
+}
 
 
 def config_of(shape: str, blocks: int, hidden: int | None) -> LlamaConfig:
@@ -143,8 +151,31 @@ def run(folder: Path, method: str, tokens: int, length: int, free: bool, device:
         f"{written / 1e6:.0f} MB written"
     )
     print(f"peak memory {peak():.2f} GB, before it began {before:.2f} GB")
-    for stage, seconds in sorted(model.hf_quantizer.seconds.items(), key=lambda item: -item[1]):
-        print(f"  {stage:14} {seconds:8.1f} s")
+    print(f"  {'seconds':14} {'here':>8}" + "".join(f" {shape:>9}" for shape in SHAPES))
+    seconds = dict(sorted(model.hf_quantizer.seconds.items(), key=lambda item: -item[1]))
+    whole = {shape: extrapolated(seconds, loaded, shape) for shape in SHAPES}
+    for stage, here in seconds.items():
+        print(
+            f"  {stage:14} {here:8.1f}"
+            + "".join(f" {found[stage]:9.0f}" for found in whole.values())
+        )
+    totals = [sum(found.values()) for found in (seconds, *whole.values())]
+    print(f"  {'all':14} {totals[0]:8.1f}" + "".join(f" {total:9.0f}" for total in totals[1:]))
+
+
+def extrapolated(seconds: dict[str, float], measured: dict, shape: str) -> dict[str, float]:
+    """Seconds of every stage for a whole model of `shape` at the same speed."""
+
+    def work(config: LlamaConfig, grows: Callable[[int, int], int]) -> int:
+        sizes = [size for shard in shapes_of(config).values() for size in shard.values()]
+        return sum(grows(*size) for size in sizes if len(size) == 2)
+
+    here, there = LlamaConfig(**measured), config_of(shape, SHAPES[shape][4], None)
+    found = {}
+    for stage, spent in seconds.items():
+        grows = GROWS.get(stage, lambda m, n: m * n)
+        found[stage] = spent * work(there, grows) / work(here, grows)
+    return found
 
 
 def peak() -> float:

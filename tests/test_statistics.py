@@ -127,7 +127,7 @@ def test_noise_is_drawn_a_few_rows_at_a_time(is_logits, monkeypatch):
         noise = p.sqrt() * noise - p * (p.sqrt() * noise).sum(-1, keepdim=True)
     torch.testing.assert_close(whole.double(), noise, rtol=1e-2, atol=1e-5)
     for at_once in (1, 70):
-        monkeypatch.setattr(statistics, "_DRAWN", at_once)
+        monkeypatch.setattr(statistics, "DRAWN", at_once)
         assert torch.equal(statistics._drawn(values, is_logits, seed(0)), whole)
 
 
