@@ -70,50 +70,66 @@ def compress_blocks(
     """
     workers = workers or Workers()
     coarse, present = stack.entry()
-    exact = stack.exact
-    mine = workers.share(len(exact))  # another's hidden states stay those of the first block
+    mine = workers.share(len(coarse))  # another's hidden states stay those of the first block
     known: list[str] | None = None
     stages: list[Stage] = []
     for i, (name, block) in enumerate(zip(stack.names, stack.blocks, strict=True)):
-        rest = stack.rest[i]
         inside = [t.removeprefix(f"{name}.") for t in targets if t.startswith(f"{name}.")]
         last = i + 1 == len(stack.blocks)
         over = all(f"{name}.{target}" in finished for target in inside)
         with stack.hold(block):
             if inside != known:  # blocks with the same targets have the same stages
-                known, stages = inside, find_stages(block, inside, exact[0], rest[0])
-            watched = [] if over else [s.names[0] for s in stages]
-            watched += [] if over else [s.residual for s in stages if s.residual is not None]
-            seen = {module: stack.empty(f"input {module}") for module in dict.fromkeys(watched)}
-            for b in () if over and last else mine:
-                inputs, after = run(block, {}, exact[b], rest[b], list(seen))
-                exact[b] = after
-                for module, x in inputs.items():
-                    seen[module].append(x)
+                known = inside
+                stages = find_stages(block, inside, stack.exact[0], stack.rest[i][0])
+            seen = _run_exact(stack, i, [] if over else stages, () if over and last else mine)
         made = _Made(stack, name, block)
         for stage in stages:
             names = [f"{name}.{target}" for target in stage.names]
-            changes: dict[str, Tensor | None] = dict.fromkeys(names)
-            inner = None
-            if not all(full in finished for full in names):
-                with stack.hold(block):
-                    sums = _measured(
-                        stack, block, stage, coarse, present[i], seen, made.weights(), workers
-                    )
-                    changes |= _moved(block, name, owned(names), sums)
-                inner, count = sums.inputs.div_(sums.count), sums.count
-                del sums
-                _solve([change for change in changes.values() if change is not None], inner, count)
-            made.keep(finish(changes, inner))
+            if all(full in finished for full in names):
+                made.keep(finish(dict.fromkeys(names), None))
+                continue
+            with stack.hold(block):
+                sums = _measured(
+                    stack, block, stage, coarse, present[i], seen, made.weights(), workers
+                )
+                changes = dict.fromkeys(names) | _moved(block, name, owned(names), sums)
+            _solve(changes, sums)
+            made.keep(finish(changes, sums.inputs))
+            del sums
         staged = {target for stage in stages for target in stage.names}
         if others := [f"{name}.{target}" for target in inside if target not in staged]:
             made.keep(finish(dict.fromkeys(others), None))  # not called exactly once: plain target
         with stack.hold(block):
-            weights = {} if last else made.weights()
-            for b in () if last else mine:
-                _, coarse[b] = run(block, weights, coarse[b], present[i][b])
+            _run_coarse(block, made, coarse, present[i], () if last else mine)
         stack.rest[i], present[i] = [], []
         done(name)
+
+
+# What these two have in hand of the last batch goes with them: 0.5 GB of a block of 7B.
+
+
+def _run_exact(
+    stack: Stack, i: int, stages: Sequence[Stage], batches: Sequence[int]
+) -> dict[str, Shelf]:
+    """Take the fine-tune's hidden states through block i; inputs of the stages, by module."""
+    watched = [s.names[0] for s in stages]
+    watched += [s.residual for s in stages if s.residual is not None]
+    seen = {module: stack.empty(f"input {module}") for module in dict.fromkeys(watched)}
+    for b in batches:
+        inputs, after = run(stack.blocks[i], {}, stack.exact[b], stack.rest[i][b], list(seen))
+        stack.exact[b] = after
+        for module, x in inputs.items():
+            seen[module].append(x)
+    return seen
+
+
+def _run_coarse(
+    block: nn.Module, made: _Made, coarse: Shelf, rest: Rest, batches: Sequence[int]
+) -> None:
+    """Take the compressed model's hidden states through a block."""
+    weights = made.weights() if batches else {}
+    for b in batches:
+        _, coarse[b] = run(block, weights, coarse[b], rest[b])
 
 
 class _Made:
@@ -182,28 +198,29 @@ def _measured(
 
 def _moved(
     block: nn.Module, name: str, targets: Sequence[str], sums: StageSums
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | None]:
     """What moves the deltas of targets: what is in the formula's brackets, [m, n] each.
 
     Of the sums only C is left.
     """
-    moved = {}
+    moved: dict[str, Tensor | None] = {}
     for target in targets:
         layer = block.get_submodule(target.removeprefix(f"{name}."))
-        moved[target] = matrix_of(layer).detach().float() @ sums.drift
-        if sums.lag is not None:
-            moved[target] += sums.lag
+        change = matrix_of(layer).detach().float() @ sums.drift
+        moved[target] = change if sums.lag is None else change.add_(sums.lag)
     del sums.drift, sums.lag  # 485 MB at 11008 inputs, as are the two below
     return moved
 
 
-def _solve(moved: list[Tensor], inner: Tensor, count: int) -> None:
-    """Turn what moves the deltas into their changes, in place."""
-    lower = cholesky(inner, RIDGE) if moved else inner
+def _solve(moved: dict[str, Tensor | None], sums: StageSums) -> None:
+    """Turn what moves the deltas into their changes, in place, and the sum C into a mean."""
+    inner = sums.inputs.div_(sums.count)
+    mine = [change for change in moved.values() if change is not None]
+    lower = cholesky(inner, RIDGE) if mine else inner
     triangular = torch.linalg.solve_triangular  # cholesky_solve would copy 970 MB of factor
-    for change in moved:
+    for change in mine:
         for rows in change.split(_SOLVED):
-            half = triangular(lower, (rows / count).double().T, upper=False)
+            half = triangular(lower, (rows / sums.count).double().T, upper=False)
             rows.copy_(triangular(lower.T, half, upper=True).T)
 
 
