@@ -32,7 +32,7 @@ from .stage_sums import Rows, StageSums, all_rows
 from .workers import Workers
 
 RIDGE = 0.03
-_SOLVED = 1024  # rows at once: float64 copies of a 4096 x 11008 target are 360 MB each
+_SOLVED = 256  # rows at once: float64 copies of a 4096 x 11008 target are 360 MB each
 
 Finish = Callable[[dict[str, Tensor | None], Tensor | None], dict[str, Tensor]]
 """({target: change of its delta [m, n]}, their input Gram [n, n]) -> compressed weights [m, n]."""
