@@ -20,16 +20,21 @@ pytestmark = pytest.mark.interpreter
 IDS = token_ids(2, 5)
 
 
+@pytest.fixture
+def repo(delta):
+    """A llama delta, compressed without Triton's interpreter (30 s)."""
+    return delta("llama", "deltamix-kl")
+
+
 @pytest.fixture(params=[TRITON, REFERENCE])
-def kernel(request, monkeypatch):
+def kernel(request, monkeypatch, repo):
     monkeypatch.setenv(VARIABLE, request.param)
     return request.param
 
 
 @pytest.fixture
-def model(delta, kernel):
-    """A saved llama delta, loaded anew."""
-    repo = delta("llama", "deltamix-kl")
+def model(repo, kernel):
+    """The saved delta, loaded anew."""
     return repo.pair.load(repo.folder)
 
 
