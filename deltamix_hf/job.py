@@ -9,7 +9,7 @@ the scales of all of them last. What an interrupted run has left in the journal 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import compress
@@ -193,7 +193,7 @@ class Job:
                     self._attach_block,
                     frozenset(self.finished),
                     self.workers,
-                    partial(self._owned, compressor),
+                    partial(self._owners, compressor),
                 )
         self._bar.close()
         if self.workers.size > 1:
@@ -222,10 +222,9 @@ class Job:
             weights[name] = weight if packed is None else weight.add_(packed.dense())
         return weights
 
-    def _owned(self, compressor: Compressor, names: Sequence[str]) -> list[str]:
-        """Those of `names` that this worker compresses, if they are compressed together."""
-        owners = self.workers.owners({name: cost(*compressor.shapes[name]) for name in names})
-        return [name for name in names if owners[name] == self.workers.rank]
+    def _owners(self, compressor: Compressor, names: Iterable[str]) -> dict[str, int]:
+        """The worker of each of `names`, if they are compressed together."""
+        return self.workers.owners({name: cost(*compressor.shapes[name]) for name in names})
 
     def _compress_all(
         self,
@@ -234,7 +233,8 @@ class Job:
         inputs: Tensor | None = None,
     ) -> Iterator[str]:
         """Names of targets in turn as they are compressed, by this worker or by others."""
-        own = self._owned(compressor, list(changes))
+        owners = self._owners(compressor, changes)
+        own = [name for name in changes if owners[name] == self.workers.rank]
         others = [name for name in changes if name not in own]
         for name in own:
             self._compress(compressor, name, changes.pop(name), inputs)

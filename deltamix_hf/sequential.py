@@ -12,7 +12,7 @@ residual stream r, to make up for the error of that stream too. λ = 0.03·mean(
 
 Layers outside a chain of blocks (`stack.py`) keep their plain target. Memory: the inputs of one
 block's layers for all calibration tokens, and two streams of hidden states. Several workers share
-the batches, and each solves for the targets that it will compress.
+the batches and the rows of the targets (`target_changes.py`).
 """
 
 from __future__ import annotations
@@ -24,20 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cholesky import cholesky
 from .experts import expert_place, replace_expert
 from .modules import matrix_of, oriented, shape_of, weight_of
 from .stack import Arguments, Rest, Shelf, Stack, run, tensor_of
 from .stage_sums import Rows, StageSums, all_rows
+from .target_changes import moved_rows, target_changes
 from .workers import Workers
-
-RIDGE = 0.03
-_SOLVED = 256  # rows at once: float64 copies of a 4096 x 11008 target are 360 MB each
 
 Finish = Callable[[dict[str, Tensor | None], Tensor | None], dict[str, Tensor]]
 """({target: change of its delta [m, n]}, their input Gram [n, n]) -> compressed weights [m, n]."""
-Owned = Callable[[Sequence[str]], Sequence[str]]
-"""Those of the targets of a stage that this worker compresses."""
+Owners = Callable[[Sequence[str]], dict[str, int]]
+"""The worker that compresses each of the targets of a stage."""
 
 
 @dataclass
@@ -59,7 +56,7 @@ def compress_blocks(
     done: Callable[[str], None],
     finished: Container[str] = (),
     workers: Workers | None = None,
-    owned: Owned = list,
+    owners: Owners = lambda names: dict.fromkeys(names, 0),
 ) -> None:
     """Compress all blocks in order.
 
@@ -92,8 +89,18 @@ def compress_blocks(
                 sums = _measured(
                     stack, block, stage, coarse, present[i], seen, made.weights(), workers
                 )
-                changes = dict.fromkeys(names) | _moved(block, name, owned(names), sums)
-            _solve(changes, sums)
+                layers = {
+                    full: block.get_submodule(target)
+                    for full, target in zip(names, stage.names, strict=True)
+                    if full not in finished
+                }
+                moved = {
+                    full: moved_rows(matrix_of(layer).detach(), sums, workers)
+                    for full, layer in layers.items()
+                }
+            heights = {full: shape_of(layer)[0] for full, layer in layers.items()}
+            changes: dict[str, Tensor | None] = dict.fromkeys(names)
+            changes |= target_changes(moved, heights, owners(names), sums, workers)
             made.keep(finish(changes, sums.inputs))
             del sums
         staged = {target for stage in stages for target in stage.names}
@@ -194,34 +201,6 @@ def _measured(
         sums.add(rows)
     sums.finish()
     return sums
-
-
-def _moved(
-    block: nn.Module, name: str, targets: Sequence[str], sums: StageSums
-) -> dict[str, Tensor | None]:
-    """What moves the deltas of targets: what is in the formula's brackets, [m, n] each.
-
-    Of the sums only C is left.
-    """
-    moved: dict[str, Tensor | None] = {}
-    for target in targets:
-        layer = block.get_submodule(target.removeprefix(f"{name}."))
-        change = matrix_of(layer).detach().float() @ sums.drift
-        moved[target] = change if sums.lag is None else change.add_(sums.lag)
-    del sums.drift, sums.lag  # 485 MB at 11008 inputs, as are the two below
-    return moved
-
-
-def _solve(moved: dict[str, Tensor | None], sums: StageSums) -> None:
-    """Turn what moves the deltas into their changes, in place, and the sum C into a mean."""
-    inner = sums.inputs.div_(sums.count)
-    mine = [change for change in moved.values() if change is not None]
-    lower = cholesky(inner, RIDGE) if mine else inner
-    triangular = torch.linalg.solve_triangular  # cholesky_solve would copy 970 MB of factor
-    for change in mine:
-        for rows in change.split(_SOLVED):
-            half = triangular(lower, (rows / sums.count).double().T, upper=False)
-            rows.copy_(triangular(lower.T, half, upper=True).T)
 
 
 def find_stages(

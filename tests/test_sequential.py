@@ -12,9 +12,10 @@ from transformers import AlbertConfig, AlbertForMaskedLM, LlamaConfig, LlamaForC
 
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.metric import SecondMoment
-from deltamix_hf.sequential import RIDGE, Stage, compress_blocks, find_stages
+from deltamix_hf.sequential import Stage, compress_blocks, find_stages
 from deltamix_hf.stack import Stack, find_blocks, tensor_of
 from deltamix_hf.statistics import inputs_of
+from deltamix_hf.target_changes import RIDGE
 
 SIZE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
