@@ -43,7 +43,7 @@ def compress_streaming(
 
     Args:
         config: as for `from_pretrained`. Its `checkpoint_dir`, a folder beside `output` if not
-            given, holds hidden states and statistics too: for a 7B model and 16000 tokens 35 GB.
+            given, holds hidden states and statistics too: for a 7B model and 16000 tokens 43 GB.
         device: where it is computed.
 
     Returns:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 
 SCRIPT = """
-import itertools
 from deltamix_kernels.expand import expand_kernel
 from deltamix_kernels.gather import gather_kernel
 from deltamix_kernels.grouped import (
@@ -42,7 +41,8 @@ def build(kernel, dtype, *typed, **constants):
     assert compiled.asm["cubin"] and "atom." not in compiled.asm["ptx"]
 
 EVERY = 0b111111110
-for dtype, gaussian in itertools.product(("bf16", "fp16", "fp32"), (True, False)):
+# every dtype and every grid, not every pair of them: a kernel takes 1.5 s
+for dtype, gaussian in (("bf16", True), ("bf16", False), ("fp16", False), ("fp32", True)):
     shared = dict(
         GROUP=0 if gaussian else 128, GAUSSIAN=gaussian, WIDTHS=EVERY,
         ZERO_WIDTHS=0 if gaussian else EVERY, WIDEN=False, M=16, R=16,
