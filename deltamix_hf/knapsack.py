@@ -41,7 +41,6 @@ _REACHES = (0.1, 1.0)
 _MOST_NODES = 20000
 
 _HIGHS_OPTIONS: dict[str, bool | int | float | str] = {
-    "output_flag": False,
     "threads": 1,
     "random_seed": 0,
     "mip_rel_gap": 0.0,
@@ -54,6 +53,14 @@ _HIGHS_OPTIONS: dict[str, bool | int | float | str] = {
     "mip_heuristic_run_rins": False,
     "mip_heuristic_run_root_reduced_cost": False,
 }
+
+
+class Solver(highspy.Highs):
+    """HiGHS in silence: 1.16 prints its name in the constructor, by this call."""
+
+    def enableCallbacks(self) -> None:
+        self.setOptionValue("output_flag", False)
+        super().enableCallbacks()
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,7 @@ def _run_highs(
     lp.a_matrix_.value_ = np.append(np.concatenate(values, axis=1).T.ravel(), 1.0)
     real, whole = highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger
     lp.integrality_ = [real] * count + [whole] * kinds + [real]
-    solver = highspy.Highs()
+    solver = Solver()
     for name, value in _HIGHS_OPTIONS.items():
         solver.setOptionValue(name, value)
     solver.setOptionValue("mip_abs_gap", tolerance)

@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import highspy
 import numpy as np
@@ -123,7 +125,7 @@ def test_ties(equal_ranks, budget):
 def test_a_fractional_optimum_is_moved_to_a_vertex(equal_ranks, monkeypatch):
     spread = []
 
-    class Spreading(highspy.Highs):
+    class Spreading(knapsack.Solver):
         """Gives the average of the equivalent solutions, which HiGHS may do on ties."""
 
         def getSolution(self):
@@ -145,7 +147,7 @@ def test_a_fractional_optimum_is_moved_to_a_vertex(equal_ranks, monkeypatch):
             return solution
 
     expected = optimum(*equal_ranks, 1000)
-    monkeypatch.setattr(highspy, "Highs", Spreading)
+    monkeypatch.setattr(knapsack, "Solver", Spreading)
     assert optimum(*equal_ranks, 1000) == pytest.approx(expected)
     assert any((values % 1 > 0.01).any() for values in spread)
 
@@ -169,3 +171,10 @@ def test_nothing_is_returned_above_a_better_error():
     _, best, _ = knapsack.improve(relaxed, relaxed.error)
     choice, error, bound = knapsack.improve(relaxed, best * (1 - 1e-6))
     assert choice is None and error == best * (1 - 1e-6) and bound <= error
+
+
+def test_highs_prints_nothing():
+    """In a process of its own: HiGHS 1.16 prints its name when the first solver is made."""
+    code = "from deltamix_hf.knapsack import Solver; s = Solver(); s.addVar(0, 1); s.run()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
