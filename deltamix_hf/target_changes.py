@@ -4,8 +4,8 @@ From the stage's sums (`stage_sums.py`), with λ = RIDGE·mean(diag C):
 
     (W_ft·Σ(x_f − x_c)·x_cᵀ + Σ(r_f − r_c)·x_cᵀ) · (C + λI)⁻¹,   C = Σ x_c·x_cᵀ
 
-A row of it needs one row of W_ft, so workers share the rows, in pieces of PIECE. At 4096 x 11008 that
-is 28 of the 185 s that one thread takes for the matrix, whose stage has no other to share.
+A row of it needs one row of W_ft, so workers share the rows, in pieces of PIECE. At 4096 x 11008
+that is 28 of the 185 s that one thread takes for the matrix, whose stage has no other to share.
 """
 
 from __future__ import annotations
