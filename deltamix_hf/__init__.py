@@ -7,8 +7,9 @@ transformers nor torch: the names below are looked up when first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .constants import QUANT_METHOD
 from .errors import DeltaMixError
-from .registration import QUANT_METHOD, autoload
+from .registration import autoload
 
 if TYPE_CHECKING:
     from .config import DeltaMixConfig

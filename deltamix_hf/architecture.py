@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .config import QUANT_METHOD
+from .constants import QUANT_METHOD
 from .errors import DeltaMixError, first_line
 
 

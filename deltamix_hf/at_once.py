@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DeltaMixError
-from .kernels import TRITON, TRITON_DTYPES, choose, triton_kernels
-from .packed import PackedFactors
-from .plans import SLOTS, Plan, capturing
+from .kernels import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
+from .plans import SLOTS, Plan
 
 
 class Table(Protocol):
@@ -205,13 +204,6 @@ def _multiplies_rows(module: Any, x: Tensor) -> bool:
         return torch.equal(found, torch.cat([one, two]))
     except (RuntimeError, ValueError, TypeError):  # it does something else
         return False
-
-
-def kernel_packed(packed: PackedFactors) -> Any:
-    """The same factors as the kernels take them."""
-    tensors = packed.v, packed.u, packed.ranks, packed.zeros
-    layout = tuple(packed.runs), packed.m, packed.n, packed.group_sizes
-    return triton_kernels().Packed(*tensors, *layout)
 
 
 def _not_in_a_graph(module: Any) -> DeltaMixError:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .constants import QUANT_METHOD
 from .errors import DeltaMixError
 from .packed import GROUP_EXPONENTS, GroupSizes
 from .presets import ALLOCATIONS, CODEBOOKS, PRESETS, SWITCHES, resolve
-from .registration import QUANT_METHOD as QUANT_METHOD
 
 FORMAT_VERSION = 2
 DEFAULT_METHOD = "deltamix-kl"

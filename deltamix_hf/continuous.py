@@ -30,10 +30,8 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 
 from .errors import DeltaMixError
-from .leases import Lease, Prompt, name_prompts, names_of
-from .routing import PackedRoute
-from .tenant_model import Names
-from .tenants import Tenants, tenants_of
+from .leases import Deltas, Lease, Prompt, name_prompts, names_of
+from .routing import Names, PackedRoute
 
 KEY = "delta_lease"  # of a request's lease among its logit_processor_kwargs
 ACTIVE: Any = object()  # no name given: the deltas in use for all calls
@@ -46,9 +44,9 @@ HOOKS = {
 
 
 def init_continuous_batching(
-    plain: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
+    plain: Callable[..., Any], model: Any, tenants: Deltas, *args: Any, **kwargs: Any
 ) -> TenantManager:
-    """What `plain` makes, routed.
+    """What `plain` makes, routed among the model's `tenants`.
 
     Raises:
         DeltaMixError: CUDA graphs or `torch.compile` asked for, or an unknown transformers.
@@ -73,13 +71,14 @@ def init_continuous_batching(
         config.use_cuda_graph = (False, False)  # transformers may have chosen them by itself
         manager.logit_processor.supported_keys[KEY] = Lease
         manager.__class__ = TenantManager
-        manager.dm_tenants, manager.dm_leases = tenants_of(model), set()
+        manager.dm_tenants, manager.dm_leases = tenants, set()
     return manager
 
 
 def generate_batch(
     plain: Callable[..., Any],
     model: Any,
+    tenants: Deltas,
     inputs: Sequence[Sequence[int]],
     *args: Any,
     delta_names: Names = None,
@@ -90,7 +89,6 @@ def generate_batch(
     Raises:
         DeltaMixError: an unknown name, a wrong number of names, or no room for all deltas at once.
     """
-    tenants = tenants_of(model)
     prompts = name_prompts(tenants, inputs, delta_names)
     with tenants.pool.holding(names_of(prompts)):
         return plain(model, prompts, *args, **kwargs)
@@ -104,7 +102,7 @@ class TenantManager(ContinuousBatchingManager):
         dm_leases: of requests that may not have ended.
     """
 
-    dm_tenants: Tenants
+    dm_tenants: Deltas
     dm_leases: set[Lease]
 
     def add_request(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .base import KeyMap, repo_files
-from .config import QUANT_METHOD, DeltaMixConfig
+from .config import DeltaMixConfig
+from .constants import QUANT_METHOD
 from .errors import DeltaMixError, first_line
 from .experts import fused_weights, is_experts, slice_shape, weight_of
 from .format import GUARD, PREFIX, ROWS, TensorInfo, is_guard, packed_names, read_headers

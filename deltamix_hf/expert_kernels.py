@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .at_once import kernel_packed
-from .kernels import TRITON, TRITON_DTYPES, choose, triton_kernels
+from .kernels import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
 from .packed_experts import PackedExperts
-from .plans import capturing
 
 
 class _Table:

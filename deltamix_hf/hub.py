@@ -16,11 +16,11 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .base import resolve_base
-from .config import QUANT_METHOD
+from .constants import QUANT_METHOD
 from .errors import DeltaMixError, first_line
 from .format import check_base, read_headers
 
-CARD, PICTURE = "README.md", "allocation.png"
+CARD = "README.md"
 
 
 def push_folder(
@@ -118,7 +118,7 @@ def _operations(
     tags: list[str],
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     from .inspection import inspect_repo
-    from .model_card import model_card, picture
+    from .model_card import PICTURE, model_card, picture
 
     report = inspect_repo(folder)
     card = model_card(report, repo_id, config, _earlier_card(repo_id, api.token), tags)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .errors import DeltaMixError
+from .packed import PackedFactors
 
 VARIABLE = "DELTAMIX_KERNEL"
 TRITON, REFERENCE = "triton", "reference"
@@ -49,6 +50,18 @@ except ImportError:  # no Triton
 def triton_kernels() -> Any:
     """The package `deltamix_kernels`, or None without Triton."""
     return _kernels
+
+
+def kernel_packed(packed: PackedFactors) -> Any:
+    """The same factors as the kernels take them."""
+    tensors = packed.v, packed.u, packed.ranks, packed.zeros
+    layout = tuple(packed.runs), packed.m, packed.n, packed.group_sizes
+    return triton_kernels().Packed(*tensors, *layout)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _passed: dict[int | None, bool] = {}  # GPU -> whether the kernels work there

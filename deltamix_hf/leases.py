@@ -10,12 +10,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 from .plans import Combination
 from .pool import Pool
-from .tenant_model import Names, check_rows
-from .tenants import Tenants
+from .routing import Names, Route, Router, check_rows
+
+
+class Deltas(Protocol):
+    """What a request needs of a model's deltas (`Tenants`)."""
+
+    pool: Pool
+    router: Router
+
+    def route(self, names: Names) -> Route | None:
+        """The rows of a call that names its deltas, None if it does not."""
 
 
 class Lease:
@@ -59,7 +68,7 @@ class Prompt(list[int]):
         self.combination = combination
 
 
-def name_prompts(tenants: Tenants, inputs: Sequence[Sequence[int]], names: Names) -> list[Prompt]:
+def name_prompts(tenants: Deltas, inputs: Sequence[Sequence[int]], names: Names) -> list[Prompt]:
     """Inputs that know their deltas: those named, or else those in use for all calls.
 
     Raises:

@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .format import KINDS
-from .hub import PICTURE
 from .inspection import RepoReport
 
+PICTURE = "allocation.png"  # a file beside the card
 BEGIN, END = "<!-- deltamix: begin -->", "<!-- deltamix: end -->"
 TAGS = ("deltamix", "delta-compression")
 # Tasks by the end of a class name; classes that serve several tasks are left out.

@@ -16,11 +16,6 @@ SLOTS = 256  # deltas the kernels' tables can hold
 Combination = tuple[str, ...]  # names of deltas that are added up; () is the base
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being recorded."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 class Slots(dict[str, int]):
     """Resident delta -> its slot. Deltas beyond the last slot have none."""
 

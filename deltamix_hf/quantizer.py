@@ -33,6 +33,7 @@ from . import sharding
 from .base import BaseCheckpoint, KeyMap, commit_of, resolve_base
 from .compress_model import compress_model
 from .config import DeltaMixConfig
+from .constants import NOTICE
 from .delta_repo import Contents, check_finite, checked_experts, contents_of, without_codes
 from .errors import DeltaMixError, first_line
 from .experts import attach_experts, delta_experts
@@ -49,7 +50,6 @@ from .loading_checks import check_base_was_read, check_parts_fit, checked_header
 from .modules import DeltaModule, attach_with_ties, delta_modules, detach, shape_of, weight_of
 from .packed import check_values, layout_of, parts
 from .packed_experts import expert_parts
-from .registration import NOTICE
 from .saving import delta_state_dict, install_save, uninstall_save
 from .siblings import link_siblings
 from .vocabulary import FitRows

@@ -20,10 +20,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-QUANT_METHOD = "deltamix"
-# In the config.json of a delta repo, where transformers looks for the name of the weight file:
-# without us it refuses this one, and so says what is missing.
-NOTICE = "this is a delta repo, which needs `pip install deltamix-hf` or `import deltamix_hf`"
+from .constants import QUANT_METHOD
+
 METHODS = (  # of every PreTrainedModel, see `tenant_methods.py`
     "load_delta",
     "set_delta",

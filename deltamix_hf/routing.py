@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DeltaMixError
-from .plans import SLOTS, Combination, Plan, Slots, capturing
+from .kernels import capturing
+from .plans import SLOTS, Combination, Plan, Slots
 
+Names = str | Sequence[str | None] | None
 BASE = "__base__"  # what PEFT calls it; None means the same
 _MOST_PLANS = 64  # batch sizes for which a graph may be recorded
 
@@ -225,3 +227,12 @@ class Router:
         route, rows = self._of_graphs, plan.rows
         fits = rows % len(route.rows) == 0 and all(len(row) < 2 for row in route.distinct)
         plan.load(route.of_rows(rows) if fits else [()] * rows, self.slots)
+
+
+def check_rows(names: int, rows: int) -> None:
+    """Raises DeltaMixError unless there is a name for each row."""
+    if rows != names:
+        raise DeltaMixError(
+            f"delta_names has {names} names for a batch of {rows} rows; give one name for each "
+            "row, or a single text for all"
+        )

@@ -25,12 +25,12 @@ from transformers.utils.hub import cached_file
 
 from .base import BaseCheckpoint, same, weights_from_base
 from .config import overlay_dtype
+from .constants import NOTICE
 from .errors import DeltaMixError
 from .experts import delta_experts
 from .format import GUARD, ROWS, guard_names, packed_part
 from .hub import push_folder
 from .modules import delta_modules
-from .registration import NOTICE
 from .sharding import wanted, whole
 
 # Files that make up tokenizers and processors on the Hub; copied as they are.

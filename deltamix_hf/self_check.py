@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
-from .at_once import kernel_packed
-from .kernels import triton_kernels
+from .kernels import kernel_packed, triton_kernels
 from .packed import PackedFactors
 
 logger = logging.get_logger(__name__)

@@ -6,7 +6,6 @@ continuous batching take `delta_names`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import DeltaMixError
-
-Names = str | Sequence[str | None] | None
+from .routing import Names, check_rows
 
 
 def tenant_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -61,7 +59,8 @@ def _continuous(name: str, plain: Any) -> Any:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         from . import continuous  # leans on private parts of transformers: only for who uses it
 
-        return getattr(continuous, name)(plain, self, *args, **kwargs)
+        tenants = self.__dict__["dm_tenants"]
+        return getattr(continuous, name)(plain, self, tenants, *args, **kwargs)
 
     return method
 
@@ -77,12 +76,3 @@ def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Rows of a batch: of the first tensor given."""
     values = (*args, *kwargs.values())
     return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), 1)
-
-
-def check_rows(names: int, rows: int) -> None:
-    """Raises DeltaMixError unless there is a name for each row."""
-    if rows != names:
-        raise DeltaMixError(
-            f"delta_names has {names} names for a batch of {rows} rows; give one name for each "
-            "row, or a single text for all"
-        )

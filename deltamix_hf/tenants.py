@@ -33,11 +33,11 @@ from .modules import change_class, delta_modules, detach, tied_modules, tied_ten
 from .packed import PackedFactors
 from .plans import SLOTS, Combination
 from .pool import Pool
-from .routing import BASE, Route, Router
+from .routing import BASE, Names, Route, Router
 from .settings import differing
 from .sharding import is_sharded
 from .tenant_experts import ExpertDeltas, tenant_experts_class
-from .tenant_model import Names, tenant_model_class
+from .tenant_model import tenant_model_class
 from .tenant_modules import TenantModule, make_tenant
 
 DEFAULT = "default"  # what PEFT calls the first one

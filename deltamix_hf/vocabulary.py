@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
+from .base import BaseCheckpoint, KeyMap
+from .config import DeltaMixConfig
 from .errors import DeltaMixError
 from .format import ROWS, TensorInfo
 from .modules import delta_class, weight_of
-
-if TYPE_CHECKING:
-    from .base import BaseCheckpoint, KeyMap
-    from .config import DeltaMixConfig
 
 
 @dataclass(frozen=True)

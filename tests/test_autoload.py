@@ -12,7 +12,7 @@ import pytest
 from tiny_pairs import make_tokenizer, text_of, token_ids
 from transformers import AutoModelForCausalLM
 
-LIGHT = ["deltamix_hf", "deltamix_hf.errors", "deltamix_hf.registration"]
+LIGHT = ["deltamix_hf", "deltamix_hf.constants", "deltamix_hf.errors", "deltamix_hf.registration"]
 PROMPT = token_ids(1, 8, seed=5)[0]
 
 # TORCH_DEVICE_BACKEND_AUTOLOAD, and what a process imports first. When torch calls us, the first

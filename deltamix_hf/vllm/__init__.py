@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError
-from ..registration import QUANT_METHOD
 
 SUPPORTED = ("0.32.0",)  # what it was tried with; vLLM keeps no interface from one to the next
 

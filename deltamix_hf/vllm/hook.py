@@ -11,8 +11,8 @@ from typing import Any
 
 from vllm.v1.worker import lora_model_runner_mixin as runner
 
+from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError
-from ..registration import QUANT_METHOD
 from .tenants import DeltaManager
 
 _vllms_own = runner.LRUCacheWorkerLoRAManager

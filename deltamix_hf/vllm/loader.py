@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from ..constants import QUANT_METHOD
 from ..delta_repo import StoredDelta, find_delta
 from ..errors import DeltaMixError
-from ..registration import QUANT_METHOD
 from .repo import base_of, check_arrived, finding_places
 
 _OPTIONS = ("base_model", "base_revision")  # of --model-loader-extra-config

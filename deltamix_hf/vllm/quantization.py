@@ -17,8 +17,8 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from ..config import DeltaMixConfig
+from ..constants import QUANT_METHOD
 from ..kernels import TRITON_DTYPES
-from ..registration import QUANT_METHOD
 
 
 class DeltaMixQuantization(QuantizationConfig):
