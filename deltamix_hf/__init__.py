@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from .constants import QUANT_METHOD
 from .errors import DeltaMixError
-from .registration import autoload
+from .integration.registration import autoload
 
 if TYPE_CHECKING:
     from .config import DeltaMixConfig
-    from .merged import cache_merged
-    from .modules import DeltaEmbedding, DeltaLinear
-    from .quantizer import DeltaMixHfQuantizer
+    from .integration.quantizer import DeltaMixHfQuantizer
+    from .nn.layers import DeltaEmbedding, DeltaLinear
+    from .nn.merging import cache_merged
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "DeltaEmbedding": "modules",
-    "DeltaLinear": "modules",
+    "DeltaEmbedding": "nn.layers",
+    "DeltaLinear": "nn.layers",
     "DeltaMixConfig": "config",
-    "DeltaMixHfQuantizer": "quantizer",
-    "cache_merged": "merged",
+    "DeltaMixHfQuantizer": "integration.quantizer",
+    "cache_merged": "nn.merging",
 }
 
 autoload()

@@ -19,8 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .constants import QUANT_METHOD
 from .errors import DeltaMixError
-from .packed import GROUP_EXPONENTS, GroupSizes
 from .presets import ALLOCATIONS, CODEBOOKS, PRESETS, SWITCHES, resolve
+from .quantization.packed_delta import GROUP_EXPONENTS, GroupSizes
 
 FORMAT_VERSION = 2
 DEFAULT_METHOD = "deltamix-kl"

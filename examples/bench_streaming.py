@@ -25,8 +25,8 @@ from transformers import LlamaConfig
 from transformers.utils import logging
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.streaming import compress_streaming
-from deltamix_hf.workers import Workers
+from deltamix_hf.integration.compress_repo import compress_streaming
+from deltamix_hf.jobs.workers import Workers
 
 SHAPES = {  # hidden size, in the MLP, heads, key/value heads, blocks, vocabulary
     "1B": (2048, 8192, 32, 8, 16, 128256),

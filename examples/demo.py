@@ -32,9 +32,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.config import DEFAULT_METHOD
-from deltamix_hf.evaluate import compare, exact_match, gain_kept, greedy_answers, reference_logits
-from deltamix_hf.experts import compressed_shapes
-from deltamix_hf.format import size_report, weight_files
+from deltamix_hf.evaluation.quality import (
+    compare,
+    exact_match,
+    gain_kept,
+    greedy_answers,
+    reference_logits,
+)
+from deltamix_hf.nn.experts import compressed_shapes
+from deltamix_hf.storage.sizes import size_report, weight_files
 
 KINDS = ("payload", "scales", "metadata", "overlay")
 console = Console()

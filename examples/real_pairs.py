@@ -29,7 +29,7 @@ from rich.table import Table
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from deltamix_hf.evaluate import compare, exact_match
+from deltamix_hf.evaluation.quality import compare, exact_match
 
 BUILDERS: dict[str, Callable[[Path], Pair]] = {
     "smollm2-mixed": smollm2.build_mixed,

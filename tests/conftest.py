@@ -28,11 +28,14 @@ import transformers
 from hypothesis import HealthCheck, settings
 from tiny_pairs import Pair, calibration_ids, logits, make_pair, quick, token_ids
 
-from deltamix_hf import global_allocation
+from deltamix_hf.allocation import whole_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
+# Child processes of tests find the helpers too.
+HELPERS = os.path.join(os.path.dirname(__file__), "helpers")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HELPERS, os.environ.get("PYTHONPATH")]))
 settings.register_profile(
     "deltamix", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -43,8 +46,8 @@ settings.load_profile("deltamix")
 def quick_allocation(request) -> Iterator[None]:
     """HiGHS takes up to 2 s to prove the last 1e-4 of the optimum of a tiny model."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ != "test_global_allocation":
-            patch.setattr(global_allocation, "_WINDOWS", (16,))
+        if request.path.stem != "test_whole_model":
+            patch.setattr(whole_model, "_WINDOWS", (16,))
         yield
 
 

@@ -94,7 +94,7 @@ def run_commands(code: str) -> None:
 def make_repos(folder: Path) -> None:
     """A base, its fine-tunes and their deltas, on the Hub."""
     import torch
-    from test_hub import fine_tune, tiny_llama, tiny_tokenizer
+    from tiny_models import fine_tune, tiny_llama, tiny_tokenizer
     from transformers import AutoModelForCausalLM
 
     from deltamix_hf import DeltaMixConfig

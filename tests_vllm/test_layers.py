@@ -18,8 +18,8 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from deltamix_hf import DeltaMixError
-from deltamix_hf.gptq import round_rows
-from deltamix_hf.packed import PackedFactors
+from deltamix_hf.quantization.gptq import round_rows
+from deltamix_hf.quantization.packed_delta import PackedFactors
 from deltamix_hf.vllm import register
 from deltamix_hf.vllm.partition import pieces
 

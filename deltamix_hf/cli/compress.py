@@ -64,10 +64,9 @@ def compress(
             f"{output} exists already; give another --output, or --overwrite to replace it"
         )
     from .. import DeltaMixConfig
-    from ..adapters import compress_adapter, is_adapter
-    from ..architecture import is_delta, read_config
-    from ..streaming import compress_streaming
-    from ..workers import Workers
+    from ..checkpoint.model_class import is_delta, read_config
+    from ..integration.compress_repo import compress_adapter, compress_streaming, is_adapter
+    from ..jobs.workers import Workers
     from .models import best_device, from_pretrained
 
     workers = Workers.launched()
@@ -119,8 +118,8 @@ def parse_ratio(text: str) -> float:
 
 
 def _summary(model: Any, folder: Path) -> None:
-    from ..experts import compressed_shapes
-    from ..format import size_report
+    from ..nn.experts import compressed_shapes
+    from ..storage.sizes import size_report
 
     settings = model.config.quantization_config
     out.print(size_table(size_report(folder, compressed_shapes(model))))

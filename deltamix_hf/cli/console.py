@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..format import SizeReport
+    from ..storage.sizes import SizeReport
 
 out = Console()  # what a command is asked for
 notes = Console(stderr=True)  # everything else: progress, warnings, errors
@@ -38,7 +38,7 @@ def megabytes(count: int) -> str:
 
 def size_table(size: SizeReport) -> Table:
     """True bytes of a delta repo's weight files by kind, and the ratio they make."""
-    from ..format import KINDS
+    from ..storage.sizes import KINDS
 
     table = Table(box=None, title="weight files", title_justify="left")
     table.add_column("")

@@ -11,7 +11,7 @@ from rich.table import Table
 from .console import out
 
 if TYPE_CHECKING:
-    from ..distance import Distance
+    from ..evaluation.distance import Distance
 
 
 def diff(
@@ -26,9 +26,9 @@ def diff(
     Example: deltamix diff me/my-finetune --base org/base
     """
     from .. import DeltaMixConfig
-    from ..architecture import empty_model
-    from ..base import resolve_base
-    from ..distance import measure
+    from ..checkpoint.base import resolve_base
+    from ..checkpoint.model_class import empty_model
+    from ..evaluation.distance import measure
 
     model = empty_model(finetuned)
     tuned_files, _ = resolve_base(finetuned, None, {})
@@ -47,7 +47,7 @@ def diff(
 
 
 def _figures(found: Distance) -> dict[str, Any]:
-    from ..distance import relative
+    from ..evaluation.distance import relative
 
     return {
         "relative_distance": found.relative,
@@ -70,7 +70,7 @@ def _figures(found: Distance) -> dict[str, Any]:
 
 
 def _types_table(found: Distance) -> Table:
-    from ..distance import relative
+    from ..evaluation.distance import relative
 
     table = Table(
         box=None,
@@ -116,7 +116,7 @@ def _budget_table(found: Distance) -> Table:
 
 
 def _advice(found: Distance) -> str:
-    from ..distance import SAFE_LOSS
+    from ..evaluation.distance import SAFE_LOSS
 
     rule = (
         f"Up to {SAFE_LOSS:.1%} lost kept at least 99.5 % of the gain over the base on the real "

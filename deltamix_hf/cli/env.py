@@ -65,7 +65,7 @@ def _machine() -> dict[str, str]:
 def _kernels() -> dict[str, str]:
     import torch
 
-    from ..kernels import VARIABLE, choose
+    from ..ops.dispatch import VARIABLE, choose
 
     forced = os.environ.get(VARIABLE)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

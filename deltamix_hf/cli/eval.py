@@ -13,7 +13,7 @@ from ..errors import DeltaMixError
 from .console import out
 
 if TYPE_CHECKING:
-    from ..evaluate import Metrics
+    from ..evaluation.quality import Metrics
 
 
 def evaluate(
@@ -37,7 +37,7 @@ def evaluate(
 
     Example: deltamix eval my-delta --text heldout.txt --finetuned ./tuned
     """
-    from ..architecture import is_delta, read_config
+    from ..checkpoint.model_class import is_delta, read_config
     from .models import load_model, load_tokenizer
 
     if not is_delta(read_config(repo)):
@@ -55,7 +55,7 @@ def evaluate(
 
 def _batches(text: str, tokenizer: Any, samples: int, length: int) -> list[dict[str, Any]]:
     from .. import DeltaMixConfig
-    from ..calibration import token_batches
+    from ..calibration.data import token_batches
 
     settings = DeltaMixConfig(calibration=text, num_samples=samples, seq_length=length)
     return [{"input_ids": ids} for ids in token_batches(settings, lambda: tokenizer)]
@@ -63,18 +63,19 @@ def _batches(text: str, tokenizer: Any, samples: int, length: int) -> list[dict[
 
 def _check_kind(model: Any) -> None:
     """Masked and sequence-to-sequence models need more than plain text to be judged."""
-    from ..self_text import writes_text
+    from ..calibration.self_text import writes_text
 
     if not writes_text(model) and "Classification" not in type(model).__name__:
         raise DeltaMixError(
             f"deltamix eval judges causal language models and classifiers, not a "
-            f"{type(model).__name__}; use deltamix_hf.evaluate.compare with batches of your own"
+            f"{type(model).__name__}; use deltamix_hf.evaluation.quality.compare with batches of "
+            "your own"
         )
 
 
 def _judge(model: Any, tuned: Any, batches: list[dict[str, Any]]) -> dict[str, Metrics]:
     """Metrics of base, delta and, if given, fine-tune; without one, KL means nothing."""
-    from ..evaluate import compare
+    from ..evaluation.quality import compare
 
     reference = model if tuned is None else tuned
     with model.disable_deltas():
@@ -86,7 +87,7 @@ def _judge(model: Any, tuned: Any, batches: list[dict[str, Any]]) -> dict[str, M
 
 def _figures(found: dict[str, Metrics]) -> dict[str, dict[str, float | None]]:
     """What is worth saying of each model; None is what cannot be said."""
-    from ..evaluate import gain_kept
+    from ..evaluation.quality import gain_kept
 
     judged = "fine-tune" in found
     figures = {}

@@ -14,7 +14,7 @@ from rich.table import Table
 from .console import out, size_table
 
 if TYPE_CHECKING:
-    from ..inspection import MatrixReport, RepoReport
+    from ..checkpoint.report import MatrixReport, RepoReport
 
 
 class Order(str, Enum):
@@ -38,12 +38,12 @@ def inspect(
 
     Example: deltamix inspect my-delta --plot plots
     """
-    from ..inspection import inspect_repo
+    from ..checkpoint.report import inspect_repo
 
     report = inspect_repo(repo)
     paths = []
     if plot is not None:  # before the table, which may end at a `| head`
-        from ..plots import save_figures
+        from ..hub.plots import save_figures
 
         paths = save_figures(report, plot)
     if as_json:
@@ -124,7 +124,7 @@ def _sorted(report: RepoReport, sort: Order) -> list[tuple[str, MatrixReport]]:
 
 
 def _figures(report: RepoReport) -> dict[str, Any]:
-    from ..format import KINDS
+    from ..storage.sizes import KINDS
 
     config, size = report.config, report.size
     return {

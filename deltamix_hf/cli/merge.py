@@ -27,9 +27,9 @@ def merge(
         raise DeltaMixError(
             f"{output} exists already; give another --output, or --overwrite to replace it"
         )
-    from ..architecture import is_delta, read_config
-    from ..format import weight_files
-    from ..saving import copy_companions, written_whole
+    from ..checkpoint.model_class import is_delta, read_config
+    from ..integration.saving import copy_companions, written_whole
+    from ..storage.sizes import weight_files
     from .models import load_model
 
     if not is_delta(read_config(repo)):

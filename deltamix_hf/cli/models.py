@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import Any
 
-from ..architecture import is_delta, model_class, read_config
+from ..checkpoint.model_class import is_delta, model_class, read_config
 from ..errors import DeltaMixError, first_line
 
 

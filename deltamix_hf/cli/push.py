@@ -26,7 +26,7 @@ def push(
 
     Example: deltamix push my-delta me/my-delta --base org/base
     """
-    from ..hub import push_folder
+    from ..hub.push import push_folder
 
     address = push_folder(folder, repo_id, base=base, private=private or None, revision=revision)
     out.print(f"Pushed: {address}", highlight=False, soft_wrap=True)

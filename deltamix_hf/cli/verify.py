@@ -23,7 +23,7 @@ def verify(
 
     Example: deltamix verify my-delta --base org/base
     """
-    from ..verification import verify_repo
+    from ..checkpoint.validation import verify_repo
 
     problems = 0
     for check in verify_repo(repo, base, quick):

@@ -26,9 +26,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from ..errors import DeltaMixError
-from ..format import PREFIX
-from ..ops import cheapest, low_rank, low_rank_rows
-from ..packed import DTYPES, PARTS
+from ..ops.low_rank import cheapest, low_rank, low_rank_rows
+from ..quantization.packed_delta import DTYPES, PARTS
+from ..storage.names import PREFIX
 from .batch import Batch, Groups
 from .partition import Piece, Shard, pieces
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from ..checkpoint.delta_repo import StoredDelta, find_delta
 from ..constants import QUANT_METHOD
-from ..delta_repo import StoredDelta, find_delta
 from ..errors import DeltaMixError
 from .repo import base_of, check_arrived, finding_places
 

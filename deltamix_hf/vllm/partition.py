@@ -26,8 +26,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from ..errors import DeltaMixError
-from ..packed import PackedFactors
-from ..sharding import part_of
+from ..nn.tensor_parallel import part_of
+from ..quantization.packed_delta import PackedFactors
 
 Shard = str | int | tuple[int, ...] | None  # which matrices of a layer; None: all, stored as one
 _QKV = {"q": 0, "k": 1, "v": 2}

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from ..config import DeltaMixConfig
 from ..constants import QUANT_METHOD
-from ..kernels import TRITON_DTYPES
+from ..ops.dispatch import TRITON_DTYPES
 
 
 class DeltaMixQuantization(QuantizationConfig):

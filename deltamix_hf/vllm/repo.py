@@ -17,12 +17,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..base import BaseCheckpoint, commit_of, resolve_base
+from ..checkpoint.base import BaseCheckpoint, commit_of, resolve_base
+from ..checkpoint.delta_repo import StoredDelta, read_delta
 from ..config import DeltaMixConfig
-from ..delta_repo import StoredDelta, read_delta
 from ..errors import DeltaMixError, first_line
-from ..format import PREFIX, TensorInfo, check_base, fingerprints, read_tensor
-from ..trust import check_base_name
+from ..storage.headers import TensorInfo, check_base, fingerprints, read_tensor
+from ..storage.names import PREFIX
+from ..storage.untrusted_paths import check_base_name
 from .layers import deltas_of
 
 Weights = list[tuple[str, Tensor]]

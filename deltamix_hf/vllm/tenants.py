@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import RowParallelLinear
 
-from ..base import resolve_base
+from ..checkpoint.base import resolve_base
+from ..checkpoint.delta_repo import StoredDelta, find_delta
 from ..config import DeltaMixConfig
-from ..delta_repo import StoredDelta, find_delta
 from ..errors import DeltaMixError
-from ..format import fingerprints, read_headers
+from ..storage.headers import fingerprints, read_headers
 from .batch import Batch
 from .layers import deltas_of
 from .norms import by_row

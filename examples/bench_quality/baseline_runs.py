@@ -26,12 +26,12 @@ from bench_quality.texts import calibration_data
 from torch import Tensor, nn
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.base import BaseCheckpoint, resolve_base
-from deltamix_hf.calibration import token_batches
-from deltamix_hf.compress_model import sort_tensors
-from deltamix_hf.modules import tied_modules, weight_of
+from deltamix_hf.calibration.data import token_batches
+from deltamix_hf.calibration.statistics import collect, metrics_of
+from deltamix_hf.checkpoint.base import BaseCheckpoint, resolve_base
+from deltamix_hf.checkpoint.tensor_diff import sort_tensors
+from deltamix_hf.nn.layers import tied_modules, weight_of
 from deltamix_hf.presets import PRESETS
-from deltamix_hf.statistics import collect, metrics_of
 
 __all__ = ["PeerSkipped", "is_baseline", "run_baseline"]
 PEER, DISTILLED = "deltatensors ", "BitDelta distilled"

@@ -15,8 +15,9 @@ BitDelta            Liu et al., arXiv 2402.10193. ΔW ≈ α·S; S is +1 where �
 DARE                Yu et al., arXiv 2311.03099. Drop each weight with probability p, multiply the
                     others by 1 / (1 − p). Kept values are bfloat16; their places are drawn from a
                     seed and so cost nothing. A fixed number is kept, to meet the budget exactly.
-int2, int4          Round to nearest, min-max grids of 128 weights of a row (`deltamix_hf.grid`):
-                    bfloat16 scale and zero point for each, 2.14 and 4.16 bits a weight.
+int2, int4          Round to nearest, min-max grids of 128 weights of a row
+                    (`deltamix_hf.quantization.uniform`): bfloat16 scale and zero point for each,
+                    2.14 and 4.16 bits a weight.
 
 The last and BitDelta have a size of their own and are reported at that. Every method also pays for
 the overlay (norms, biases, ...: whole, in the fine-tune's dtype) and a safetensors header, as our
@@ -36,12 +37,12 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from deltamix_hf import grid
-from deltamix_hf.evaluate import Batch
-from deltamix_hf.format import SizeReport, header_bytes
-from deltamix_hf.gptq import damp
-from deltamix_hf.modules import weight_of
-from deltamix_hf.svd import thin_svd
+from deltamix_hf.evaluation.quality import Batch
+from deltamix_hf.linalg.second_moments import damp
+from deltamix_hf.linalg.svd import thin_svd
+from deltamix_hf.nn.layers import weight_of
+from deltamix_hf.quantization import uniform
+from deltamix_hf.storage.sizes import SizeReport, header_bytes
 
 Deltas = Mapping[str, Tensor]  # module name -> ΔW float32 [m, n]
 Grams = Mapping[str, Tensor]  # module name -> C [n, n]; a name that lacks stands for the identity
@@ -79,7 +80,7 @@ def low_rank(deltas: Deltas, grams: Grams, budget_bytes: int, whitened: bool) ->
     """The best k ranks of each ΔW, or of ΔW·L if `whitened`, where there is a Gram.
 
     Every matrix gets the same share of its bytes; what one leaves goes to the next, as in
-    `deltamix_hf.compress`.
+    `deltamix_hf.compression.matrix_pipeline`.
     """
     found = {}
     left, weight = budget_bytes, sum(delta.numel() for delta in deltas.values())
@@ -180,8 +181,8 @@ def round_to_nearest(
     found, payload, scales = {}, 0, 0
     for name, delta in deltas.items():
         width = torch.full((len(delta),), bits, device=delta.device)
-        codes, scale, zero = grid.round_to_nearest(delta, width, group_size)
-        found[name] = grid.dequantize(codes, scale, zero, group_size)
+        codes, scale, zero = uniform.round_to_nearest(delta, width, group_size)
+        found[name] = uniform.dequantize(codes, scale, zero, group_size)
         payload += -(-bits * codes.numel() // 8)
         scales += 2 * scale.numel() + -(-bits * zero.numel() // 8)
     return Result(found, payload=payload, scales=scales)

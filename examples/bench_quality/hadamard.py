@@ -22,10 +22,11 @@ from bench_quality.texts import get_pair
 from torch import Tensor
 from transformers.utils import logging
 
-from deltamix_hf import DeltaMixConfig, compress, job
-from deltamix_hf.gptq import Rounded, gptq_rows
-from deltamix_hf.modules import weight_of
-from deltamix_hf.packed import PackedFactors
+from deltamix_hf import DeltaMixConfig
+from deltamix_hf.compression import job, matrix_pipeline
+from deltamix_hf.nn.layers import weight_of
+from deltamix_hf.quantization.gptq import Rounded, gptq_rows
+from deltamix_hf.quantization.packed_delta import PackedFactors
 
 PAIRS = ("pocket-shakespeare", "rxnfp")
 ARMS = {"as it is": "", "V rotated": "v", "V and U rotated": "vu"}
@@ -100,13 +101,15 @@ def attach_dense(self: job.Job, name: str) -> None:
 
 
 def kl(judge: Judge, share: int, sides: str) -> float:
-    plain = compress.gptq_rows, compress.round_rows, compress.PackedFactors
+    plain = matrix_pipeline.gptq_rows, matrix_pipeline.round_rows, matrix_pipeline.PackedFactors
     if "v" in sides:
-        compress.gptq_rows = turned_rows
+        matrix_pipeline.gptq_rows = turned_rows
     if "u" in sides:
-        compress.round_rows = lambda weight, *rest, **how: turned_rows(weight, None, *rest, **how)
+        matrix_pipeline.round_rows = lambda weight, *rest, **how: turned_rows(
+            weight, None, *rest, **how
+        )
     old_attach = job.Job._attach
-    compress.PackedFactors = Dense
+    matrix_pipeline.PackedFactors = Dense
     job.Job._attach = attach_dense
     try:
         config = DeltaMixConfig(
@@ -117,7 +120,7 @@ def kl(judge: Judge, share: int, sides: str) -> float:
         )
         model = judge.load(judge.pair.finetuned, quantization_config=config)
     finally:
-        compress.gptq_rows, compress.round_rows, compress.PackedFactors = plain
+        matrix_pipeline.gptq_rows, matrix_pipeline.round_rows, matrix_pipeline.PackedFactors = plain
         job.Job._attach = old_attach
     return judge.figures(model)["kl"]
 

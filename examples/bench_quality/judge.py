@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.evaluate import Batch, compare, exact_match, gain_kept, reference_logits
-from deltamix_hf.experts import compressed_shapes
-from deltamix_hf.format import size_report
-from deltamix_hf.modules import delta_modules, packed_shapes
+from deltamix_hf.evaluation.quality import Batch, compare, exact_match, gain_kept, reference_logits
+from deltamix_hf.nn.experts import compressed_shapes
+from deltamix_hf.nn.layers import delta_modules, packed_shapes
+from deltamix_hf.storage.sizes import size_report
 
 KINDS = ("payload", "scales", "metadata", "overlay")
 

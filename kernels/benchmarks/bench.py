@@ -26,9 +26,9 @@ from rivals import OneBit, gemlite_linear, lora
 from shapes import MODELS, Linear, runs
 from torch import Tensor
 
-from deltamix_hf import ops
-from deltamix_hf.gptq import Rounded
-from deltamix_hf.packed import PackedFactors
+from deltamix_hf.ops import low_rank
+from deltamix_hf.quantization.gptq import Rounded
+from deltamix_hf.quantization.packed_delta import PackedFactors
 
 ROWS = (1, 4, 16, 64, 2048)
 CACHE = 120e6  # bytes of weights that must lie between two uses of the same one
@@ -68,7 +68,7 @@ class Layer:
         return p.v, p.u, p.ranks, None, [number for run in p.runs for number in run], [0, 0]
 
     def reference(self, x: Tensor) -> Tensor:
-        return ops.delta_linear(x, self.weight, self.bias, *self.arguments, "reference")
+        return low_rank.delta_linear(x, self.weight, self.bias, *self.arguments, "reference")
 
 
 def ours(layers: list[Layer], inputs: dict[str, Tensor]) -> list[Tensor]:

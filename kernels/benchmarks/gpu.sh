@@ -27,9 +27,9 @@ step versions 60 python3 -c "
 import datetime, torch, transformers, triton
 print(datetime.date.today(), torch.cuda.get_device_name(), 'torch', torch.__version__,
       'triton', triton.__version__, 'transformers', transformers.__version__)"
-step tests 220 python3 -m pytest -q -p no:cacheprovider tests/test_kernels.py \
-    tests/test_grouped.py tests/test_tenant_ops.py tests/test_kernel_choice.py \
-    tests/test_siblings.py tests/test_ops.py tests/test_modules.py
+step tests 220 python3 -m pytest -q -p no:cacheprovider tests/ops/test_kernels.py \
+    tests/ops/test_grouped_kernels.py tests/multi_delta/test_grouped.py tests/ops/test_dispatch.py \
+    tests/nn/test_shared_input.py tests/ops/test_low_rank.py tests/nn/test_layers.py
 step kernels 170 python3 kernels/benchmarks/bench.py --json "$out/kernels.json"
 step tenants 60 python3 kernels/benchmarks/tenants.py --json "$out/tenants.json"
 step block_7b 80 python3 examples/bench_quality/block_7b.py --device cuda

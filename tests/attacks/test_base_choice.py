@@ -204,7 +204,7 @@ def test_base_config_that_is_none(attack, tmp_path, content):
 
 def test_base_with_a_tensor_twice_for_one_weight(attack, tmp_path):
     """The delta's author made the base too, and vouches for it."""
-    from deltamix_hf.format import fingerprints, read_header
+    from deltamix_hf.storage.headers import fingerprints, read_header
 
     it = attack()
     base = Path(shutil.copytree(it.pair.base, tmp_path / "base"))

@@ -1,4 +1,4 @@
-"""What `tests/test_fuzz.py` found and what was found while it was written, kept for good.
+"""What `tests/attacks/test_fuzz.py` found and what was found while it was written, kept for good.
 
 Each was an error of another type, a message nobody could read, or a load that should have failed.
 """

@@ -20,8 +20,8 @@ from hostile import (
 from tiny_pairs import logits
 
 from deltamix_hf import DeltaMixError
-from deltamix_hf.base import resolve_base
-from deltamix_hf.delta_repo import find_delta
+from deltamix_hf.checkpoint.base import resolve_base
+from deltamix_hf.checkpoint.delta_repo import find_delta
 
 
 @pytest.fixture

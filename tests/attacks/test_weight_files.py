@@ -10,7 +10,7 @@ import pytest
 from hostile import MODULE, WEIGHTS, edit_header, edit_settings, read_raw, refusal, write_raw
 
 from deltamix_hf import DeltaMixError
-from deltamix_hf.format import read_header, read_headers
+from deltamix_hf.storage.headers import read_header, read_headers
 
 RANKS = f"{MODULE}.dm_ranks"
 HUGE = [2**31, 2**40, 2**62, 2**63, 2**64, 10**400]

@@ -1,0 +1,244 @@
+"""The blocks of a model as a chain that calibration batches run through, one block at a time.
+
+Blocks are the elements of a `ModuleList` that are called once each, one on the other's output;
+anything else (embeddings, heads, shared blocks) is no part of a chain. What a block gets besides
+hidden states (positions, masks) comes from the model's own code, by running it: the first batch
+through the blocks themselves, which shows whether they are a chain, the others through stubs in
+their place where blocks hand on nothing but hidden states.
+
+`hold` brings a module's weights into memory for a while, and `shelf` makes the list that keeps the
+hidden states of one place; by default the weights are there, and the list is a list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from ..jobs import resume_store
+from .statistics import inputs_of
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # a call's
+Rest = list[Arguments]
+"""All arguments of a block's calls but the hidden states, a batch each."""
+Shelf = list[Tensor] | resume_store.Shelf
+Hold = Callable[[nn.Module], AbstractContextManager[Any]]
+
+
+class Reached(Exception):
+    """Ends a forward pass at the layer it was meant to reach."""
+
+
+def find_blocks(model: nn.Module, targets: Sequence[str]) -> list[list[str]]:
+    """Names of the blocks of every outermost `ModuleList` that holds targets."""
+    stacks: list[list[str]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for stack in stacks for block in stack)
+        if isinstance(module, nn.ModuleList) and not inside:
+            blocks = [f"{name}.{i}" for i in range(len(module))]
+            if any(t.startswith(f"{block}.") for t in targets for block in blocks):
+                stacks.append(blocks)
+    return stacks
+
+
+def tensor_of(output: Any) -> Tensor:
+    """Hidden states of a block's output, which may be a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+class Stack:
+    """One stack of blocks and the calibration batches that run through it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: list[str],
+        batches: Sequence[Tensor],
+        hold: Hold = nullcontext,
+        shelf: Callable[[str], Shelf] = lambda name: [],
+    ):
+        self.model, self.names, self.batches = model, blocks, batches
+        self.hold, self.shelf = hold, shelf
+        self.blocks = [model.get_submodule(name) for name in blocks]
+        self.rest: list[Rest] = [[] for _ in blocks]
+        self.exact = self.empty("exact")  # hidden states of the fine-tune
+        self.usable = True
+        self.plain = True  # blocks return hidden states and nothing else
+
+    def empty(self, name: str) -> Shelf:
+        """A shelf of that name with nothing on it."""
+        found = self.shelf(name)
+        found.clear()
+        return found
+
+    @torch.no_grad()
+    def capture(self) -> bool:
+        """What enters the fine-tune's blocks; False if they are not a plain chain."""
+        self._capture_by_hooks(self.batches[0])
+        for ids in self.batches[1:]:
+            if not self.usable:
+                break
+            if self.plain:
+                self._capture_by_stubs(ids)
+            else:
+                self._capture_by_hooks(ids)
+        return self.usable
+
+    def _capture_by_hooks(self, ids: Tensor) -> None:
+        last: list[Tensor | None] = [None]
+        batch = len(self.rest[0])
+
+        def before(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                chained = bool(args) and (i == 0 or args[0] is last[0])
+                if not chained or len(self.rest[i]) != batch:
+                    self.usable = False
+                    raise Reached
+                self._enter(i, args, kwargs)
+
+            return hook
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            last[0] = tensor_of(output)
+            self.plain = self.plain and isinstance(output, Tensor)
+
+        handles = [
+            b.register_forward_pre_hook(before(i), with_kwargs=True)
+            for i, b in enumerate(self.blocks)
+        ]
+        handles += [b.register_forward_hook(after) for b in self.blocks]
+        try:
+            self.forward(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.usable = self.usable and all(len(rest) == batch + 1 for rest in self.rest)
+
+    def _capture_by_stubs(self, ids: Tensor) -> None:
+        def stub(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            self._enter(i, (hidden, *args), kwargs)
+            return hidden
+
+        with self.stubs(stub):
+            self.forward(ids)
+
+    def _enter(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.rest[i].append((args[1:], kwargs))
+        if i == 0:
+            self.exact.append(args[0])
+
+    @contextmanager
+    def stubs(
+        self, act: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+    ) -> Iterator[None]:
+        """Have `act(i, hidden, args, kwargs)` called in place of block i."""
+        owner = self.model.get_submodule(self.names[0].rpartition(".")[0])
+        for i, block in enumerate(self.blocks):
+            owner._modules[str(i)] = _Stub(block, i, act)
+        try:
+            yield
+        finally:
+            for i, block in enumerate(self.blocks):
+                owner._modules[str(i)] = block
+
+    @torch.no_grad()
+    def entry(self) -> tuple[Shelf, list[Rest]]:
+        """What enters the blocks with the model's present weights.
+
+        Hidden states of the first block, a batch each, and the other arguments of all blocks: as
+        the fine-tune's, but what the first block shares with later ones (the encoder's output in a
+        decoder, say) is present too.
+        """
+        hidden = self.empty("coarse")
+        first: Rest = []
+
+        def enter(i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            hidden.append(x)
+            first.append((args, kwargs))
+            raise Reached
+
+        with self.stubs(enter):
+            for ids in self.batches:
+                self.forward(ids)
+        present = [
+            [
+                _shared(old, self.rest[0][b], new)
+                for b, (old, new) in enumerate(zip(rest, first, strict=True))
+            ]
+            for rest in self.rest
+        ]
+        return hidden, present
+
+    def forward(self, ids: Tensor) -> None:
+        """Run the model up to its last hidden states, or to where `Reached` is raised."""
+        inner = getattr(self.model, self.model.base_model_prefix, self.model)  # no logits needed
+        with contextlib.suppress(Reached):
+            inner(**inputs_of(self.model, ids))
+
+
+class _Stub(nn.Module):
+    """Stands in a block's place; whatever else is asked of it, the block answers."""
+
+    def __init__(self, block: nn.Module, i: int, act: Callable[..., Tensor]):
+        super().__init__()
+        self.__dict__["block"] = block  # not as a submodule
+        self.i, self.act = i, act
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.act(self.i, hidden, args, kwargs)
+
+
+def run(
+    block: nn.Module,
+    weights: Mapping[str, Tensor],
+    hidden: Tensor,
+    rest: Arguments,
+    watched: Sequence[str] = (),
+    stop: str | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One batch through a block with some weights replaced; inputs of the watched modules.
+
+    Ends at the module `stop`, if given; the hidden states are then the block's input.
+    """
+    seen: dict[str, Tensor] = {"": hidden} if "" in watched else {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0]
+            if name == stop:
+                raise Reached
+
+        return keep
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watched if name
+    ]
+    try:
+        output = functional_call(block, dict(weights), (hidden, *rest[0]), rest[1])
+        return seen, tensor_of(output)
+    except Reached:
+        return seen, hidden
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shared(old: Arguments, first: Arguments, new: Arguments) -> Arguments:
+    """`old`, with every tensor that is one of `first`'s replaced by `new`'s."""
+    pairs = [
+        *zip(first[0], new[0], strict=False),
+        *((first[1][k], new[1][k]) for k in first[1] if k in new[1]),
+    ]
+    swap = {id(a): b for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)}
+    args = tuple(swap.get(id(a), a) for a in old[0])
+    return args, {k: swap.get(id(a), a) for k, a in old[1].items()}

@@ -1,0 +1,238 @@
+"""`statistics.collect` for a model of which one block at a time is in memory.
+
+The same sums in the same order, in passes over the calibration batches: forward through the blocks,
+keeping what enters each of them; through what follows the last block, for the predictions and their
+gradients; backward, where each block is run again and its statistics are complete when all batches
+have passed; and backward through what precedes the blocks. Without gradients the forward pass is
+enough. Everything is kept in the journal, so an interrupted pass goes on at the block where it was.
+
+Several workers take a share of the batches each. A worker adds to the statistics of a block what
+the one before it has handed over, and is a block behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..jobs.resume_store import Journal
+from ..jobs.workers import Workers
+from .block_chain import Reached, Stack, run
+from .statistics import backward, embeddings_need_gradients, frozen, inputs_of, prediction
+from .statistics_store import KeptStatistics
+
+
+class BlockwisePass:
+    """Fills `found`, and counts the `scored` predictions.
+
+    Args:
+        stack: captured.
+        modules: what is observed, by name.
+        fisher: measure gradients too.
+        seed: of ε.
+        journal: with a folder.
+        device: where the statistics are wanted.
+        workers: who share the batches.
+
+    Raises:
+        DeltaMixError: the model gives NaN on the calibration data.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        modules: Mapping[str, nn.Module],
+        fisher: bool,
+        seed: int,
+        journal: Journal,
+        device: torch.device,
+        workers: Workers,
+    ):
+        self.stack, self.fisher, self.seed, self.journal = stack, fisher, seed, journal
+        self.device, self.workers = device, workers
+        self.found = KeptStatistics(journal, device, workers)
+        self.mine = workers.share(len(stack.batches))
+        self.inside = [
+            {n: m for n, m in modules.items() if n.startswith(f"{name}.")} for name in stack.names
+        ]
+        within = {name for block in self.inside for name in block}
+        outside = {n: m for n, m in modules.items() if n not in within}
+        if not self.found.done("entry"):
+            self._measure(outside)
+        for place in ("entry", *map(_place, range(len(stack.names)))):
+            self.found.complete(place)
+        self.scored: int = self.found.complete("exit").get("scored", 0)
+
+    def _measure(self, outside: dict[str, nn.Module]) -> None:
+        blocks = len(self.stack.names)
+        steps = blocks * (1 + self.fisher)
+        self._bar = logging.tqdm(total=steps, desc="Calibrating", unit="block")
+        self._forward()
+        first = self._called_first(outside)
+        if not self.found.done("exit"):
+            self._exit({n: m for n, m in outside.items() if n not in first})
+        for i in reversed(range(blocks if self.fisher else 0)):
+            if not self.found.done(_place(i)):
+                self._back_through(i)
+            self.forget("gradient", i + 1, self.mine)
+            self._bar.update()
+        self._entry({n: m for n, m in outside.items() if n in first})
+        self.forget("gradient", 0, self.mine)
+        self._bar.close()
+
+    # What waits between the blocks: hidden states ("level") and their gradients, by batch
+
+    def get(self, kind: str, i: int, b: int) -> Tensor:
+        """Of batch b at the entrance of block i; gradients are [draws, rows, length, d]."""
+        if kind == "level" and i == 0:
+            return self.stack.exact[b]
+        found = self.journal.read(f"{kind} {i} of batch {b}")
+        assert found is not None
+        return found[0]["item"].to(self.device)
+
+    def _put(self, kind: str, i: int, b: int, item: Tensor) -> None:
+        self.journal.write(f"{kind} {i} of batch {b}", {"item": item})
+
+    def forget(self, kind: str, i: int, batches: range) -> None:
+        for b in batches:
+            self.journal.forget(f"{kind} {i} of batch {b}")
+
+    # Passes
+
+    @torch.no_grad()
+    def _forward(self) -> None:
+        for i, block in enumerate(self.stack.blocks):
+            missing = [b for b in self.mine if f"level {i + 1} of batch {b}" not in self.journal]
+            if not self.fisher and not self.found.done(_place(i)):
+                with (
+                    self.stack.hold(block),
+                    self.found.observing(_place(i), self.inside[i], False),
+                ):
+                    self._advance(i, block, self.mine)
+            elif missing:
+                with self.stack.hold(block):
+                    self._advance(i, block, missing)
+            self._bar.update()
+
+    def _advance(self, i: int, block: nn.Module, batches: Any) -> None:
+        for b in batches:
+            hidden = self.get("level", i, b)
+            self._put("level", i + 1, b, run(block, {}, hidden, self.stack.rest[i][b])[1])
+
+    def _called_first(self, outside: dict[str, nn.Module]) -> set[str]:
+        """Which of the modules are called before the first block."""
+        found: set[str] = set()
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda module, args: found.add(name)
+
+        handles = [m.register_forward_pre_hook(note(n)) for n, m in outside.items()]
+        try:
+            with torch.no_grad(), self.stack.stubs(_stop):
+                self.stack.forward(self.stack.batches[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _exit(self, modules: dict[str, nn.Module]) -> None:
+        """Through what follows the last block, and back to it."""
+        random = torch.Generator().manual_seed(self.seed)
+        last, batches = len(self.stack.names), self.stack.batches
+        with (
+            frozen(self.stack.model),
+            self.found.observing("exit", modules, self.fisher) as facts,
+            torch.set_grad_enabled(self.fisher),
+        ):
+            if "random" in facts:
+                random.set_state(torch.tensor(facts["random"], dtype=torch.uint8))
+            for b in self.mine:
+                hidden = self.get("level", last, b).detach().requires_grad_(self.fisher)
+                output = prediction(after_blocks(self.stack, batches[b], hidden))
+                if self.fisher:
+                    found: list[Tensor] = []
+                    drawn = backward(output, len(batches), random, _taker(hidden, found))
+                    facts["scored"] = facts.get("scored", 0) + drawn
+                    self._put("gradient", last, b, torch.stack(found))
+            if not self.workers.last:
+                facts["random"] = random.get_state().tolist()
+            else:
+                facts.pop("random", None)
+
+    def _back_through(self, i: int) -> None:
+        """Run block i again with gradients, and take them from its output to its input."""
+        block = self.stack.blocks[i]
+        with (
+            self.stack.hold(block),
+            frozen(block),
+            self.found.observing(_place(i), self.inside[i], True),
+        ):
+            for b in self.mine:
+                hidden = self.get("level", i, b).detach().requires_grad_()
+                with torch.enable_grad():
+                    output = run(block, {}, hidden, self.stack.rest[i][b])[1]
+                incoming = self.get("gradient", i + 1, b)
+                self._put("gradient", i, b, _back(output, incoming, hidden))
+
+    def _entry(self, modules: dict[str, nn.Module]) -> None:
+        """Through what precedes the blocks, and back to its embeddings."""
+        model = self.stack.model
+        entered: list[Tensor] = []
+
+        def stub(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            entered.append(hidden)
+            raise Reached
+
+        with (
+            frozen(model),
+            embeddings_need_gradients(model, self.fisher),
+            self.found.observing("entry", modules, self.fisher),
+            self.stack.stubs(stub),
+            torch.set_grad_enabled(self.fisher),
+        ):
+            for b in self.mine:
+                self.stack.forward(self.stack.batches[b])
+                output = entered.pop()
+                if output.requires_grad:
+                    _back(output, self.get("gradient", 0, b))
+
+
+def after_blocks(stack: Stack, ids: Tensor, hidden: Tensor) -> Any:
+    """The model's output where `hidden` [rows, length, d] leaves its last block."""
+
+    def stub(i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return hidden
+
+    with stack.stubs(stub):
+        return stack.model(**inputs_of(stack.model, ids))
+
+
+def _stop(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    raise Reached
+
+
+def _place(i: int) -> str:
+    return f"block {i}"
+
+
+def _back(output: Tensor, gradients: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Gradients [draws, ...] of `output` taken back; those at the leaf `hidden` [draws, ...]."""
+    found: list[Tensor] = []
+    for draw, gradient in enumerate(gradients):
+        output.backward(gradient, retain_graph=draw + 1 < len(gradients))
+        if hidden is not None:
+            _taker(hidden, found)()
+    return torch.stack(found) if found else gradients.new_zeros(0)
+
+
+def _taker(hidden: Tensor, found: list[Tensor]) -> Callable[[], None]:
+    def take() -> None:
+        assert hidden.grad is not None
+        found.append(hidden.grad)
+        hidden.grad = None
+
+    return take

@@ -1,0 +1,92 @@
+"""Input and output moments of every expert, from the tokens that the router sent to it.
+
+While the model runs, the experts compute as they always do when sorted by expert (`expert_ops.py`),
+and each projection's rows and gradients are added up for each expert apart. G is the sum over an
+expert's tokens divided by all predictions, so an expert that is seldom chosen weighs little.
+
+An expert that saw fewer than `FEWEST` tokens is left out: a metric of a handful of directions says
+that all others are free, which they are not. It gets the mean weight, as layers do that are never
+called.
+
+Exact moments of 128 experts would take 45 MB each in Qwen3-30B-A3B, 279 GB in all. So an expert's
+moments are sketched (`metric.py`) from such a size on, and with so few rows, that all experts of a
+layer together take what one wide layer may.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..linalg.second_moments import FULL, SKETCH, SecondMoment
+from ..nn.experts import Expert, slice_shape, weight_of
+from ..ops.experts import base_product, experts_forward
+
+FEWEST = 32
+
+Moments = tuple[SecondMoment, SecondMoment | None]  # of inputs, and of gradients if measured
+_Observed = dict[str, dict[int, Moments]]  # parameter -> expert -> its moments
+
+
+@contextmanager
+def observed_experts(
+    modules: Mapping[str, nn.Module], fisher: bool, begun: Mapping[str, Moments] | None = None
+) -> Iterator[dict[str, Moments]]:
+    """Measure the experts among `modules` within, and yields their moments by name.
+
+    `begun` are moments to go on from.
+    """
+    experts = {name: m for name, m in modules.items() if isinstance(m, Expert)}
+    seen: dict[nn.Module, _Observed] = {}
+    begun = begun or {}
+    own = {name: begun.get(name) or _moments(e, fisher) for name, e in experts.items()}
+    for name, expert in experts.items():
+        fused = expert.fused
+        seen.setdefault(fused.module, {}).setdefault(fused.leaf, {})[expert.number] = own[name]
+    try:
+        for module, observed in seen.items():
+            object.__setattr__(module, "forward", MethodType(_measuring(observed), module))
+        yield own
+    finally:
+        for module in seen:
+            module.__dict__.pop("forward", None)
+
+
+def enough(found: Mapping[str, Moments]) -> dict[str, Moments]:
+    """The experts that have seen enough tokens to be measured by them."""
+    return {name: moments for name, moments in found.items() if moments[0].count >= FEWEST}
+
+
+def _moments(expert: Expert, fisher: bool) -> Moments:
+    m, n = slice_shape(expert.fused.module, expert.fused.leaf)
+    share = math.isqrt(expert.fused.experts)
+    limits = FULL // share, SKETCH // share
+    return SecondMoment(n, *limits), SecondMoment(m, *limits) if fisher else None
+
+
+def _measuring(observed: _Observed) -> Callable[..., Tensor]:
+    """A `forward` of experts that adds up what goes in and what comes back."""
+
+    def forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        def project(name: str, x: Tensor, ends: Tensor) -> Tensor:
+            y = base_product(module, name, weight_of(module, name), x, ends)
+            bounds = [0, *ends.tolist()]
+            for number, (inputs, gradients) in observed.get(name, {}).items():
+                rows = slice(bounds[number], bounds[number + 1])
+                inputs.add(x[rows])
+                if gradients is not None and y.requires_grad:
+                    y.register_hook(_adding(gradients, rows))
+            return y
+
+        return experts_forward(module, hidden, top_k_index, top_k_weights, project)
+
+    return forward
+
+
+def _adding(moment: SecondMoment, rows: slice) -> Callable[[Tensor], None]:
+    return lambda gradient: moment.add(gradient[rows])

@@ -1,0 +1,278 @@
+"""What compression measures on the uncompressed fine-tune: input Grams C and output Fisher G.
+
+One pass over the calibration tokens. For a linear layer y = W·x,
+
+    C = E[x·xᵀ]  [n, n]         G = E[g·gᵀ]  [m, m],  g = Jᵀ·(diag(p) − p·pᵀ)^½·ε,  ε ~ N(0, I)
+
+with p the fine-tune's own prediction and J the derivative of its logits in y, which makes G ⊗ C the
+(Kronecker-factored) Fisher information of W: ½·tr(Eᵀ·G·E·C) approximates
+KL(fine-tune ‖ fine-tune + E) in nats per token. Labels drawn from p give the same G on average, but
+where predictions are confident a few unlikely draws decide it: on the `rxnfp` classifier, 128 draws
+missed half of its trace. A model without logits is scored by the square of the change of its last
+hidden state.
+
+An embedding is a linear layer on one-hot inputs: its rows are weighted by how often a token occurs,
+its columns by G of its output. Where it is tied to an output layer, the two uses are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import DeltaMixError
+from ..linalg.second_moments import Metric, SecondMoment, dense, diagonal
+from .expert_statistics import enough, observed_experts
+
+# Draws of ε in all, at least; a classifier makes only one prediction a text.
+_LEAST_DRAWS, _MOST_PER_PREDICTION = 1024, 4
+DRAWN = 1 << 24  # elements at once: 2048 rows of 128256 classes would take 4 GB
+
+
+@dataclass
+class LayerStatistics:
+    """Second moments of one use of one weight [m, n]; `None`: not measured."""
+
+    inputs: SecondMoment
+    gradients: SecondMoment | None
+    tokens: Tensor | None = None  # embeddings: how often each row was used, [rows]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A on the m outputs and C on the n inputs of one matrix."""
+
+    outputs: Metric = None
+    inputs: Metric = None
+
+
+class Hooks:
+    """Accumulates the moments of every use of the given modules while the model runs."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], fisher: bool):
+        self.found: dict[str, LayerStatistics] = {}  # may be what others have begun
+        self.fisher = fisher
+        self._last: tuple[Tensor, str] | None = None
+        self._alias: dict[str, str] = {}
+        self._handles = [
+            module.register_forward_hook(self._hook(name)) for name, module in modules.items()
+        ]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def measure(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            x = args[0].detach()
+            if name not in self.found:
+                self.found[name] = self._start(name, module, args[0], y)
+            layer = self.found[name]
+            if layer.tokens is not None:
+                layer.tokens += torch.bincount(x.reshape(-1), minlength=len(layer.tokens))
+            elif self._owner(name) == name:
+                layer.inputs.add(x)
+            if layer.gradients is not None and y.requires_grad:
+                y.register_hook(layer.gradients.add)
+
+        return measure
+
+    def _owner(self, name: str) -> str:
+        """The first of the modules that share this one's inputs."""
+        if name not in self._alias:
+            mine = self.found[name].inputs
+            self._alias[name] = next(n for n, o in self.found.items() if o.inputs is mine)
+        return self._alias[name]
+
+    def _start(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerStatistics:
+        gradients = SecondMoment(y.shape[-1]) if self.fisher else None
+        if isinstance(module, nn.Embedding):
+            rows = torch.zeros(module.num_embeddings, device=y.device)
+            return LayerStatistics(SecondMoment(0), gradients, rows)
+        # q/k/v and gate/up are called with the very same tensor object, one after the other
+        if self._last is not None and self._last[0] is x:
+            self._alias[name] = self._last[1]
+            return LayerStatistics(self.found[self._last[1]].inputs, gradients)
+        self._last = (x, name)
+        return LayerStatistics(SecondMoment(x.shape[-1]), gradients)
+
+    def close(self) -> dict[str, LayerStatistics]:
+        for handle in self._handles:
+            handle.remove()
+        return self.found
+
+
+def collect(
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Tensor],
+    fisher: bool,
+    seed: int = 0,
+) -> tuple[dict[str, LayerStatistics], int]:
+    """Statistics of every module that was called, and the number of scored predictions.
+
+    `batches` are token ids int64 [rows, length]; ε is drawn with `seed`.
+
+    Raises:
+        DeltaMixError: the model gives NaN on the calibration data.
+    """
+    random = torch.Generator().manual_seed(seed)
+    scored = 0
+    with (
+        observed_experts(modules, fisher) as experts,
+        frozen(model),
+        embeddings_need_gradients(model, fisher),
+        torch.set_grad_enabled(fisher),
+    ):
+        hooks = Hooks(modules, fisher)
+        try:
+            for ids in logging.tqdm(batches, desc="Calibrating", unit="batch"):
+                output = _predict(model, ids)
+                if fisher:
+                    scored += backward(output, len(batches), random)
+        finally:
+            found = hooks.close()
+    found |= {name: LayerStatistics(*moments) for name, moments in enough(experts).items()}
+    check_finite(found)
+    return found, scored
+
+
+def check_finite(found: Mapping[str, LayerStatistics]) -> None:
+    """Refuse what cannot have come from a sound model.
+
+    Raises:
+        DeltaMixError: names the first module with NaN.
+    """
+    # inputs first: gradients of all layers before the culprit are NaN too
+    moments = [(name, layer.inputs) for name, layer in found.items()]
+    moments += [(name, layer.gradients) for name, layer in found.items() if layer.gradients]
+    for name, moment in moments:
+        sums = [t for t in (moment.total, moment.squares) if t is not None]
+        if not all(bool(torch.isfinite(t).all()) for t in sums):
+            raise DeltaMixError(
+                f"calibration gave NaN or infinite values at {name}: check the fine-tune"
+            )
+
+
+@contextmanager
+def embeddings_need_gradients(model: nn.Module, needed: bool) -> Iterator[None]:
+    """Let gradients flow to the output of every embedding, though nothing before it has any."""
+    handles = [  # every one: encoder and decoder may each have their own
+        module.register_forward_hook(lambda module, args, y: y.requires_grad_(needed))
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of the model's own parameters; afterwards as before."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model runs; `weights.LazyWeights` says so, whose parameters are nowhere."""
+    device: torch.device = getattr(model, "dm_device", model.device)
+    return device
+
+
+def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Keyword arguments of a forward pass over token ids [rows, length]."""
+    ids = ids.to(device_of(model))
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if hasattr(model.config, "use_cache"):
+        inputs["use_cache"] = False  # blocks are run again on their own: nothing may be remembered
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def prediction(output: Any) -> tuple[Tensor, bool]:
+    """Logits as [predictions, classes] and True, or hidden states [tokens, d] and False."""
+    logits = getattr(output, "logits", None)
+    found = output[0] if logits is None else logits
+    return found.reshape(-1, found.shape[-1]), logits is not None
+
+
+def _predict(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, bool]:
+    return prediction(model(**inputs_of(model, ids)))
+
+
+def backward(
+    output: tuple[Tensor, bool],
+    batches: int,
+    random: torch.Generator,
+    after: Callable[[], None] = lambda: None,
+) -> int:
+    """A backward pass and a call of `after` per draw of ε; the draws of all predictions."""
+    values, is_logits = output
+    draws = min(_MOST_PER_PREDICTION, -(-_LEAST_DRAWS // (len(values) * batches)))
+    for draw in range(draws):
+        values.backward(_drawn(values.detach(), is_logits, random), retain_graph=draw + 1 < draws)
+        after()
+    return len(values) * draws
+
+
+def _drawn(values: Tensor, is_logits: bool, random: torch.Generator) -> Tensor:
+    """(diag(p) − p·pᵀ)^½·ε of logits [predictions, classes], ε of hidden states."""
+    drawn = torch.empty_like(values)
+    size = max(1, DRAWN // values.shape[-1])
+    for rows, out in zip(values.split(size), drawn.split(size), strict=True):
+        noise = torch.randn(rows.shape, generator=random).to(rows.device)
+        if is_logits:
+            p = rows.float().softmax(-1)
+            noise *= p.sqrt()
+            noise -= p.mul_(noise.sum(-1, keepdim=True))
+        out.copy_(noise)
+    return drawn
+
+
+def metrics_of(uses: list[LayerStatistics], scored: int, inputs: Metric = None) -> Metrics:
+    """The metric of one weight [m, n] from all its uses (two for a tied embedding).
+
+    `inputs` is its C, if that is known better.
+
+    A₁⊗C₁ + A₂⊗C₂ has no exact Kronecker factors: each side becomes the sum of its parts, weighted
+    by the trace of the other side. A use without gradients was measured on its inputs alone.
+    """
+    if inputs is not None:
+        return Metrics(
+            next((g for use in uses if (g := _fisher(use, scored)) is not None), None), inputs
+        )
+    found = [_of_use(use, scored) for use in uses]
+    complete = [(diagonal(u.outputs), dense(u.inputs)) for u in found if u.outputs is not None]
+    if len(found) == 1 or len(complete) < len(found):
+        return next((use for use in found if use.inputs is not None), Metrics())
+    both = [(a, c) for a, c in complete if a is not None and c is not None]
+    outputs = torch.stack([a * c.trace() for a, c in both]).sum(0)
+    inputs = torch.stack([c * a.sum() for a, c in both]).sum(0)
+    return Metrics(outputs, inputs / outputs.sum())
+
+
+def _fisher(use: LayerStatistics, scored: int) -> Metric:
+    gradients = use.gradients
+    if gradients is None or gradients.total is None:
+        return None
+    return gradients.mean(scored)
+
+
+def _of_use(use: LayerStatistics, scored: int) -> Metrics:
+    fisher = _fisher(use, scored)
+    if use.tokens is None:
+        return Metrics(fisher, use.inputs.mean())
+    frequency = use.tokens / use.tokens.sum()
+    return Metrics(frequency if fisher is not None else None, fisher)

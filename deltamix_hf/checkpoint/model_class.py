@@ -1,0 +1,65 @@
+"""What config.json says a repo is: a delta or a whole model, and of which class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..constants import QUANT_METHOD
+from ..errors import DeltaMixError, first_line
+
+
+def read_config(repo: str) -> PreTrainedConfig:
+    """The transformers config of a repo, a folder or Hub id.
+
+    Raises:
+        DeltaMixError: it cannot be found or read.
+    """
+    try:
+        return AutoConfig.from_pretrained(repo)
+    except (OSError, ValueError) as error:
+        raise DeltaMixError(f"cannot find the model {repo!r}: {first_line(error)}") from error
+    except Exception as error:  # a config class refuses odd values with whatever type it likes
+        raise DeltaMixError(f"config.json of {repo!r} is damaged: {first_line(error)}") from error
+
+
+def is_delta(config: PreTrainedConfig) -> bool:
+    """Whether it is a delta repo's."""
+    settings = getattr(config, "quantization_config", None) or {}
+    return dict(settings).get("quant_method") == QUANT_METHOD
+
+
+def model_class(repo: str, config: PreTrainedConfig) -> Any:
+    """The class that `repo` was saved with.
+
+    Raises:
+        DeltaMixError: this transformers has no such class.
+    """
+    names = config.architectures or []
+    cls = getattr(transformers, str(names[0]), None) if names else None
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise DeltaMixError(
+            f"config.json of {repo!r} names {names or 'no architecture'}, which this transformers "
+            f"{transformers.__version__} has not: upgrade it, or check the repo"
+        )
+    return cls
+
+
+def empty_model(repo: str, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """The model of a repo without memory for its weights: names and shapes alone.
+
+    Raises:
+        DeltaMixError: this transformers has no such class, or it refuses the config.
+    """
+    config = config or read_config(repo)
+    cls = model_class(repo, config)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except Exception as error:  # of whatever type the model's own code raises for odd sizes
+        raise DeltaMixError(
+            f"config.json of {repo!r} makes no {cls.__name__}: {first_line(error)}"
+        ) from error

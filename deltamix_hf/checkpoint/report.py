@@ -1,0 +1,288 @@
+"""What a delta repo holds and where its bytes went, from its files alone.
+
+Neither the base nor any weight of the model is read: headers, the ranks' widths, and config.json.
+`rank_sizes` reads the packed factors too, one matrix at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import DeltaMixConfig
+from ..errors import DeltaMixError
+from ..nn.experts import expert_place, fused_name, matrix_shape
+from ..quantization.packed_delta import PackedFactors, layout_of, parts
+from ..quantization.packed_experts import PackedExperts, expert_parts
+from ..storage.headers import TensorInfo, read_headers, read_tensor
+from ..storage.names import PREFIX
+from ..storage.sizes import SizeReport, size_report
+from .base import KeyMap
+from .delta_repo import (
+    Contents,
+    checked_experts,
+    contents_of,
+    find_delta,
+    listed_experts,
+    without_codes,
+)
+from .model_class import empty_model, is_delta, read_config
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One compressed matrix.
+
+    Attributes:
+        stored: the matrix's name in the files; None if it kept no rank.
+        shape: [m, n] of the dense matrix.
+        v_bits, u_bits: int64 [k], widths of both sides of every rank kept, as stored.
+        payload, scales, metadata: bytes of its codes, of its scales and zero points, and of its
+            ranks' widths; headers of files are counted for the whole repo only.
+        error: relative error that compression recorded; None if it recorded none, or no number of
+            at least 0.
+    """
+
+    stored: str | None
+    shape: tuple[int, int]
+    v_bits: Tensor
+    u_bits: Tensor
+    payload: int
+    scales: int
+    metadata: int
+    error: float | None
+
+    @property
+    def rank(self) -> int:
+        return len(self.v_bits)
+
+    @property
+    def bytes(self) -> int:
+        return self.payload + self.scales + self.metadata
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / (self.shape[0] * self.shape[1])
+
+    @property
+    def widths(self) -> dict[tuple[int, int], int]:
+        """(V width, U width) -> how many ranks have them, widest first."""
+        pairs = Counter(zip(self.v_bits.tolist(), self.u_bits.tolist(), strict=True))
+        return dict(sorted(pairs.items(), reverse=True))
+
+
+@dataclass(frozen=True)
+class RepoReport:
+    """A delta repo.
+
+    Attributes:
+        files: its weight files.
+        config: how it was made, and of which base.
+        size: true bytes by kind.
+        matrices: by module name, in the model's order; those that kept no rank too.
+        overlay: what is stored whole, by tensor name: its dtype's name, shape and bytes.
+    """
+
+    files: list[str]
+    config: DeltaMixConfig
+    size: SizeReport
+    matrices: dict[str, MatrixReport]
+    overlay: dict[str, tuple[str, tuple[int, ...], int]]
+
+    @property
+    def by_type(self) -> dict[str, dict[int | None, MatrixReport]]:
+        """Type of layer (the name without its number) -> depth (None: no number) -> matrix.
+
+        The experts of one 3-D parameter are taken together, as one tall matrix.
+        """
+        grouped: dict[str, list[MatrixReport]] = {}
+        for name, matrix in self.matrices.items():
+            grouped.setdefault(fused_name(name) or name, []).append(matrix)
+        found: dict[str, dict[int | None, MatrixReport]] = {}
+        for name, matrices in grouped.items():
+            kind, depth = type_and_depth(name)
+            found.setdefault(kind, {})[depth] = _together(matrices)
+        return found
+
+
+def type_and_depth(name: str) -> tuple[str, int | None]:
+    """A module's name with its first number starred, and that number."""
+    number = re.search(r"(?<=\.)\d+(?=\.|$)", name)
+    if number is None:
+        return name, None
+    return f"{name[: number.start()]}*{name[number.end() :]}", int(number.group())
+
+
+def inspect_repo(repo: str | Path) -> RepoReport:
+    """Read a delta repo's headers and widths.
+
+    Args:
+        repo: folder or Hub id.
+
+    Raises:
+        DeltaMixError: not found, not a delta repo, damaged, or of a class transformers has not.
+    """
+    repo = str(repo)
+    model_config = read_config(repo)
+    if not is_delta(model_config):  # before its weights are fetched
+        raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
+    files, config = find_delta(repo, {})
+    keys = KeyMap(empty_model(repo, model_config))
+    infos = read_headers(files)
+    contents = contents_of(infos, config, keys)
+    shapes = stored_shapes(contents, config, keys)
+    matrices = {
+        name: _matrix(infos, config, contents.packed.get(name), name, shape)
+        for name, shape in shapes.items()
+    }
+    for name, stored in contents.experts.items():
+        packed = checked_experts(keys, name, stored, config, without_codes(infos))
+        matrices |= _expert_matrices(packed, config, name, stored)
+    overlay = {
+        name: (infos[stored].dtype, infos[stored].shape, _length(infos[stored]))
+        for name, stored in contents.whole.items()
+    }
+    size = size_report(Path(files[0]).parent, shapes)
+    return RepoReport(files, config, size, matrices, overlay)
+
+
+def stored_shapes(
+    contents: Contents, config: DeltaMixConfig, keys: KeyMap
+) -> dict[str, tuple[int, int]]:
+    """Module name -> [m, n] of every compressed matrix, in the model's order.
+
+    Raises:
+        DeltaMixError: the files hold what the model has not, or config.json names as dropped what
+            is no matrix of it.
+    """
+    if contents.absent:
+        raise DeltaMixError(f"the model has no {contents.absent[0]}, which the files hold")
+    compressed = {*contents.packed, *config.dropped}
+    for fused, stored in contents.experts.items():
+        listed = listed_experts(config, stored)
+        compressed |= {f"{fused}.{name.rpartition('.')[2]}" for name in listed}
+    names = [name for n, t in keys.state.items() for name in _matrices_in(keys, n, t)]
+    if unknown := sorted(compressed - {*names}):
+        raise DeltaMixError(f"the model has no matrix {unknown[0]}, which config.json lists")
+    return {n: matrix_shape(keys.model, n) for n in names if n in compressed}
+
+
+def rank_sizes(report: RepoReport, name: str) -> Tensor:
+    """|u_i|·|v_i| of every rank of a matrix, float32 [k] in stored order.
+
+    In the plain metric that is the singular value; in that of the layer it is what the rank adds to
+    the weight all the same.
+    """
+    matrix, config = report.matrices[name], report.config
+    if matrix.stored is None:
+        return torch.zeros(0)
+    infos = read_headers(report.files)
+    gaussian, stored = config.codebook == "gaussian", matrix.stored
+    fused, _, number = stored.rpartition(".")
+    factors: PackedFactors | None
+    if f"{fused}_{PREFIX}counts" in infos:
+        tensors = {
+            part: _tensor(infos, f"{fused}_{PREFIX}{part}") for part in expert_parts(gaussian)
+        }
+        shape = len(tensors["counts"]), *matrix.shape
+        factors = PackedExperts.checked(*shape, config.group_size, tensors).split()[int(number)]
+        assert factors is not None
+    else:
+        tensors = {part: _tensor(infos, f"{stored}.{PREFIX}{part}") for part in parts(gaussian)}
+        factors = PackedFactors.checked(*matrix.shape, config.group_size, tensors)
+    return factors.left().norm(dim=1) * factors.right().norm(dim=1)
+
+
+def _matrix(
+    infos: dict[str, TensorInfo],
+    config: DeltaMixConfig,
+    stored: str | None,
+    name: str,
+    shape: tuple[int, int],
+) -> MatrixReport:
+    """`stored` is the module's name in the files; None for a matrix that kept no rank."""
+    error = _error(config, name)
+    if stored is None:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return MatrixReport(None, shape, nothing, nothing, 0, 0, 0, error)
+    ranks = _tensor(infos, f"{stored}.{PREFIX}ranks")
+    try:
+        layout_of(ranks, config.group_size)
+    except DeltaMixError as damage:
+        raise DeltaMixError(f"{name}: {damage}") from None
+    words = ranks[:, 0].long()
+    length = {p: _length(infos.get(f"{stored}.{PREFIX}{p}")) for p in ("v", "u", "ranks", "zeros")}
+    return MatrixReport(
+        stored=stored,
+        shape=shape,
+        v_bits=words % 16,
+        u_bits=words // 16 % 16,
+        payload=length["v"] + length["u"],
+        scales=length["ranks"] - 2 * len(words) + length["zeros"],
+        metadata=2 * len(words),
+        error=error,
+    )
+
+
+def _error(config: DeltaMixConfig, name: str) -> float | None:
+    error = config.errors.get(name)
+    return error if error is not None and 0 <= error < 1e300 else None  # no NaN or the like
+
+
+def _expert_matrices(
+    packed: PackedExperts, config: DeltaMixConfig, name: str, stored: str
+) -> dict[str, MatrixReport]:
+    """Every expert of a 3-D parameter that kept ranks; the codes may be meta."""
+    found = {}
+    for number, factors in enumerate(packed.split()):
+        if factors is not None:
+            own, words = f"{stored}.{number}", factors.ranks[:, 0].long()
+            found[f"{name}.{number}"] = MatrixReport(
+                stored=own,
+                shape=(factors.m, factors.n),
+                v_bits=words % 16,
+                u_bits=words // 16 % 16,
+                error=_error(config, own),
+                **factors.nbytes,
+            )
+    return found
+
+
+def _together(matrices: list[MatrixReport]) -> MatrixReport:
+    """Matrices of one shape as one, below each other; its error is their mean."""
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    errors = [matrix.error for matrix in matrices if matrix.error is not None]
+    return MatrixReport(
+        stored=first.stored,
+        shape=(sum(matrix.shape[0] for matrix in matrices), first.shape[1]),
+        v_bits=torch.cat([matrix.v_bits for matrix in matrices]),
+        u_bits=torch.cat([matrix.u_bits for matrix in matrices]),
+        payload=sum(matrix.payload for matrix in matrices),
+        scales=sum(matrix.scales for matrix in matrices),
+        metadata=sum(matrix.metadata for matrix in matrices),
+        error=sum(errors) / len(errors) if errors else None,
+    )
+
+
+def _matrices_in(keys: KeyMap, name: str, tensor: Tensor) -> list[str]:
+    """Names of the matrices that a parameter holds: one, or one for each expert."""
+    if name.endswith(".weight") and tensor.ndim == 2:
+        return [name.removesuffix(".weight")]
+    if tensor.ndim == 3 and expert_place(keys.model, f"{name}.0"):
+        return [f"{name}.{number}" for number in range(len(tensor))]
+    return []
+
+
+def _length(info: TensorInfo | None) -> int:
+    return 0 if info is None else info.end - info.start
+
+
+def _tensor(infos: dict[str, TensorInfo], name: str) -> Tensor:
+    return read_tensor(infos[name], name)

@@ -1,0 +1,117 @@
+"""Fine-tunes with more or fewer tokens than their base.
+
+W_base of an embedding or head is then made of the base's rows, cut off where the fine-tune ends or
+followed by the rows that only the fine-tune has, which the delta repo stores whole as `dm_rows`. So
+ΔW is zero there, and everything else is as for any matrix. Only the model's input embedding and
+output head may differ so: any other shape means another base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+
+from ..config import DeltaMixConfig
+from ..errors import DeltaMixError
+from ..nn.layers import delta_class, weight_of
+from ..storage.headers import TensorInfo
+from ..storage.names import ROWS
+from .base import BaseCheckpoint, KeyMap
+
+
+@dataclass(frozen=True)
+class Resized:
+    """Rows of a matrix in the base and in the fine-tune; the added ones' name in the files."""
+
+    base: int
+    rows: int
+    stored: str | None
+
+
+class FitRows(ConversionOps):
+    """The base's rows, and below them those the delta repo adds; at most `rows`."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The sources in their order, one below the other."""
+        found = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
+        tensors = [t for value in found for t in (value if isinstance(value, list) else [value])]
+        return {target_patterns[0]: torch.cat(tensors)[: self.rows]}
+
+
+def vocabulary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The input embedding and the output head, by name: a row or an output for each token."""
+    try:
+        ends = [id(model.get_input_embeddings()), id(model.get_output_embeddings())]
+    except NotImplementedError:  # a model of sound or pictures
+        return {}
+    return {name: module for name, module in model.named_modules() if id(module) in ends}
+
+
+def is_resized(base: BaseCheckpoint, module: nn.Module | None, name: str) -> bool:
+    """Whether the weight `name` of an embedding or head has more or fewer rows than the base's."""
+    if module is None or delta_class(type(module)) is None or name not in base:
+        return False
+    rows, *rest = weight_of(module).shape
+    shape = base.shape(name)
+    return shape is not None and shape[0] != rows and list(shape[1:]) == rest
+
+
+def one_for_each_token(ends: Collection[nn.Module], tensor: Tensor) -> bool:
+    """Whether it has a number for each token: the bias of a head, stored whole."""
+    return tensor.ndim == 1 and any(len(weight_of(end)) == len(tensor) for end in ends)
+
+
+def resized_in_repo(
+    infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: KeyMap
+) -> dict[str, Resized]:
+    """What config.json says of resized matrices, by the model's module name, checked.
+
+    A head that the class lacks is left out.
+
+    Raises:
+        DeltaMixError: rows are missing, of another number than announced, or no tokens'.
+    """
+    found: dict[str, Resized] = {}
+    ends = vocabulary_modules(keys.model)
+    announced = {f"{name}.{ROWS}" for name, (old, new) in config.resized.items() if new > old}
+    stored = {name for name in infos if name.endswith(f".{ROWS}")}
+    if missing := sorted(announced - stored):
+        raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
+    if more := sorted(stored - announced):
+        raise DeltaMixError(f"the delta repo holds {more[0]}, which its config.json does not list")
+    for listed, (old, new) in config.resized.items():
+        weight = keys.rename(f"{listed}.weight")[0]
+        if weight not in keys.state:
+            continue
+        module, ours = weight.removesuffix(".weight"), keys.state[weight]
+        if module not in ends or ours.ndim != 2 or len(ours) != new:
+            raise DeltaMixError(
+                f"config.json says that {listed} was resized to {new} rows, which the model's "
+                "vocabulary was not: it is damaged, or of another model"
+            )
+        name = f"{listed}.{ROWS}" if new > old else None
+        if name is not None:
+            info, shape = infos[name], (new - old, ours.shape[1])
+            if info.shape != shape or not info.placeholder().is_floating_point():
+                raise DeltaMixError(
+                    f"{name} of the delta repo is {info.dtype} {list(info.shape)}, config.json "
+                    f"announces {list(shape)}: the file is damaged"
+                )
+        found[module] = Resized(old, new, name)
+    return found

@@ -1,0 +1,1 @@
+"""The compression job and its order: allocate, factorise, quantize, correct, tune."""

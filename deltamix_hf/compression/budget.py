@@ -1,0 +1,120 @@
+"""Bytes: what a delta repo has for packed ranks, and what a rank costs at every pair of widths.
+
+The promise is a share of the bf16 bytes of what differs from the base. Headers, guards and what is
+stored whole are paid first. Rounding a rank's two vectors with relative errors d_v and d_u costs
+1 − (1 − d_v)·(1 − d_u) of what dropping it would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..allocation.whole_model import Choices
+from ..config import DeltaMixConfig
+from ..errors import DeltaMixError
+from ..quantization import gaussian as codebook
+from ..quantization.packed_delta import DTYPES, GroupSizes, part_shapes, rank_bytes
+from ..quantization.packed_experts import COUNT_BYTES, largest_parts
+from ..storage.names import GUARD, PREFIX
+from ..storage.sizes import header_bytes, reference_bytes
+
+# Mean squared error of the min-max grid, groups of 128, on a normal variable, by width.
+_MIN_MAX = (1.0, 0.979, 0.2533, 0.0466, 0.01014, 0.002376, 5.75e-4, 1.42e-4, 3.53e-5)
+# What GPTQ leaves of V's rounding error in C, from rxnfp and SmolLM2 at 1/16.
+_V_GPTQ = 0.35
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes for packed ranks in total, after headers, guards and overlay are paid."""
+
+    total: int
+    fixed: int
+    reference: int
+
+    @property
+    def ranks(self) -> int:
+        return self.total - self.fixed
+
+
+def plan_budget(
+    shapes: Mapping[str, tuple[int, int]],
+    overlay: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    guards: list[str],
+    config: DeltaMixConfig,
+    embeddings: Collection[str] = (),
+    experts: Mapping[str, int] | None = None,
+) -> Budget:
+    """Split the promised bytes into what is fixed and what is left for ranks.
+
+    Args:
+        shapes: module name -> [m, n] of each matrix to pack.
+        overlay: tensor name -> (dtype, shape) of everything stored whole.
+        guards: names of the guard tensors.
+        embeddings: which of the matrices are embeddings.
+        experts: 3-D parameter -> number of its experts. Their matrices, `<parameter>.<number>`,
+            are stored together.
+
+    Raises:
+        DeltaMixError: the overlay and headers alone exceed the budget, or no matrix could keep
+            even one rank; names the smallest budget that works.
+    """
+    gaussian = config.codebook == "gaussian"
+    numel = {name: torch.Size(shape).numel() for name, (_, shape) in overlay.items()}
+    reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})
+    total = config.budget(reference)
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(overlay)
+    entries |= dict.fromkeys(guards, GUARD)
+    group_sizes = {name: config.group_sizes(name in embeddings) for name in shapes}
+    experts = experts or {}
+    for name, (m, n) in shapes.items():
+        if (fused := name.rpartition(".")[0]) in experts:
+            largest = largest_parts(experts[fused], m, n, group_sizes[name], gaussian)
+            entries |= {f"{fused}_{PREFIX}{part}": entry for part, entry in largest.items()}
+            continue
+        worst = part_shapes(m, n, [(min(m, n), 8, 8)], group_sizes[name], gaussian)
+        entries |= {f"{name}.{PREFIX}{part}": (DTYPES[part], s) for part, s in worst.items()}
+    whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
+    whole += len(guards)  # a byte each
+    whole += COUNT_BYTES * sum(experts.values())
+    least = min(b for b in config.bits if b > 0)
+    one_rank = sum(
+        rank_bytes(m, n, least, least, group_sizes[name], gaussian)
+        for name, (m, n) in shapes.items()
+    )
+    if config.allocation == "global":  # some matrix can keep one
+        one_rank //= max(len(shapes), 1)
+    fixed = whole + header_bytes(entries, total)
+    if total < fixed + one_rank:
+        needed = fixed + one_rank
+        while needed < (more := whole + header_bytes(entries, needed) + one_rank):
+            needed = more  # more bytes are longer offsets
+        ratio = math.ceil((needed + 1) / reference * 1e6) / 1e6
+        advice = f"ratio >= {ratio:.6f} or " if ratio <= 1 else ""
+        raise DeltaMixError(
+            f"the budget of {total:,} bytes ({total / reference:.4g} of the {reference:,} bf16 "
+            f"bytes that differ) is too small: headers and the overlay take {fixed:,}, one "
+            f"{least}-bit rank per matrix {one_rank:,}. Give {advice}budget_bytes >= {needed}"
+        )
+    return Budget(total=total, fixed=fixed, reference=reference)
+
+
+def rank_options(
+    shape: tuple[int, int], group_sizes: GroupSizes, config: DeltaMixConfig
+) -> tuple[Choices, list[tuple[int, int]]]:
+    """Relative error and bytes of every pair of widths (V, U) of a rank of an [m, n] matrix."""
+    gaussian = config.codebook == "gaussian"
+    used = [b for b in config.bits if b > 0]
+    pairs = [(v, u) for v in used for u in used if config.split_widths or v == u]
+    left = codebook.DISTORTION if gaussian else _MIN_MAX
+    error = [1 - (1 - _V_GPTQ * left[v]) * (1 - left[u]) for v, u in pairs]
+    bytes_ = [rank_bytes(*shape, v, u, group_sizes, gaussian) for v, u in pairs]
+    choices = Choices(
+        torch.tensor([config.drop_penalty, *error], dtype=torch.float64),
+        torch.tensor([0, *bytes_], dtype=torch.int64),
+    )
+    return choices, [(0, 0), *pairs]

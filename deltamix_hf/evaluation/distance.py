@@ -1,0 +1,238 @@
+"""How far a fine-tune is from its base, and what its delta would lose at each budget.
+
+Both are read tensor by tensor from their files; no model is run. The spectrum of every ΔW goes
+through the allocation that compression uses, in the plain metric, so what comes out is the share of
+ΔW's energy |ΔW|² that is lost. Compression weighs errors by what the layers see and keeps more of
+what matters; the use of these shares is to compare budgets, and one fine-tune with another.
+docs/budget.md has them beside the measured KL of real pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..allocation.whole_model import solve_global
+from ..checkpoint.base import BaseCheckpoint, same, weights_from_base
+from ..checkpoint.tensor_diff import packable, packable_experts
+from ..checkpoint.vocabulary import is_resized, one_for_each_token, vocabulary_modules
+from ..compression.budget import plan_budget, rank_options
+from ..config import DeltaMixConfig, overlay_dtype
+from ..errors import DeltaMixError
+from ..linalg.svd import singular_values
+from ..nn.experts import fused_name, fused_sizes, slice_shape
+from ..nn.layers import shape_of
+from ..storage.names import ROWS, guard_names
+from ..storage.sizes import reference_bytes
+
+RATIOS = (1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128)
+
+# Share of |ΔW|² that may be lost. The gain kept on three real pairs (docs/results/quality.md) at
+# all ratios with a loss up to 3.5 % was at least 99.87 %, up to 7.4 % 99.50 %, up to 15 % 97.84 %.
+SAFE_LOSS = 0.075
+
+
+@dataclass(frozen=True)
+class MatrixDistance:
+    """One matrix: [m, n], |ΔW|² and |W_base|², and the energy σ² of each rank of ΔW, descending."""
+
+    shape: tuple[int, int]
+    delta: float
+    base: float
+    energies: Tensor
+    embedding: bool
+
+    @property
+    def ranks_for_90(self) -> int:
+        """How many ranks hold 90 % of the energy."""
+        held = self.energies.cumsum(0)
+        return int((held < 0.9 * held[-1]).sum()) + 1 if len(held) else 0
+
+
+@dataclass(frozen=True)
+class BudgetLoss:
+    """A budget as ratio and bytes, and the share of ΔW's energy that is lost under it.
+
+    `lost` is None where headers and overlay alone take more.
+    """
+
+    ratio: float
+    bytes: int
+    lost: float | None
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A fine-tune against its base.
+
+    Attributes:
+        matrices: what would be packed, by module name.
+        overlay: what would be stored whole, by tensor name: its dtype and shape.
+        same: how many tensors are identical.
+        reference: bf16 bytes of all that differs.
+        budgets: the loss at each ratio, in the order asked for; none if nothing differs.
+    """
+
+    matrices: dict[str, MatrixDistance]
+    overlay: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    same: int
+    reference: int
+    budgets: list[BudgetLoss]
+
+    @property
+    def relative(self) -> float:
+        """|ΔW| / |W_base| over all matrices that differ."""
+        return relative(list(self.matrices.values()))
+
+    @property
+    def suggested(self) -> BudgetLoss | None:
+        """The smallest of the budgets that is safe; None if none is."""
+        safe = [b for b in self.budgets if b.lost is not None and b.lost <= SAFE_LOSS]
+        return min(safe, key=lambda b: b.bytes, default=None)
+
+    def by_type(self) -> dict[str, list[MatrixDistance]]:
+        """The matrices by name without the numbers of layers."""
+        groups: dict[str, list[MatrixDistance]] = {}
+        for name, matrix in self.matrices.items():
+            kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", fused_name(name) or name)
+            groups.setdefault(kind, []).append(matrix)
+        return groups
+
+
+def relative(matrices: Sequence[MatrixDistance]) -> float:
+    """|ΔW| / |W_base| of some matrices together; infinite over a base of zeros."""
+    delta, base = (sum(getattr(m, part) for m in matrices) for part in ("delta", "base"))
+    return (delta / base) ** 0.5 if base else (float("inf") if delta else 0.0)
+
+
+def measure(
+    model: PreTrainedModel,
+    tuned_files: list[str],
+    base_files: list[str],
+    config: DeltaMixConfig,
+    ratios: Sequence[float] = RATIOS,
+) -> Distance:
+    """The distance of two checkpoints of the architecture of `model`, whose weights may be meta.
+
+    Raises:
+        DeltaMixError: they have no tensor in common or other shapes, or the fine-tune holds NaN.
+    """
+    tuned, base = (BaseCheckpoint(files, model) for files in (tuned_files, base_files))
+    names = [n for n in model.state_dict() if n in tuned and n not in model.all_tied_weights_keys]
+    if not any(name in base for name in names):
+        raise DeltaMixError("base and fine-tune have no tensor in common: they are not of a family")
+    matrices: dict[str, MatrixDistance] = {}
+    overlay: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    identical = 0
+    ends = list(vocabulary_modules(model).values())
+    bar = logging.tqdm(total=len(names), desc="Measuring ΔW", unit="tensor")
+    for name in names:
+        found = _compare(model, ends, tuned, base, name)
+        if found is None:
+            identical += 1
+        elif isinstance(found, dict):
+            matrices |= found
+        else:
+            overlay[name] = overlay_dtype(found.dtype, config), tuple(found.shape)
+        added = base.added(name)
+        if added is not None:
+            rows = f"{name.removesuffix('.weight')}.{ROWS}"
+            overlay[rows] = overlay_dtype(added.dtype, config), tuple(added.shape)
+        bar.update()
+    bar.close()
+    guards = guard_names(weights_from_base(model, base, overlay), model.base_model_prefix)
+    experts = fused_sizes(model, matrices)
+    losses = [
+        _loss(matrices, overlay, guards, experts, ratio) for ratio in ratios if matrices or overlay
+    ]
+    return Distance(matrices, overlay, identical, _reference(matrices, overlay), losses)
+
+
+def _compare(
+    model: PreTrainedModel,
+    ends: Collection[nn.Module],
+    tuned: BaseCheckpoint,
+    base: BaseCheckpoint,
+    name: str,
+) -> dict[str, MatrixDistance] | Tensor | None:
+    """Matrices to pack, by name; None: equal; a tensor: to be stored whole."""
+    value = tuned.read(name)
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
+    if name not in base:
+        return value
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if module in ends and is_resized(base, module, name):
+        base.resize(name, value)  # added rows are stored, and are no part of ΔW
+    before = base.read(name)
+    if before.shape != value.shape and not one_for_each_token(ends, value):
+        raise DeltaMixError(
+            f"{name} is {list(value.shape)} in the fine-tune and {list(before.shape)} in the base: "
+            "this is not the base it was fine-tuned from"
+        )
+    if same(value, before):
+        return None
+    if packable_experts(module, name, ()):
+        shape, pairs = slice_shape(module, leaf), enumerate(zip(value, before, strict=True))
+        return {
+            f"{name}.{number}": _distance(shape, expert, its, False)
+            for number, (expert, its) in pairs
+            if not same(expert, its)
+        }
+    if leaf != "weight" or not packable(module, module_name, ()):
+        return value
+    embedding = isinstance(module, nn.Embedding)
+    return {module_name: _distance(shape_of(module), value, before, embedding)}
+
+
+def _distance(
+    shape: tuple[int, int], value: Tensor, before: Tensor, embedding: bool
+) -> MatrixDistance:
+    delta = value.float() - before.float()
+    return MatrixDistance(
+        shape,
+        float(delta.double().square().sum()),
+        float(before.double().square().sum()),
+        singular_values(delta).square(),
+        embedding,
+    )
+
+
+def _loss(
+    matrices: dict[str, MatrixDistance],
+    overlay: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    guards: list[str],
+    experts: dict[str, int],
+    ratio: float,
+) -> BudgetLoss:
+    config = DeltaMixConfig(ratio=ratio, drop_penalty=1.0)
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    embeddings = {name for name, matrix in matrices.items() if matrix.embedding}
+    try:
+        budget = plan_budget(shapes, overlay, guards, config, embeddings, experts)
+    except DeltaMixError:  # too small
+        return BudgetLoss(ratio, config.budget(_reference(matrices, overlay)), None)
+    energies = [matrix.energies for matrix in matrices.values()]
+    options = [
+        rank_options(matrix.shape, config.group_sizes(matrix.embedding), config)[0]
+        for matrix in matrices.values()
+    ]
+    found = solve_global(energies, options, budget.ranks)
+    whole = sum(float(e.sum()) for e in energies)
+    return BudgetLoss(ratio, budget.total, found.error / whole if whole else 0.0)
+
+
+def _reference(
+    matrices: dict[str, MatrixDistance],
+    overlay: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> int:
+    """bf16 bytes of all that differs."""
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    return reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})

@@ -1,0 +1,1 @@
+"""The Hub: push a delta repo with its model card and pictures."""

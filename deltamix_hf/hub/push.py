@@ -1,0 +1,154 @@
+"""A delta repo goes to the Hub: one commit with its files, a model card and a picture.
+
+A repo that others cannot load is refused: its base must be on the Hub too. The card is made anew
+from the files (`model_card.py`); what people wrote around our part of an earlier card stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from ..checkpoint.base import resolve_base
+from ..constants import QUANT_METHOD
+from ..errors import DeltaMixError, first_line
+from ..storage.headers import check_base, read_headers
+
+CARD = "README.md"
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    base: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    tags: Sequence[str] | None = None,
+) -> str:
+    """Upload a delta repo with its model card; returns the commit's address.
+
+    Args:
+        folder: a saved delta repo.
+        repo_id: where to on the Hub, `name` or `org/name`; made if it is not there.
+        base: Hub id of the base, if the delta was made from a local copy of it. It is checked
+            tensor by tensor, and named and pinned in the uploaded config.json.
+        token: of the Hub, if not the one logged in with.
+        private: make a new repo private.
+        revision: branch to push to, made if it is not there.
+        create_pr: open a pull request instead.
+        commit_message: first line of the commit.
+        commit_description: the rest of it.
+        tags: tags of the card besides our own.
+
+    Raises:
+        DeltaMixError: not a delta repo, a base that is not on the Hub or not the right one, or a
+            Hub that refuses.
+    """
+    config = _config_for_others(folder, base, token)
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        operations = _operations(api, folder, repo_id, config, revision, list(tags or ()))
+        commit: Any = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload delta",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise DeltaMixError(f"cannot push to {repo_id!r}: {first_line(error)}") from error
+    return commit.pr_url or commit.commit_url
+
+
+def _config_for_others(folder: Path, base: str | None, token: str | bool | None) -> dict[str, Any]:
+    """The repo's config.json, with a base that is on the Hub."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        settings = config["quantization_config"]
+        ours = settings["quant_method"] == QUANT_METHOD
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise DeltaMixError(f"{folder} is not a delta repo; make one with `deltamix compress`")
+    if base is not None:
+        files, commit = resolve_base(base, None, {"token": token})
+        if commit is None:
+            raise DeltaMixError(f"{base!r} is a local folder; give the base's id on the Hub")
+        check_base(settings["base_fingerprints"], read_headers(files), repr(base))
+        settings |= {"base_model": base, "base_revision": commit}
+    elif not _is_hub_id(settings.get("base_model")):
+        raise DeltaMixError(
+            f"the delta names its base by the local path {settings.get('base_model')!r}, which "
+            "nobody else has; name the same base on the Hub (--base org/base, or base=)"
+        )
+    return config
+
+
+def _is_hub_id(name: str | None) -> bool:
+    if not name or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _operations(
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    config: dict[str, Any],
+    revision: str | None,
+    tags: list[str],
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    from ..checkpoint.report import inspect_repo
+    from .model_card import PICTURE, model_card, picture
+
+    report = inspect_repo(folder)
+    card = model_card(report, repo_id, config, _earlier_card(repo_id, api.token), tags)
+    contents: dict[str, Any] = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    }
+    contents |= {
+        "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        CARD: str(card).encode(),
+        PICTURE: picture(report),
+    }
+    # What an earlier push left would be read instead: a whole file wins over shards.
+    stale = [
+        name
+        for name in api.list_repo_files(repo_id, revision=revision)
+        if name.startswith("model")
+        and name.endswith((".safetensors", ".safetensors.index.json"))
+        and name not in contents
+    ]
+    return [
+        *(CommitOperationDelete(name) for name in stale),
+        *(CommitOperationAdd(name, content) for name, content in contents.items()),
+    ]
+
+
+def _earlier_card(repo_id: str, token: str | bool | None) -> ModelCard | None:
+    try:
+        # Annotated as str, but handed on to hf_hub_download, which takes all three.
+        return ModelCard.load(repo_id, token=token, ignore_metadata_errors=True)  # type: ignore[arg-type]
+    except EntryNotFoundError:
+        return None

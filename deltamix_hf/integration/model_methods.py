@@ -1,0 +1,129 @@
+"""What `registration.register` makes methods of every `PreTrainedModel`; see `tenants.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..multi_delta.manager import DEFAULT, Tenants, tenants_of
+from ..multi_delta.pool import DeltaMemory
+from ..nn.experts import delta_experts
+from ..nn.layers import delta_modules
+
+
+def load_delta(self: PreTrainedModel, repo: Any, name: str = DEFAULT, **base_kwargs: Any) -> None:
+    """Load a delta repo beside the base, under a name; the first one becomes active.
+
+    Args:
+        repo: folder or Hub id of a delta repo made from this model's base.
+        name: what to call it in `set_delta` and `delta_names`.
+        base_kwargs: how to fetch it (`revision`, `token`, `cache_dir`, `local_files_only`).
+
+    Raises:
+        DeltaMixError: not a delta repo, made from another base, damaged, or the name is taken; the
+            model is as it was.
+    """
+    tenants = tenants_of(self)
+    first = not tenants.pool.entries
+    tenants.load(str(repo), name, **base_kwargs)
+    if first:
+        tenants.choose([name])
+
+
+def set_delta(self: PreTrainedModel, names: str | Sequence[str]) -> None:
+    """Use these deltas for all calls that name none; several are added up.
+
+    Raises:
+        DeltaMixError: no delta of that name is loaded.
+    """
+    tenants_of(self).choose([names] if isinstance(names, str) else list(names))
+
+
+@contextmanager
+def use_deltas(self: PreTrainedModel, names: str | Sequence[str | None]) -> Iterator[None]:
+    """Use these deltas in all calls within that name none; for compiled models and CUDA graphs.
+
+    A compiled model takes its rows' deltas from here, and so does a captured graph that is replayed
+    within. Only one thread can be within at a time.
+
+    Args:
+        names: one for each row of a batch, None or "__base__" for the base, or one for all rows.
+
+    Raises:
+        DeltaMixError: no delta of that name is loaded, or no room for all of them.
+    """
+    with tenants_of(self).using(names):
+        yield
+
+
+class _Disabled:
+    """Deltas are off from now on; as a context manager, until its end."""
+
+    def __init__(self, tenants: Tenants):
+        self.tenants, self.before = tenants, tenants.enabled
+        tenants.enable(False)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: Any) -> None:
+        self.tenants.enable(self.before)
+
+
+def disable_deltas(self: PreTrainedModel) -> _Disabled:
+    """Run the plain base, until `enable_deltas` or, in a `with`, until its end."""
+    return _Disabled(tenants_of(self))
+
+
+def enable_deltas(self: PreTrainedModel) -> None:
+    """Undo `disable_deltas`."""
+    tenants_of(self).enable(True)
+
+
+def delete_delta(self: PreTrainedModel, name: str) -> None:
+    """Forget a delta and free its memory.
+
+    Raises:
+        DeltaMixError: no delta of that name is loaded.
+    """
+    tenants_of(self).delete(name)
+
+
+def list_deltas(self: PreTrainedModel) -> dict[str, int]:
+    """Name -> bytes of every loaded delta, wherever it is now."""
+    if not _has_deltas(self):
+        return {}
+    return {name: entry.nbytes for name, entry in tenants_of(self).pool.entries.items()}
+
+
+def set_delta_memory(self: PreTrainedModel, budget_bytes: int | None, host_bytes: int = 0) -> None:
+    """Bound the memory of loaded deltas; those used longest ago are moved out and come back.
+
+    Args:
+        budget_bytes: for deltas beside the base, on its device; None: no bound.
+        host_bytes: for copies in host memory, from which a delta comes back faster than from disk.
+
+    Raises:
+        DeltaMixError: deltas in use, or on no disk, take more; nothing is changed.
+    """
+    tenants_of(self).pool.resize(budget_bytes, host_bytes)
+
+
+def delta_memory(self: PreTrainedModel) -> DeltaMemory:
+    """Bytes of every delta by where it is, and their budget."""
+    return tenants_of(self).pool.memory()
+
+
+def active_deltas(self: PreTrainedModel) -> list[str]:
+    """Names in use for calls that name none; empty if disabled."""
+    if "dm_tenants" not in self.__dict__:  # a property must not change the model
+        return [DEFAULT] if _has_deltas(self) else []
+    tenants = tenants_of(self)
+    return list(tenants.active) if tenants.enabled else []
+
+
+def _has_deltas(model: PreTrainedModel) -> bool:
+    return "dm_tenants" in model.__dict__ or bool(delta_modules(model) or delta_experts(model))

@@ -1,0 +1,280 @@
+"""Writing a delta repo: what is stored, all or nothing, with the tokenizer beside the weights.
+
+transformers writes straight into the target folder and knows nothing of the tokenizer. A delta
+model therefore carries its own `save_pretrained`: transformers writes into a hidden sibling folder,
+the tokenizer's files are copied along, and only then are the files renamed into place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from ..checkpoint.base import BaseCheckpoint, same, weights_from_base
+from ..config import overlay_dtype
+from ..constants import NOTICE
+from ..errors import DeltaMixError
+from ..hub.push import push_folder
+from ..nn.experts import delta_experts
+from ..nn.layers import delta_modules
+from ..nn.tensor_parallel import wanted, whole
+from ..storage.names import GUARD, ROWS, guard_names, packed_part
+
+# Files that make up tokenizers and processors on the Hub; copied as they are.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+# Options of `push_to_hub` that `save_pretrained(push_to_hub=True)` passes on.
+HUB_OPTIONS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "create_pr",
+    "private",
+    "revision",
+    "tags",
+)
+
+
+@torch.no_grad()
+def delta_state_dict(
+    model: PreTrainedModel,
+    base: BaseCheckpoint,
+    factor: Callable[[str, Tensor], Tensor] = lambda name, held: held,
+) -> dict[str, Tensor]:
+    """What a delta repo stores: packed tensors, overlay and guards, under model names.
+
+    `factor` gives the whole of a packed tensor, from its name and what the model holds of it. Of
+    processes that share a model all must call this.
+
+    Raises:
+        DeltaMixError: a base weight was edited (merged adapters), or weights are offloaded.
+    """
+    quantizer: Any = model.hf_quantizer
+    config = quantizer.quantization_config
+    state = model.state_dict()
+    tied = set(model.all_tied_weights_keys)
+    stored: dict[str, Tensor] = {}
+    frozen = {f"{module}.weight" for module in delta_modules(model)}
+    for module, experts in delta_experts(model).items():
+        frozen |= {f"{module}.{leaf}" for leaf in experts.dm_group_sizes}
+    for name, tensor in state.items():
+        module, _, leaf = name.rpartition(".")
+        if name in tied:
+            continue
+        if tensor.device.type == "meta":
+            raise DeltaMixError(
+                f"{name} is offloaded and cannot be saved from here; load without offload"
+            )
+        tensor = whole(tensor)
+        if packed_part(name):
+            stored[name] = factor(name, tensor)
+        elif name in base:
+            if leaf == "weight" and module in config.resized:  # a bias of that length is whole
+                base.resize(name, tensor)
+                if (added := base.added(name)) is not None:
+                    stored[f"{module}.{ROWS}"] = added.to(overlay_dtype(added.dtype, config))
+            unchanged = same(tensor, base.read(name))
+            if name in frozen and not unchanged:
+                raise DeltaMixError(
+                    f"the frozen base weight {name} was edited (merged adapters?); save the dense "
+                    "model instead: model.dequantize(), then save_pretrained"
+                )
+            if not unchanged:
+                stored[name] = tensor.to(overlay_dtype(tensor.dtype, config))
+        elif not base.supplies(name):
+            stored[name] = tensor.to(overlay_dtype(tensor.dtype, config))
+    dtype, shape = GUARD
+    for name in guard_names(weights_from_base(model, base, stored), model.base_model_prefix):
+        stored[name] = torch.zeros(shape, dtype=dtype)
+    return stored
+
+
+def install_save(model: PreTrainedModel) -> None:
+    """Make `model.save_pretrained` and `push_to_hub` write a whole delta repo."""
+    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+    model.push_to_hub = MethodType(push_to_hub, model)  # type: ignore[assignment]
+
+
+def uninstall_save(model: PreTrainedModel) -> None:
+    """Back to the class's own `save_pretrained` and `push_to_hub`."""
+    for name in ("save_pretrained", "push_to_hub"):
+        model.__dict__.pop(name, None)
+
+
+def save_pretrained(
+    self: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """`PreTrainedModel.save_pretrained`, complete and atomic.
+
+    Raises:
+        DeltaMixError: the folder cannot be written; nothing is left behind.
+    """
+    target = Path(save_directory).absolute()
+    plain_save = type(self).save_pretrained
+    hub = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
+    alone = _adapter_alone(self)
+    quantizer: Any = self.hf_quantizer
+    with written_whole(target) as staging:
+        plain_save(self, staging, **kwargs)
+        if (staging / "config.json").exists() and not alone:  # one process of several writes it
+            source = self.config.name_or_path
+            copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
+            _add_notice(staging / "config.json")
+    if shared := wanted(self):
+        torch.distributed.barrier()  # what the others read next is there
+    if not alone:
+        quantizer.journal.remove()
+    if push_to_hub:
+        if shared:
+            raise _cannot_push()
+        repo_id = hub.pop("repo_id", target.name)
+        if alone:
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
+        else:
+            push_folder(target, repo_id, token=kwargs.get("token"), **hub)
+
+
+def _add_notice(path: Path) -> None:
+    """Have transformers stop with a line that names this package, where it is not installed."""
+    config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": NOTICE}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def push_to_hub(
+    self: PreTrainedModel,
+    repo_id: str,
+    *,
+    max_shard_size: int | str = "50GB",
+    **options: Any,
+) -> str:
+    """`PreTrainedModel.push_to_hub` with a model card made from what was measured.
+
+    `options` are `push_folder`'s. With an adapter on top only that is pushed, as elsewhere.
+
+    Raises:
+        DeltaMixError: the base is a local folder, which nobody else could load.
+    """
+    if _adapter_alone(self):
+        plain_push: Any = type(self).push_to_hub
+        return plain_push(self, repo_id, max_shard_size=max_shard_size, **options)
+    if wanted(self):
+        raise _cannot_push()
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder, max_shard_size=max_shard_size)
+        return push_folder(Path(folder), repo_id, **options)
+
+
+def _cannot_push() -> DeltaMixError:
+    return DeltaMixError(
+        "processes that share a model cannot push it: save_pretrained(folder) in all of them, then "
+        "'deltamix push folder'"
+    )
+
+
+def _adapter_alone(model: PreTrainedModel) -> bool:
+    """Whether a PEFT adapter was added: then transformers saves that, and nothing else."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A hidden sibling of `target` to write into; what is there at the end becomes `target`.
+
+    Raises:
+        DeltaMixError: the folder cannot be written; nothing is left behind.
+    """
+    target = target.absolute()
+    staging = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(f"{target} is a file")
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield staging
+        if any(staging.iterdir()):  # only one process of many writes
+            _move_into(staging, target)
+    except OSError as error:
+        raise DeltaMixError(f"cannot write to {target}: {error}; choose another folder") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def copy_companions(
+    source: str | None,
+    folder: Path,
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> None:
+    """Copy the tokenizer's files of the repo `source` (path or Hub id) into `folder`."""
+    if not source:
+        return
+    for name in COMPANIONS:
+        try:
+            found = cached_file(
+                source,
+                name,
+                token=token,
+                revision=revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except OSError:  # deleted since, or private: no reason to lose the compressed model
+            warnings.warn(
+                f"cannot find {source!r} any more, so its tokenizer is not saved along; call "
+                "tokenizer.save_pretrained on the same folder",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+
+
+def _move_into(staging: Path, target: Path) -> None:
+    """Rename what was written to `target`, replacing the files of an earlier save."""
+    for path in staging.iterdir():
+        path.chmod(0o644)  # safetensors writes for its owner alone
+    if not target.exists():
+        staging.chmod(0o755)  # mkdtemp makes it private
+        os.replace(staging, target)
+        return
+    written = {path.name for path in staging.iterdir()}
+    for path in sorted(staging.iterdir()):
+        os.replace(path, target / path.name)
+    if not any(name.endswith(".safetensors") and name.startswith("model") for name in written):
+        return  # an adapter, beside the delta
+    for old in [*target.glob("model*.safetensors"), *target.glob("model*.safetensors.index.json")]:
+        if old.name not in written:
+            old.unlink()

@@ -1,0 +1,1 @@
+"""Long runs: parts that survive a restart, several workers, weights on demand, clocks."""

@@ -1,0 +1,169 @@
+"""What an interrupted compression had finished, so that the next one goes on from there.
+
+A folder with one safetensors file for each finished part: the calibration tokens, the widths of all
+ranks, every compressed matrix, the state of the tuning. A part is written under a temporary name
+and renamed, so a file is whole or absent whenever the process is killed. File names begin with the
+job's identity, a hash of all that its result depends on (weights of both models, options,
+calibration data, versions): parts of another job are never read, and everything measured anew in
+between is measured as before, so the bytes are those of a run that was not interrupted. (On a CPU;
+a GPU may add up in another order and differ in the last digit.)
+
+Without a folder nothing is kept. `save_pretrained` removes the folder when the delta is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import DeltaMixError
+
+SUFFIX = ".part.safetensors"
+
+
+class Journal:
+    """Finished parts of one job, by name.
+
+    Args:
+        folder: where they are kept; None keeps none.
+        identity: of the job, from `identity_of`.
+
+    Raises:
+        DeltaMixError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, identity: str = ""):
+        self.folder = None if folder is None else Path(folder)
+        self.identity = identity
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DeltaMixError(
+                    f"cannot keep finished parts in {folder}: {error}; give another checkpoint_dir"
+                ) from error
+
+    def _path(self, name: str) -> Path | None:
+        safe = hashlib.sha256(name.encode()).hexdigest()[:24]
+        return self.folder and self.folder / f"{self.identity[:24]}-{safe}{SUFFIX}"
+
+    def __contains__(self, name: str) -> bool:
+        path = self._path(name)
+        return path is not None and path.is_file()
+
+    def read(self, name: str, mapped: bool = False) -> tuple[dict[str, Tensor], Any] | None:
+        """Tensors and facts of a finished part; None if there is none that can be read.
+
+        `mapped` tensors lie in the file, and come into memory where they are looked at.
+        """
+        path = self._path(name)
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as handle:
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+                if not mapped:
+                    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+                return tensors, json.loads(handle.metadata()["facts"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            path.unlink(missing_ok=True)  # a power cut can leave a torn file: do that part again
+            return None
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], facts: Any = None) -> None:
+        """Keep a finished part: tensors, and facts that JSON can hold.
+
+        Raises:
+            DeltaMixError: the disk is full, or the folder has gone.
+        """
+        path = self._path(name)
+        if path is None:
+            return
+        # An unfinished file cannot be taken for a part: it has another suffix.
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(
+                {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+                unfinished,
+                metadata={"facts": json.dumps(facts)},
+            )
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            raise DeltaMixError(
+                f"cannot keep finished parts in {self.folder}: {error}; make room there"
+            ) from error
+
+    def of(self, worker: int) -> Journal:
+        """A journal of its own in the same folder, for what no other worker is to see."""
+        if worker == 0:
+            return self
+        return Journal(self.folder, identity_of([self.identity, worker], {}))
+
+    def forget(self, name: str) -> None:
+        """Drop a part, if it is there."""
+        path = self._path(name)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Forget everything, other jobs' parts in the folder too."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Shelf:
+    """A list of tensors that a journal keeps on disk, in the order they came; they leave as copies.
+
+    What an earlier run has put there is there again; `clear` it to begin anew.
+    """
+
+    def __init__(self, journal: Journal, name: str, device: torch.device | str = "cpu"):
+        self.journal, self.name, self.device = journal, name, device
+        self._length = 0
+        while self._key(self._length) in journal:
+            self._length += 1
+
+    def _key(self, index: int) -> str:
+        return f"{self.name} {index}"
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Tensor:
+        found = self.journal.read(self._key(range(self._length)[index]))
+        if found is None:
+            raise DeltaMixError(f"{self.journal.folder} was changed while it was in use")
+        return found[0]["item"].to(self.device)
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        self.journal.write(self._key(range(self._length)[index]), {"item": value})
+
+    def append(self, value: Tensor) -> None:
+        self.journal.write(self._key(self._length), {"item": value})
+        self._length += 1
+
+    def clear(self) -> None:
+        while self._length:
+            self._length -= 1
+            self.journal.forget(self._key(self._length))
+
+
+def identity_of(facts: Any, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of facts that JSON can hold and of named tensors: dtypes, shapes and values."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.detach().contiguous().reshape(-1)
+        for piece in flat.split(1 << 20):  # no second copy of a large matrix
+            digest.update(piece.cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()

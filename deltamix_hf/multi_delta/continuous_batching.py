@@ -1,0 +1,320 @@
+"""Continuous batching (`generate_batch`) with a delta for each request.
+
+Continuous batching packs tokens of many requests into one row [1, tokens], in a thread of its own,
+and lets requests that start alike share blocks of the KV cache. So:
+
+- Every token takes the deltas of its request. A step's route (`PackedRoute`) is made and set in
+  that thread.
+- A request begins in one thread and ends in another, so what holds its deltas in the pool is an
+  object, a lease. It travels among the request's `logit_processor_kwargs`, which transformers hands
+  on to whatever the request becomes: its forks, or its second life after it had to make room in the
+  cache.
+- Shared blocks are found by a hash of their tokens. Tokens of a request with deltas are hashed as
+  other numbers, which stand for exactly these deltas, their names and which loading of each name it
+  was: requests share blocks only if theirs are the same.
+
+CUDA graphs and `torch.compile` of a step would keep the deltas of the batch they saw first: they
+are refused. All this leans on private parts of transformers; each use checks that they are there.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import transformers
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
+
+from ..errors import DeltaMixError
+from .pool import Pool
+from .routing import Combination, Names, PackedRoute, Route, Router, check_rows
+
+KEY = "delta_lease"  # of a request's lease among its logit_processor_kwargs
+ACTIVE: Any = object()  # no name given: the deltas in use for all calls
+MARK = "mark_complete_blocks|mark_shareable_blocks_as_complete"  # now | up to transformers 5.17
+HOOKS = {
+    ContinuousBatchingManager: ("add_request", "_create_batch_processor", "_run_generation_loop"),
+    ContinuousBatchProcessor: ("prepare_next_batch", "_generation_step"),
+    PagedAttentionCache: ("search_prefix_match", MARK),
+}
+
+
+def init_continuous_batching(
+    plain: Callable[..., Any], model: Any, tenants: Deltas, *args: Any, **kwargs: Any
+) -> TenantManager:
+    """What `plain` makes, routed among the model's `tenants`.
+
+    Raises:
+        DeltaMixError: CUDA graphs or `torch.compile` asked for, or an unknown transformers.
+    """
+    _check_hooks()
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, ContinuousBatchingConfig) and any(value.cuda_graph_booleans):
+            raise DeltaMixError(
+                "CUDA graphs replay the deltas of the batch they were recorded with: leave "
+                "use_cuda_graph of the ContinuousBatchingConfig out, or set it to False"
+            )
+    if not isinstance(getattr(model, "_cached_continuous_batching_manager", None), TenantManager):
+        model.destroy_cached_continuous_batching_manager()  # it is from before the first delta
+    manager = plain(model, *args, **kwargs)
+    if not isinstance(manager, TenantManager):
+        config = manager.continuous_batching_config
+        if config.varlen_compile_config is not None or config.decode_compile_config is not None:
+            raise DeltaMixError(
+                "torch.compile of continuous batching keeps the deltas of the batch it saw first: "
+                "give no compile config"
+            )
+        config.use_cuda_graph = (False, False)  # transformers may have chosen them by itself
+        manager.logit_processor.supported_keys[KEY] = Lease
+        manager.__class__ = TenantManager
+        manager.dm_tenants, manager.dm_leases = tenants, set()
+    return manager
+
+
+def generate_batch(
+    plain: Callable[..., Any],
+    model: Any,
+    tenants: Deltas,
+    inputs: Sequence[Sequence[int]],
+    *args: Any,
+    delta_names: Names = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """`plain` with a delta for each request; all of them stay resident until the last has ended.
+
+    Raises:
+        DeltaMixError: an unknown name, a wrong number of names, or no room for all deltas at once.
+    """
+    prompts = name_prompts(tenants, inputs, delta_names)
+    with tenants.pool.holding(names_of(prompts)):
+        return plain(model, prompts, *args, **kwargs)
+
+
+class TenantManager(ContinuousBatchingManager):
+    """A manager whose requests name their deltas.
+
+    Attributes:
+        dm_tenants: the model's deltas.
+        dm_leases: of requests that may not have ended.
+    """
+
+    dm_tenants: Deltas
+    dm_leases: set[Lease]
+
+    def add_request(
+        self, input_ids: list[int], *args: Any, delta_name: str | None = ACTIVE, **kwargs: Any
+    ) -> str | None:
+        """Add a request that takes `delta_name`; None or "__base__" is the base.
+
+        If not given, it takes the deltas that are now in use for all calls. Waits while requests
+        and calls under way leave no room for its delta.
+
+        Raises:
+            DeltaMixError: an unknown name, or there can be no room for the delta.
+        """
+        if not isinstance(input_ids, Prompt):
+            names = None if delta_name is ACTIVE else [delta_name]
+            (input_ids,) = name_prompts(self.dm_tenants, [input_ids], names)
+        self._check_room(input_ids.combination)
+        lease = Lease(self.dm_tenants.pool, input_ids.combination)
+        try:
+            added = super().add_request(input_ids, *args, **{**kwargs, KEY: lease})
+        except BaseException:
+            lease.end()
+            raise
+        if added is None:  # the manager takes no requests any more
+            lease.end()
+        else:  # only now, or the generating thread could think that the request has ended
+            self.dm_leases.add(lease)
+        return added
+
+    def add_requests(
+        self, inputs: list[list[int]], *args: Any, delta_names: Names = None, **kwargs: Any
+    ) -> list[str]:
+        """Add requests with a name for each, or one for all; see `add_request`.
+
+        Raises:
+            DeltaMixError: as above, or a wrong number of names; none is added.
+        """
+        prompts: list[Any] = list(inputs)
+        if not all(isinstance(prompt, Prompt) for prompt in prompts):
+            prompts = name_prompts(self.dm_tenants, prompts, delta_names)
+        self._check_room(names_of(prompts))
+        with self.dm_tenants.pool.holding(names_of(prompts)):
+            return super().add_requests(prompts, *args, **kwargs)
+
+    def _check_room(self, names: Sequence[str]) -> None:
+        """Before the start no request ends and makes room: then do not wait for it."""
+        if not self.is_running():
+            self.dm_tenants.pool.check_possible([*names_of(self.dm_leases), *names])
+
+    def release(self, leases: set[Lease]) -> None:
+        """Let go of the deltas of requests that have ended."""
+        processor = self.batch_processor
+        if leases and processor is not None and processor.inputs_and_outputs.compute_stream:
+            processor.inputs_and_outputs.compute_stream.synchronize()  # it may still read them
+        for lease in leases:
+            lease.end()
+        self.dm_leases.difference_update(leases)
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        processor = super()._create_batch_processor()
+        processor.__class__, processor.cache.__class__ = TenantProcessor, TenantCache
+        assert isinstance(processor, TenantProcessor) and isinstance(processor.cache, TenantCache)
+        processor.dm_manager, processor.cache.dm_scheduler = self, processor.scheduler
+        return processor
+
+    def _run_generation_loop(self) -> None:
+        try:
+            super()._run_generation_loop()
+        finally:
+            self.release(set(self.dm_leases))
+
+
+class TenantProcessor(ContinuousBatchProcessor):
+    """Runs every step with the deltas of its requests."""
+
+    dm_manager: TenantManager
+
+    def prepare_next_batch(self) -> bool:
+        ready = super().prepare_next_batch()
+        manager, scheduler = self.dm_manager, self.scheduler
+        known = set(manager.dm_leases)  # before the queue is looked at: theirs have been queued
+        with manager.input_queue.mutex:
+            queued = list(manager.input_queue.queue)
+        states = *queued, *scheduler.waiting_requests.values(), *scheduler.active_requests.values()
+        manager.release(known - {_lease_of(state) for state in states})
+        return ready
+
+    def _generation_step(self, model: Any) -> None:
+        with self.dm_manager.dm_tenants.router.using(self._route(model)):
+            super()._generation_step(model)
+
+    def _route(self, model: Any) -> PackedRoute:
+        io: Any = self.inputs_and_outputs
+        if hasattr(io, "io_pairs"):  # asynchronous: a batch is prepared while another runs
+            io = io.io_pairs[io.current_pair].host_io
+        requests = io.requests_in_batch
+        rows = [_lease_of(request.state).combination for request in requests]
+        lengths = [request.query_length for request in requests]
+        if not self.model_runner.supports_logits_to_keep(model):
+            return PackedRoute(rows, lengths)
+        # Logits are made once a request: of those that get a token, then of token 0 to fill up.
+        kept = [row for row, r in zip(rows, requests, strict=True) if r.has_new_token]
+        kept += rows[:1] * (len(rows) - len(kept))
+        return PackedRoute(rows, lengths, kept, model.get_output_embeddings())
+
+
+class TenantCache(PagedAttentionCache):
+    """Shares blocks only among requests with the same deltas."""
+
+    dm_scheduler: Any
+
+    def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
+        lease = _lease_of(self.dm_scheduler.waiting_requests[request_id])
+        return super().search_prefix_match(request_id, lease.salted(prompt_ids))
+
+    def mark_complete_blocks(self, state: Any, blocks: Any) -> None:
+        super().mark_complete_blocks(_salted(state) if blocks else state, blocks)
+
+    def mark_shareable_blocks_as_complete(self, state: Any, blocks: Any) -> None:
+        parent: Any = super()
+        parent.mark_shareable_blocks_as_complete(_salted(state) if blocks else state, blocks)
+
+
+def _lease_of(state: Any) -> Lease:
+    return state.logit_processor_kwargs[KEY]
+
+
+def _salted(state: Any) -> Any:
+    """What the cache reads a request's tokens from: all of them as its prompt, salted."""
+    shadow = copy.copy(state)
+    shadow.initial_tokens = _lease_of(state).salted(state.initial_tokens + state.generated_tokens)
+    shadow.generated_tokens = []
+    return shadow
+
+
+def _check_hooks() -> None:
+    for owner, names in HOOKS.items():
+        for name in names:
+            if not any(hasattr(owner, one) for one in name.split("|")):
+                raise DeltaMixError(
+                    f"transformers {transformers.__version__} has no {owner.__name__}.{name}, "
+                    "which continuous batching with deltas needs; use one of 5.16 to 5.23"
+                )
+
+
+class Deltas(Protocol):
+    """What a request needs of a model's deltas (`Tenants`)."""
+
+    pool: Pool
+    router: Router
+
+    def route(self, names: Names) -> Route | None:
+        """The rows of a call that names its deltas, None if it does not."""
+
+
+class Lease:
+    """Holds deltas in the pool until its end; they must fit, and may have to be waited for.
+
+    Attributes:
+        salt: four numbers below 2³¹; () for the base.
+
+    Raises:
+        DeltaMixError: an unknown name, or there can be no room for the deltas.
+    """
+
+    def __init__(self, pool: Pool, combination: Combination):
+        self.combination = combination
+        self._hold = ExitStack()
+        self._hold.enter_context(pool.holding(combination))
+        # Not drawn at random: where several processes run one model, their hashes must agree.
+        loaded = [(name, pool.entries[name].serial) for name in combination]
+        digest = hashlib.blake2b(repr(loaded).encode(), digest_size=16).digest()
+        words = [int.from_bytes(digest[i : i + 4], "big") >> 1 for i in range(0, 16, 4)]
+        self.salt = tuple(words) if combination else ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
+        return self  # a request's forks run under the same lease
+
+    def end(self) -> None:
+        """Let the deltas go; doing so twice is harmless."""
+        self._hold.close()
+
+    def salted(self, tokens: list[int]) -> list[int]:
+        """Other first tokens: that is enough where a block's hash covers all blocks before it."""
+        changed = [token ^ salt for token, salt in zip(tokens, self.salt, strict=False)]
+        return changed + tokens[len(changed) :]
+
+
+class Prompt(list[int]):
+    """Token ids that know their deltas, in whatever order they are taken up."""
+
+    def __init__(self, ids: Sequence[int], combination: Combination):
+        super().__init__(ids)
+        self.combination = combination
+
+
+def name_prompts(tenants: Deltas, inputs: Sequence[Sequence[int]], names: Names) -> list[Prompt]:
+    """Inputs that know their deltas: those named, or else those in use for all calls.
+
+    Raises:
+        DeltaMixError: a wrong number of names. Whether they are known is seen by who holds them.
+    """
+    if names is not None and not isinstance(names, str):
+        check_rows(len(names), len(inputs))
+    route = (tenants.route(names) if inputs else None) or tenants.router.route
+    rows = route.rows if route.single is None else [route.single] * len(inputs)
+    return [Prompt(ids, row) for ids, row in zip(inputs, rows, strict=True)]
+
+
+def names_of(requests: Iterable[Prompt | Lease]) -> list[str]:
+    return list(dict.fromkeys(name for request in requests for name in request.combination))

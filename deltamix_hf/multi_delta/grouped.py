@@ -1,0 +1,214 @@
+"""All rows' deltas at once: what a tenant module runs by the grouped kernels instead of a loop.
+
+A module has a table of addresses by slot (`plans.py`): of packed factors and biases, or, for norms,
+of the vectors that a delta puts in place of the base's. The launches read the table and the plan of
+the batch on the device, so a captured CUDA graph follows when either changes. Deltas the kernels do
+not know (min-max grids, whole weights), rows that add up several deltas, and gradients take the
+loop of `TenantModule.run`; a graph cannot, because it would keep the deltas it was recorded with.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DeltaMixError
+from ..ops.dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
+from .routing import SLOTS, Plan
+
+
+class Table(Protocol):
+    """A module's deltas on the device.
+
+    Attributes:
+        names: the deltas that are in it.
+        captured: a CUDA graph reads it.
+    """
+
+    names: set[str]
+    captured: bool
+
+    def refresh(self, module: Any, name: str) -> None:
+        """Enter delta `name` as it now is, or clear its slot."""
+
+    def run(self, module: Any, x: Tensor, plan: Plan) -> Tensor:
+        """The module's output, each row by its own delta."""
+
+
+class Factors:
+    """Packed factors and biases of a linear layer, or packed rows of an embedding."""
+
+    def __init__(self, module: Any, device: torch.device):
+        m, n = module.weight.shape
+        self.names: set[str] = set()
+        self.table = triton_kernels().Table(SLOTS, m, n, device)
+        self.linear = module.dm_plain_class is nn.Linear
+
+    @property
+    def captured(self) -> bool:
+        return self.table.captured
+
+    @captured.setter
+    def captured(self, value: bool) -> None:
+        self.table.captured = value
+
+    def refresh(self, module: Any, name: str) -> None:
+        slot = module.dm_router.slots.get(name)
+        if slot is None:  # more deltas than slots
+            return
+        self.names.discard(name)
+        self.table.clear(slot)
+        packed, overlay = module.dm_packed.get(name), module.dm_overlay.get(name, {})
+        known = not overlay or (self.linear and overlay.keys() == {"bias"})
+        if (packed is None and not overlay) or not known:
+            return
+        factors = None if packed is None else kernel_packed(packed)
+        if self.table.put(slot, factors, overlay.get("bias")):
+            self.names.add(name)
+
+    def run(self, module: Any, x: Tensor, plan: Plan) -> Tensor:
+        y = module._plain(module, (x,), {}).contiguous()
+        k = triton_kernels()
+        rows = k.Rows(plan.order, plan.starts, plan.slots)
+        if self.linear:
+            k.grouped_add(y, x, self.table, rows, module.bias)
+        else:
+            k.grouped_embed(y, x.long(), self.table, rows)
+        return y
+
+
+class Vectors:
+    """Vectors [n] of a norm, which multiplies or adds them to its rows of n."""
+
+    def __init__(self, module: Any, device: torch.device):
+        self.names: set[str] = set()
+        self.captured = False
+        self.addresses = {
+            key: torch.zeros(SLOTS, dtype=torch.int64, device=device) for key in _tensors(module)
+        }
+
+    def refresh(self, module: Any, name: str) -> None:
+        slot = module.dm_router.slots.get(name)
+        if slot is None:
+            return
+        self.names.discard(name)
+        overlay = module.dm_overlay.get(name, {})
+        for key, addresses in self.addresses.items():
+            addresses[slot] = overlay[key].data_ptr() if key in overlay else 0
+        if overlay:
+            self.names.add(name)
+
+    def run(self, module: Any, x: Tensor, plan: Plan) -> Tensor:
+        shape = plan.rows, *[1] * (x.dim() - 2), x.shape[-1]
+        own = {
+            key: triton_kernels().gather(getattr(module, key), addresses, plan.of_rows).view(shape)
+            for key, addresses in self.addresses.items()
+        }
+        return module._plain(module._with(own), (x,), {})
+
+
+def at_once(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The output by launches that serve all rows together; None: take the loop.
+
+    Raises:
+        DeltaMixError: a CUDA graph is being recorded, and it would keep its deltas.
+    """
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if x is None:
+        return None
+    alone = len(args) == 1 and not kwargs
+    found = _at_once(module, x) if alone else None
+    if capturing(x.device):
+        module.dm_captured = True
+        if found is None and (module.dm_packed or module.dm_overlay):
+            raise _not_in_a_graph(module)
+    return found
+
+
+def refresh(module: Any, name: str) -> None:
+    """Let the module's table follow after delta `name` came or went.
+
+    Raises:
+        DeltaMixError: a CUDA graph was recorded, and it cannot run this delta.
+    """
+    table: Table | None = module.dm_table
+    if table is not None:
+        table.refresh(module, name)
+    here = name in module.dm_packed or name in module.dm_overlay
+    if here and module.dm_captured and (table is None or name not in table.names):
+        raise _not_in_a_graph(module)
+
+
+def _at_once(module: Any, x: Tensor) -> Tensor | None:
+    if choose(x.device) != TRITON or torch.is_grad_enabled() or x.dim() == 0:
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    recording, router = capturing(x.device), module.dm_router
+    table = _table(module, x, recording)
+    route, rows = router.route, x.shape[0]
+    by_row = module.dm_has_batch and rows % len(route.rows) == 0
+    if table is None or not (by_row or (route.single is not None and not recording)):
+        return None
+    if any(len(combination) > 1 for combination in route.distinct):
+        return None
+    here = {*module.dm_packed, *module.dm_overlay}
+    plan = router.plan(rows, x.device)
+    if not recording:
+        here &= {name for combination in route.distinct for name in combination}
+        if not here:
+            return None
+    if rows == 0 or not here <= table.names:
+        return None
+    table.captured |= recording
+    return table.run(module, x, plan)
+
+
+def _table(module: Any, x: Tensor, recording: bool) -> Table | None:
+    """The module's table, made when it first runs: trying out what a norm does takes a while."""
+    if not module.dm_tried and not recording:
+        weights = _tensors(module)
+        plain = all(t.dtype in TRITON_DTYPES and t.device == x.device for t in weights.values())
+        if plain and module.dm_plain_class in (nn.Linear, nn.Embedding):
+            module.dm_table = Factors(module, x.device)
+        elif plain and x.dim() > 1 and _multiplies_rows(module, x):
+            module.dm_table = Vectors(module, x.device)
+        module.dm_tried = True
+        if module.dm_table is not None:
+            for name in {*module.dm_packed, *module.dm_overlay}:
+                module.dm_table.refresh(module, name)
+    return module.dm_table
+
+
+def _tensors(module: Any) -> dict[str, Tensor]:
+    return {key: t for key, t in module._parameters.items() if t is not None}
+
+
+@torch.no_grad()
+def _multiplies_rows(module: Any, x: Tensor) -> bool:
+    """Whether vectors [rows, 1, n] in place of [n] give each row the same bits: tried out."""
+    own, n = _tensors(module), x.shape[-1]
+    if not own or module._modules or module._buffers or any(t.shape != (n,) for t in own.values()):
+        return False
+    probe = torch.linspace(-3, 3, 2 * n, device=x.device).to(x.dtype).view(2, 1, n)
+    other = {key: t.flip(0) + 0.37 for key, t in own.items()}
+    both = {key: torch.stack([t, other[key]])[:, None] for key, t in own.items()}
+    try:
+        found = module._plain(module._with(both), (probe,), {})
+        one, two = (
+            module._plain(module._with(tensors), (row[None],), {})
+            for tensors, row in zip((own, other), probe, strict=True)
+        )
+        return torch.equal(found, torch.cat([one, two]))
+    except (RuntimeError, ValueError, TypeError):  # it does something else
+        return False
+
+
+def _not_in_a_graph(module: Any) -> DeltaMixError:
+    return DeltaMixError(
+        f"a CUDA graph would keep the deltas that a {module.dm_plain_class.__name__} had when it "
+        "was recorded: choose the Triton kernels, run once without gradients before recording, and "
+        "use no deltas on min-max grids or with whole weights"
+    )

@@ -1,0 +1,299 @@
+"""Many fine-tunes on one base in one process: load, choose for a call or a row, disable, delete.
+
+`model.load_delta(repo, "math")` works on any model whose weights are a base's, and on a model
+loaded from a delta repo, whose own delta is then called "default". Names and behaviour are those of
+PEFT's adapters: `set_delta` chooses for all calls (several names are added up), and
+`model(..., delta_names=[...])` or `model.generate(..., delta_names=[...])` for each row of a call,
+None or "__base__" being the base. Names given to a call win over what is set or disabled.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..checkpoint.base import BaseCheckpoint, resolve_base, same
+from ..checkpoint.delta_repo import StoredDelta, find_delta, find_delta_of, read_delta
+from ..errors import DeltaMixError
+from ..nn.experts import delta_experts, detach_experts, is_experts
+from ..nn.layers import change_class, delta_modules, detach, tied_modules, tied_tensors
+from ..nn.tensor_parallel import is_sharded
+from ..ops.dispatch import TRITON, choose
+from ..quantization.packed_delta import PackedFactors
+from ..storage.headers import TensorInfo, check_base, fingerprints
+from ..storage.names import PREFIX
+from .config_mismatch import differing
+from .grouped import refresh
+from .layers import ExpertDeltas, TenantModule, make_tenant, tenant_experts_class
+from .model import tenant_model_class
+from .pool import Pool
+from .routing import BASE, SLOTS, Combination, Names, Route, Router
+
+DEFAULT = "default"  # what PEFT calls the first one
+_WORTH_A_BAR = 100_000_000  # bytes; a second or two from a disk
+
+
+class Tenants:
+    """The deltas of one model."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.router = Router()
+        self.pool = Pool(self._place, self._remove)
+        self.active: Combination = ()
+        self.enabled = True
+        self._modules: dict[str, set[str]] = {}  # resident delta -> modules it changes
+        self._fingerprints: dict[str, str] = {}  # of the base's tensors, once asked for
+        self._base = _base_of(model)
+        self._adopt_own()
+        for module_name, module in model.named_modules():
+            if _maps_one_tensor(module):  # now, not with the first delta that changes it: what
+                self._tenant(module_name)  # torch.compile has seen must not change its class
+
+    # Loading and deleting
+
+    def load(self, repo: str, name: str, **kwargs: Any) -> None:
+        """Read a delta repo, check that it belongs to this base, and add it as `name`."""
+        if not isinstance(name, str) or not name or name == BASE:
+            raise DeltaMixError(f"{name!r} cannot name a delta; give a text other than {BASE!r}")
+        self.pool.check_new(name)
+        files, config, theirs = find_delta_of(repo, kwargs)
+        for setting, values in differing(self.model.config, theirs).items():
+            warnings.warn(
+                f"{repo!r} was made of a model with {setting} = {values[1]}, the base runs with "
+                f"{values[0]}: beside it the delta gives something else than by itself",
+                UserWarning,
+                stacklevel=3,
+            )
+        check_base(config.base_fingerprints, self._base.infos, "the model's base", self._known)
+        read = partial(read_delta, repo, files, config, self._base.keys)
+        self.pool.add(name, read(), read)
+
+    def _place(self, name: str, stored: StoredDelta) -> None:
+        """Put a delta's tensors beside the base's, on the base's devices."""
+        touched = self._modules.setdefault(name, set())
+        self._take_slot(name)
+        matrices: Iterable[tuple[str, PackedFactors]] = stored.packed.items()
+        if stored.nbytes >= _WORTH_A_BAR:
+            matrices = logging.tqdm(matrices, desc=f"Loading delta {name}", unit="matrix")
+        for module_name, packed in matrices:
+            placed: dict[torch.device, PackedFactors] = {}  # twins share it
+            for twin in tied_modules(self.model, module_name):
+                module = self._tenant(twin)
+                touched.add(twin)
+                device = _weight(module).device
+                if device not in placed:
+                    placed[device] = packed.to(device)
+                module.dm_packed[name] = placed[device]
+        for parameter, experts in stored.experts.items():
+            owner, _, leaf = parameter.rpartition(".")
+            module = self._tenant(owner)
+            touched.add(owner)
+            deltas: Any = module.dm_packed.setdefault(name, ExpertDeltas())  # type: ignore[arg-type]
+            deltas[leaf] = experts.to(getattr(module, leaf).device)
+        for tensor_name, value in stored.overlay.items():
+            for twin in tied_tensors(self.model, tensor_name):
+                owner, _, leaf = twin.rpartition(".")
+                module = self._tenant(owner)
+                touched.add(owner)
+                own = getattr(module, leaf)
+                module.dm_overlay.setdefault(name, {})[leaf] = value.to(own.device, own.dtype)
+        self._refresh_tables(name, touched)
+
+    def _remove(self, name: str) -> None:
+        touched = self._modules.pop(name, set())
+        for module_name in touched:
+            module = self.model.get_submodule(module_name)
+            assert isinstance(module, TenantModule)
+            module.dm_packed.pop(name, None)
+            module.dm_overlay.pop(name, None)
+        self._refresh_tables(name, touched)
+        self.router.slots.pop(name, None)
+
+    def _take_slot(self, name: str) -> None:
+        if not self.router.slots.take(name) and choose(self.model.device) == TRITON:
+            raise DeltaMixError(
+                f"the kernels' tables hold {SLOTS} deltas on the device at a time: delete some, or "
+                "bound them with set_delta_memory"
+            )
+
+    def _refresh_tables(self, name: str, touched: set[str]) -> None:
+        for module_name in touched:
+            refresh(self.model.get_submodule(module_name), name)
+
+    def _tenant(self, name: str) -> TenantModule:
+        module = self.model.get_submodule(name)
+        if isinstance(module, TenantModule):
+            return module
+        plain: Any = type(module)
+        kind = tenant_experts_class(plain) if is_experts(module) else None
+        made = make_tenant(module, self.router, kind)
+        if isinstance(made, nn.Embedding) and made is not self.model.get_input_embeddings():
+            made.dm_has_batch = self._looked_up_by_row(made)
+        return made
+
+    @torch.no_grad()
+    def _looked_up_by_row(self, module: nn.Module) -> bool:
+        """Whether an embedding's ids come as [batch, ...] or [1, ...]: tried out."""
+        seen: list[int] = []
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+        try:
+            with self.router.using(Route([()])):
+                tried = {key: t.to(self.model.device) for key, t in self.model.dummy_inputs.items()}
+                self.model(**tried)
+        except Exception:  # a model that needs other inputs: better refuse mixed batches
+            return False
+        finally:
+            handle.remove()
+        rows = len(next(iter(tried.values())))
+        return bool(seen) and all(length in (1, rows) for length in seen)
+
+    def delete(self, name: str) -> None:
+        """Forget a delta once no call uses it; it is no longer active."""
+        if name in self.active:
+            self.choose([other for other in self.active if other != name])
+        self.pool.discard(name)
+
+    # Choosing
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Deltas of all calls that name none; several are added up, none is the base."""
+        self.router.check_graphs(Route([tuple(names)]))
+        self.pool.activate(names)
+        self.active = tuple(dict.fromkeys(names))
+        self._refresh()
+
+    def enable(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.router.set_default(Route([self.active if self.enabled else ()]))
+
+    @contextmanager
+    def using(self, names: str | Sequence[str | None]) -> Iterator[None]:
+        """Within, calls that name no deltas use these, compiled or in a captured graph too."""
+        route = self.route(names)
+        assert route is not None
+        held = [name for row in route.distinct for name in row]
+        router = self.router  # its turn first: who waits for it must not hold deltas
+        with router.turn, self.pool.holding(held), router.announcing(route):
+            yield
+
+    def route(self, names: Names) -> Route | None:
+        """The route of one call; None if it names no deltas.
+
+        Raises:
+            DeltaMixError: an empty list.
+        """
+        if names is None:
+            return None
+        rows = [names] if isinstance(names, str) else list(names)
+        if not rows:
+            raise DeltaMixError("delta_names is empty; give one name for each row, or one for all")
+        chosen = [() if name in (None, BASE) else (name,) for name in rows]
+        return Route(chosen)
+
+    # What it needs to know
+
+    def _known(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+        """Fingerprints of the base's tensors; each is hashed once for all deltas."""
+        missing = {key: info for key, info in infos.items() if key not in self._fingerprints}
+        self._fingerprints |= fingerprints(missing)
+        return {key: self._fingerprints[key] for key in infos}
+
+    @torch.no_grad()
+    def _adopt_own(self) -> None:
+        """Make a loaded delta repo's own delta one of many, and the model its base."""
+        model, base = self.model, self._base
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        if not hasattr(quantizer, "base_files"):
+            return
+        own, mixtures = delta_modules(model), delta_experts(model)
+        tied = set(model.all_tied_weights_keys)
+        packed = {n: m.packed() for n, m in own.items() if f"{n}.weight" not in tied}
+        experts = {
+            f"{name}.{leaf}": mixture.packed(leaf)
+            for name, mixture in mixtures.items()
+            for leaf in mixture.dm_group_sizes
+        }
+        for module in own.values():
+            detach(module)
+        for mixture in mixtures.values():
+            detach_experts(mixture)
+        for name in [name for name in tied if name.rpartition(".")[2].startswith(PREFIX)]:
+            del model.all_tied_weights_keys[name]
+        overlay: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            if name not in tied and name in base and not same(tensor, value := base.read(name)):
+                overlay[name] = tensor.clone()
+                tensor.copy_(value)
+        recorded = quantizer.quantization_config.base_fingerprints
+        source = str(model.name_or_path)
+        stored = StoredDelta(packed, overlay, recorded, source, experts)
+        read = None
+        if quantizer.pre_quantized and os.path.isdir(source):
+            read = partial(read_delta, source, *find_delta(source, {}), base.keys)
+        self.pool.add(DEFAULT, stored, read)
+        self.choose([DEFAULT])
+        for method in ("save_pretrained", "dequantize"):  # they would take the base for the delta
+            model.__dict__[method] = partial(_refuse, method)
+
+
+def _refuse(method: str, *args: Any, **kwargs: Any) -> None:
+    raise DeltaMixError(
+        f"{method} is for a model with one delta, and this one took several in: load the delta "
+        "repo you mean once more, without load_delta"
+    )
+
+
+def tenants_of(model: PreTrainedModel) -> Tenants:
+    """The model's tenants; the first call makes the model ready for them."""
+    if "dm_tenants" not in model.__dict__:
+        if is_sharded(model):
+            raise DeltaMixError(
+                "the model is shared out among processes and cannot take several deltas in; load "
+                "it without tp_plan, or one delta repo by itself with from_pretrained"
+            )
+        if any(t.device.type == "meta" for t in model.state_dict().values()):
+            raise DeltaMixError(
+                "parts of the model are offloaded; load it whole to serve several deltas from it"
+            )
+        model.__dict__["dm_tenants"] = Tenants(model)
+        change_class(model, tenant_model_class(type(model)))
+    return model.__dict__["dm_tenants"]
+
+
+def _maps_one_tensor(module: nn.Module) -> bool:
+    """Whether it is a layer that a delta may change and that maps one tensor to another."""
+    own = list(module.parameters(recurse=False))
+    if not own or any(module.children()) or not all(p.is_floating_point() for p in own):
+        return False
+    _, *taken = inspect.signature(type(module).forward).parameters.values()
+    return sum(parameter.default is parameter.empty for parameter in taken) == 1
+
+
+def _weight(module: TenantModule) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _base_of(model: PreTrainedModel) -> BaseCheckpoint:
+    """The checkpoint the model's weights, or its delta's base weights, came from."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if hasattr(quantizer, "base_files"):
+        return BaseCheckpoint(quantizer.base_files, model)
+    commit = getattr(model.config, "_commit_hash", None)
+    files, _ = resolve_base(model.name_or_path, commit, {})
+    return BaseCheckpoint(files, model)

@@ -1,0 +1,80 @@
+"""What a model with tenants does at a call: it finds the rows' deltas and holds them meanwhile.
+
+`tenants.py` makes a model an instance of a class made here, whose `forward`, `generate` and
+continuous batching take `delta_names`.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import DeltaMixError
+from .routing import Names, check_rows
+
+
+def tenant_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`cls` whose `forward` and `generate` take `delta_names`."""
+
+    def naming(method: Any, forward: bool) -> Any:
+        @wraps(method)  # transformers looks at the signature
+        def named(self: Any, *args: Any, delta_names: Names = None, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # modules find their rows when they run
+                if delta_names is not None:
+                    raise DeltaMixError(
+                        "a compiled model takes its deltas from outside: call it within "
+                        "`with model.use_deltas(names):`, or after set_delta"
+                    )
+                return method(self, *args, **kwargs)
+            if delta_names is not None and not isinstance(delta_names, str):
+                check_rows(len(delta_names), _rows(args, kwargs))
+            tenants = self.__dict__["dm_tenants"]
+            if not forward and delta_names is not None and _fixed_cache(self, kwargs):
+                with tenants.using(delta_names):
+                    return method(self, *args, **kwargs)
+            route = tenants.route(delta_names)
+            if forward:  # in `generate`, rows may be repeated since they were named
+                route = (route or tenants.router.route).of_batch(_rows(args, kwargs))
+            names = [name for row in route.distinct for name in row] if route else []
+            with tenants.pool.holding(names), tenants.router.using(route):
+                return method(self, *args, **kwargs)
+
+        return named
+
+    methods = {"forward": naming(cls.forward, forward=True)}
+    if hasattr(cls, "generate"):
+        methods["generate"] = naming(cls.generate, forward=False)
+    for name in ("init_continuous_batching", "generate_batch"):
+        if hasattr(cls, name):
+            methods[name] = _continuous(name, getattr(cls, name))
+    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+
+
+def _continuous(name: str, plain: Any) -> Any:
+    @wraps(plain)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from . import (
+            continuous_batching,  # leans on private parts of transformers: only for who uses it
+        )
+
+        tenants = self.__dict__["dm_tenants"]
+        return getattr(continuous_batching, name)(plain, self, tenants, *args, **kwargs)
+
+    return method
+
+
+def _fixed_cache(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether `generate` may record CUDA graphs: it compiles for a cache of fixed size."""
+    config = kwargs.get("generation_config") or model.generation_config
+    asked = kwargs.get("cache_implementation") or config.cache_implementation
+    return asked is not None or kwargs.get("past_key_values") is not None
+
+
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of a batch: of the first tensor given."""
+    values = (*args, *kwargs.values())
+    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), 1)

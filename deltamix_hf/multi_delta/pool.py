@@ -1,0 +1,258 @@
+"""A bounded pool of deltas: what is in use stays, what was used longest ago makes room.
+
+A delta is in one of three places: beside the base on the model's device (resident), in host memory,
+or on disk alone. A batch asks for all its deltas at once (`holding`); those not resident are
+loaded, after the least recently used ones that nobody uses have been moved out. So resident deltas
+never exceed the budget, and since a batch never waits while it holds anything, no two batches can
+wait for each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+
+from ..checkpoint.delta_repo import StoredDelta
+from ..errors import DeltaMixError
+
+
+@dataclass
+class Entry:
+    """One delta of the pool.
+
+    Attributes:
+        read: gets it from disk again; None: it is nowhere but in memory, and stays there.
+        stored: its tensors in host memory, if they are kept there.
+        users: batches that are using it.
+        active: it is in use for all calls, until another is chosen.
+        used: when it was last asked for, by the pool's own count.
+        serial: tells it from another delta loaded under the same name.
+    """
+
+    nbytes: int
+    read: Callable[[], StoredDelta] | None
+    stored: StoredDelta | None
+    resident: bool = False
+    users: int = 0
+    active: bool = False
+    used: int = 0
+    serial: int = field(default_factory=count().__next__)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it stays resident however long one waits."""
+        return self.resident and (self.active or self.read is None)
+
+    @property
+    def movable(self) -> bool:
+        """Whether it may be moved out now."""
+        return not (self.users or self.active or self.read is None)
+
+
+@dataclass(frozen=True)
+class DeltaMemory:
+    """Bytes by delta: resident on the model's device, and kept in host memory to come back fast."""
+
+    budget: int | None
+    resident: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.resident.values())
+
+
+class Pool:
+    """Deltas by name. Safe to use from several threads.
+
+    Args:
+        place: puts a delta's tensors beside the base's.
+        remove: the inverse; also undoes a placement that was interrupted.
+    """
+
+    def __init__(self, place: Callable[[str, StoredDelta], None], remove: Callable[[str], None]):
+        self.place, self.remove = place, remove
+        self.budget: int | None = None
+        self.host_budget = 0
+        self.entries: dict[str, Entry] = {}
+        self._changed = threading.Condition()
+        self._clock = 0
+
+    def add(self, name: str, stored: StoredDelta, read: Callable[[], StoredDelta] | None) -> None:
+        """Take a new delta in, resident.
+
+        Raises:
+            DeltaMixError: the name is taken, or there is no room for it.
+        """
+        with self._changed:
+            self.check_new(name)
+            self.entries[name] = Entry(stored.nbytes, read, stored)
+            try:
+                with self.holding([name]):
+                    pass
+            except BaseException:
+                del self.entries[name]
+                raise
+
+    def check_new(self, name: str) -> None:
+        """Raises DeltaMixError if the name is taken."""
+        if name in self.entries:
+            raise DeltaMixError(f"a delta called {name!r} is loaded already; delete it first")
+
+    def discard(self, name: str) -> None:
+        """Forget a delta as soon as no batch uses it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._entry(name).users)
+            if self.entries.pop(name).resident:
+                self.remove(name)
+            self._changed.notify_all()
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Keep these resident from now on, and no longer those that were active.
+
+        Raises:
+            DeltaMixError: an unknown name, or they exceed the budget; the old ones stay active.
+        """
+        with self._changed:
+            for name in names:
+                self._entry(name)
+            before = [name for name, entry in self.entries.items() if entry.active]
+            self._set_active(())
+            try:
+                with self.holding(names):
+                    self._set_active(names)
+            except BaseException:
+                with self.holding(before):
+                    self._set_active(before)
+                raise
+            self._changed.notify_all()
+
+    def _set_active(self, names: Sequence[str]) -> None:
+        for name, entry in self.entries.items():
+            entry.active = name in names
+
+    def resize(self, budget: int | None, host_budget: int) -> None:
+        """Change the budgets; moves deltas out at once if need be.
+
+        Raises:
+            DeltaMixError: what must stay exceeds the new budget; nothing is changed.
+        """
+        with self._changed:
+            before, self.budget = self.budget, budget
+            if not self._make_room(0, keep=()):
+                self.budget = before
+                staying = {n: e.nbytes for n, e in self.entries.items() if not e.movable}
+                raise DeltaMixError(
+                    f"{sorted(staying)} are in use, or on no disk, and take "
+                    f"{sum(staying.values()):,} bytes; the budget cannot be {budget:,}"
+                )
+            self.host_budget = host_budget
+            self._trim_host()
+
+    @contextmanager
+    def holding(self, names: Sequence[str]) -> Iterator[None]:
+        """Have these deltas resident, and keep them so, within.
+
+        Raises:
+            DeltaMixError: an unknown name, no room for them all, or one cannot be read again.
+        """
+        entries = self._take(list(dict.fromkeys(names)))
+        try:
+            yield
+        finally:
+            with self._changed:
+                for entry in entries:
+                    entry.users -= 1
+                self._changed.notify_all()
+
+    def memory(self) -> DeltaMemory:
+        with self._changed:
+            resident = {n: e.nbytes for n, e in self.entries.items() if e.resident}
+            host = {n: e.nbytes for n, e in self.entries.items() if e.stored is not None}
+            return DeltaMemory(self.budget, resident, host)
+
+    def _take(self, names: list[str]) -> list[Entry]:
+        with self._changed:
+            while True:
+                entries = [self._entry(name) for name in names]
+                missing = sum(entry.nbytes for entry in entries if not entry.resident)
+                if self._make_room(missing, keep=names):
+                    break
+                self._check_possible(names)
+                self._changed.wait()  # for another batch to end
+            self._clock += 1
+            for name, entry in zip(names, entries, strict=True):
+                entry.used = self._clock
+                if not entry.resident:
+                    self._load(name, entry)
+            for entry in entries:
+                entry.users += 1
+            return entries
+
+    def check_possible(self, names: Sequence[str]) -> None:
+        """Raises DeltaMixError: an unknown name, or these can never be resident at once."""
+        with self._changed:
+            for name in names:
+                self._entry(name)
+            self._check_possible(list(dict.fromkeys(names)))
+
+    def _check_possible(self, names: list[str]) -> None:
+        needed = sum(self.entries[name].nbytes for name in names)
+        others = {n: e.nbytes for n, e in self.entries.items() if e.fixed and n not in names}
+        if self.budget is not None and needed + sum(others.values()) > self.budget:
+            beside = f" beside {sorted(others)}, which stay," if others else ""
+            raise DeltaMixError(
+                f"the deltas {names} take {needed:,} bytes; the budget of {self.budget:,} bytes "
+                f"cannot hold them{beside} at once: use fewer in a batch, or raise the budget"
+            )
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            known = sorted(self.entries)
+            raise DeltaMixError(f"no delta called {name!r} is loaded; there are {known}")
+        return self.entries[name]
+
+    def _load(self, name: str, entry: Entry) -> None:
+        stored = entry.stored
+        if stored is None:
+            assert entry.read is not None
+            stored = entry.read()
+        try:
+            self.place(name, stored)
+        except BaseException:  # interrupted, or the device is full
+            self.remove(name)
+            raise
+        entry.resident, entry.stored = True, stored
+        self._trim_host()
+        if entry.stored is not None and entry.read is not None:  # kept, to come back fast
+            entry.stored = stored.pinned()
+
+    def _make_room(self, missing: int, keep: Sequence[str]) -> bool:
+        """Move out what was used longest ago until `missing` bytes fit; False: not possible now."""
+        if self.budget is None:
+            return True
+        resident = {name: e for name, e in self.entries.items() if e.resident}
+        excess = sum(e.nbytes for e in resident.values()) + missing - self.budget
+        leaving = []
+        for name, entry in sorted(resident.items(), key=lambda item: item[1].used):
+            if excess > 0 and name not in keep and entry.movable:
+                leaving.append(name)
+                excess -= entry.nbytes
+        if excess > 0:
+            return False
+        for name in leaving:
+            self.remove(name)
+            self.entries[name].resident = False
+        return True
+
+    def _trim_host(self) -> None:
+        """Drop the copies used longest ago until the rest fits the host budget."""
+        copies = [e for e in self.entries.values() if e.stored is not None and e.read is not None]
+        excess = sum(entry.nbytes for entry in copies) - self.host_budget
+        for entry in sorted(copies, key=lambda entry: entry.used):
+            if excess > 0:
+                entry.stored = None
+                excess -= entry.nbytes

@@ -1,0 +1,296 @@
+"""Which deltas each row of a batch takes, and which slot of the kernels' tables that is.
+
+A row takes a combination of deltas, normally one, or none: the plain base. Several are added up.
+The rows named by the caller may each stand for several rows of what a layer sees: beams and
+returned sequences repeat rows in place, and layers that flatten [batch, length] to one dimension
+repeat each row `length` times. Both keep the order, so row i of L is row i // (L / batch).
+
+Continuous batching packs the tokens of many requests into one row [1, tokens]; there, every token
+has its own route.
+
+Every resident delta has a slot, the same in the tables of all modules. An eager call gets a plan of
+its own, tensors on the device, for its rows. A captured CUDA graph reads the same memory at every
+replay; so there is one fixed plan for each batch size, which follows what `use_deltas` and
+`set_delta` say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock, RLock
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DeltaMixError
+from ..ops.dispatch import capturing
+
+Names = str | Sequence[str | None] | None
+BASE = "__base__"  # what PEFT calls it; None means the same
+_MOST_PLANS = 64  # batch sizes for which a graph may be recorded
+
+
+class Route:
+    """Combinations of a batch's rows, in order."""
+
+    def __init__(self, rows: Sequence[Combination]):
+        self.rows = tuple(rows)
+        self.distinct = tuple(dict.fromkeys(self.rows))
+        self._index: dict[tuple[int, torch.device], list[tuple[Combination, Tensor]]] = {}
+        self._batches: dict[int, Route] = {}
+        self._plans: dict[tuple[int, torch.device], Plan] = {}
+
+    @property
+    def single(self) -> Combination | None:
+        """The combination of all rows, if they share one."""
+        return self.distinct[0] if len(self.distinct) == 1 else None
+
+    def of_batch(self, rows: int) -> Route:
+        """The same for a batch in which each row is repeated in place.
+
+        Raises:
+            DeltaMixError: `rows` is no multiple of the rows named.
+        """
+        if self.single is not None or rows == len(self.rows):
+            return self
+        if rows % len(self.rows):
+            raise DeltaMixError(
+                f"{len(self.rows)} rows were named, but the batch has {rows}: give one name for "
+                "each row"
+            )
+        if rows not in self._batches:
+            self._batches[rows] = Route(self.of_rows(rows))
+        return self._batches[rows]
+
+    def of_rows(self, rows: int) -> Sequence[Combination]:
+        """The combination of each of `rows` rows, a multiple of those named if these differ."""
+        if self.single is not None:
+            return [self.single] * rows
+        return [row for row in self.rows for _ in range(rows // len(self.rows))]
+
+    def plan(self, rows: int, device: torch.device, slots: Slots) -> Plan:
+        """Slots of `rows` rows, for as long as the route's deltas stay resident."""
+        key = rows, device
+        if key not in self._plans:
+            plan = Plan(rows, sum(map(bool, self.distinct)), device)
+            plan.load(self.of_rows(rows), slots)
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def groups(self, length: int, device: torch.device) -> list[tuple[Combination, Tensor]]:
+        """Row numbers int64 of every combination but the base, among `length` rows."""
+        key = length, device
+        if key not in self._index:
+            numbers = torch.arange(length, device=device).view(len(self.rows), -1)
+            self._index[key] = [
+                (found, numbers[[i for i, row in enumerate(self.rows) if row == found]].flatten())
+                for found in self.distinct
+                if found
+            ]
+        return self._index[key]
+
+
+class PackedRoute(Route):
+    """Combinations of the tokens of many requests in one row [1, tokens].
+
+    Args:
+        rows: a combination for each request, in the order of their tokens.
+        lengths: how many tokens each has.
+        kept: combinations of the tokens whose logits are wanted, in order.
+        head: the module that sees these alone; None: it sees all tokens, as any other does.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Combination],
+        lengths: Sequence[int],
+        kept: Sequence[Combination] = (),
+        head: nn.Module | None = None,
+    ):
+        super().__init__([row for row, n in zip(rows, lengths, strict=True) for _ in range(n)])
+        self._tokens, self._kept, self._head = Route(self.rows), Route(kept), head
+
+    def of_batch(self, rows: int) -> Route:
+        return self
+
+    def seen_by(self, module: nn.Module) -> Route:
+        """The route of what `module` sees, a row for each token."""
+        return self._kept if module is self._head else self._tokens
+
+
+class Router:
+    """The route in force: the one of the running call, or else of all calls.
+
+    Captured CUDA graphs follow another: the route last set for all calls, or the one announced
+    until a `with` ends.
+
+    Attributes:
+        slots: of the resident deltas, for the kernels' tables.
+        turn: held by the thread that announces.
+    """
+
+    def __init__(self) -> None:
+        self.default = Route([()])
+        self.slots = Slots()
+        self.turn = RLock()
+        self._current: ContextVar[Route | None] = ContextVar("deltamix_route", default=None)
+        self._announced: list[Route] = []  # the last one counts
+        self._fixed: dict[tuple[int, torch.device], Plan] = {}
+        self._writing = Lock()
+
+    @property
+    def route(self) -> Route:
+        return self._current.get() or self.default
+
+    @contextmanager
+    def using(self, route: Route | None) -> Iterator[None]:
+        """Use `route` within; None leaves it as it is. Other threads keep theirs."""
+        if route is None:
+            yield
+            return
+        token = self._current.set(route)
+        try:
+            yield
+        finally:
+            self._current.reset(token)
+
+    def set_default(self, route: Route) -> None:
+        """Use `route` in all calls that name none, and in captured graphs."""
+        self.default = route
+        self._load_fixed()
+
+    @contextmanager
+    def announcing(self, route: Route) -> Iterator[None]:
+        """Use `route` within, in captured graphs too; the thread has its turn.
+
+        Raises:
+            DeltaMixError: a graph cannot run it.
+        """
+        self.check_graphs(route)
+        self._announced.append(route)
+        try:
+            self._load_fixed()
+            with self.using(route):
+                yield
+        finally:
+            self._announced.pop()
+            self._load_fixed()
+
+    def check_graphs(self, route: Route) -> None:
+        """Raises DeltaMixError if a graph was captured and some row adds up several deltas."""
+        captured = any(plan.captured for plan in self._fixed.values())
+        if captured and any(len(row) > 1 for row in route.distinct):
+            raise DeltaMixError(
+                "a CUDA graph was captured, and its rows cannot add up several deltas: give each "
+                "row one"
+            )
+
+    def plan(self, rows: int, device: torch.device) -> Plan:
+        """Slots of the rows of a batch; while a CUDA graph is recorded, in memory that stays.
+
+        Raises:
+            DeltaMixError: a graph is recorded, but no call like it ran before, or its deltas were
+                named in the call.
+        """
+        fixed = self._fixed.get((rows, device))
+        if capturing(device):
+            if fixed is None or self.route.of_rows(rows) != self._of_graphs.of_rows(rows):
+                raise DeltaMixError(
+                    "before a CUDA graph is recorded, run the same once, and name the deltas with "
+                    "use_deltas or set_delta around both, not in the call"
+                )
+            fixed.captured = True
+            return fixed
+        if fixed is None:
+            self._add_fixed(rows, device)
+        return self.route.plan(rows, device, self.slots)
+
+    @property
+    def _of_graphs(self) -> Route:
+        return (self._announced or [self.default])[-1]
+
+    def _add_fixed(self, rows: int, device: torch.device) -> None:
+        """Memory for graphs of this batch size, should one be recorded."""
+        with self._writing:
+            idle = [key for key, plan in self._fixed.items() if not plan.captured]
+            for key in idle[: max(0, len(idle) + 1 - _MOST_PLANS)]:
+                del self._fixed[key]
+            plan = self._fixed[rows, device] = Plan(rows, min(rows, SLOTS), device)
+            self._load(plan)
+
+    def _load_fixed(self) -> None:
+        """Write the rows that captured graphs follow."""
+        with self._writing:
+            for plan in self._fixed.values():
+                self._load(plan)
+
+    def _load(self, plan: Plan) -> None:
+        """The rows of graphs into one plan; the base where they do not fit a batch."""
+        route, rows = self._of_graphs, plan.rows
+        fits = rows % len(route.rows) == 0 and all(len(row) < 2 for row in route.distinct)
+        plan.load(route.of_rows(rows) if fits else [()] * rows, self.slots)
+
+
+def check_rows(names: int, rows: int) -> None:
+    """Raises DeltaMixError unless there is a name for each row."""
+    if rows != names:
+        raise DeltaMixError(
+            f"delta_names has {names} names for a batch of {rows} rows; give one name for each "
+            "row, or a single text for all"
+        )
+
+
+SLOTS = 256  # deltas the kernels' tables can hold
+Combination = tuple[str, ...]  # names of deltas that are added up; () is the base
+
+
+class Slots(dict[str, int]):
+    """Resident delta -> its slot. Deltas beyond the last slot have none."""
+
+    def take(self, name: str) -> bool:
+        """Give a delta a slot; False if all are taken."""
+        free = set(range(SLOTS)) - set(self.values())
+        if name not in self and free:
+            self[name] = min(free)
+        return name in self
+
+
+class Plan:
+    """Rows by slot, int32.
+
+    Attributes:
+        order: [rows], the rows sorted by slot, those of the base last.
+        starts: [entries + 1], where each entry's rows begin in `order`.
+        slots: [entries], each entry's slot. Entries past those in use have no rows.
+        of_rows: [rows], each row's slot, -1 for the base.
+        captured: a CUDA graph reads it.
+    """
+
+    def __init__(self, rows: int, entries: int, device: torch.device):
+        self.rows, self.entries, self.captured = rows, entries, False
+        width = (rows + 4) // 4 * 4  # each begins at a multiple of 16 bytes
+        self._memory = torch.zeros(4, width, dtype=torch.int32, device=device)
+        self.order, self.starts, self.slots, self.of_rows = self._parts(self._memory)
+
+    def _parts(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ends = self.rows, self.entries + 1, self.entries, self.rows
+        order, starts, slots, of_rows = (
+            row[:end] for row, end in zip(memory.unbind(), ends, strict=True)
+        )
+        return order, starts, slots, of_rows
+
+    def load(self, rows: Sequence[Combination], slots: Mapping[str, int]) -> None:
+        """Write these rows, of at most one delta each, into the same memory."""
+        numbers = [slots.get(row[0], -1) if row else -1 for row in rows]
+        used = sorted(set(numbers) - {-1})
+        memory = torch.zeros(self._memory.shape, dtype=torch.int32)
+        order, starts, entries, of_rows = self._parts(memory)
+        by_slot = sorted(range(self.rows), key=lambda i: (numbers[i] < 0, numbers[i]))
+        order[:] = torch.tensor(by_slot)
+        counts = [numbers.count(slot) for slot in used] + [0] * (self.entries - len(used))
+        starts[1:] = torch.tensor(counts, dtype=torch.int64).cumsum(0)
+        entries[: len(used)] = torch.tensor(used)
+        of_rows[:] = torch.tensor(numbers)
+        self._memory.copy_(memory)

@@ -1,0 +1,279 @@
+"""The delta product on a CPU: packed bytes become levels by table look-up.
+
+Unpacking codes and computing levels are a dozen small tensor operations a width, and at one token
+their overhead is all the time there is. A byte of a plane holds 8/p codes of p bits, so one look-up
+in a table [256, 8/p] of levels does both at once. Widths 2 and 3 share one look-up: of 3 bits, a
+byte of the high plane and four bits of the low one make a number of twelve bits, and both give four
+levels. At 8 bits a byte is one code, and computing its level is 3.3 times faster than a look-up.
+
+So there are at most three parts on a side, each with its own order of levels: byte row, byte
+column, element in the byte. Instead of putting levels in order, x is permuted on the way in and y
+on the way out.
+
+All is computed in float32: products in bfloat16 with levels that are new at every call made oneDNN
+keep 600 MB for good (SmolLM2-135M).
+
+Widths 2, 3, 4 and 8, Gaussian codebook, one scale a vector except for U of embeddings: what the
+default method makes. Levels of a U with groups are multiplied by their scales as they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quantization import gaussian as codebook
+from ..quantization import uniform
+
+Runs = tuple[tuple[int, int, int], ...]
+
+# Width -> byte rows that a look-up result belongs to: 8 / order elements come from one byte.
+_ORDER = {2: 2, 3: 2, 4: 4, 8: 8}
+_TWO_BITS = 4096  # where the 2-bit entries begin, after the 3-bit ones
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Ranks of one width on one side: their byte rows, as a slice or indices."""
+
+    width: int
+    count: int
+    rows: slice | Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Ranks whose levels come in one order: their numbers, in the order of the pieces."""
+
+    order: int
+    pieces: tuple[Piece, ...]
+    ranks: slice | Tensor
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Packed codes of one factor, `number` 1 for V and 2 for U, and its scales.
+
+    `scales` float32 [k, byte columns], or None: one scale a vector, applied to h.
+    """
+
+    packed: Tensor
+    number: int
+    length: int
+    scales: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.packed.shape[1]
+
+
+def supported(runs: Runs, gaussian: bool, group_sizes: tuple[int, int]) -> bool:
+    v, u = group_sizes
+    whole_bytes = v == 0 and u % 8 == 0
+    return gaussian and whole_bytes and all(v in _ORDER and u in _ORDER for _, v, u in runs)
+
+
+def low_rank(
+    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, n: int, u_group: int = 0
+) -> Tensor:
+    """x [M, n] -> (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype; `u_group`: U's group size."""
+    right, left, scales = _sides(v, u, ranks, m, n, u_group)
+    return _product(x, right, left, scales, runs)
+
+
+def low_rank_transposed(
+    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, n: int, u_group: int = 0
+) -> Tensor:
+    """x [M, m] -> (x·Û)·V̂ [M, n] in x's dtype."""
+    right, left, scales = _sides(v, u, ranks, m, n, u_group)
+    return _product(x, left, right, scales, runs)
+
+
+def shrink(
+    x: Tensor, v: Sequence[Tensor], ranks: Sequence[Tensor], runs: Sequence[Runs], n: int
+) -> Tensor:
+    """x [M, n] -> x·V̂ᵀ of several matrices, float32 [M, all ranks]; one scale a vector."""
+    h = _enter(x, _Side(torch.cat(list(v)), 1, n), sum(runs, ()))
+    return h * uniform.scales_from_bits(torch.cat([r[:, 1] for r in ranks]))
+
+
+def expand(h: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, dtype: torch.dtype) -> Tensor:
+    """h float32 [M, k], one matrix's part of `shrink`'s, -> h·Ûᵀ [M, m] in `dtype`."""
+    scales = uniform.scales_from_bits(ranks[:, 2].contiguous())
+    return _leave(h * scales, _Side(u, 2, m), runs).to(dtype)
+
+
+def times_right(h: Tensor, v: Tensor, runs: Runs, n: int) -> Tensor:
+    """h float32 [M, k], V's scales included, -> h·V̂ [M, n]."""
+    return _leave(h, _Side(v, 1, n), runs)
+
+
+def levels(packed: Tensor, runs: Sequence[tuple[int, int]], length: int) -> Tensor:
+    """Levels float32 [k, length] of (count, width) runs, without scales, in the elements' order.
+
+    For ranks that are not the same from call to call, whose `parts` are not worth working out.
+    Bytes are put in order before they are looked up, which is four times less to move.
+    """
+    found = torch.empty(sum(run[0] for run in runs), 8 * packed.shape[1])
+    row = rank = 0
+    for count, width in runs:
+        rows, out = packed[row : row + count * width], found[rank : rank + count]
+        row, rank = row + count * width, rank + count
+        if width == 8:
+            ordered = rows.view(count, 8, -1).transpose(1, 2)
+            out.view(count, -1, 8).copy_(_eight_bits(ordered))
+        else:
+            entries = _entries(rows, Piece(width, count, slice(None))).transpose(1, 2)
+            _look_up(_ORDER[width], entries.contiguous(), out.view(-1))
+    return found[:, :length]
+
+
+def _sides(
+    v: Tensor, u: Tensor, ranks: Tensor, m: int, n: int, u_group: int
+) -> tuple[_Side, _Side, Sequence[Tensor]]:
+    """Both factors, and the scales float32 [k] that apply to whole ranks, one after the other."""
+    scales = uniform.scales_from_bits(ranks[:, 1:].contiguous())
+    right = _Side(v, 1, n)
+    if not u_group:
+        return right, _Side(u, 2, m), scales.unbind(1)
+    by_column = scales[:, 1:].repeat_interleave(u_group // 8, 1)[:, : u.shape[1]]
+    return right, _Side(u, 2, m, by_column), scales[:, :1].unbind(1)
+
+
+def _product(x: Tensor, enter: _Side, leave: _Side, scales: Sequence[Tensor], runs: Runs) -> Tensor:
+    h = _enter(x, enter, runs)
+    for scale in scales:  # in this order, as `shrink` and `expand` apply them
+        h = h * scale
+    return _leave(h, leave, runs).to(x.dtype)
+
+
+def _enter(x: Tensor, enter: _Side, runs: Runs) -> Tensor:
+    """x [M, length] times the codes: float32 [M, k]."""
+    rows, columns = len(x), enter.columns
+    x = x.float()
+    if enter.length < 8 * columns:
+        x = F.pad(x, (0, 8 * columns - enter.length))
+    h = x.new_empty(rows, sum(run[0] for run in runs))
+    for part in parts(runs, enter.number):
+        turned = x.view(rows, columns, part.order, 8 // part.order).transpose(1, 2).flatten(1)
+        found = turned @ _levels(enter, part).T
+        if isinstance(part.ranks, slice):
+            h[:, part.ranks] = found
+        else:
+            h.index_copy_(1, part.ranks, found)
+    return h
+
+
+def _leave(h: Tensor, leave: _Side, runs: Runs) -> Tensor:
+    rows, columns = len(h), leave.columns
+    y = h.new_zeros(rows, columns, 8)
+    for part in parts(runs, leave.number):
+        found = _take(h, 1, part.ranks) @ _levels(leave, part)
+        turned = found.view(rows, part.order, columns, 8 // part.order).transpose(1, 2)
+        y.view(rows, columns, part.order, 8 // part.order).add_(turned)
+    return y.flatten(1)[:, : leave.length]
+
+
+@lru_cache(maxsize=8192)
+def parts(runs: Runs, side: int) -> tuple[Part, ...]:
+    """The ranks of `runs` by the order of their levels on one side (1: V, 2: U)."""
+    rows: dict[int, list[int]] = {}
+    ranks: dict[int, list[int]] = {}
+    row = rank = 0
+    for run in runs:
+        count, width = run[0], run[side]
+        rows.setdefault(width, []).extend(range(row, row + count * width))
+        ranks.setdefault(width, []).extend(range(rank, rank + count))
+        row, rank = row + count * width, rank + count
+    found = []
+    for order in (8, 4, 2):
+        widths = [width for width in (8, 4, 3, 2) if width in rows and _ORDER[width] == order]
+        if widths:
+            pieces = tuple(Piece(w, len(ranks[w]), _index(rows[w], torch.int32)) for w in widths)
+            found.append(Part(order, pieces, _index([r for w in widths for r in ranks[w]])))
+    return tuple(found)
+
+
+def _index(numbers: list[int], dtype: torch.dtype = torch.int64) -> slice | Tensor:
+    """A slice if the numbers are consecutive."""
+    first = numbers[0]
+    if numbers == list(range(first, first + len(numbers))):
+        return slice(first, first + len(numbers))
+    return torch.tensor(numbers, dtype=dtype)
+
+
+def _take(tensor: Tensor, dim: int, index: slice | Tensor) -> Tensor:
+    """Some rows or columns; `tensor[index]` with a tensor takes twice as long."""
+    if isinstance(index, Tensor):
+        return tensor.index_select(dim, index)
+    return tensor[index] if dim == 0 else tensor[:, index]
+
+
+def _levels(side: _Side, part: Part) -> Tensor:
+    """Levels [ranks, 8·columns] of a part, in its own order; times the side's scales."""
+    if part.order == 8:
+        (piece,) = part.pieces
+        levels = _eight_bits(_take(side.packed, 0, piece.rows)).view(piece.count, 8, -1, 1)
+    else:
+        found = [_entries(side.packed, piece) for piece in part.pieces]
+        index = found[0] if len(found) == 1 else torch.cat(found)
+        levels = _look_up(part.order, index)
+    if side.scales is not None:  # levels are [ranks, order, columns, 8 / order]
+        levels *= side.scales[part.ranks, None, :, None]
+    return levels.flatten(1)
+
+
+def _eight_bits(codes: Tensor) -> Tensor:
+    """c·(alpha + beta·c²) of centred codes."""
+    c = codes.float().sub_(127.5)
+    return torch.addcmul(_ALPHA, c, c, value=codebook.CUBIC[7][1]).mul_(c)
+
+
+def _entries(packed: Tensor, piece: Piece) -> Tensor:
+    """Where in `_table` the levels of each byte are: int32 [ranks, order, columns]."""
+    rows = _take(packed, 0, piece.rows).view(piece.count, piece.width, -1)
+    if piece.width == 4:
+        return rows.int()
+    if piece.width == 2:
+        return rows.int().add_(_TWO_BITS)
+    low = (rows[:, 2:] >> _NIBBLES).bitwise_and_(15)
+    return torch.add(rows[:, :2].int(), low, alpha=256)
+
+
+_ALPHA = torch.tensor(codebook.CUBIC[7][0])
+_NIBBLES = torch.tensor([0, 4], dtype=torch.uint8)[:, None]
+
+
+def _look_up(order: int, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """Levels [*index.shape, 8 / order] of entries; `out`, flat, takes them too.
+
+    Of a vector of 16-byte elements `index_select` reads one in 0.8 ns, of a matrix of four columns
+    it copies a row in 2.4 ns.
+    """
+    wide = torch.complex64 if order == 4 else torch.complex128
+    wide_out = None if out is None else out.view(wide)
+    found = torch.index_select(_table(order).view(wide).view(-1), 0, index.view(-1), out=wide_out)
+    return found.view(torch.float32).view(*index.shape, -1)
+
+
+@cache
+def _table(order: int) -> Tensor:
+    """Levels [entries, 8 / order] of every entry."""
+    if order == 4:
+        return _of_bytes(4)
+    numbers, element = torch.arange(_TWO_BITS)[:, None], torch.arange(4)
+    codes = ((numbers >> (element * 2)) & 3) << 1 | ((numbers >> (8 + element)) & 1)
+    three = codebook.decode(codes.to(torch.uint8), torch.tensor(3))
+    return torch.cat([three, _of_bytes(2)])
+
+
+def _of_bytes(width: int) -> Tensor:
+    """Levels [256, 8 / width] of the codes in a byte."""
+    shifts = torch.arange(8 // width) * width
+    codes = (torch.arange(256)[:, None] >> shifts) & ((1 << width) - 1)
+    return codebook.decode(codes.to(torch.uint8), torch.tensor(width))

@@ -1,0 +1,230 @@
+"""What a mixture of experts computes with its 3-D weights, and the packed deltas' part of it.
+
+Tokens are sorted by expert. Of the frozen base weights a projection is then one grouped product,
+transformers' own. The packed factors run through the grouped kernels of many deltas, an expert a
+slot: they find each row's factors on the device, and nothing waits for the CPU. Where those cannot
+run, only the factors of experts that some token chose are decoded, together for all that have few
+tokens: while generating, that is one step for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.integrations import moe
+
+from ..errors import DeltaMixError
+from ..quantization import uniform
+from ..quantization.packed_delta import PackedFactors
+from ..quantization.packed_experts import PackedExperts
+from . import cpu
+from .dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
+
+Project = Callable[[str, Tensor, Tensor], Tensor]
+"""(name of a 3-D parameter, x [S, n] sorted by expert, ends int32 [experts]) -> [S, m].
+
+Expert e has the rows ends[e − 1] to ends[e] of x.
+"""
+
+# Rows that are multiplied by the ranks of all their experts, after which those of others count 0:
+# what that wastes takes no longer than decoding the ranks does.
+_ROWS = 16
+_ALIGNED = 16  # bytes between rows that torch's grouped product wants
+
+
+def experts_forward(
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    project: Project,
+) -> Tensor:
+    """What `module` makes of tokens [T, h] and their experts [T, k], by way of `project`.
+
+    The steps are those of transformers' `grouped_mm_experts_forward`.
+
+    Raises:
+        DeltaMixError: the experts are spread over several devices.
+    """
+    if getattr(module, "_is_expert_parallel", False):
+        raise DeltaMixError(
+            "experts with a packed delta cannot be spread over devices; load without an expert plan"
+        )
+    tokens, top_k = top_k_index.shape
+    experts, order = top_k_index.reshape(-1).sort(stable=True)
+    numbers = torch.arange(module.num_experts, device=experts.device)
+    ends = torch.searchsorted(experts, numbers, right=True).to(torch.int32)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    y = project(first, hidden_states[order // top_k], ends)
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    y = project("down_proj", y, ends)
+    if getattr(module, "has_post_expert_norm", False):
+        y = module.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order][:, None]
+    return y[order.argsort()].view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+
+
+def base_product(module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """The frozen part of a projection: x [S, n] -> [S, m], with the bias the module has for it."""
+    y = grouped_product(x, weight if module.is_transposed else weight.mT, ends)
+    if not module.has_bias:
+        return y
+    rows = torch.arange(len(x), device=x.device)
+    return y + getattr(module, f"{name}_bias")[torch.searchsorted(ends, rows, right=True)]
+
+
+def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows ends[e − 1] to ends[e] of x [S, n] times weights [E, n, m] of e; [S, m]."""
+    wide = x.dtype == torch.float64 or any(
+        size * x.element_size() % _ALIGNED for size in weights.shape[1:]
+    )
+    if wide:  # torch refuses these
+        return torch.ops.transformers.grouped_mm_fallback(x.to(weights.dtype), weights, ends)
+    return moe._grouped_mm(x, weights, ends)
+
+
+def plain_expert_low_rank(
+    x: Tensor,
+    ends: Tensor,
+    v: Tensor,
+    u: Tensor,
+    ranks: Tensor,
+    counts: Tensor,
+    zeros: Tensor | None,
+    m: int,
+    n: int,
+    group_sizes: list[int],
+    transposed: bool,
+) -> Tensor:
+    """x [S, n] -> [S, m] in x's dtype, each row by its expert; `transposed` maps m to n instead.
+
+    Args:
+        ends: int32 [experts], as `Project` has them.
+        v, u, ranks, counts, zeros: see `packed_experts.py`.
+    """
+    packed = PackedExperts(m, n, (group_sizes[0], group_sizes[1]), v, u, ranks, counts, zeros)
+    y = x.new_zeros(len(x), n if transposed else m)
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    hit = ((sizes > 0) & (counts > 0)).nonzero()[:, 0]
+    experts = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+    rows, starts = sizes[hit].tolist(), (ends - sizes)[hit].tolist()
+    with torch.autocast(x.device.type, enabled=False):
+        for some in _groups(rows):
+            part = slice(starts[some.start], starts[some.stop - 1] + rows[some.stop - 1])
+            factors, owner = packed.chosen(hit[some])
+            right, left, scales = _decoded(factors, x.dtype)
+            if transposed:
+                right, left = left, right
+            h = (x[part].to(right.dtype) @ right.T).mul_(scales)
+            h.masked_fill_(experts[part, None] != hit[some][owner], 0)
+            y[part] = (h @ left).to(x.dtype)
+    return y
+
+
+def _groups(rows: list[int]) -> Iterator[slice]:
+    """Neighbours that together have at most `_ROWS` rows, or one with more."""
+    start = total = 0
+    for i, count in enumerate(rows):
+        if i > start and total + count > _ROWS:
+            yield slice(start, i)
+            start, total = i, 0
+        total += count
+    if rows:
+        yield slice(start, len(rows))
+
+
+def _decoded(factors: PackedFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """V̂ [K, n], Ûᵀ [K, m] and what each rank is yet to be multiplied by, [K]; see `lookup.py`."""
+    quick = factors.v.device.type == "cpu" and dtype != torch.float64
+    runs, whole = tuple(factors.runs), factors.group_sizes == (0, 0)
+    if quick and whole and cpu.supported(runs, factors.gaussian, factors.group_sizes):
+        sides = [(factors.v, 1, factors.n), (factors.u, 2, factors.m)]
+        right, left = (
+            cpu.levels(codes, [(run[0], run[side]) for run in runs], length)
+            for codes, side, length in sides
+        )
+        return right, left, uniform.scales_from_bits(factors.ranks[:, 1:].contiguous()).prod(1)
+    dtype = torch.float32 if quick else dtype  # as elsewhere on a CPU
+    right, left = factors.right().to(dtype), factors.left().to(dtype)
+    return right, left, right.new_ones(len(right))
+
+
+expert_low_rank = torch.library.custom_op("deltamix::expert_low_rank", mutates_args=())(
+    plain_expert_low_rank
+)
+
+
+@expert_low_rank.register_fake
+def _(x, ends, v, u, ranks, counts, zeros, m, n, group_sizes, transposed):
+    return x.new_empty(len(x), n if transposed else m)
+
+
+def _context(ctx, inputs, output):
+    _, *tensors, m, n, group_sizes, transposed = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.layout = (m, n, group_sizes, not transposed)
+
+
+def _backward(ctx, grad):
+    return (expert_low_rank(grad, *ctx.saved_tensors, *ctx.layout),) + (None,) * 10
+
+
+expert_low_rank.register_autograd(_backward, setup_context=_context)
+
+
+def add_delta(y: Tensor, packed: PackedExperts, x: Tensor, ends: Tensor) -> Tensor:
+    """y [S, m], a frozen projection of x [S, n], with the packed part added; may change y."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return y + expert_low_rank(x.to(y.dtype), ends, *packed.op_arguments, False)
+    if not add_by_kernels(y, packed, x, ends):
+        plain: Any = plain_expert_low_rank
+        y += plain(x.to(y.dtype), ends, *packed.op_arguments, False)
+    return y
+
+
+class _Table:
+    """Addresses of all experts' factors; `sound` if the kernels know them."""
+
+    def __init__(self, packed: PackedExperts):
+        self.addresses = _addresses(packed)
+        device, factors = packed.v.device, packed.untied().split()
+        self.slots = torch.arange(len(factors), dtype=torch.int32, device=device)
+        self.table = triton_kernels().Table(len(factors), packed.m, packed.n, device)
+        self.sound = all(
+            own is None or self.table.put(number, kernel_packed(own))
+            for number, own in enumerate(factors)
+        )
+
+
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which lives with its model
+
+
+def add_by_kernels(y: Tensor, packed: PackedExperts, x: Tensor, ends: Tensor) -> bool:
+    """y [S, m] += what the experts' factors make of x [S, n], in place; False: nothing was done.
+
+    Rows and `ends` as for `expert_ops.Project`. Not for min-max grids, gradients or autocast.
+    """
+    fits = packed.zeros is None and y.dtype == x.dtype and x.dtype in TRITON_DTYPES
+    if not fits or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    if choose(x.device) != TRITON:
+        return False
+    found = _tables.get(packed.v)
+    if found is None or found.addresses != _addresses(packed):  # the model was moved
+        if capturing(x.device):
+            return False
+        found = _tables[packed.v] = _Table(packed)
+    if not found.sound:
+        return False
+    k, numbers = triton_kernels(), torch.arange(len(x), dtype=torch.int32, device=x.device)
+    rows = k.Rows(numbers, torch.cat([ends.new_zeros(1), ends]), found.slots)
+    k.grouped_add(y, x, found.table, rows)
+    return True
+
+
+def _addresses(packed: PackedExperts) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in packed.tensors.values())

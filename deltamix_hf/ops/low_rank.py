@@ -1,0 +1,304 @@
+"""The packed products the rest of the code calls, as torch custom ops.
+
+`delta_linear` is one linear layer with its delta,
+
+    y = x·W_baseᵀ + ((x·V̂ᵀ)·s)·Ûᵀ (+ bias),
+
+`low_rank` the delta's part of it in either direction, `low_rank_rows` the rows an embedding looks
+up. `torch.compile(fullgraph=True)` sees each as one opaque node. The plain-torch reference here is
+also the CPU path; on a GPU the Triton kernels of `deltamix_kernels` run (see `kernels.py`).
+
+Both factors are stored rank-major, so `low_rank` with its two sides swapped is its own backward:
+dL/dx = (g·Û)·V̂. No gradient flows to the packed factors, they are frozen integers.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quantization import bitpacking, gaussian, uniform
+from ..quantization.packed_delta import (
+    GroupSizes,
+    PackedFactors,
+    row_bits,
+    scale_counts,
+    zero_points,
+)
+from . import cpu
+from .dispatch import TRITON, TRITON_DTYPES, choose, triton_kernels
+
+
+def _unflatten(runs: list[int]) -> list[tuple[int, int, int]]:
+    return list(zip(runs[0::3], runs[1::3], runs[2::3], strict=True))
+
+
+def _pair(group_sizes: list[int]) -> GroupSizes:
+    v, u = group_sizes
+    return v, u
+
+
+def plain_low_rank(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    ranks: Tensor,
+    zeros: Tensor | None,
+    runs: list[int],
+    m: int,
+    n: int,
+    group_sizes: list[int],
+    transposed: bool,
+    kernel: str | None = None,
+) -> Tensor:
+    """x [..., n] -> [..., m] in x's dtype; `transposed` maps [..., m] -> [..., n] instead.
+
+    `runs` is the flattened list of (count, v_bits, u_bits); see `packed.py` for the tensors.
+    """
+    if _by_triton(x, group_sizes, kernel):
+        k = triton_kernels()
+        packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, _pair(group_sizes))
+        return k.low_rank(x, packed, transposed)
+    triples = tuple(_unflatten(runs))
+    quick = x.device.type == "cpu" and x.dtype != torch.float64  # whose factors are float32's
+    if quick and cpu.supported(triples, zeros is None, _pair(group_sizes)):
+        flat = x.reshape(-1, x.shape[-1])
+        product = cpu.low_rank_transposed if transposed else cpu.low_rank
+        with torch.autocast("cpu", enabled=False):
+            return product(flat, v, u, ranks, triples, m, n, group_sizes[1]).view(
+                *x.shape[:-1], n if transposed else m
+            )
+    factors = PackedFactors(m, n, _pair(group_sizes), list(triples), v, u, ranks, zeros)
+    right, left = factors.right().to(x.dtype), factors.left().to(x.dtype)
+    if transposed:
+        right, left = left, right
+    with torch.autocast(x.device.type, enabled=False):  # the fake below promises x's dtype
+        return x @ right.T @ left
+
+
+low_rank = torch.library.custom_op("deltamix::low_rank", mutates_args=())(plain_low_rank)
+
+
+@low_rank.register_fake
+def _(x, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, kernel=None):
+    return x.new_empty(*x.shape[:-1], n if transposed else m)
+
+
+def _low_rank_context(ctx, inputs, output):
+    _, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, kernel = inputs
+    ctx.save_for_backward(v, u, ranks, zeros)
+    ctx.layout = (runs, m, n, group_sizes, not transposed, kernel)
+
+
+def _low_rank_backward(ctx, grad):
+    return (low_rank(grad, *ctx.saved_tensors, *ctx.layout),) + (None,) * 10
+
+
+low_rank.register_autograd(_low_rank_backward, setup_context=_low_rank_context)
+
+
+def plain_delta_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    v: Tensor,
+    u: Tensor,
+    ranks: Tensor,
+    zeros: Tensor | None,
+    runs: list[int],
+    group_sizes: list[int],
+    kernel: str | None = None,
+) -> Tensor:
+    """x [..., n], weight [m, n] and bias [m] of one dtype -> [..., m] in it."""
+    m, n = weight.shape
+    if _by_triton(x, group_sizes, kernel):
+        k = triton_kernels()
+        packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, _pair(group_sizes))
+        return k.delta_linear(x, weight, bias, packed)
+    y = F.linear(x, weight, bias)
+    return y.add_(plain_low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False, kernel))
+
+
+delta_linear = torch.library.custom_op("deltamix::delta_linear", mutates_args=())(
+    plain_delta_linear
+)
+
+
+@delta_linear.register_fake
+def _(x, weight, bias, v, u, ranks, zeros, runs, group_sizes, kernel=None):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_context(ctx, inputs, output):
+    x, weight, _, v, u, ranks, zeros, runs, group_sizes, kernel = inputs
+    _, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    ctx.save_for_backward(x if wants_weight else None, weight, v, u, ranks, zeros)
+    ctx.layout = (runs, *weight.shape, group_sizes, True, kernel)
+    ctx.wants_bias = wants_bias
+
+
+def _linear_backward(ctx, grad):
+    x, weight, *packed = ctx.saved_tensors
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        dx = grad @ weight + low_rank(grad, *packed, *ctx.layout)
+    flat = grad.flatten(0, -2)
+    if x is not None:
+        dw = flat.T @ x.flatten(0, -2)
+    if ctx.wants_bias:
+        db = flat.sum(0)
+    return (dx, dw, db) + (None,) * 7
+
+
+delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
+
+
+def plain_shrink(
+    x: Tensor,
+    v: list[Tensor],
+    u: list[Tensor],
+    ranks: list[Tensor],
+    runs: list[int],
+    run_lengths: list[int],
+    m: list[int],
+) -> Tensor:
+    """h = x·V̂ᵀ of several matrices at once, as partial sums float32 [splits, rows, all ranks].
+
+    Of Gaussian codebooks with one scale a vector; without Triton, of what `lookup` supports.
+    `runs` are the flattened runs of all matrices, `run_lengths` how many numbers belong to each.
+    No gradients.
+    """
+    n, ends = x.shape[-1], accumulate(run_lengths)
+    pieces = [
+        tuple(_unflatten(runs[end - length : end]))
+        for end, length in zip(ends, run_lengths, strict=True)
+    ]
+    if choose(x.device) != TRITON:
+        with torch.autocast(x.device.type, enabled=False):
+            return cpu.shrink(x.reshape(-1, n), v, ranks, pieces, n)[None]
+    k = triton_kernels()
+    matrices = [
+        k.Packed(*tensors, None, piece, outputs, n, (0, 0))
+        for *tensors, piece, outputs in zip(v, u, ranks, pieces, m, strict=True)
+    ]
+    return k.shrink(x, matrices)
+
+
+shrink = torch.library.custom_op("deltamix::shrink", mutates_args=())(plain_shrink)
+
+
+@shrink.register_fake
+def _(x, v, u, ranks, runs, run_lengths, m):
+    rows, n, splits = x.numel() // x.shape[-1], x.shape[-1], 1
+    if choose(x.device) == TRITON:
+        _, splits = triton_kernels().split_columns(x.device, rows, n)
+    return x.new_empty(splits, rows, sum(len(r) for r in ranks), dtype=torch.float32)
+
+
+def plain_expand_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    first: int,
+    v: Tensor,
+    u: Tensor,
+    ranks: Tensor,
+    runs: list[int],
+) -> Tensor:
+    """`delta_linear` whose h was made by `shrink`; its ranks begin at column `first`."""
+    m, n = weight.shape
+    if choose(x.device) != TRITON:
+        y = F.linear(x, weight, bias)
+        inner = h[0, :, first : first + len(ranks)]
+        with torch.autocast(x.device.type, enabled=False):
+            delta = cpu.expand(inner, u, ranks, tuple(_unflatten(runs)), m, x.dtype)
+        return y.add_(delta.view(y.shape))
+    k = triton_kernels()
+    packed = k.Packed(v, u, ranks, None, k.runs_of(runs), m, n, (0, 0))
+    y = k.finish_linear(x, weight, bias, h, packed, first)
+    return y.view(*x.shape[:-1], m)
+
+
+expand_linear = torch.library.custom_op("deltamix::expand_linear", mutates_args=())(
+    plain_expand_linear
+)
+
+
+@expand_linear.register_fake
+def _(x, weight, bias, h, first, v, u, ranks, runs):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _by_triton(x: Tensor, group_sizes: list[int], kernel: str | None) -> bool:
+    """The kernels know three dtypes and scale groups of 16·i elements; the rest is torch's."""
+    if choose(x.device, kernel) != TRITON:
+        return False
+    return x.dtype in TRITON_DTYPES and triton_kernels().supported(_pair(group_sizes))
+
+
+def plain_low_rank_rows(
+    index: Tensor,
+    v: Tensor,
+    u: Tensor,
+    ranks: Tensor,
+    zeros: Tensor | None,
+    runs: list[int],
+    m: int,
+    n: int,
+    group_sizes: list[int],
+) -> Tensor:
+    """Rows `index` (int64, any shape, values below m) of Û·V̂: float32 [*index.shape, n]."""
+    triples = _unflatten(runs)
+    sides = [(c, b) for c, _, b in triples]
+    flat = index.reshape(-1)
+    codes = bitpacking.unpack_columns(u, sides, flat)
+    v_groups, _ = scale_counts(m, n, _pair(group_sizes))
+    group = v_groups + (flat // group_sizes[1] if group_sizes[1] else torch.zeros_like(flat))
+    scales = uniform.scales_from_bits(ranks[:, 1:].contiguous())[:, group]
+    if zeros is None:
+        left = gaussian.decode(codes, row_bits(sides, codes)[:, None]) * scales
+    else:
+        # int16, not uint8: code - zero may be negative
+        points = zero_points(zeros, triples, ranks.shape[1] - 1)[:, group].to(torch.int16)
+        left = (codes.to(torch.int16) - points) * scales
+    with torch.autocast(index.device.type, enabled=False):
+        if index.device.type == "cpu" and cpu.supported(
+            tuple(triples), zeros is None, _pair(group_sizes)
+        ):
+            h = (left * uniform.scales_from_bits(ranks[:, 1:2].contiguous())).T
+            return cpu.times_right(h, v, tuple(triples), n).reshape(*index.shape, n)
+        right = PackedFactors(m, n, _pair(group_sizes), triples, v, u, ranks, zeros).right()
+        return (left.T @ right).reshape(*index.shape, n)
+
+
+low_rank_rows = torch.library.custom_op("deltamix::low_rank_rows", mutates_args=())(
+    plain_low_rank_rows
+)
+
+
+@low_rank_rows.register_fake
+def _(index, v, u, ranks, zeros, runs, m, n, group_sizes):
+    return torch.empty(*index.shape, n, dtype=torch.float32, device=index.device)
+
+
+_PLAIN: dict[Any, Any] = {
+    low_rank: plain_low_rank,
+    delta_linear: plain_delta_linear,
+    low_rank_rows: plain_low_rank_rows,
+    shrink: plain_shrink,
+    expand_linear: plain_expand_linear,
+}
+
+
+def cheapest(op: Any) -> Any:
+    """The op where autograd or a compiler must see it, else its plain function.
+
+    Dispatching a custom op takes 0.1 ms, a third of all that a small layer's delta takes on a CPU.
+    """
+    seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return op if seen else _PLAIN[op]

@@ -1,0 +1,183 @@
+"""One Gaussian codebook per width: the levels a normal variable is best rounded to.
+
+A rank vector of a whitened delta looks normal, so it is stored as codes into a fixed table and one
+scale for the whole vector (one for every 128 tokens in embeddings), without a zero point. The table
+of width b has 2**b levels, symmetric around 0. With the centred code c = code - (2**b - 1) / 2,
+
+    level_b(c) = alpha_b * c + beta_b * c**3
+
+alpha and beta minimise the mean squared error of a standard normal variable. A cubic instead of the
+Lloyd-Max table costs 0.0 / 0.2 / 2.0 % more error at 2 / 3 / 4 bits and lets a kernel compute a
+level with two multiply-adds instead of a look-up. Mean squared errors, for unit variance:
+
+    bits                    1       2       3        4        5         6         7         8
+    uniform, best step   0.3634  0.1188  0.03744  0.01154  0.003495  0.001040  3.04e-4   8.77e-5
+    this cubic           0.3634  0.1175  0.03462  0.00969  0.002649  0.000716  1.92e-4   5.11e-5
+    Lloyd-Max            0.3634  0.1175  0.03455  0.00950  0.002505  0.000644  1.74e-4   5.0e-5
+"""
+
+import torch
+from torch import Tensor
+
+from .uniform import group_count
+
+# (alpha, beta) of widths 1..8; normative (docs/format.md).
+CUBIC = (
+    (1.5957691, 0.0),
+    (0.892898, 0.0506908),
+    (0.471466, 0.0115843),
+    (0.240515, 0.00209738),
+    (0.121831, 3.36750e-4),
+    (0.0617039, 5.08628e-5),
+    (0.0312720, 7.40792e-6),
+    (0.0158606, 1.05197e-6),
+)
+# Mean squared error of each width 0..8 on a standard normal variable.
+DISTORTION = (1.0, 0.36338, 0.117482, 0.034623, 0.0096878, 0.0026494, 7.161e-4, 1.920e-4, 5.109e-5)
+
+# Widths share one search: the levels of width b are shifted by b * _SHIFT, which no level reaches.
+_SHIFT = 16.0
+_FIT_STEPS = 16
+_NOTHING = 2.0**-100
+
+
+def levels(bits: int) -> Tensor:
+    """The 2**bits levels of one width, float32, ascending; width 0 has the single level 0."""
+    if bits == 0:
+        return torch.zeros(1)
+    alpha, beta = CUBIC[bits - 1]
+    c = torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
+    return (alpha * c + beta * c**3).float()
+
+
+_LEVELS = [levels(b) for b in range(9)]
+_FIRST = torch.tensor([0, *(len(t) for t in _LEVELS[:-1])]).cumsum(0)  # of each width in _TABLE
+_TABLE = torch.cat(_LEVELS)
+_AT_ONCE = 1 << 22  # elements
+
+
+def _edges() -> Tensor:
+    """Decision points of all widths in one ascending table; width b begins at (b - 1/2) shifts."""
+    parts = []
+    for b, table in enumerate(_LEVELS):
+        parts += [torch.tensor([_SHIFT * (b - 0.5)]), (table[1:] + table[:-1]) / 2 + _SHIFT * b]
+    return torch.cat(parts)
+
+
+_EDGES = _edges()
+
+
+def encode(x: Tensor, bits: Tensor) -> Tensor:
+    """Codes uint8 of the nearest levels; `x` in units of the scale, `bits` broadcast to it."""
+    wide = bits.to(torch.int64)
+    key = x.clamp(-7.5, 7.5) + wide * _SHIFT
+    code = torch.bucketize(key, _EDGES.to(x.device)) - 1 - _FIRST.to(x.device)[wide]
+    return code.to(torch.uint8)
+
+
+def decode(codes: Tensor, bits: Tensor) -> Tensor:
+    """Levels float32 of `codes`; `bits` broadcast to them."""
+    index = codes.to(torch.int64) + _FIRST.to(codes.device)[bits.to(torch.int64)]
+    return _TABLE.to(codes.device)[index]
+
+
+def fit(x: Tensor, bits: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Scale float32 `[...]` of the groups `x` `[..., g]`, exactly representable in bfloat16.
+
+    `weights` > 0, broadcast against `x`, say what an error of each element costs (None: the same).
+
+    The best of several scales from 0.35 root mean squares up to the one that clips nothing, each
+    refined by least squares. (Refining the root mean square alone stops far from the best where
+    tails are heavy: at 8 bits with 64 times its error.) A group of zeros gets a scale next to 0,
+    because no level is 0.
+    """
+    x, wide = x.float(), bits[..., None]
+    peak = x.abs().amax(-1)
+    x = x / torch.where(peak > 0, peak, 1.0)[..., None]  # squares stay in range
+    weights = torch.ones_like(x) if weights is None else weights.expand_as(x)
+    rms = ((weights * x.square()).sum(-1) / weights.sum(-1)).sqrt()
+    top = decode((2 ** bits.to(torch.int64) - 1).to(torch.uint8), bits)
+    narrowest = (0.35 * rms).clamp(min=_NOTHING)
+    ratio = torch.maximum(1 / top.clamp(min=0.1), rms).clamp(min=_NOTHING) / narrowest
+    best = torch.full_like(rms, torch.inf)
+    scale = narrowest
+    for step in range(_FIT_STEPS):
+        tried = narrowest * ratio ** (step / (_FIT_STEPS - 1))
+        level = decode(encode(x / tried[..., None], wide), wide)
+        # least-squares scale of these codes, and its error
+        found = (weights * x * level).sum(-1)
+        found /= (weights * level.square()).sum(-1).clamp(min=1e-30)
+        error = (weights * (x - found[..., None] * level).square()).sum(-1)
+        better = (error < best) & (found > 0)
+        best, scale = torch.where(better, error, best), torch.where(better, found, scale)
+    return (scale * peak).clamp(min=_NOTHING).to(torch.bfloat16).float()
+
+
+def fit_rows(x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None) -> Tensor:
+    """`fit` of every group of the rows of `x` `[k, n]`, row i at width `bits[i]`: `[k, G]`.
+
+    `weights` `[n]`: what an error in each column costs.
+    """
+    inside, end = None, None
+    if weights is not None:
+        # A group whose errors cost nothing still needs a scale.
+        weights = (weights.float() / weights.max().clamp(min=_NOTHING)).clamp(min=1e-6)
+        inside, end = _grouped(weights[None], group_size)
+    scales = []
+    for some in _some_rows(x):
+        body, rest = _grouped(x[some].contiguous(), group_size)
+        found = [fit(body, bits[some, None], inside)] if body.shape[1] else []
+        found += [fit(rest, bits[some], end)[:, None]] if rest.shape[1] else []
+        scales.append(torch.cat(found, 1))
+    return torch.cat(scales)
+
+
+def round_to_nearest(
+    x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 `[k, n]` and scales float32 `[k, G]` of the rows of `x` `[k, n]`; see `fit`."""
+    scales = fit_rows(x, bits, group_size, weights)
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    for some in _some_rows(x):
+        spread = _spread(scales[some], x.shape[1], group_size)
+        codes[some] = encode(x[some].contiguous().float() / spread, bits[some, None])
+    return codes, scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, bits: Tensor, group_size: int) -> Tensor:
+    """`level * scale` float32 `[k, n]` of codes uint8 `[k, n]`, scales `[k, G]`, widths `[k]`."""
+    k, n = codes.shape
+    if tuple(scales.shape) != (k, groups := group_count(n, group_size)):
+        raise ValueError(
+            f"codes {list(codes.shape)} at group size {group_size} need scales [{k}, {groups}], "
+            f"got {list(scales.shape)}"
+        )
+    values = torch.empty_like(codes, dtype=torch.float32)
+    for some in _some_rows(codes):
+        levels = decode(codes[some], bits[some, None])
+        torch.mul(levels, _spread(scales[some], n, group_size), out=values[some])
+    return values
+
+
+def _some_rows(x: Tensor) -> list[slice]:
+    """Rows of `x` `[k, n]`, a few at a time: indices into tables take 8 bytes an element."""
+    step = max(1, _AT_ONCE // max(x.shape[1], 1))
+    return [slice(start, start + step) for start in range(0, max(len(x), 1), step)]
+
+
+def _grouped(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Whole groups `[k, G', g]` and the shorter last one `[k, rest]` (0 columns if there is none).
+
+    A Gaussian fit must not see padding: zeros would shrink the scale.
+    """
+    k, n = x.shape
+    width = group_size or n
+    whole = n // width if width else 0
+    return x[:, : whole * width].reshape(k, whole, width), x[:, whole * width :]
+
+
+def _spread(scales: Tensor, n: int, group_size: int) -> Tensor:
+    """Scales `[k, G]` repeated over their groups, `[k, n]`, or `[k, 1]` for one group."""
+    if scales.shape[1] == 1:
+        return scales.float()
+    return scales.float().repeat_interleave(group_size, 1)[:, :n]

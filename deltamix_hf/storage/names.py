@@ -1,0 +1,112 @@
+"""Names of the tensors in a delta repo, format version 2 (normative text: docs/format.md).
+
+A delta repo is an ordinary transformers repo whose weight files hold, instead of the model,
+
+- the packed tensors `<module>.dm_v`, `.dm_u`, `.dm_ranks` and, on min-max grids, `.dm_zeros` of
+  each compressed matrix,
+- the same of fused experts, `<parameter>_dm_v` and so on, and `<parameter>_dm_counts`,
+- full tensors: every other tensor that differs from the base, whole, under its model name,
+- guards: one-byte tensors that make a loader that ignores the format fail instead of loading noise.
+
+`config.json` names the base, its revision and a fingerprint of each of its tensors. Nothing of the
+base is stored. This is the only module that knows these names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..errors import DeltaMixError
+from ..quantization.packed_delta import PARTS, parts
+from ..quantization.packed_experts import EXPERT_PARTS, expert_parts
+
+PREFIX = "dm_"
+
+
+ROWS = "dm_rows"  # rows of an embedding or head that the base has not, [rows, n]
+
+
+GUARD_SEPARATOR = ":"
+
+
+GUARD = (torch.uint8, (1,))  # dtype and shape of a guard
+
+
+_EXPERT_PART = re.compile(rf"(.+)_{PREFIX}({'|'.join(EXPERT_PARTS)})")
+
+
+def packed_part(name: str) -> tuple[str, str, str] | None:
+    """What a tensor's name says: what it is packed for, "." or "_" (an expert's), and which part.
+
+    `model.q_proj`, "." and `v` for `model.q_proj.dm_v`; None for what is no packed tensor.
+    """
+    module, _, leaf = name.rpartition(".")
+    if leaf.startswith(PREFIX) and leaf.removeprefix(PREFIX) in PARTS:
+        return module, ".", leaf.removeprefix(PREFIX)
+    found = _EXPERT_PART.fullmatch(name)
+    return (found[1], "_", found[2]) if found else None
+
+
+def packed_names(
+    names: Iterable[str], gaussian: bool, expected: Iterable[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Packed modules, and packed 3-D parameters, by tensor names; incomplete sets are refused.
+
+    `gaussian`: the codebook, which has no zero points. `expected`: matrices that must be there.
+
+    Raises:
+        DeltaMixError: a matrix is missing, lacks one of its tensors, or has one of the other
+            codebook.
+    """
+    wanted = {".": set(parts(gaussian)), "_": set(expert_parts(gaussian))}
+    found: dict[str, dict[str, set[str]]] = {".": {}, "_": {}}
+    for name in names:
+        if place := packed_part(name):
+            owner, joint, part = place
+            found[joint].setdefault(owner, set()).add(part)
+    absent = sorted(
+        name
+        for name in expected
+        if name not in found["."] and name.rpartition(".")[0] not in found["_"]
+    )
+    if absent:
+        raise DeltaMixError(
+            f"the delta repo lacks the packed matrix {absent[0]}: the file is incomplete"
+        )
+    for joint, owners in found.items():
+        for owner, present in owners.items():
+            if missing := sorted(wanted[joint] - present):
+                raise DeltaMixError(
+                    f"the delta repo lacks {owner}{joint}{PREFIX}{missing[0]}: the file is "
+                    "incomplete"
+                )
+            if surplus := sorted(present - wanted[joint]):
+                raise DeltaMixError(
+                    f"the delta repo holds {owner}{joint}{PREFIX}{surplus[0]}, which its codebook "
+                    "has not: weights and config.json do not fit"
+                )
+    return list(found["."]), list(found["_"])
+
+
+def guard_names(weights: Sequence[str], base_model_prefix: str) -> list[str]:
+    """Names of the guards; `weights` are the matrices read from the base, in the model's order.
+
+    transformers strips "<prefix><any character>" from a key when the rest is a model key, so stock
+    loading maps "<prefix>:<weight>" onto the real weight and stops on the shape mismatch [1], while
+    the colon keeps the guard from being a real key of any repo. The guarded weight is one of the
+    base model, not of a head that other classes lack; one guard is for classes whose keys have the
+    prefix, the other for those without (AutoModel).
+    """
+    if not weights:
+        return []
+    inside = f"{base_model_prefix}."
+    weight = next((name for name in weights if name.startswith(inside)), weights[0])
+    inner = weight.removeprefix(inside)
+    return [f"{base_model_prefix}{GUARD_SEPARATOR}{key}" for key in (inner, inside + inner)]
+
+
+def is_guard(name: str) -> bool:
+    return GUARD_SEPARATOR in name

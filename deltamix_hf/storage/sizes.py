@@ -1,0 +1,114 @@
+"""Count the bytes of a delta repo by kind, on disk and before it is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .headers import DTYPE_NAMES, read_headers
+from .names import ROWS, is_guard, packed_part
+
+
+def _counted(name: str, matrices: Container[str]) -> bool:
+    """Whether a tensor's elements are among those of a matrix that differs: rows added to it."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == ROWS and module in matrices
+
+
+def reference_bytes(
+    matrices: Mapping[str, tuple[int, ...]], overlay: Mapping[str, tuple[int, ...]]
+) -> int:
+    """bf16 bytes of every tensor that differs from the base, from the shapes of what is stored."""
+    whole = [shape for name, shape in overlay.items() if not _counted(name, matrices)]
+    return 2 * sum(math.prod(shape) for shape in [*matrices.values(), *whole])
+
+
+def header_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], total: int) -> int:
+    """Upper bound of a safetensors file's header for these tensors with `total` data bytes.
+
+    Shapes may be upper bounds too: more digits only make the header longer.
+    """
+    offsets = [total, total]
+    header = {
+        name: {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        for name, (dtype, shape) in shapes.items()
+    }
+    entries = len(json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")))
+    return 8 + -(-entries // 8) * 8
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """All safetensors files of a delta repo, sorted: what "bytes on disk" counts."""
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+KINDS = ("payload", "scales", "metadata", "overlay")  # of bytes; together they are all
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """True bytes of a delta repo's weight files, split by kind.
+
+    `total` = payload + scales + metadata + overlay, and equals the files' sizes; metadata is
+    headers, guards, per-rank widths and experts' counts. `reference` is the bf16 bytes of all that
+    differs.
+    """
+
+    payload: int
+    scales: int
+    metadata: int
+    overlay: int
+    reference: int
+
+    @property
+    def total(self) -> int:
+        return self.payload + self.scales + self.metadata + self.overlay
+
+    @property
+    def ratio(self) -> float:
+        return self.total / self.reference if self.reference else 0.0
+
+    @property
+    def fraction(self) -> str:
+        """The ratio as people say it: "1/16.0"."""
+        return f"1/{1 / self.ratio:.1f}" if self.ratio else "nothing"
+
+
+def size_report(
+    folder: str | os.PathLike[str], weights: Mapping[str, tuple[int, ...]]
+) -> SizeReport:
+    """Measure a delta repo on disk.
+
+    `weights`: name -> shape [m, n] of every compressed matrix, those too that kept no rank
+    (`experts.compressed_shapes`).
+    """
+    files = weight_files(folder)
+    infos = read_headers(files)
+    kinds = dict.fromkeys(("payload", "scales", "overlay"), 0)
+    overlay: dict[str, tuple[int, ...]] = {}
+    widths = 0
+    for name, info in infos.items():
+        place, size = packed_part(name), info.end - info.start
+        part = place and place[2]
+        if part in ("v", "u"):
+            kinds["payload"] += size
+        elif part == "ranks":
+            widths += 2 * info.shape[0]
+            kinds["scales"] += size - 2 * info.shape[0]
+        elif part == "zeros":
+            kinds["scales"] += size
+        elif part == "counts":
+            widths += size
+        elif not is_guard(name):
+            kinds["overlay"] += size
+            overlay[name] = info.shape
+    on_disk = sum(file.stat().st_size for file in files)
+    headers = on_disk - sum(kinds.values()) - widths
+    reference = reference_bytes(weights, overlay)
+    return SizeReport(metadata=headers + widths, reference=reference, **kinds)

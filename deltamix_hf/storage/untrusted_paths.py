@@ -1,0 +1,116 @@
+"""What files of a repo may make us read: its author chose their content, not the user.
+
+docs/security.md is the threat model. Headers of weight files are `format.py`'s, packed tensors
+`packed.py`'s; here are the names of other files and repos.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from ..errors import DeltaMixError, first_line
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_MAX_JSON = 100_000_000  # bytes; a fingerprint of each of a million tensors
+_LONGEST_NAME = 4096  # of a path on Linux
+
+
+def check_base_name(name: str | None, revision: str | None, from_hub: bool) -> None:
+    """Refuse a base that a repo's config.json may not name: its author chose it, not the user.
+
+    Looking a network path up is already a message to its server, so it must not come to that. What
+    was fetched from the Hub may name a model of the Hub alone, never a place on this machine.
+
+    Raises:
+        DeltaMixError: see above.
+    """
+    if not name:
+        return  # resolve_base says so
+    odd = revision and (not revision.isprintable() or ".." in revision or revision[0] in "/\\")
+    if odd or len(revision or "") > 255:  # huggingface_hub makes file names of it
+        raise DeltaMixError(f"the delta repo names {revision!r} as its base's branch or commit")
+    mine = "if you trust it, pass DeltaMixConfig(base_model=...)"
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+        raise DeltaMixError(f"the delta repo names {name[:80]!r} as its base, no path or Hub id")
+    if "://" in name or name.startswith(("//", "\\\\")):
+        raise DeltaMixError(
+            f"the delta repo names the network address {name!r} as its base; {mine}"
+        )
+    if from_hub and os.path.exists(name):
+        raise DeltaMixError(
+            f"the delta repo comes from the Hub, and its base {name!r} is a path on this machine; "
+            f"{mine}"
+        )
+    if from_hub:
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise DeltaMixError(
+                f"the delta repo comes from the Hub, and its base {name!r} is no Hub id; {mine}"
+            ) from error
+
+
+def read_index(path: str) -> dict[str, str]:
+    """Tensor name -> shard, of a checkpoint's index.
+
+    Raises:
+        OSError, ValueError: it is not readable, or names what is no file beside it.
+    """
+    shards = read_object(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{INDEX} holds no weight_map")
+    for shard in shards.values():
+        plain = isinstance(shard, str) and shard.isprintable() and not {*"/\\:"} & {*shard}
+        if not plain or not shard.endswith(".safetensors"):
+            raise ValueError(f"{INDEX} names {shard!r}, which is no safetensors file beside it")
+    return shards
+
+
+def check_weight_files(repo: str, files: list[str], infos: Iterable[str]) -> None:
+    """Refuse a delta repo that reads from elsewhere, or whose index tells of other tensors.
+
+    A folder may hold links, and so lend out what belongs to others on this machine. (The Hub's
+    cache consists of links, into its own folder for the repo.) A base may: its bytes are known by
+    their fingerprints.
+
+    Raises:
+        DeltaMixError: see above.
+    """
+    beside = os.path.dirname(files[0])
+    index = os.path.join(beside, INDEX)
+    if os.path.isdir(repo):
+        root = os.path.realpath(repo)
+        root = re.sub(r"/snapshots/[0-9a-f]{40}(/.*)?$", "", root.replace(os.sep, "/"))
+        for file in [os.path.join(beside, CONFIG), index, *files]:
+            if not Path(os.path.realpath(file)).is_relative_to(root):
+                raise DeltaMixError(f"{file} of the delta repo lies outside its folder; copy it in")
+    if os.path.basename(files[0]) == WEIGHTS or not os.path.isfile(index):
+        return
+    try:
+        listed = read_index(index)
+    except (OSError, ValueError) as error:
+        raise DeltaMixError(f"{index} is no sound index: {first_line(error)}") from error
+    if wrong := sorted(listed.keys() ^ set(infos)):
+        where = "the index" if wrong[0] in listed else "the shards"
+        raise DeltaMixError(f"only {where} of the delta repo know {wrong[0]}: it is incomplete")
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """A JSON object from a file; ValueError if it is none."""
+    if os.path.getsize(path) > _MAX_JSON:
+        raise ValueError(f"{os.path.basename(path)} is longer than {_MAX_JSON:,} bytes")
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{os.path.basename(path)} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{os.path.basename(path)} is not a JSON object")
+    return found

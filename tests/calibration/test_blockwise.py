@@ -1,0 +1,81 @@
+"""Statistics block by block are those of the whole model, bit for bit."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from tiny_pairs import FAMILIES, calibration_ids, token_ids
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from deltamix_hf.calibration.block_chain import Stack, find_blocks
+from deltamix_hf.calibration.blockwise import BlockwisePass
+from deltamix_hf.calibration.statistics import collect, frozen
+from deltamix_hf.errors import DeltaMixError
+from deltamix_hf.jobs.resume_store import Journal, Shelf
+from deltamix_hf.jobs.workers import Workers
+from deltamix_hf.linalg.second_moments import SecondMoment, diagonal
+
+ALONE = Workers()
+BATCHES = [token_ids(2, 9, seed=0), token_ids(3, 6, seed=1), calibration_ids()]
+
+
+def observed(model):
+    kinds = nn.Linear | nn.Embedding | Conv1D
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def by_block(model, folder, fisher, workers=ALONE):
+    journal, modules = Journal(folder, "a"), observed(model)
+    (blocks,) = find_blocks(model, list(modules))
+    with frozen(model):
+        stack = Stack(model, blocks, BATCHES, shelf=partial(Shelf, journal))
+        assert stack.capture() and stack.plain
+        device = torch.device("cpu")
+        return BlockwisePass(stack, modules, fisher, 0, journal, device, workers)
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "bert"])
+def test_the_same_sums(name, fisher, tmp_path, monkeypatch):
+    if name == "llama":  # sketches
+        monkeypatch.setattr(SecondMoment.__init__, "__defaults__", (64, 32, 200))
+    torch.manual_seed(0)
+    model = FAMILIES[name].build().eval()
+    passes = by_block(model, tmp_path, fisher)
+    found = passes.found
+    expected, scored = collect(model, observed(model), BATCHES, fisher)
+    assert passes.scored == scored
+    assert found.keys() == expected.keys()
+    for module, layer in expected.items():
+        for side in ("inputs", "gradients"):
+            ours, theirs = getattr(found[module], side), getattr(layer, side)
+            assert (ours is None) == (theirs is None)
+            if theirs is None or theirs.total is None:
+                continue
+            assert ours.count == theirs.count
+            assert torch.equal(ours.total, theirs.total), (module, side)
+            assert torch.equal(diagonal(ours.mean(7)), diagonal(theirs.mean(7)))
+        assert (found[module].tokens is None) == (layer.tokens is None)
+        if layer.tokens is not None:
+            assert torch.equal(found[module].tokens, layer.tokens)
+
+
+def test_nan_names_the_block(tmp_path):
+    torch.manual_seed(0)
+    model = FAMILIES["llama"].build().eval()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(DeltaMixError, match=r"NaN or infinite values at"):
+        by_block(model, tmp_path, True)
+
+
+def test_a_folder_that_was_cleared_meanwhile(tmp_path):
+    torch.manual_seed(0)
+    found = by_block(FAMILIES["llama"].build().eval(), tmp_path, True)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(DeltaMixError, match="was changed while it was in use"):
+        found.found["lm_head"]

@@ -1,0 +1,35 @@
+"""Random matrices and the three methods, for tests of the pipeline."""
+
+from __future__ import annotations
+
+import torch
+
+from deltamix_hf import DeltaMixConfig
+from deltamix_hf.calibration.statistics import Metrics
+from deltamix_hf.compression.matrix_pipeline import Matrix
+from deltamix_hf.presets import PRESETS
+from deltamix_hf.quantization.packed_delta import rank_bytes
+
+METHODS = list(PRESETS)
+
+
+def random_delta(m, n, seed=0, decay=1.0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, min(m, n) + 1) ** -decay
+    left = torch.randn(m, len(spectrum), generator=random) * spectrum
+    return 0.01 * left @ torch.randn(len(spectrum), n, generator=random)
+
+
+def matrix(delta, gram=None, fisher=None) -> Matrix:
+    return Matrix(tuple(delta.shape), lambda: delta, lambda: Metrics(fisher, gram))
+
+
+def bytes_of_rank(m, n, bits, config: DeltaMixConfig) -> int:
+    return rank_bytes(m, n, bits, bits, config.group_sizes(False), config.codebook == "gaussian")
+
+
+def true_error(delta, approx, gram) -> float:
+    """tr(E C Eᵀ) / tr(D C Dᵀ) in float64."""
+    delta, error = delta.double(), delta.double() - approx.double()
+    metric = torch.eye(delta.shape[1]).double() if gram is None else gram.double()
+    return float(((error @ metric) * error).sum() / ((delta @ metric) * delta).sum())

@@ -1,0 +1,182 @@
+"""An interrupted compression goes on where it was and ends with the same bytes.
+
+A crash is simulated at every part that the journal is to keep; the slow test kills real processes.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from crashes import Crash, crash_at
+from tiny_pairs import Pair, calibration_ids, quick, snapshot
+
+from deltamix_hf import DeltaMixConfig, DeltaMixError
+from deltamix_hf.compression import job
+from deltamix_hf.jobs.resume_store import Journal, Shelf, identity_of
+
+
+def compress(pair: Pair, output: Path, work: Path | None, **options) -> None:
+    model = pair.compress(checkpoint_dir=work, **options)
+    model.save_pretrained(output)
+
+
+METHODS = {
+    "deltamix-kl": quick("deltamix-kl"),
+    "deltamix": {"calibration": calibration_ids(), "sequential": True},
+    "delta-come": {"calibration": calibration_ids()},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_crash_at_any_part_changes_no_byte(pair, tmp_path, method):
+    source, options = pair("llama_tied"), {"method": method, **METHODS[method]}
+    compress(source, tmp_path / "whole", None, **options)
+    expected = snapshot(tmp_path / "whole")
+    work, output = tmp_path / "work", tmp_path / "out"
+    parts = 0
+    while parts < 100:  # the same job, killed again and again
+        with pytest.MonkeyPatch.context() as patch:
+            kept = crash_at(patch, 4)
+            try:
+                compress(source, output, work, **options)
+                break
+            except Crash:
+                assert not output.exists()
+            finally:
+                parts += len(kept)
+    assert parts >= 11  # every matrix, at the least, was kept once
+    assert snapshot(output) == expected
+    assert not work.exists()
+
+
+def test_what_is_finished_is_not_done_again(pair, tmp_path, monkeypatch):
+    source, work, options = pair("llama_tied"), tmp_path / "work", METHODS["deltamix-kl"]
+    source.compress(checkpoint_dir=work, **options)  # never saved
+    done: list[str] = []
+    monkeypatch.setattr(
+        job.Compressor, "_compress", lambda self, name, *rest: done.append(name) or 1 / 0
+    )
+    monkeypatch.setattr(job, "collect", lambda *arguments: done.append("statistics") or 1 / 0)
+    source.compress(checkpoint_dir=work, **options)
+    assert done == []
+    with pytest.raises(ZeroDivisionError):  # other options: another job
+        source.compress(checkpoint_dir=work, seed=1, **options)
+
+
+def test_an_edited_fine_tune_or_text_is_another_job():
+    weights = {"w": torch.ones(3, 2)}
+    first = identity_of({"ratio": 0.1}, weights)
+    assert first == identity_of({"ratio": 0.1}, {"w": torch.ones(3, 2)})
+    others = [
+        identity_of({"ratio": 0.2}, weights),
+        identity_of({"ratio": 0.1}, {"w": torch.ones(2, 3)}),
+        identity_of({"ratio": 0.1}, {"w": torch.ones(3, 2).bfloat16()}),
+        identity_of({"ratio": 0.1}, {"w": torch.tensor([[1, 1], [1, 1], [1, 2.0]])}),
+        identity_of({"ratio": 0.1}, {"v": torch.ones(3, 2)}),
+    ]
+    assert len({first, *others}) == 6
+
+
+def test_parts_come_back_as_they_were(tmp_path):
+    journal = Journal(tmp_path / "work", "abc")
+    tensors = {"a": torch.arange(5).to(torch.int16), "b": torch.zeros(0, 3), "c": torch.tensor(0.1)}
+    journal.write("some/part ..", tensors, [0.1, None, "text"])
+    found, facts = journal.read("some/part ..")
+    assert facts == [0.1, None, "text"]
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    assert "some/part .." in journal and "other" not in journal
+    assert journal.read("other") is None
+    assert Journal(tmp_path / "work", "another").read("some/part ..") is None
+    journal.remove()
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_torn_part_is_done_again(tmp_path):
+    journal = Journal(tmp_path, "abc")
+    journal.write("part", {"a": torch.ones(100)})
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-50])
+    assert journal.read("part") is None
+    assert "part" not in journal
+
+
+def test_without_a_folder_nothing_is_kept():
+    journal = Journal()
+    journal.write("part", {"a": torch.ones(1)})
+    assert journal.read("part") is None and "part" not in journal
+    journal.remove()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DeltaMixError, match="checkpoint_dir"):
+        Journal(tmp_path / "file" / "work")
+
+
+def test_the_folder_is_not_written_into_the_repo(pair, tmp_path):
+    config = DeltaMixConfig(base_model="org/base", checkpoint_dir=tmp_path)
+    assert "checkpoint_dir" not in config.to_dict()
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(pair, tmp_path):
+    """SIGKILL, through the command line; jobs follow one another until 20 kills have hit."""
+    source = pair("llama_tied")
+    seed = random.Random(0)
+
+    def start(output: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "deltamix_hf", "compress", str(source.tuned)]
+        command += ["--base", str(source.base), "--output", str(output), "--ratio", "0.25"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    duration = time.monotonic() - began
+    expected = snapshot(tmp_path / "whole")
+    kills = jobs = 0
+    while kills < 20:
+        output, jobs = tmp_path / f"job{jobs}", jobs + 1
+        while True:
+            process = start(output)
+            try:
+                # Kills come later than importing takes, or none would ever end.
+                code = process.wait(seed.uniform(0.3, 1.0) * duration if kills < 20 else None)
+                assert code == 0
+                break
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                if output.exists() and not output.with_name(f".{output.name}.unfinished").exists():
+                    break  # killed on its way out
+        assert snapshot(output) == expected
+        assert list(tmp_path.glob(".job*")) == []
+    print(f"{kills} kills in {jobs} jobs of {duration:.1f} s")
+
+
+def test_a_shelf_is_a_list_on_disk(tmp_path):
+    journal = Journal(tmp_path / "work", "abc")
+    shelf = Shelf(journal, "hidden")
+    for i in range(3):
+        shelf.append(torch.full((2, i), i))
+    shelf[1] = torch.ones(5)
+    again = Shelf(journal, "hidden")  # another process
+    assert len(again) == len(shelf) == 3
+    assert [tuple(again[i].shape) for i in range(3)] == [(2, 0), (5,), (2, 2)]
+    assert torch.equal(again[-1], torch.full((2, 2), 2))
+    with pytest.raises(IndexError):
+        shelf[3]
+    assert len(Shelf(journal, "other")) == 0
+    again.clear()
+    assert len(Shelf(journal, "hidden")) == 0
+    with pytest.raises(DeltaMixError, match="was changed while it was in use"):
+        shelf[0]

@@ -1,0 +1,9 @@
+"""A base with three deltas, made once a module."""
+
+import pytest
+from many_deltas import family_of
+
+
+@pytest.fixture(scope="module")
+def makefamily_of(pair, tmp_path_factory):
+    return lambda name: family_of(pair(name), tmp_path_factory.mktemp("tenants"))

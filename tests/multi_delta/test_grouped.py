@@ -1,0 +1,276 @@
+"""Compiled and captured models: every row by its own delta, and nothing is compiled twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import deltamix_kernels as dk
+import pytest
+import tiny_pairs
+import torch
+from kernel_cases import DEVICE
+from many_deltas import CLOSE, Family, loaded
+from tiny_pairs import FAMILIES, logits, token_ids
+from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
+
+from deltamix_hf import DeltaMixError
+from deltamix_hf.multi_delta import grouped, routing
+from deltamix_hf.multi_delta import routing as plans
+from deltamix_hf.multi_delta.layers import TenantModule
+from deltamix_hf.ops.dispatch import TRITON, VARIABLE
+
+# Not under coverage, which makes Triton's interpreter three times slower.
+pytestmark = pytest.mark.interpreter
+
+IDS = token_ids(3, 5)
+MIXED = ["one", None, "three"]
+
+
+def _build():
+    """One block with norms of its heads; k_proj and v_proj are large enough to be packed."""
+    sizes = {**tiny_pairs.DECODER, "num_key_value_heads": 4, "num_hidden_layers": 1}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16))
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory, make_family) -> Family:
+    small = replace(FAMILIES["qwen3"], build=_build, budget={"ratio": 0.1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "one block", small)
+        return make_family("one block")
+
+
+@pytest.fixture
+def model(family):
+    torch.compiler.reset()
+    return loaded(family)
+
+
+@pytest.fixture
+def compiled(model):
+    """The model's compiled forward, which has run once; compiling again is an error."""
+    found = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    logits(found, IDS)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield found
+
+
+def test_no_recompile_whatever_the_tenants(family, model, compiled):
+    for names in (MIXED, ["two"] * 3, [None] * 3, "three", ["three", "one", "two"]):
+        expected = logits(model, IDS, delta_names=names)
+        with model.use_deltas(names):
+            torch.testing.assert_close(logits(compiled, IDS), expected, **CLOSE)
+    torch.testing.assert_close(logits(compiled, IDS), family.alone("one", IDS), **CLOSE)
+    model.set_delta("two")
+    torch.testing.assert_close(logits(compiled, IDS), family.alone("two", IDS), **CLOSE)
+    with model.disable_deltas():
+        assert torch.equal(logits(compiled, IDS)[1], logits(model, IDS)[1])
+    for name in family.repos:
+        model.delete_delta(name)
+    base = family.alone(None, IDS)
+    torch.testing.assert_close(logits(compiled, IDS), base, **CLOSE)
+    model.load_delta(family.repos["three"], "again")
+    with model.use_deltas([None, "again", None]):
+        found = logits(compiled, IDS)
+    torch.testing.assert_close(found[1], family.alone("three", IDS)[1], **CLOSE)
+    torch.testing.assert_close(found[::2], base[::2], **CLOSE)
+
+
+def test_compiled_before_the_first_delta_touches_a_module(family):
+    """Which modules a delta changes is no reason to compile again."""
+    torch.compiler.reset()
+    model = family.pair.load(family.pair.base)
+    model.load_delta(family.repos["one"], "one")
+    tenants = model.dm_tenants
+    tenants._remove("one")  # nothing is left but classes, which were changed beforehand
+    assert all(not m.dm_packed and not m.dm_overlay for m in tenant_modules(model))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits(compiled, IDS)
+    tenants.pool.entries["one"].resident = False
+    with torch._dynamo.config.patch(error_on_recompile=True), model.use_deltas("one"):
+        found = logits(compiled, IDS)
+    torch.testing.assert_close(found, family.alone("one", IDS), **CLOSE)
+
+
+def tenant_modules(model):
+    return [module for module in model.modules() if isinstance(module, TenantModule)]
+
+
+def test_inductor(family, model):
+    compiled = torch.compile(model, fullgraph=True)
+    with model.use_deltas(MIXED):
+        found = logits(compiled, IDS)
+    torch.testing.assert_close(found, logits(model, IDS, delta_names=MIXED), **CLOSE)
+
+
+def test_layer_norms_and_positions(make_family):
+    """GPT-2: layer norms, biases and Conv1D are stored whole; positions are looked up once."""
+    torch.compiler.reset()
+    model = loaded(make_family("gpt2"))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    positions = torch.arange(5).expand(3, 5)
+    for names in (MIXED, ["two", "one", None]):
+        expected = logits(model, IDS, delta_names=names)
+        with model.use_deltas(names):
+            found = logits(compiled, IDS, position_ids=positions)
+            torch.testing.assert_close(found, expected, **CLOSE)
+            with pytest.raises(DeltaMixError, match="one row for the whole batch"):
+                logits(compiled, IDS)
+
+
+def test_generate_with_a_static_cache(family, model):
+    options = {"max_new_tokens": 6, "do_sample": False}
+    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    config._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": config}
+    for names in (MIXED, ["two", "one", None]):
+        for more in ({}, {"num_beams": 2, "num_return_sequences": 2}):
+            expected = model.generate(IDS, delta_names=names, **options, **more)
+            found = model.generate(IDS, delta_names=names, **options, **more, **static)
+            assert torch.equal(found, expected)
+    assert model._compiled_call is not None
+
+
+def test_what_cannot_be_compiled(model):
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="gives no gradients"):
+        compiled(IDS)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="takes its deltas from outside"):
+        logits(compiled, IDS, delta_names=MIXED)
+
+
+# By Triton: one launch for all rows
+
+
+def triton_logits(model, ids, **options):
+    return logits(model, ids.to(model.device), **options).cpu()
+
+
+@pytest.fixture
+def launched(model, monkeypatch):
+    """The model by Triton; modules that take the loop over deltas."""
+    model.to(DEVICE)
+    monkeypatch.setenv(VARIABLE, TRITON)
+    if DEVICE.type == "cpu":  # the interpreter takes its time for every program
+        usual = dk.config.read("cpu")
+        few = {"C": 32, "splits": 1, "programs": 1}
+        large = {
+            stage: {kernel: {**chosen, **few} for kernel, chosen in kernels.items()}
+            for stage, kernels in usual.items()
+        }
+        monkeypatch.setattr(dk.config, "read", lambda _: large)
+    looped = []
+    plain = TenantModule._combined
+
+    def combined(self, *args):
+        looped.append(self)
+        return plain(self, *args)
+
+    monkeypatch.setattr(TenantModule, "_combined", combined)
+    return looped
+
+
+def test_no_loop_where_the_kernels_serve_all(family, model, launched):
+    """Deltas with the Gaussian codebook, "one" and "three"; "two" is on a min-max grid."""
+    names = ["one", None, "three", "one"]
+    ids = token_ids(4, 3)
+    found = triton_logits(model, ids, delta_names=names)
+    assert not launched
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row], family.alone(name, ids)[row], **CLOSE)
+    layer = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad(), model.use_deltas(["one", "two"]):
+        layer(torch.ones(2, 1, layer.in_features, device=DEVICE))
+    assert launched == [layer, layer]
+
+
+def test_deltas_come_and_go_in_the_tables(family, model, launched):
+    first = triton_logits(model, IDS, delta_names=MIXED)
+    model.delete_delta("one")
+    model.delete_delta("three")
+    assert all(not module.dm_table.names - {"two"} for module in tenant_modules(model))
+    model.load_delta(family.repos["three"], "three")  # into the other's slot
+    model.load_delta(family.repos["one"], "one")
+    assert torch.equal(triton_logits(model, IDS, delta_names=MIXED), first)
+    assert not launched
+
+
+def test_more_deltas_than_slots(family, model, launched, monkeypatch):
+    monkeypatch.setattr(plans, "SLOTS", 3)
+    with pytest.raises(DeltaMixError, match="tables hold 256 deltas"):
+        model.load_delta(family.repos["one"], "four")
+    assert "four" not in model.list_deltas()
+    monkeypatch.delenv(VARIABLE)
+    model.load_delta(family.repos["one"], "four")
+    assert "four" not in model.dm_tenants.router.slots
+    monkeypatch.setenv(VARIABLE, TRITON)
+    found = triton_logits(model, IDS, delta_names=["four", None, "three"])
+    assert launched
+    torch.testing.assert_close(found[0], family.alone("one", IDS)[0], **CLOSE)
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Pretend to record a CUDA graph: launches then read what a replay would."""
+
+    def record(on):
+        for module in (plans, routing, grouped):
+            monkeypatch.setattr(module, "capturing", lambda _: on)
+
+    return record
+
+
+def test_a_graph_reads_what_changes(family, model, launched, recording):
+    model.delete_delta("two")
+    triton_logits(model, IDS)
+    read = model.dm_tenants.router._fixed[3, model.device]
+    addresses = [t.data_ptr() for t in (read.order, read.starts, read.slots, read.of_rows)]
+    for names in (MIXED, ["three", "three", "one"]):
+        with model.use_deltas(names):
+            recording(True)
+            found = triton_logits(model, IDS)
+            recording(False)
+        for row, name in enumerate(names):
+            torch.testing.assert_close(found[row], family.alone(name, IDS)[row], **CLOSE)
+    assert read is model.dm_tenants.router._fixed[3, model.device]
+    assert addresses == [t.data_ptr() for t in (read.order, read.starts, read.slots, read.of_rows)]
+    with pytest.raises(DeltaMixError, match="name the deltas with use_deltas"):
+        recording(True)
+        triton_logits(model, IDS, delta_names=MIXED)
+    recording(False)
+    with pytest.raises(DeltaMixError, match="cannot add up several"):
+        model.set_delta(["one", "three"])
+    with pytest.raises(DeltaMixError, match="a CUDA graph would keep"):
+        model.load_delta(family.repos["two"], "two")  # on a min-max grid
+    assert list(model.list_deltas()) == ["one", "three"]
+
+
+def test_graphs_of_what_is_not_in_the_tables(model, launched, recording, monkeypatch):
+    with model.use_deltas(["one"] * 3):
+        triton_logits(model, IDS)
+        recording(True)
+        with pytest.raises(DeltaMixError, match="a CUDA graph would keep"):
+            triton_logits(model, IDS)  # "two" is resident, and could come next
+        monkeypatch.delenv(VARIABLE)
+        with pytest.raises(DeltaMixError, match="choose the Triton kernels"):
+            triton_logits(model, IDS)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_a_captured_graph_replays_with_other_tenants(family, model, launched):
+    model.delete_delta("two")
+    ids = IDS.to(DEVICE)
+    with model.use_deltas(MIXED):
+        for _ in range(2):
+            logits(model, ids, use_cache=False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = logits(model, ids, use_cache=False)
+    model.load_delta(family.repos["one"], "four")
+    for names in (["three", "four", None], ["one", "one", "three"], [None] * 3):
+        expected = logits(model, ids, use_cache=False, delta_names=names)
+        with model.use_deltas(names):
+            graph.replay()
+        torch.testing.assert_close(found, expected, **CLOSE)
+    assert not launched

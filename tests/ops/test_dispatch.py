@@ -1,0 +1,134 @@
+"""Which implementation runs: argument over environment; and the ops through Triton."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+from kernel_cases import DEVICE, inputs
+from op_cases import arguments, relative
+from packed_cases import pack
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from deltamix_hf import DeltaMixError
+from deltamix_hf.ops import dispatch
+from deltamix_hf.ops import dispatch as self_check
+from deltamix_hf.ops import low_rank as ops
+from deltamix_hf.ops.dispatch import REFERENCE, TRITON, VARIABLE, choose
+
+# Not under coverage, which makes Triton's interpreter three times slower.
+pytestmark = pytest.mark.interpreter
+
+LAYOUT = (40, 70, [3, 2], [2, 4], 0)
+
+
+@pytest.fixture
+def case():
+    packed, delta = pack(*LAYOUT, gaussian=True)
+    for name, tensor in packed.tensors.items():
+        setattr(packed, name, tensor.to(DEVICE))
+    return packed, delta.to(DEVICE)
+
+
+def linear(packed, x, weight, bias, kernel):
+    *tensors, runs, _, _, group_sizes = arguments(packed)
+    return ops.delta_linear(x, weight, bias, *tensors, runs, group_sizes, kernel)
+
+
+def test_choice(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert choose(cpu) == REFERENCE
+    monkeypatch.setenv(VARIABLE, REFERENCE)
+    assert choose(gpu) == REFERENCE and choose(gpu, TRITON) == TRITON
+    monkeypatch.setenv(VARIABLE, TRITON)
+    assert choose(cpu, REFERENCE) == REFERENCE and choose(gpu) == TRITON
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(DeltaMixError, match=r"'fast'.*'triton' or 'reference'"):
+        choose(cpu)
+
+
+@pytest.mark.parametrize("work", [True, False])
+def test_a_gpu_runs_the_kernels_if_they_work_there(monkeypatch, work):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_passed", {})
+    asked = []
+    monkeypatch.setattr(self_check, "kernels_work", lambda device: asked.append(device) or work)
+    one, two = torch.device("cuda", 0), torch.device("cuda", 1)
+    with FakeTensorMode():  # a compiler traces: it cannot be tried
+        assert choose(one) == REFERENCE and not asked
+    expected = TRITON if work else REFERENCE
+    assert [choose(device) for device in (one, one, two, one)] == [expected] * 4
+    assert asked == [one, two]
+    assert choose(one, REFERENCE) == REFERENCE and choose(one, TRITON) == TRITON
+
+
+def test_the_kernels_try_themselves(monkeypatch, caplog):
+    device = torch.device(DEVICE)
+    assert self_check.kernels_work(device) and not caplog.records
+
+    def broken(*args):
+        raise RuntimeError("PassManager::run failed\nand so on")
+
+    dk, right = dispatch.triton_kernels(), dispatch.triton_kernels().grouped_add
+    wrong = {
+        "PassManager": ("delta_linear", broken),
+        "off by": ("delta_linear", lambda x, weight, bias, packed: x @ weight.T),
+        "off by inf": ("delta_linear", lambda x, weight, *rest: (x @ weight.T) * torch.nan),
+        "off by [0-9]": ("grouped_add", lambda y, *rest: right(y, *rest) or y.mul_(0.9)),
+    }
+    for reason, (name, function) in wrong.items():
+        with monkeypatch.context() as patch, caplog.at_level("WARNING", "deltamix_hf"):
+            caplog.clear()
+            patch.setattr(logging.getLogger("transformers"), "propagate", True)
+            patch.setattr(dk, name, function)
+            assert not self_check.kernels_work(device)
+        assert re.search(reason, caplog.text) and "plain torch runs instead" in caplog.text
+
+
+def test_no_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda: None)
+    with pytest.raises(DeltaMixError, match="cannot run on cuda: install triton"):
+        choose(torch.device("cuda"), TRITON)
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setattr(dispatch.triton_kernels(), "INTERPRETED", False)
+    with pytest.raises(DeltaMixError, match="cannot run on cpu"):
+        choose(torch.device("cpu"), TRITON)
+
+
+def test_both_implementations_agree(case):
+    packed, delta = case
+    x, weight, bias = inputs(3, 70, torch.float32), inputs(40, 70, torch.float32), None
+    expected = x.double() @ (weight.double() + delta).T
+    for kernel in (REFERENCE, TRITON):
+        assert relative(linear(packed, x, weight, bias, kernel), expected) < 1e-6
+    bias = inputs(1, 40, torch.float32, 3)[0]
+    both = [linear(packed, x, weight, bias, kernel) for kernel in (REFERENCE, TRITON)]
+    assert relative(both[0], both[1].double()) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", [REFERENCE, TRITON])
+def test_gradients(case, kernel):
+    packed, delta = case
+    x, weight = inputs(3, 70, torch.float32), inputs(40, 70, torch.float32, 1)
+    bias = inputs(1, 40, torch.float32, 2)[0]
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    plain = [t.detach().double().requires_grad_() for t in leaves]
+    grad = inputs(3, 40, torch.float32, 3)
+    linear(packed, *leaves, kernel).backward(grad)
+    (plain[0] @ (plain[1] + delta).T + plain[2]).backward(grad.double())
+    for ours, theirs in zip(leaves, plain, strict=True):
+        assert relative(ours.grad, theirs.grad) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", [REFERENCE, TRITON])
+def test_the_ops_keep_torchs_rules(case, kernel):
+    packed, _ = case
+    x, weight = inputs(2, 70, torch.float32).requires_grad_(), inputs(40, 70, torch.float32, 1)
+    *tensors, runs, m, n, group_sizes = arguments(packed)
+    torch.library.opcheck(ops.delta_linear, (x, weight, None, *tensors, runs, group_sizes, kernel))
+    torch.library.opcheck(ops.low_rank, (x, *tensors, runs, m, n, group_sizes, False, kernel))
