@@ -6,8 +6,8 @@ hidden states (positions, masks) comes from the model's own code, by running it:
 through the blocks themselves, which shows whether they are a chain, the others through stubs in
 their place where blocks hand on nothing but hidden states.
 
-`hold` brings a module's weights into memory for a while, and `shelf` makes the list that keeps the
-hidden states of one place; by default the weights are there, and the list is a list.
+`hold` brings a module's weights into memory for a while, and `tensor_list` makes the list that
+keeps the hidden states of one place; by default the weights are there, and the list is a list.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..jobs import resume_store
 from .statistics import inputs_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # a call's
-Rest = list[Arguments]
+BlockArgs = list[Arguments]
 """All arguments of a block's calls but the hidden states, a batch each."""
-Shelf = list[Tensor] | resume_store.Shelf
+TensorList = list[Tensor] | resume_store.TensorList
 Hold = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
@@ -40,7 +40,7 @@ def find_blocks(model: nn.Module, targets: Sequence[str]) -> list[list[str]]:
     """Names of the blocks of every outermost `ModuleList` that holds targets."""
     stacks: list[list[str]] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{block}.") for stack in stacks for block in stack)
+        inside = any(name.startswith(f"{block}.") for chain in stacks for block in chain)
         if isinstance(module, nn.ModuleList) and not inside:
             blocks = [f"{name}.{i}" for i in range(len(module))]
             if any(t.startswith(f"{block}.") for t in targets for block in blocks):
@@ -53,7 +53,7 @@ def tensor_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-class Stack:
+class BlockChain:
     """One stack of blocks and the calibration batches that run through it."""
 
     def __init__(
@@ -62,19 +62,19 @@ class Stack:
         blocks: list[str],
         batches: Sequence[Tensor],
         hold: Hold = nullcontext,
-        shelf: Callable[[str], Shelf] = lambda name: [],
+        tensor_list: Callable[[str], TensorList] = lambda name: [],
     ):
         self.model, self.names, self.batches = model, blocks, batches
-        self.hold, self.shelf = hold, shelf
+        self.hold, self.tensor_list = hold, tensor_list
         self.blocks = [model.get_submodule(name) for name in blocks]
-        self.rest: list[Rest] = [[] for _ in blocks]
-        self.exact = self.empty("exact")  # hidden states of the fine-tune
+        self.block_args: list[BlockArgs] = [[] for _ in blocks]
+        self.reference = self.empty("exact")  # hidden states of the fine-tune
         self.usable = True
         self.plain = True  # blocks return hidden states and nothing else
 
-    def empty(self, name: str) -> Shelf:
+    def empty(self, name: str) -> TensorList:
         """A shelf of that name with nothing on it."""
-        found = self.shelf(name)
+        found = self.tensor_list(name)
         found.clear()
         return found
 
@@ -93,12 +93,12 @@ class Stack:
 
     def _capture_by_hooks(self, ids: Tensor) -> None:
         last: list[Tensor | None] = [None]
-        batch = len(self.rest[0])
+        batch = len(self.block_args[0])
 
         def before(i: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 chained = bool(args) and (i == 0 or args[0] is last[0])
-                if not chained or len(self.rest[i]) != batch:
+                if not chained or len(self.block_args[i]) != batch:
                     self.usable = False
                     raise Reached
                 self._enter(i, args, kwargs)
@@ -119,7 +119,9 @@ class Stack:
         finally:
             for handle in handles:
                 handle.remove()
-        self.usable = self.usable and all(len(rest) == batch + 1 for rest in self.rest)
+        self.usable = self.usable and all(
+            len(block_args) == batch + 1 for block_args in self.block_args
+        )
 
     def _capture_by_stubs(self, ids: Tensor) -> None:
         def stub(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -130,9 +132,9 @@ class Stack:
             self.forward(ids)
 
     def _enter(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.rest[i].append((args[1:], kwargs))
+        self.block_args[i].append((args[1:], kwargs))
         if i == 0:
-            self.exact.append(args[0])
+            self.reference.append(args[0])
 
     @contextmanager
     def stubs(
@@ -149,7 +151,7 @@ class Stack:
                 owner._modules[str(i)] = block
 
     @torch.no_grad()
-    def entry(self) -> tuple[Shelf, list[Rest]]:
+    def entry(self) -> tuple[TensorList, list[BlockArgs]]:
         """What enters the blocks with the model's present weights.
 
         Hidden states of the first block, a batch each, and the other arguments of all blocks: as
@@ -157,7 +159,7 @@ class Stack:
         decoder, say) is present too.
         """
         hidden = self.empty("coarse")
-        first: Rest = []
+        first: BlockArgs = []
 
         def enter(i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             hidden.append(x)
@@ -169,10 +171,10 @@ class Stack:
                 self.forward(ids)
         present = [
             [
-                _shared(old, self.rest[0][b], new)
-                for b, (old, new) in enumerate(zip(rest, first, strict=True))
+                _shared(old, self.block_args[0][b], new)
+                for b, (old, new) in enumerate(zip(block_args, first, strict=True))
             ]
-            for rest in self.rest
+            for block_args in self.block_args
         ]
         return hidden, present
 
@@ -202,7 +204,7 @@ def run(
     block: nn.Module,
     weights: Mapping[str, Tensor],
     hidden: Tensor,
-    rest: Arguments,
+    block_args: Arguments,
     watched: Sequence[str] = (),
     stop: str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -224,7 +226,7 @@ def run(
         block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watched if name
     ]
     try:
-        output = functional_call(block, dict(weights), (hidden, *rest[0]), rest[1])
+        output = functional_call(block, dict(weights), (hidden, *block_args[0]), block_args[1])
         return seen, tensor_of(output)
     except Reached:
         return seen, hidden

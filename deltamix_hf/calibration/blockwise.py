@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..jobs.resume_store import Journal
+from ..jobs.resume_store import ResumeStore
 from ..jobs.workers import Workers
-from .block_chain import Reached, Stack, run
+from .block_chain import BlockChain, Reached, run
 from .statistics import backward, embeddings_need_gradients, frozen, inputs_of, prediction
-from .statistics_store import KeptStatistics
+from .statistics_store import StatisticsStore
 
 
 class BlockwisePass:
@@ -44,31 +44,31 @@ class BlockwisePass:
 
     def __init__(
         self,
-        stack: Stack,
+        chain: BlockChain,
         modules: Mapping[str, nn.Module],
         fisher: bool,
         seed: int,
-        journal: Journal,
+        store: ResumeStore,
         device: torch.device,
         workers: Workers,
     ):
-        self.stack, self.fisher, self.seed, self.journal = stack, fisher, seed, journal
+        self.chain, self.fisher, self.seed, self.store = chain, fisher, seed, store
         self.device, self.workers = device, workers
-        self.found = KeptStatistics(journal, device, workers)
-        self.mine = workers.share(len(stack.batches))
+        self.found = StatisticsStore(store, device, workers)
+        self.mine = workers.share(len(chain.batches))
         self.inside = [
-            {n: m for n, m in modules.items() if n.startswith(f"{name}.")} for name in stack.names
+            {n: m for n, m in modules.items() if n.startswith(f"{name}.")} for name in chain.names
         ]
         within = {name for block in self.inside for name in block}
         outside = {n: m for n, m in modules.items() if n not in within}
         if not self.found.done("entry"):
             self._measure(outside)
-        for place in ("entry", *map(_place, range(len(stack.names)))):
+        for place in ("entry", *map(_place, range(len(chain.names)))):
             self.found.complete(place)
         self.scored: int = self.found.complete("exit").get("scored", 0)
 
     def _measure(self, outside: dict[str, nn.Module]) -> None:
-        blocks = len(self.stack.names)
+        blocks = len(self.chain.names)
         steps = blocks * (1 + self.fisher)
         self._bar = logging.tqdm(total=steps, desc="Calibrating", unit="block")
         self._forward()
@@ -89,39 +89,39 @@ class BlockwisePass:
     def get(self, kind: str, i: int, b: int) -> Tensor:
         """Of batch b at the entrance of block i; gradients are [draws, rows, length, d]."""
         if kind == "level" and i == 0:
-            return self.stack.exact[b]
-        found = self.journal.read(f"{kind} {i} of batch {b}")
+            return self.chain.reference[b]
+        found = self.store.read(f"{kind} {i} of batch {b}")
         assert found is not None
         return found[0]["item"].to(self.device)
 
     def _put(self, kind: str, i: int, b: int, item: Tensor) -> None:
-        self.journal.write(f"{kind} {i} of batch {b}", {"item": item})
+        self.store.write(f"{kind} {i} of batch {b}", {"item": item})
 
     def forget(self, kind: str, i: int, batches: range) -> None:
         for b in batches:
-            self.journal.forget(f"{kind} {i} of batch {b}")
+            self.store.forget(f"{kind} {i} of batch {b}")
 
     # Passes
 
     @torch.no_grad()
     def _forward(self) -> None:
-        for i, block in enumerate(self.stack.blocks):
-            missing = [b for b in self.mine if f"level {i + 1} of batch {b}" not in self.journal]
+        for i, block in enumerate(self.chain.blocks):
+            missing = [b for b in self.mine if f"level {i + 1} of batch {b}" not in self.store]
             if not self.fisher and not self.found.done(_place(i)):
                 with (
-                    self.stack.hold(block),
+                    self.chain.hold(block),
                     self.found.observing(_place(i), self.inside[i], False),
                 ):
                     self._advance(i, block, self.mine)
             elif missing:
-                with self.stack.hold(block):
+                with self.chain.hold(block):
                     self._advance(i, block, missing)
             self._bar.update()
 
     def _advance(self, i: int, block: nn.Module, batches: Any) -> None:
         for b in batches:
             hidden = self.get("level", i, b)
-            self._put("level", i + 1, b, run(block, {}, hidden, self.stack.rest[i][b])[1])
+            self._put("level", i + 1, b, run(block, {}, hidden, self.chain.block_args[i][b])[1])
 
     def _called_first(self, outside: dict[str, nn.Module]) -> set[str]:
         """Which of the modules are called before the first block."""
@@ -132,8 +132,8 @@ class BlockwisePass:
 
         handles = [m.register_forward_pre_hook(note(n)) for n, m in outside.items()]
         try:
-            with torch.no_grad(), self.stack.stubs(_stop):
-                self.stack.forward(self.stack.batches[0])
+            with torch.no_grad(), self.chain.stubs(_stop):
+                self.chain.forward(self.chain.batches[0])
         finally:
             for handle in handles:
                 handle.remove()
@@ -142,9 +142,9 @@ class BlockwisePass:
     def _exit(self, modules: dict[str, nn.Module]) -> None:
         """Through what follows the last block, and back to it."""
         random = torch.Generator().manual_seed(self.seed)
-        last, batches = len(self.stack.names), self.stack.batches
+        last, batches = len(self.chain.names), self.chain.batches
         with (
-            frozen(self.stack.model),
+            frozen(self.chain.model),
             self.found.observing("exit", modules, self.fisher) as facts,
             torch.set_grad_enabled(self.fisher),
         ):
@@ -152,7 +152,7 @@ class BlockwisePass:
                 random.set_state(torch.tensor(facts["random"], dtype=torch.uint8))
             for b in self.mine:
                 hidden = self.get("level", last, b).detach().requires_grad_(self.fisher)
-                output = prediction(after_blocks(self.stack, batches[b], hidden))
+                output = prediction(after_blocks(self.chain, batches[b], hidden))
                 if self.fisher:
                     found: list[Tensor] = []
                     drawn = backward(output, len(batches), random, _taker(hidden, found))
@@ -165,22 +165,22 @@ class BlockwisePass:
 
     def _back_through(self, i: int) -> None:
         """Run block i again with gradients, and take them from its output to its input."""
-        block = self.stack.blocks[i]
+        block = self.chain.blocks[i]
         with (
-            self.stack.hold(block),
+            self.chain.hold(block),
             frozen(block),
             self.found.observing(_place(i), self.inside[i], True),
         ):
             for b in self.mine:
                 hidden = self.get("level", i, b).detach().requires_grad_()
                 with torch.enable_grad():
-                    output = run(block, {}, hidden, self.stack.rest[i][b])[1]
+                    output = run(block, {}, hidden, self.chain.block_args[i][b])[1]
                 incoming = self.get("gradient", i + 1, b)
                 self._put("gradient", i, b, _back(output, incoming, hidden))
 
     def _entry(self, modules: dict[str, nn.Module]) -> None:
         """Through what precedes the blocks, and back to its embeddings."""
-        model = self.stack.model
+        model = self.chain.model
         entered: list[Tensor] = []
 
         def stub(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -191,24 +191,24 @@ class BlockwisePass:
             frozen(model),
             embeddings_need_gradients(model, self.fisher),
             self.found.observing("entry", modules, self.fisher),
-            self.stack.stubs(stub),
+            self.chain.stubs(stub),
             torch.set_grad_enabled(self.fisher),
         ):
             for b in self.mine:
-                self.stack.forward(self.stack.batches[b])
+                self.chain.forward(self.chain.batches[b])
                 output = entered.pop()
                 if output.requires_grad:
                     _back(output, self.get("gradient", 0, b))
 
 
-def after_blocks(stack: Stack, ids: Tensor, hidden: Tensor) -> Any:
+def after_blocks(chain: BlockChain, ids: Tensor, hidden: Tensor) -> Any:
     """The model's output where `hidden` [rows, length, d] leaves its last block."""
 
     def stub(i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return hidden
 
-    with stack.stubs(stub):
-        return stack.model(**inputs_of(stack.model, ids))
+    with chain.stubs(stub):
+        return chain.model(**inputs_of(chain.model, ids))
 
 
 def _stop(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeltaMixError
-from ..jobs.resume_store import Journal
+from ..jobs.resume_store import ResumeStore
 from ..jobs.workers import Workers
 from ..linalg.second_moments import SecondMoment
 from .expert_statistics import Moments, enough, observed_experts
 from .statistics import Hooks, LayerStatistics, check_finite
 
 
-class KeptStatistics(Mapping[str, LayerStatistics]):
+class StatisticsStore(Mapping[str, LayerStatistics]):
     """Statistics of every module that was called, each read when it is asked for.
 
     Args:
@@ -30,14 +30,14 @@ class KeptStatistics(Mapping[str, LayerStatistics]):
         workers: who measure them.
     """
 
-    def __init__(self, journal: Journal, device: torch.device, workers: Workers):
-        self.journal, self.device, self.workers = journal, device, workers
+    def __init__(self, store: ResumeStore, device: torch.device, workers: Workers):
+        self.store, self.device, self.workers = store, device, workers
         self.facts: dict[str, Any] = {}
 
     def done(self, place: str) -> bool:
         """Whether this worker has added its share of a place."""
         own = self._part(place, self.workers.rank)
-        return own in self.journal or self._part(place) in self.journal
+        return own in self.store or self._part(place) in self.store
 
     @contextmanager
     def observing(
@@ -52,7 +52,7 @@ class KeptStatistics(Mapping[str, LayerStatistics]):
         begun: dict[str, Moments] = {}
         if self.workers.rank:
             before = self.workers.rank - 1
-            self.workers.wait(self.journal, self._part(place, before))
+            self.workers.wait(self.store, self._part(place, before))
             handed = self._read(self._part(place, before))[1]
             facts |= handed["facts"]
             hooks.found = self._layers(handed["modules"])
@@ -69,11 +69,11 @@ class KeptStatistics(Mapping[str, LayerStatistics]):
         own = None if self.workers.last else self.workers.rank
         stored: dict[int, str] = {}  # q/k/v share their inputs
         kept = {name: self._keep(name, layer, stored, own) for name, layer in found.items()}
-        self.journal.write(self._part(place, own), {}, {"modules": kept, "facts": facts})
+        self.store.write(self._part(place, own), {}, {"modules": kept, "facts": facts})
 
     def complete(self, place: str) -> dict[str, Any]:
         """Have the statistics of a place, when all workers have added theirs; what came along."""
-        self.workers.wait(self.journal, self._part(place))
+        self.workers.wait(self.store, self._part(place))
         kept = self._read(self._part(place))[1]
         self.facts |= kept["modules"]
         facts: dict[str, Any] = kept["facts"]
@@ -92,11 +92,11 @@ class KeptStatistics(Mapping[str, LayerStatistics]):
                 continue
             if id(moment) not in stored:
                 stored[id(moment)] = f"{side} of {name}{until}"
-                self.journal.write(stored[id(moment)], *moment.state())
+                self.store.write(stored[id(moment)], *moment.state())
             kept[side] = stored[id(moment)]
         if layer.tokens is not None:
             kept["tokens"] = f"tokens of {name}{until}"
-            self.journal.write(kept["tokens"], {"tokens": layer.tokens})
+            self.store.write(kept["tokens"], {"tokens": layer.tokens})
         return kept
 
     def _layers(self, kept: Mapping[str, dict[str, Any]]) -> dict[str, LayerStatistics]:
@@ -120,9 +120,9 @@ class KeptStatistics(Mapping[str, LayerStatistics]):
         return SecondMoment.restored(*self._read(part))
 
     def _read(self, part: str) -> tuple[dict[str, Tensor], Any]:
-        found = self.journal.read(part)
+        found = self.store.read(part)
         if found is None:
-            raise DeltaMixError(f"{self.journal.folder} was changed while it was in use")
+            raise DeltaMixError(f"{self.store.folder} was changed while it was in use")
         return {key: tensor.to(self.device) for key, tensor in found[0].items()}, found[1]
 
     # As a mapping

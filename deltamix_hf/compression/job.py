@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..calibration.block_chain import Stack, find_blocks
+from ..calibration.block_chain import BlockChain, find_blocks
 from ..calibration.statistics import LayerStatistics, Metrics, collect, metrics_of
 from ..checkpoint.base import BaseCheckpoint
 from ..config import DeltaMixConfig
-from ..jobs.instruments import Stopwatch, give_back
-from ..jobs.resume_store import Journal
+from ..jobs.instruments import Stopwatch, trim_heap
+from ..jobs.resume_store import ResumeStore
 from ..jobs.weight_access import Weights
 from ..jobs.workers import Workers, cost
 from ..linalg.second_moments import diagonal
@@ -49,16 +49,16 @@ class Job:
         base: BaseCheckpoint,
         config: DeltaMixConfig,
         targets: dict[str, nn.Module],
-        journal: Journal,
+        store: ResumeStore,
         weights: Weights,
         workers: Workers | None = None,
     ):
         self.workers = workers or Workers()
         self.model, self.base, self.config, self.targets = model, base, config, targets
-        self.journal, self.weights = journal, weights
+        self.store, self.weights = store, weights
         self.finished = self._finished_before()
         self.batches: list[Tensor] = []
-        self.course: Sequence[scale_tuning.Lesson] = []
+        self.course: Sequence[scale_tuning.TuningBatch] = []
         self.found: Mapping[str, LayerStatistics] = {}
         self.scored = 1
         self.watch = Stopwatch()
@@ -66,7 +66,7 @@ class Job:
 
     def _finished_before(self) -> set[str]:
         """Targets an earlier run has finished, as the first worker sees it: all do the same."""
-        found = [self.journal.read(f"matrix {name}") is not None for name in self.targets]
+        found = [self.store.read(f"matrix {name}") is not None for name in self.targets]
         return set(compress(self.targets, self.workers.show(torch.tensor(found), 0).tolist()))
 
     def measure(self, batches: list[Tensor]) -> None:
@@ -76,19 +76,19 @@ class Job:
             return
         if len(self.finished) < len(self.targets):
             with self.watch.stage("statistics"):
-                self._collect(batches)
+                self._collect_statistics(batches)
         if self.config.tune_steps:
             with self.watch.stage("predictions"):
-                self._listen(batches)
+                self._record_targets(batches)
 
-    def _collect(self, batches: list[Tensor]) -> None:
+    def _collect_statistics(self, batches: list[Tensor]) -> None:
         """Fill in `found` and `scored`."""
         fisher, seed = self.config.fisher, self.config.seed
         self.found, self.scored = collect(self.model, self.observed(), batches, fisher, seed)
 
-    def _listen(self, batches: list[Tensor]) -> None:
+    def _record_targets(self, batches: list[Tensor]) -> None:
         """Fill in `course`."""
-        self.course = scale_tuning.lessons(self.model, batches, self.config.seed)
+        self.course = scale_tuning.tuning_batches(self.model, batches, self.config.seed)
 
     def observed(self) -> dict[str, nn.Module]:
         """The modules whose statistics make up those of the targets."""
@@ -168,14 +168,12 @@ class Job:
             for name, module in self.targets.items()
         }
         with self.watch.stage("allocation"):
-            compressor = Compressor(
-                matrices, budget, config, self.journal, self.watch, self.workers
-            )
-        stacks: list[Stack] = []
+            compressor = Compressor(matrices, budget, config, self.store, self.watch, self.workers)
+        stacks: list[BlockChain] = []
         if config.sequential and self.batches and len(self.finished) < len(self.targets):
             with self.watch.stage("sequential"):
                 stacks = self._stacks()
-        blocks = tuple(f"{block}." for stack in stacks for block in stack.names)
+        blocks = tuple(f"{block}." for chain in stacks for block in chain.names)
         chained = [name for name in self.targets if blocks and name.startswith(blocks)]
         plain = [name for name in self.targets if name not in chained]
         self._bar = logging.tqdm(total=len(matrices), desc="Compressing", unit="matrix")
@@ -183,10 +181,10 @@ class Job:
             plain = sorted(plain, key=lambda name: -sum(matrices[name].shape))
             for name in self._compress_all(compressor, dict.fromkeys(plain)):
                 self._attach(name)
-            for stack in stacks:
+            for chain in stacks:
                 finish = partial(self._fit, compressor)
                 compress_blocks(
-                    stack,
+                    chain,
                     chained,
                     finish,
                     self._attach_block,
@@ -196,20 +194,20 @@ class Job:
                 )
         self._bar.close()
         if self.workers.size > 1:
-            self.workers.finish(self.journal)
+            self.workers.finish(self.store)
         if self.course and self.workers.rank == 0:
             with self.watch.stage("tuning"):
                 self._tune()
 
-    def _stacks(self) -> list[Stack]:
+    def _stacks(self) -> list[BlockChain]:
         """The chains of blocks, captured."""
         blocks = find_blocks(self.model, list(self.targets))
-        stacks = [Stack(self.model, names, self.batches) for names in blocks]
-        return [stack for stack in stacks if stack.capture()]
+        stacks = [BlockChain(self.model, names, self.batches) for names in blocks]
+        return [chain for chain in stacks if chain.capture()]
 
     def _tune(self, small: bool = False) -> None:
-        scale_tuning.tune(self.model, self.course, self.config.tune_steps, self.journal, small)
-        self.config.measured = scale_tuning.judged(self.model, self.course)
+        scale_tuning.tune(self.model, self.course, self.config.tune_steps, self.store, small)
+        self.config.measured = scale_tuning.validation_kl(self.model, self.course)
 
     def _fit(
         self, compressor: Compressor, changes: dict[str, Tensor | None], inputs: Tensor | None
@@ -241,7 +239,7 @@ class Job:
         for name in others:
             changes.pop(name)
             with self.watch.stage("waiting"):
-                self.workers.wait(self.journal, f"matrix {name}")
+                self.workers.wait(self.store, f"matrix {name}")
             self.finished.add(name)
             self._compress(compressor, name, None, None)
             yield name
@@ -260,7 +258,7 @@ class Job:
             result = replace(result, packed=result.packed.to(self.weights.device))
         self._results[name] = result
         self._bar.update()
-        give_back()
+        trim_heap()
 
     def _attach_block(self, block: str) -> None:
         for name in [name for name in self._results if name.startswith(f"{block}.")]:

@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.block_chain import Stack, find_blocks
+from ..calibration.block_chain import BlockChain, find_blocks
 from ..calibration.blockwise import BlockwisePass, after_blocks
 from ..calibration.data import split_rows
 from ..errors import DeltaMixError
-from ..jobs.resume_store import Shelf
+from ..jobs.resume_store import TensorList
 from ..jobs.weight_access import LazyWeights
 from ..nn.layers import shape_of
 from . import scale_tuning
 from .job import Job
-from .memory_estimate import Block, Needs, needs
+from .memory_estimate import Block, MemoryEstimate, estimate_memory
 
 
 class LazyJob(Job):
@@ -30,28 +30,30 @@ class LazyJob(Job):
     weights: LazyWeights
 
     @cached_property
-    def stack(self) -> Stack:
+    def chain(self) -> BlockChain:
         """The chain of blocks as the statistics know it."""
         return self._captured()
 
-    def _captured(self) -> Stack:
+    def _captured(self) -> BlockChain:
         """The chain of blocks with the weights as they are now.
 
         Raises:
             DeltaMixError: the model is no such chain.
         """
         blocks = find_blocks(self.model, list(self.targets))
-        shelf = partial(Shelf, self.journal.of(self.workers.rank), device=self.weights.device)
+        tensor_list = partial(
+            TensorList, self.store.of(self.workers.rank), device=self.weights.device
+        )
         if len(blocks) == 1:
-            stack = Stack(self.model, blocks[0], self.batches, self.weights.hold, shelf)
-            if stack.capture() and stack.plain:
-                return stack
+            chain = BlockChain(self.model, blocks[0], self.batches, self.weights.hold, tensor_list)
+            if chain.capture() and chain.plain:
+                return chain
         raise DeltaMixError(
             f"a {type(self.model).__name__} is no single chain of blocks, so it cannot be run "
             "block by block; compress it in memory, or without text by method='deltamix'"
         )
 
-    def needs(self, batches: list[Tensor], result: int) -> Needs:
+    def estimate_memory(self, batches: list[Tensor], result: int) -> MemoryEstimate:
         """What this job takes for a delta of `result` bytes."""
         shapes = {name: shape_of(module) for name, module in self.targets.items()}
         blocks = [
@@ -63,7 +65,7 @@ class LazyJob(Job):
             for block in names
         ]
         config: Any = self.model.config.get_text_config()
-        return needs(
+        return estimate_memory(
             shapes,
             blocks,
             [ids.numel() for ids in batches],
@@ -76,10 +78,10 @@ class LazyJob(Job):
     def measure(self, batches: list[Tensor]) -> None:
         super().measure(batches)
         if batches and self.workers.rank == 0:  # nobody is in the passes any more
-            for i in range(len(self.stack.blocks)):
+            for i in range(len(self.chain.blocks)):
                 self._passes.forget("level", i + 1, range(len(batches)))
 
-    def _collect(self, batches: list[Tensor]) -> None:
+    def _collect_statistics(self, batches: list[Tensor]) -> None:
         self.found, self.scored = self._passes.found, self._passes.scored
 
     @cached_property
@@ -87,36 +89,36 @@ class LazyJob(Job):
         config, device = self.config, self.weights.device
         modules = self.observed()
         return BlockwisePass(
-            self.stack, modules, config.fisher, config.seed, self.journal, device, self.workers
+            self.chain, modules, config.fisher, config.seed, self.store, device, self.workers
         )
 
-    def _listen(self, batches: list[Tensor]) -> None:
+    def _record_targets(self, batches: list[Tensor]) -> None:
         if self.workers.rank:  # the first tunes
             return
         places: list[tuple[int, int]] = []  # of each piece: its batch and first row
         for b, ids in enumerate(batches):
             pieces = split_rows(ids, scale_tuning.TOKENS_PER_STEP)
             places += [(b, i * len(pieces[0])) for i in range(len(pieces))]
-        last = len(self.stack.blocks)
+        last = len(self.chain.blocks)
 
         def output(i: int, ids: Tensor) -> Any:
             b, start = places[i]
             hidden = self._passes.get("level", last, b)[start : start + len(ids)]
-            return after_blocks(self.stack, ids, hidden)
+            return after_blocks(self.chain, ids, hidden)
 
-        shelf, seed = partial(Shelf, self.journal), self.config.seed
-        self.course = scale_tuning.lessons(self.model, batches, seed, shelf, output)
+        tensor_list, seed = partial(TensorList, self.store), self.config.seed
+        self.course = scale_tuning.tuning_batches(self.model, batches, seed, tensor_list, output)
 
     def _attach(self, name: str) -> None:
         result = self._results[name]
-        found = self.journal.read(f"matrix {name}", mapped=True)
+        found = self.store.read(f"matrix {name}", mapped=True)
         if result.packed is not None and found and self.weights.device.type == "cpu":
             # where it lies on disk: the deltas of all matrices are a 16th of the model
             tensors: Any = found[0]
             self._results[name] = replace(result, packed=replace(result.packed, **tensors))
         super()._attach(name)
 
-    def _stacks(self) -> list[Stack]:
+    def _stacks(self) -> list[BlockChain]:
         return [self._captured()]  # what is stored whole has been rounded since
 
     def _tune(self, small: bool = True) -> None:

@@ -24,7 +24,7 @@ from ..calibration.statistics import Metrics
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..jobs.instruments import Stopwatch
-from ..jobs.resume_store import Journal
+from ..jobs.resume_store import ResumeStore
 from ..jobs.workers import Workers, cost
 from ..linalg.second_moments import blended, damped, dense, diagonal
 from ..linalg.whitened_svd import Factors, factorise, spectrum
@@ -76,7 +76,7 @@ class Compressor:
     all matrices. Otherwise every matrix gets the same share of the budget (its bf16 bytes times one
     common ratio), and what one matrix leaves unspent goes to the next.
 
-    What an earlier run has left in `journal` is taken from there.
+    What an earlier run has left in `store` is taken from there.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class Compressor:
         matrices: Mapping[str, Matrix],
         budget: Budget,
         config: DeltaMixConfig,
-        journal: Journal | None = None,
+        store: ResumeStore | None = None,
         watch: Stopwatch | None = None,
         workers: Workers | None = None,
     ):
         self.workers = workers or Workers()
-        self.journal, self.watch = journal or Journal(), watch or Stopwatch()
+        self.store, self.watch = store or ResumeStore(), watch or Stopwatch()
         self.shapes = _shapes(matrices)
         self.config = config
         self.gaussian = config.codebook == "gaussian"
@@ -104,11 +104,11 @@ class Compressor:
                 self._solve(matrices, energies, budget.ranks)
                 self._keep_plan()
             else:
-                self.workers.wait(self.journal, "allocation")
+                self.workers.wait(self.store, "allocation")
                 self._recall_plan()
 
     def _recall_plan(self) -> bool:
-        found = self.journal.read("allocation")
+        found = self.store.read("allocation")
         if found is None:
             return False
         tensors, self.gap = found
@@ -117,7 +117,7 @@ class Compressor:
 
     def _keep_plan(self) -> None:
         widths = {n: torch.stack([w.v, w.u]).to(torch.uint8) for n, w in self._plan.items()}
-        self.journal.write("allocation", widths, self.gap)
+        self.store.write("allocation", widths, self.gap)
 
     def _spectra(self, matrices: Mapping[str, Matrix]) -> list[Tensor]:
         """Energies of the ranks of every matrix; each worker measures a share of them."""
@@ -125,7 +125,7 @@ class Compressor:
         mine = [name for name in matrices if owners[name] == self.workers.rank]
         measured: dict[str, Tensor] = {}
         for name in logging.tqdm(mine, desc="Measuring spectra", unit="matrix"):
-            if found := self.journal.read(f"spectrum of {name}"):
+            if found := self.store.read(f"spectrum of {name}"):
                 measured[name] = found[0]["energies"]
                 continue
             matrix = matrices[name]
@@ -135,10 +135,10 @@ class Compressor:
                 with self.watch.stage("spectra"):
                     sigma = spectrum(delta, whitening.outputs, whitening.inputs, DAMPING)
             measured[name] = (sigma**2).cpu()
-            self.journal.write(f"spectrum of {name}", {"energies": measured[name]})
+            self.store.write(f"spectrum of {name}", {"energies": measured[name]})
         for name in matrices.keys() - measured.keys() if self.workers.rank == 0 else ():
-            self.workers.wait(self.journal, f"spectrum of {name}")
-            found = self.journal.read(f"spectrum of {name}")
+            self.workers.wait(self.store, f"spectrum of {name}")
+            found = self.store.read(f"spectrum of {name}")
             assert found is not None
             measured[name] = found[0]["energies"]
         return [measured[name] for name in matrices if name in measured]
@@ -199,12 +199,12 @@ class Compressor:
         with _named(name), self.watch.stage("quantization"):
             result = self._compress(name, delta, metrics)
         packed = result.packed
-        self.journal.write(f"matrix {name}", packed.tensors if packed else {}, result.error)
+        self.store.write(f"matrix {name}", packed.tensors if packed else {}, result.error)
         return self._paid(name, result)
 
     def recall(self, name: str) -> Compressed | None:
         """The result of an earlier run, on the CPU, if there is one."""
-        found = self.journal.read(f"matrix {name}")
+        found = self.store.read(f"matrix {name}")
         if found is None:
             return None
         tensors, error = found

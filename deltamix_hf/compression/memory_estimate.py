@@ -23,7 +23,7 @@ _PREDICTIONS = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryEstimate:
     """Bytes at the peak."""
 
     memory: int
@@ -49,7 +49,7 @@ class Block:
         return sum(SecondMoment(side).nbytes for shape in self.shapes for side in shape)
 
 
-def needs(
+def estimate_memory(
     shapes: Mapping[str, tuple[int, int]],
     blocks: list[Block],
     batches: list[int],
@@ -57,7 +57,7 @@ def needs(
     itemsize: int,
     chained: bool,
     result: int,
-) -> Needs:
+) -> MemoryEstimate:
     """What compressing matrices of these [m, n] takes.
 
     Args:
@@ -91,4 +91,4 @@ def needs(
         states = sum(batches) * hidden * itemsize
         largest = max((block.nbytes for block in blocks), default=0)
         disk += states * (len(blocks) + 4) + 12 * states + largest + _PREDICTIONS
-    return Needs(_PROCESS + memory, disk + 2 * result)
+    return MemoryEstimate(_PROCESS + memory, disk + 2 * result)

@@ -25,7 +25,7 @@ from ..checkpoint.base import BaseCheckpoint, weights_from_base
 from ..checkpoint.tensor_diff import sort_tensors
 from ..config import DeltaMixConfig, overlay_dtype
 from ..errors import DeltaMixError, first_line
-from ..jobs.resume_store import Journal, identity_of
+from ..jobs.resume_store import ResumeStore, job_identity
 from ..jobs.weight_access import LazyWeights, LoadedWeights
 from ..jobs.workers import Workers
 from ..nn.experts import Expert, fused_sizes
@@ -49,7 +49,7 @@ class Outcome:
     """Seconds by stage, the journal to remove once the delta is saved, what is stored whole."""
 
     seconds: dict[str, float]
-    journal: Journal
+    store: ResumeStore
     overlay: dict[str, Tensor]
 
 
@@ -99,7 +99,7 @@ def compress_model(
         warnings.warn(
             "the fine-tune is identical to its base: the delta is empty", UserWarning, stacklevel=2
         )
-        return Outcome({}, Journal(), {})
+        return Outcome({}, ResumeStore(), {})
     budget = plan_budget(
         shapes,
         {
@@ -111,15 +111,15 @@ def compress_model(
         {name for name, module in targets.items() if isinstance(module, nn.Embedding)},
         fused_sizes(model, targets),
     )
-    journal = _journal(model, config, files)
-    job = Job(model, base, config, targets, journal, LoadedWeights(model, base))
+    store = _journal(model, config, files)
+    job = Job(model, base, config, targets, store, LoadedWeights(model, base))
     if files is not None:
         assert device is not None
         lazy = LazyWeights(model, files, base, device, overlay)
-        job = LazyJob(model, base, config, targets, journal, lazy, workers)
-    batches = _tokens(model, config, revision, journal, files is None)
+        job = LazyJob(model, base, config, targets, store, lazy, workers)
+    batches = _tokens(model, config, revision, store, files is None)
     if isinstance(job, LazyJob) and not job.workers.rank:
-        logger.warning("compressing takes %s", job.needs(batches, budget.total))
+        logger.warning("compressing takes %s", job.estimate_memory(batches, budget.total))
     job.measure(batches)
     if config.bf16_overlay:
         with torch.no_grad():
@@ -128,7 +128,7 @@ def compress_model(
     job.run(budget)
     if not isinstance(config.calibration, str):
         config.calibration = None
-    return Outcome(job.watch.seconds, journal, overlay)
+    return Outcome(job.watch.seconds, store, overlay)
 
 
 def _empty(model: PreTrainedModel) -> PreTrainedModel:
@@ -139,10 +139,10 @@ def _empty(model: PreTrainedModel) -> PreTrainedModel:
 
 def _journal(
     model: PreTrainedModel, config: DeltaMixConfig, files: BaseCheckpoint | None
-) -> Journal:
+) -> ResumeStore:
     """The finished parts of a job that could not but give the same result as this one."""
     if config.checkpoint_dir is None:
-        return Journal()
+        return ResumeStore()
     data = config.calibration
     tensors = {} if files else dict(model.state_dict())
     if isinstance(data, Tensor):
@@ -158,24 +158,24 @@ def _journal(
         "device": str(model.device),
         "files": fingerprints(files.infos) if files else None,
     }
-    return Journal(config.checkpoint_dir, identity_of(facts, tensors))
+    return ResumeStore(config.checkpoint_dir, job_identity(facts, tensors))
 
 
 def _tokens(
     model: PreTrainedModel,
     config: DeltaMixConfig,
     revision: str | None,
-    journal: Journal,
+    store: ResumeStore,
     loaded: bool,
 ) -> list[Tensor]:
     """`_batches`, or what they were when the job began: texts may have changed since."""
-    found = journal.read("calibration")
+    found = store.read("calibration")
     if found is not None:
         tensors, config.calibration_source = found
         return [tensors[str(i)] for i in range(len(tensors))]
     batches = _batches(model, config, revision, loaded)
     named = {str(i): ids for i, ids in enumerate(batches)}
-    journal.write("calibration", named, config.calibration_source)
+    store.write("calibration", named, config.calibration_source)
     return batches
 
 

@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..calibration.block_chain import Shelf
+from ..calibration.block_chain import TensorList
 from ..calibration.data import split_rows
 from ..calibration.statistics import frozen, inputs_of, prediction
-from ..jobs.resume_store import Journal
+from ..jobs.resume_store import ResumeStore
 from ..nn.layers import DeltaEmbedding, DeltaModule, delta_modules, shape_of, weight_of
 from ..quantization import uniform
 from ..quantization.packed_delta import scale_counts
@@ -44,7 +44,7 @@ _MOST_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TuningBatch:
     """One calibration batch: token ids, scored positions and the fine-tune's log-probabilities."""
 
     ids: Tensor
@@ -52,23 +52,23 @@ class Lesson:
     wanted: Tensor
 
 
-class Course(Sequence[Lesson]):
+class TuningData(Sequence[TuningBatch]):
     """The calibration text in steps, with what the fine-tune says to it."""
 
-    def __init__(self, pieces: Sequence[Tensor], positions: Shelf, wanted: Shelf):
+    def __init__(self, pieces: Sequence[Tensor], positions: TensorList, wanted: TensorList):
         self.pieces, self.positions, self.wanted = pieces, positions, wanted
 
     def __len__(self) -> int:
         return len(self.wanted)
 
     @overload
-    def __getitem__(self, i: int) -> Lesson: ...
+    def __getitem__(self, i: int) -> TuningBatch: ...
     @overload
-    def __getitem__(self, i: slice) -> list[Lesson]: ...
-    def __getitem__(self, i: int | slice) -> Lesson | list[Lesson]:
+    def __getitem__(self, i: slice) -> list[TuningBatch]: ...
+    def __getitem__(self, i: int | slice) -> TuningBatch | list[TuningBatch]:
         if isinstance(i, slice):
             return [self[j] for j in range(len(self))[i]]
-        return Lesson(self.pieces[i], self.positions[i], self.wanted[i])
+        return TuningBatch(self.pieces[i], self.positions[i], self.wanted[i])
 
 
 def pieces_of(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -77,19 +77,19 @@ def pieces_of(batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def lessons(
+def tuning_batches(
     model: PreTrainedModel,
     batches: Sequence[Tensor],
     seed: int,
-    shelf: Callable[[str], Shelf] = lambda name: [],
+    tensor_list: Callable[[str], TensorList] = lambda name: [],
     output: Callable[[int, Tensor], Any] | None = None,
-) -> Course:
+) -> TuningData:
     """Run the fine-tune over the batches and keep its predictions at random positions.
 
     `output` is what gives the model's output for piece i, if running it would be slow.
     """
     random = torch.Generator().manual_seed(seed)
-    course = Course(pieces_of(batches), shelf("positions"), shelf("wanted"))
+    course = TuningData(pieces_of(batches), tensor_list("positions"), tensor_list("wanted"))
     if len(course) == len(course.pieces):
         return course
     course.positions.clear()
@@ -109,14 +109,14 @@ def lessons(
 
 def tune(
     model: PreTrainedModel,
-    course: Sequence[Lesson],
+    course: Sequence[TuningBatch],
     steps: int,
-    journal: Journal | None = None,
+    store: ResumeStore | None = None,
     small: bool = False,
 ) -> list[float]:
     """Train the scales of all packed matrices in place; returns KL per step, nats per position.
 
-    Goes on after the last step that `journal` knows of. `small` unpacks the factors anew whenever a
+    Goes on after the last step that `store` knows of. `small` unpacks the factors anew whenever a
     module runs: unpacked, all of them take half as much memory as the model.
     """
     modules = _tunable(model)
@@ -131,7 +131,7 @@ def tune(
         _open(module, gains[id(ranks_of(module))], small)
     try:
         with frozen(model):
-            losses = _train(model, list(gains.values()), course, steps, journal or Journal())
+            losses = _train(model, list(gains.values()), course, steps, store or ResumeStore())
     finally:
         for module in modules.values():
             _close(module)
@@ -143,29 +143,29 @@ def tune(
 def _train(
     model: PreTrainedModel,
     gains: list[Tensor],
-    course: Sequence[Lesson],
+    course: Sequence[TuningBatch],
     steps: int,
-    journal: Journal,
+    store: ResumeStore,
 ) -> list[float]:
     """Adam on the gains; they end at 0 if they do not help on the texts kept out."""
     optimizer = torch.optim.Adam(gains, lr=LEARNING_RATE)
     losses: list[float] = []
-    exam = kept_out(course)
-    learnt = [i for i in range(len(course)) if i % _KEEP_OUT or not exam]
+    validation = validation_rows(course)
+    train_ids = [i for i in range(len(course)) if i % _KEEP_OUT or not validation]
     lesson = 0
-    if found := journal.read("tuning"):
+    if found := store.read("tuning"):
         tensors, (losses, lesson, before) = found
         _restore(optimizer, gains, tensors)
     else:
-        before = _mean(model, exam)
+        before = _mean(model, validation)
     bar = logging.tqdm(total=steps, initial=len(losses), desc="Tuning scales", unit="step")
     for step in range(len(losses), steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-        batch: list[Lesson] = []
+        batch: list[TuningBatch] = []
         tokens = 0
-        while tokens < TOKENS_PER_STEP and len(batch) < len(learnt):
-            batch.append(course[learnt[lesson % len(learnt)]])
+        while tokens < TOKENS_PER_STEP and len(batch) < len(train_ids):
+            batch.append(course[train_ids[lesson % len(train_ids)]])
             tokens += batch[-1].ids.numel()
             lesson += 1
         scored = sum(len(item.positions) for item in batch)
@@ -178,31 +178,34 @@ def _train(
             total += loss.item()
         optimizer.step()
         losses.append(total)
-        journal.write("tuning", _state(optimizer, gains), [losses, lesson, before])
+        store.write("tuning", _state(optimizer, gains), [losses, lesson, before])
         bar.update()
     bar.close()
-    if not _mean(model, exam) <= before:  # worse, or NaN
+    if not _mean(model, validation) <= before:  # worse, or NaN
         for gain in gains:
             gain.detach().zero_()
     return losses
 
 
-def kept_out(course: Sequence[Lesson]) -> Sequence[Lesson]:
+def validation_rows(course: Sequence[TuningBatch]) -> Sequence[TuningBatch]:
     """The texts that decide whether tuning helped, and are not trained on."""
     return course[::_KEEP_OUT] if len(course) > 1 else []
 
 
-def judged(model: PreTrainedModel, course: Sequence[Lesson]) -> dict[str, float]:
+def validation_kl(model: PreTrainedModel, course: Sequence[TuningBatch]) -> dict[str, float]:
     """KL(fine-tune ‖ model), nats for each position of the texts kept out; empty without any."""
-    exam = kept_out(course)
-    positions = sum(len(item.positions) for item in exam)
+    validation = validation_rows(course)
+    positions = sum(len(item.positions) for item in validation)
     if not positions:
         return {}
-    return {"kl": sum(_exact(model, item) for item in exam) / positions, "positions": positions}
+    return {
+        "kl": sum(_exact(model, item) for item in validation) / positions,
+        "positions": positions,
+    }
 
 
 @torch.no_grad()
-def _exact(model: PreTrainedModel, item: Lesson) -> float:
+def _exact(model: PreTrainedModel, item: TuningBatch) -> float:
     """`_divergence` of proper distributions: as they are kept, rounded and cut, it may be < 0."""
     values, _ = prediction(model(**inputs_of(model, item.ids)))
     found = values[item.positions.to(values.device)].double().log_softmax(-1)
@@ -249,13 +252,13 @@ def ranks_of(module: DeltaModule) -> Tensor:
 
 
 @torch.no_grad()
-def _mean(model: PreTrainedModel, course: Sequence[Lesson]) -> float:
+def _mean(model: PreTrainedModel, course: Sequence[TuningBatch]) -> float:
     """KL(fine-tune ‖ model), nats per scored position."""
     scored = sum(len(item.positions) for item in course)
     return sum(_divergence(model, item).item() for item in course) / max(scored, 1)
 
 
-def _divergence(model: PreTrainedModel, item: Lesson) -> Tensor:
+def _divergence(model: PreTrainedModel, item: TuningBatch) -> Tensor:
     """Sum of KL(fine-tune ‖ model) over the scored positions."""
     values, _ = prediction(model(**inputs_of(model, item.ids)))
     found = values[item.positions.to(values.device)].float().log_softmax(-1).clamp(min=_LEAST)

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.block_chain import Arguments, Rest, Shelf, Stack, run, tensor_of
+from ..calibration.block_chain import Arguments, BlockArgs, BlockChain, TensorList, run, tensor_of
 from ..jobs.workers import Workers
 from ..nn.experts import expert_place, replace_expert
 from ..nn.layers import matrix_of, oriented, shape_of, weight_of
-from .sequential_sums import Rows, StageSums, all_rows, moved_rows, target_changes
+from .sequential_sums import Rows, StageSums, all_rows, moved_rows, target_shift
 
 Finish = Callable[[dict[str, Tensor | None], Tensor | None], dict[str, Tensor]]
 """({target: change of its delta [m, n]}, their input Gram [n, n]) -> compressed weights [m, n]."""
@@ -49,7 +49,7 @@ class Stage:
 
 @torch.no_grad()
 def compress_blocks(
-    stack: Stack,
+    chain: BlockChain,
     targets: Sequence[str],
     finish: Finish,
     done: Callable[[str], None],
@@ -65,28 +65,28 @@ def compress_blocks(
     `finish` needs no measurement; all `workers` must see the same there.
     """
     workers = workers or Workers()
-    coarse, present = stack.entry()
-    mine = workers.share(len(coarse))  # another's hidden states stay those of the first block
+    compressed, present = chain.entry()
+    mine = workers.share(len(compressed))  # another's hidden states stay those of the first block
     known: list[str] | None = None
     stages: list[Stage] = []
-    for i, (name, block) in enumerate(zip(stack.names, stack.blocks, strict=True)):
+    for i, (name, block) in enumerate(zip(chain.names, chain.blocks, strict=True)):
         inside = [t.removeprefix(f"{name}.") for t in targets if t.startswith(f"{name}.")]
-        last = i + 1 == len(stack.blocks)
+        last = i + 1 == len(chain.blocks)
         over = all(f"{name}.{target}" in finished for target in inside)
-        with stack.hold(block):
+        with chain.hold(block):
             if inside != known:  # blocks with the same targets have the same stages
                 known = inside
-                stages = find_stages(block, inside, stack.exact[0], stack.rest[i][0])
-            seen = _run_exact(stack, i, [] if over else stages, () if over and last else mine)
-        made = _Made(stack, name, block)
+                stages = find_stages(block, inside, chain.reference[0], chain.block_args[i][0])
+            seen = _run_reference(chain, i, [] if over else stages, () if over and last else mine)
+        made = _Made(chain, name, block)
         for stage in stages:
             names = [f"{name}.{target}" for target in stage.names]
             if all(full in finished for full in names):
                 made.keep(finish(dict.fromkeys(names), None))
                 continue
-            with stack.hold(block):
+            with chain.hold(block):
                 sums = _measured(
-                    stack, block, stage, coarse, present[i], seen, made.weights(), workers
+                    chain, block, stage, compressed, present[i], seen, made.weights(), workers
                 )
                 layers = {
                     full: block.get_submodule(target)
@@ -99,51 +99,57 @@ def compress_blocks(
                 }
             heights = {full: shape_of(layer)[0] for full, layer in layers.items()}
             changes: dict[str, Tensor | None] = dict.fromkeys(names)
-            changes |= target_changes(moved, heights, owners(names), sums, workers)
+            changes |= target_shift(moved, heights, owners(names), sums, workers)
             made.keep(finish(changes, sums.inputs))
             del sums
         staged = {target for stage in stages for target in stage.names}
         if others := [f"{name}.{target}" for target in inside if target not in staged]:
             made.keep(finish(dict.fromkeys(others), None))  # not called exactly once: plain target
-        with stack.hold(block):
-            _run_coarse(block, made, coarse, present[i], () if last else mine)
-        stack.rest[i], present[i] = [], []
+        with chain.hold(block):
+            _run_compressed(block, made, compressed, present[i], () if last else mine)
+        chain.block_args[i], present[i] = [], []
         done(name)
 
 
 # What these two have in hand of the last batch goes with them: 0.5 GB of a block of 7B.
 
 
-def _run_exact(
-    stack: Stack, i: int, stages: Sequence[Stage], batches: Sequence[int]
-) -> dict[str, Shelf]:
+def _run_reference(
+    chain: BlockChain, i: int, stages: Sequence[Stage], batches: Sequence[int]
+) -> dict[str, TensorList]:
     """Take the fine-tune's hidden states through block i; inputs of the stages, by module."""
     watched = [s.names[0] for s in stages]
     watched += [s.residual for s in stages if s.residual is not None]
-    seen = {module: stack.empty(f"input {module}") for module in dict.fromkeys(watched)}
+    seen = {module: chain.empty(f"input {module}") for module in dict.fromkeys(watched)}
     for b in batches:
-        inputs, after = run(stack.blocks[i], {}, stack.exact[b], stack.rest[i][b], list(seen))
-        stack.exact[b] = after
+        inputs, after = run(
+            chain.blocks[i], {}, chain.reference[b], chain.block_args[i][b], list(seen)
+        )
+        chain.reference[b] = after
         for module, x in inputs.items():
             seen[module].append(x)
     return seen
 
 
-def _run_coarse(
-    block: nn.Module, made: _Made, coarse: Shelf, rest: Rest, batches: Sequence[int]
+def _run_compressed(
+    block: nn.Module,
+    made: _Made,
+    compressed: TensorList,
+    block_args: BlockArgs,
+    batches: Sequence[int],
 ) -> None:
     """Take the compressed model's hidden states through a block."""
     weights = made.weights() if batches else {}
     for b in batches:
-        _, coarse[b] = run(block, weights, coarse[b], rest[b])
+        _, compressed[b] = run(block, weights, compressed[b], block_args[b])
 
 
 class _Made:
     """New weights of a block's targets, kept where its hidden states are."""
 
-    def __init__(self, stack: Stack, name: str, block: nn.Module):
-        self.stack, self.name, self.block = stack, name, block
-        self.shelves: dict[str, Shelf] = {}
+    def __init__(self, chain: BlockChain, name: str, block: nn.Module):
+        self.chain, self.name, self.block = chain, name, block
+        self.shelves: dict[str, TensorList] = {}
 
     def keep(self, matrices: dict[str, Tensor]) -> None:
         """Matrices [m, n] by the target's full name."""
@@ -152,27 +158,27 @@ class _Made:
             if expert_place(self.block, target) is None:
                 module = self.block.get_submodule(target)
                 matrix = oriented(module, matrix).to(weight_of(module).dtype)
-            self.shelves[target] = self.stack.empty(f"weight {target}")
+            self.shelves[target] = self.chain.empty(f"weight {target}")
             self.shelves[target].append(matrix)
 
     def weights(self) -> dict[str, Tensor]:
         """By the parameter's name; experts' in their whole parameter, which must be in memory."""
         found: dict[str, Tensor] = {}
-        for target, shelf in self.shelves.items():
+        for target, tensor_list in self.shelves.items():
             if expert_place(self.block, target) is None:
-                found[f"{target}.weight"] = shelf[0]
+                found[f"{target}.weight"] = tensor_list[0]
             else:
-                replace_expert(found, self.block, target, shelf[0])
+                replace_expert(found, self.block, target, tensor_list[0])
         return found
 
 
 def _measured(
-    stack: Stack,
+    chain: BlockChain,
     block: nn.Module,
     stage: Stage,
-    coarse: Shelf,
-    rest: Rest,
-    seen: dict[str, Shelf],
+    compressed: TensorList,
+    block_args: BlockArgs,
+    seen: dict[str, TensorList],
     weights: dict[str, Tensor],
     workers: Workers,
 ) -> StageSums:
@@ -183,27 +189,30 @@ def _measured(
     """
     first, residual = stage.names[0], stage.residual
     watched = [first] if residual is None else [first, residual]
-    mine = workers.share(len(coarse))
+    mine = workers.share(len(compressed))
 
     def own() -> Iterator[Rows]:
         for at, b in enumerate(mine):
-            found, _ = run(block, weights, coarse[b], rest[b], watched, stop=first)
+            found, _ = run(block, weights, compressed[b], block_args[b], watched, stop=first)
             rows = Rows(seen[first][at], found[first])
             if residual is not None:
-                rows.exact_residual, rows.coarse_residual = seen[residual][at], found[residual]
+                rows.reference_residual, rows.compressed_residual = (
+                    seen[residual][at],
+                    found[residual],
+                )
             yield rows
 
     layer = block.get_submodule(first)
     n = shape_of(layer)[1]
     sums = StageSums(n, weight_of(layer).device, workers)
-    for rows in all_rows(own(), n, len(coarse), stack.empty("rows of a stage"), workers):
+    for rows in all_rows(own(), n, len(compressed), chain.empty("rows of a stage"), workers):
         sums.add(rows)
     sums.finish()
     return sums
 
 
 def find_stages(
-    block: nn.Module, targets: Sequence[str], hidden: Tensor, rest: Arguments
+    block: nn.Module, targets: Sequence[str], hidden: Tensor, block_args: Arguments
 ) -> list[Stage]:
     """Targets of a block in call order, grouped by input tensor, with their residual streams.
 
@@ -232,7 +241,7 @@ def find_stages(
     handles = [m.register_forward_pre_hook(before(n)) for n, m in modules.items()]
     handles += [modules[t].register_forward_hook(after(t)) for t in targets]
     try:
-        result = tensor_of(block(hidden, *rest[0], **rest[1]))
+        result = tensor_of(block(hidden, *block_args[0], **block_args[1]))
     finally:
         for handle in handles:
             handle.remove()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration.block_chain import Shelf
+from ..calibration.block_chain import TensorList
 from ..jobs.workers import Workers
 from ..linalg.cholesky import cholesky
 
@@ -32,14 +32,14 @@ PIECE = 256  # rows of a sum that are always made together
 class Rows:
     """Inputs x [..., n] of a layer and residual streams r [..., m] for one batch."""
 
-    exact: Tensor
-    coarse: Tensor
-    exact_residual: Tensor | None = None
-    coarse_residual: Tensor | None = None
+    reference: Tensor
+    compressed: Tensor
+    reference_residual: Tensor | None = None
+    compressed_residual: Tensor | None = None
 
     def joined(self) -> Tensor:
         """One tensor [tokens, 2n + 2m]."""
-        parts = [self.exact, self.coarse, self.exact_residual, self.coarse_residual]
+        parts = [self.reference, self.compressed, self.reference_residual, self.compressed_residual]
         return torch.cat([part.flatten(0, -2) for part in parts if part is not None], -1)
 
     @classmethod
@@ -68,11 +68,11 @@ class StageSums:
     def add(self, rows: Rows) -> None:
         """Add this worker's share of the products of one batch."""
         n = len(self.inputs)
-        x = rows.coarse.reshape(-1, n).to(self.inputs)
+        x = rows.compressed.reshape(-1, n).to(self.inputs)
         self._add(self.inputs, x, x)
-        self._add(self.drift, rows.exact.reshape(-1, n).to(x) - x, x)
-        if rows.exact_residual is not None and rows.coarse_residual is not None:
-            late = (rows.exact_residual - rows.coarse_residual).flatten(0, -2).to(x)
+        self._add(self.drift, rows.reference.reshape(-1, n).to(x) - x, x)
+        if rows.reference_residual is not None and rows.compressed_residual is not None:
+            late = (rows.reference_residual - rows.compressed_residual).flatten(0, -2).to(x)
             if self.lag is None:
                 self.lag = x.new_zeros(late.shape[-1], n)
             self._add(self.lag, late, x)
@@ -92,21 +92,21 @@ class StageSums:
 
 
 def all_rows(
-    own: Iterator[Rows], n: int, count: int, shelf: Shelf, workers: Workers
+    own: Iterator[Rows], n: int, count: int, tensor_list: TensorList, workers: Workers
 ) -> Iterator[Rows]:
     """Rows of all `count` batches in their order, of which this worker makes its `own`.
 
-    `shelf` keeps them until it is their turn.
+    `tensor_list` keeps them until it is their turn.
     """
     if workers.size == 1:
         yield from own
         return
     for rows in own:
-        shelf.append(rows.joined())
+        tensor_list.append(rows.joined())
     mine = workers.share(count)
     for rank in range(workers.size):
         for b in Workers(rank, workers.size).share(count):
-            shown = shelf[b - mine.start] if rank == workers.rank else None
+            shown = tensor_list[b - mine.start] if rank == workers.rank else None
             yield Rows.split(workers.show(shown, rank), n)
 
 
@@ -127,7 +127,7 @@ def moved_rows(matrix: Tensor, sums: StageSums, workers: Workers) -> Tensor:
     return found
 
 
-def target_changes(
+def target_shift(
     moved: dict[str, Tensor],
     heights: Mapping[str, int],
     owners: Mapping[str, int],

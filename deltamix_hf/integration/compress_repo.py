@@ -32,7 +32,7 @@ from ..errors import DeltaMixError, first_line
 from ..jobs.instruments import Stopwatch
 from ..jobs.weight_access import unloaded
 from ..jobs.workers import Workers
-from ..nn.shared_input import link_siblings
+from ..nn.shared_input import link_shared_inputs
 from ..storage.names import GUARD, guard_names, packed_part
 from .quantizer import DeltaMixHfQuantizer
 from .saving import install_save
@@ -84,12 +84,12 @@ def compress_streaming(
     outcome = compress_model(
         model, base, settings, quantizer.commit, tuned, torch.device(device), workers
     )
-    quantizer.seconds, quantizer.journal = outcome.seconds, outcome.journal
+    quantizer.seconds, quantizer.store = outcome.seconds, outcome.store
     quantizer.stored = _stored(model, base, settings, outcome.overlay)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.config.quantization_config = settings
     model._weight_conversions = []  # type: ignore[assignment]
-    link_siblings(model)
+    link_shared_inputs(model)
     install_save(model)
     if workers.rank:  # the first writes
         return model

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..multi_delta.manager import DEFAULT, Tenants, tenants_of
+from ..multi_delta.manager import DEFAULT, DeltaManager, manager_of
 from ..multi_delta.pool import DeltaMemory
 from ..nn.experts import delta_experts
 from ..nn.layers import delta_modules
@@ -26,11 +26,11 @@ def load_delta(self: PreTrainedModel, repo: Any, name: str = DEFAULT, **base_kwa
         DeltaMixError: not a delta repo, made from another base, damaged, or the name is taken; the
             model is as it was.
     """
-    tenants = tenants_of(self)
-    first = not tenants.pool.entries
-    tenants.load(str(repo), name, **base_kwargs)
+    deltas = manager_of(self)
+    first = not deltas.pool.entries
+    deltas.load(str(repo), name, **base_kwargs)
     if first:
-        tenants.choose([name])
+        deltas.choose([name])
 
 
 def set_delta(self: PreTrainedModel, names: str | Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def set_delta(self: PreTrainedModel, names: str | Sequence[str]) -> None:
     Raises:
         DeltaMixError: no delta of that name is loaded.
     """
-    tenants_of(self).choose([names] if isinstance(names, str) else list(names))
+    manager_of(self).choose([names] if isinstance(names, str) else list(names))
 
 
 @contextmanager
@@ -55,32 +55,32 @@ def use_deltas(self: PreTrainedModel, names: str | Sequence[str | None]) -> Iter
     Raises:
         DeltaMixError: no delta of that name is loaded, or no room for all of them.
     """
-    with tenants_of(self).using(names):
+    with manager_of(self).using(names):
         yield
 
 
 class _Disabled:
     """Deltas are off from now on; as a context manager, until its end."""
 
-    def __init__(self, tenants: Tenants):
-        self.tenants, self.before = tenants, tenants.enabled
-        tenants.enable(False)
+    def __init__(self, deltas: DeltaManager):
+        self.deltas, self.before = deltas, deltas.enabled
+        deltas.enable(False)
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *exception: Any) -> None:
-        self.tenants.enable(self.before)
+        self.deltas.enable(self.before)
 
 
 def disable_deltas(self: PreTrainedModel) -> _Disabled:
     """Run the plain base, until `enable_deltas` or, in a `with`, until its end."""
-    return _Disabled(tenants_of(self))
+    return _Disabled(manager_of(self))
 
 
 def enable_deltas(self: PreTrainedModel) -> None:
     """Undo `disable_deltas`."""
-    tenants_of(self).enable(True)
+    manager_of(self).enable(True)
 
 
 def delete_delta(self: PreTrainedModel, name: str) -> None:
@@ -89,14 +89,14 @@ def delete_delta(self: PreTrainedModel, name: str) -> None:
     Raises:
         DeltaMixError: no delta of that name is loaded.
     """
-    tenants_of(self).delete(name)
+    manager_of(self).delete(name)
 
 
 def list_deltas(self: PreTrainedModel) -> dict[str, int]:
     """Name -> bytes of every loaded delta, wherever it is now."""
     if not _has_deltas(self):
         return {}
-    return {name: entry.nbytes for name, entry in tenants_of(self).pool.entries.items()}
+    return {name: entry.nbytes for name, entry in manager_of(self).pool.entries.items()}
 
 
 def set_delta_memory(self: PreTrainedModel, budget_bytes: int | None, host_bytes: int = 0) -> None:
@@ -109,21 +109,21 @@ def set_delta_memory(self: PreTrainedModel, budget_bytes: int | None, host_bytes
     Raises:
         DeltaMixError: deltas in use, or on no disk, take more; nothing is changed.
     """
-    tenants_of(self).pool.resize(budget_bytes, host_bytes)
+    manager_of(self).pool.resize(budget_bytes, host_bytes)
 
 
 def delta_memory(self: PreTrainedModel) -> DeltaMemory:
     """Bytes of every delta by where it is, and their budget."""
-    return tenants_of(self).pool.memory()
+    return manager_of(self).pool.memory()
 
 
 def active_deltas(self: PreTrainedModel) -> list[str]:
     """Names in use for calls that name none; empty if disabled."""
-    if "dm_tenants" not in self.__dict__:  # a property must not change the model
+    if "dm_deltas" not in self.__dict__:  # a property must not change the model
         return [DEFAULT] if _has_deltas(self) else []
-    tenants = tenants_of(self)
-    return list(tenants.active) if tenants.enabled else []
+    deltas = manager_of(self)
+    return list(deltas.active) if deltas.enabled else []
 
 
 def _has_deltas(model: PreTrainedModel) -> bool:
-    return "dm_tenants" in model.__dict__ or bool(delta_modules(model) or delta_experts(model))
+    return "dm_deltas" in model.__dict__ or bool(delta_modules(model) or delta_experts(model))

@@ -43,11 +43,11 @@ from ..compression.model import compress_model
 from ..config import DeltaMixConfig
 from ..constants import NOTICE
 from ..errors import DeltaMixError, first_line
-from ..jobs.resume_store import Journal
+from ..jobs.resume_store import ResumeStore
 from ..nn import tensor_parallel
 from ..nn.experts import attach_experts, delta_experts
 from ..nn.layers import DeltaModule, attach_with_ties, delta_modules, detach, shape_of, weight_of
-from ..nn.shared_input import link_siblings
+from ..nn.shared_input import link_shared_inputs
 from ..quantization.packed_delta import check_values, layout_of, parts
 from ..quantization.packed_experts import expert_parts
 from ..storage.headers import TensorInfo, read_tensor
@@ -83,7 +83,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.base_files: list[str] = []
         self.seconds: dict[str, float] = {}  # of compression, by stage
-        self.journal = Journal()  # of compression: removed when the delta is saved
+        self.store = ResumeStore()  # of compression: removed when the delta is saved
         self.stored: dict[str, torch.Tensor] | None = None  # of a model without its base's weights
         self.commit: str | None = None  # of the repo being loaded; its tokenizer is saved along
         self._hidden: set[str] = set()
@@ -272,11 +272,11 @@ class DeltaMixHfQuantizer(HfQuantizer):
             base = BaseCheckpoint(self.base_files, model)
             config = self.quantization_config
             outcome = compress_model(model, base, config, self.commit)
-            self.seconds, self.journal = outcome.seconds, outcome.journal
+            self.seconds, self.store = outcome.seconds, outcome.store
         if tensor_parallel.is_sharded(model):
             tensor_parallel.keep_own_part(model)
         else:  # which needs the factors of several layers while one of them runs
-            link_siblings(model)
+            link_shared_inputs(model)
         # transformers makes every float parameter trainable while loading
         model.requires_grad_(False)
         # what we save is in model form already

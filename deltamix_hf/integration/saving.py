@@ -153,7 +153,7 @@ def save_pretrained(
     if shared := wanted(self):
         torch.distributed.barrier()  # what the others read next is there
     if not alone:
-        quantizer.journal.remove()
+        quantizer.store.remove()
     if push_to_hub:
         if shared:
             raise _cannot_push()

@@ -49,7 +49,7 @@ def _trim() -> Any:
     return None if name is None else getattr(ctypes.CDLL(name), "malloc_trim", None)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Have the allocator return freed memory to the system, where it does not by itself.
 
     glibc keeps freed blocks of up to 32 MB for itself. Compressing two blocks of a 7B model, that

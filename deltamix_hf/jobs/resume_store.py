@@ -31,12 +31,12 @@ from ..errors import DeltaMixError
 SUFFIX = ".part.safetensors"
 
 
-class Journal:
+class ResumeStore:
     """Finished parts of one job, by name.
 
     Args:
         folder: where they are kept; None keeps none.
-        identity: of the job, from `identity_of`.
+        identity: of the job, from `job_identity`.
 
     Raises:
         DeltaMixError: the folder cannot be made.
@@ -103,11 +103,11 @@ class Journal:
                 f"cannot keep finished parts in {self.folder}: {error}; make room there"
             ) from error
 
-    def of(self, worker: int) -> Journal:
+    def of(self, worker: int) -> ResumeStore:
         """A journal of its own in the same folder, for what no other worker is to see."""
         if worker == 0:
             return self
-        return Journal(self.folder, identity_of([self.identity, worker], {}))
+        return ResumeStore(self.folder, job_identity([self.identity, worker], {}))
 
     def forget(self, name: str) -> None:
         """Drop a part, if it is there."""
@@ -121,16 +121,16 @@ class Journal:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Shelf:
+class TensorList:
     """A list of tensors that a journal keeps on disk, in the order they came; they leave as copies.
 
     What an earlier run has put there is there again; `clear` it to begin anew.
     """
 
-    def __init__(self, journal: Journal, name: str, device: torch.device | str = "cpu"):
-        self.journal, self.name, self.device = journal, name, device
+    def __init__(self, store: ResumeStore, name: str, device: torch.device | str = "cpu"):
+        self.store, self.name, self.device = store, name, device
         self._length = 0
-        while self._key(self._length) in journal:
+        while self._key(self._length) in store:
             self._length += 1
 
     def _key(self, index: int) -> str:
@@ -140,25 +140,25 @@ class Shelf:
         return self._length
 
     def __getitem__(self, index: int) -> Tensor:
-        found = self.journal.read(self._key(range(self._length)[index]))
+        found = self.store.read(self._key(range(self._length)[index]))
         if found is None:
-            raise DeltaMixError(f"{self.journal.folder} was changed while it was in use")
+            raise DeltaMixError(f"{self.store.folder} was changed while it was in use")
         return found[0]["item"].to(self.device)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
-        self.journal.write(self._key(range(self._length)[index]), {"item": value})
+        self.store.write(self._key(range(self._length)[index]), {"item": value})
 
     def append(self, value: Tensor) -> None:
-        self.journal.write(self._key(self._length), {"item": value})
+        self.store.write(self._key(self._length), {"item": value})
         self._length += 1
 
     def clear(self) -> None:
         while self._length:
             self._length -= 1
-            self.journal.forget(self._key(self._length))
+            self.store.forget(self._key(self._length))
 
 
-def identity_of(facts: Any, tensors: Mapping[str, Tensor]) -> str:
+def job_identity(facts: Any, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of facts that JSON can hold and of named tensors: dtypes, shapes and values."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in tensors.items():

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.base import BaseCheckpoint
 from ..errors import DeltaMixError, first_line
-from .instruments import give_back
+from .instruments import trim_heap
 
 
 class Weights(Protocol):
@@ -170,7 +170,7 @@ class LazyWeights:
             yield
         finally:
             self._release(module)
-            give_back()
+            trim_heap()
 
     @contextmanager
     def forgotten(self) -> Iterator[None]:

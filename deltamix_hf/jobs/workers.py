@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import DeltaMixError, first_line
-from .resume_store import Journal
+from .resume_store import ResumeStore
 
 _LOOK = 0.02  # seconds between two looks for a part
 PATIENCE = 24 * 3600.0  # seconds; a process that died is for the launcher to notice
@@ -89,20 +89,20 @@ class Workers:
         if total is not tensor:
             tensor.copy_(total)
 
-    def finish(self, journal: Journal) -> None:
+    def finish(self, store: ResumeStore) -> None:
         """Say that this process needs nothing more; the first waits until nobody does."""
-        journal.write(f"worker {self.rank} is done", {})
+        store.write(f"worker {self.rank} is done", {})
         for rank in range(1, self.size if self.rank == 0 else 0):
-            self.wait(journal, f"worker {rank} is done")
+            self.wait(store, f"worker {rank} is done")
 
-    def wait(self, journal: Journal, part: str) -> None:
+    def wait(self, store: ResumeStore, part: str) -> None:
         """Return when another process has finished `part`.
 
         Raises:
             DeltaMixError: it does not come.
         """
         until = time.monotonic() + PATIENCE
-        while part not in journal:
+        while part not in store:
             if time.monotonic() > until:
                 raise DeltaMixError(f"another worker has not finished {part!r}; start all again")
             time.sleep(_LOOK)

@@ -48,9 +48,9 @@ HOOKS = {
 
 
 def init_continuous_batching(
-    plain: Callable[..., Any], model: Any, tenants: Deltas, *args: Any, **kwargs: Any
-) -> TenantManager:
-    """What `plain` makes, routed among the model's `tenants`.
+    plain: Callable[..., Any], model: Any, deltas: Deltas, *args: Any, **kwargs: Any
+) -> RoutedBatchingManager:
+    """What `plain` makes, routed among the model's `deltas`.
 
     Raises:
         DeltaMixError: CUDA graphs or `torch.compile` asked for, or an unknown transformers.
@@ -62,10 +62,12 @@ def init_continuous_batching(
                 "CUDA graphs replay the deltas of the batch they were recorded with: leave "
                 "use_cuda_graph of the ContinuousBatchingConfig out, or set it to False"
             )
-    if not isinstance(getattr(model, "_cached_continuous_batching_manager", None), TenantManager):
+    if not isinstance(
+        getattr(model, "_cached_continuous_batching_manager", None), RoutedBatchingManager
+    ):
         model.destroy_cached_continuous_batching_manager()  # it is from before the first delta
     manager = plain(model, *args, **kwargs)
-    if not isinstance(manager, TenantManager):
+    if not isinstance(manager, RoutedBatchingManager):
         config = manager.continuous_batching_config
         if config.varlen_compile_config is not None or config.decode_compile_config is not None:
             raise DeltaMixError(
@@ -73,16 +75,16 @@ def init_continuous_batching(
                 "give no compile config"
             )
         config.use_cuda_graph = (False, False)  # transformers may have chosen them by itself
-        manager.logit_processor.supported_keys[KEY] = Lease
-        manager.__class__ = TenantManager
-        manager.dm_tenants, manager.dm_leases = tenants, set()
+        manager.logit_processor.supported_keys[KEY] = RequestDeltas
+        manager.__class__ = RoutedBatchingManager
+        manager.dm_deltas, manager.dm_requests = deltas, set()
     return manager
 
 
 def generate_batch(
     plain: Callable[..., Any],
     model: Any,
-    tenants: Deltas,
+    deltas: Deltas,
     inputs: Sequence[Sequence[int]],
     *args: Any,
     delta_names: Names = None,
@@ -93,12 +95,12 @@ def generate_batch(
     Raises:
         DeltaMixError: an unknown name, a wrong number of names, or no room for all deltas at once.
     """
-    prompts = name_prompts(tenants, inputs, delta_names)
-    with tenants.pool.holding(names_of(prompts)):
+    prompts = name_prompts(deltas, inputs, delta_names)
+    with deltas.pool.holding(names_of(prompts)):
         return plain(model, prompts, *args, **kwargs)
 
 
-class TenantManager(ContinuousBatchingManager):
+class RoutedBatchingManager(ContinuousBatchingManager):
     """A manager whose requests name their deltas.
 
     Attributes:
@@ -106,8 +108,8 @@ class TenantManager(ContinuousBatchingManager):
         dm_leases: of requests that may not have ended.
     """
 
-    dm_tenants: Deltas
-    dm_leases: set[Lease]
+    dm_deltas: Deltas
+    dm_requests: set[RequestDeltas]
 
     def add_request(
         self, input_ids: list[int], *args: Any, delta_name: str | None = ACTIVE, **kwargs: Any
@@ -122,18 +124,18 @@ class TenantManager(ContinuousBatchingManager):
         """
         if not isinstance(input_ids, Prompt):
             names = None if delta_name is ACTIVE else [delta_name]
-            (input_ids,) = name_prompts(self.dm_tenants, [input_ids], names)
+            (input_ids,) = name_prompts(self.dm_deltas, [input_ids], names)
         self._check_room(input_ids.combination)
-        lease = Lease(self.dm_tenants.pool, input_ids.combination)
+        request_deltas = RequestDeltas(self.dm_deltas.pool, input_ids.combination)
         try:
-            added = super().add_request(input_ids, *args, **{**kwargs, KEY: lease})
+            added = super().add_request(input_ids, *args, **{**kwargs, KEY: request_deltas})
         except BaseException:
-            lease.end()
+            request_deltas.end()
             raise
         if added is None:  # the manager takes no requests any more
-            lease.end()
+            request_deltas.end()
         else:  # only now, or the generating thread could think that the request has ended
-            self.dm_leases.add(lease)
+            self.dm_requests.add(request_deltas)
         return added
 
     def add_requests(
@@ -146,29 +148,31 @@ class TenantManager(ContinuousBatchingManager):
         """
         prompts: list[Any] = list(inputs)
         if not all(isinstance(prompt, Prompt) for prompt in prompts):
-            prompts = name_prompts(self.dm_tenants, prompts, delta_names)
+            prompts = name_prompts(self.dm_deltas, prompts, delta_names)
         self._check_room(names_of(prompts))
-        with self.dm_tenants.pool.holding(names_of(prompts)):
+        with self.dm_deltas.pool.holding(names_of(prompts)):
             return super().add_requests(prompts, *args, **kwargs)
 
     def _check_room(self, names: Sequence[str]) -> None:
         """Before the start no request ends and makes room: then do not wait for it."""
         if not self.is_running():
-            self.dm_tenants.pool.check_possible([*names_of(self.dm_leases), *names])
+            self.dm_deltas.pool.check_possible([*names_of(self.dm_requests), *names])
 
-    def release(self, leases: set[Lease]) -> None:
+    def release(self, leases: set[RequestDeltas]) -> None:
         """Let go of the deltas of requests that have ended."""
         processor = self.batch_processor
         if leases and processor is not None and processor.inputs_and_outputs.compute_stream:
             processor.inputs_and_outputs.compute_stream.synchronize()  # it may still read them
-        for lease in leases:
-            lease.end()
-        self.dm_leases.difference_update(leases)
+        for request_deltas in leases:
+            request_deltas.end()
+        self.dm_requests.difference_update(leases)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
-        processor.__class__, processor.cache.__class__ = TenantProcessor, TenantCache
-        assert isinstance(processor, TenantProcessor) and isinstance(processor.cache, TenantCache)
+        processor.__class__, processor.cache.__class__ = RoutedBatchProcessor, RoutedCache
+        assert isinstance(processor, RoutedBatchProcessor) and isinstance(
+            processor.cache, RoutedCache
+        )
         processor.dm_manager, processor.cache.dm_scheduler = self, processor.scheduler
         return processor
 
@@ -176,26 +180,26 @@ class TenantManager(ContinuousBatchingManager):
         try:
             super()._run_generation_loop()
         finally:
-            self.release(set(self.dm_leases))
+            self.release(set(self.dm_requests))
 
 
-class TenantProcessor(ContinuousBatchProcessor):
+class RoutedBatchProcessor(ContinuousBatchProcessor):
     """Runs every step with the deltas of its requests."""
 
-    dm_manager: TenantManager
+    dm_manager: RoutedBatchingManager
 
     def prepare_next_batch(self) -> bool:
         ready = super().prepare_next_batch()
         manager, scheduler = self.dm_manager, self.scheduler
-        known = set(manager.dm_leases)  # before the queue is looked at: theirs have been queued
+        known = set(manager.dm_requests)  # before the queue is looked at: theirs have been queued
         with manager.input_queue.mutex:
             queued = list(manager.input_queue.queue)
         states = *queued, *scheduler.waiting_requests.values(), *scheduler.active_requests.values()
-        manager.release(known - {_lease_of(state) for state in states})
+        manager.release(known - {_request_deltas(state) for state in states})
         return ready
 
     def _generation_step(self, model: Any) -> None:
-        with self.dm_manager.dm_tenants.router.using(self._route(model)):
+        with self.dm_manager.dm_deltas.router.using(self._route(model)):
             super()._generation_step(model)
 
     def _route(self, model: Any) -> PackedRoute:
@@ -203,7 +207,7 @@ class TenantProcessor(ContinuousBatchProcessor):
         if hasattr(io, "io_pairs"):  # asynchronous: a batch is prepared while another runs
             io = io.io_pairs[io.current_pair].host_io
         requests = io.requests_in_batch
-        rows = [_lease_of(request.state).combination for request in requests]
+        rows = [_request_deltas(request.state).combination for request in requests]
         lengths = [request.query_length for request in requests]
         if not self.model_runner.supports_logits_to_keep(model):
             return PackedRoute(rows, lengths)
@@ -213,14 +217,14 @@ class TenantProcessor(ContinuousBatchProcessor):
         return PackedRoute(rows, lengths, kept, model.get_output_embeddings())
 
 
-class TenantCache(PagedAttentionCache):
+class RoutedCache(PagedAttentionCache):
     """Shares blocks only among requests with the same deltas."""
 
     dm_scheduler: Any
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
-        lease = _lease_of(self.dm_scheduler.waiting_requests[request_id])
-        return super().search_prefix_match(request_id, lease.salted(prompt_ids))
+        request_deltas = _request_deltas(self.dm_scheduler.waiting_requests[request_id])
+        return super().search_prefix_match(request_id, request_deltas.with_cache_salt(prompt_ids))
 
     def mark_complete_blocks(self, state: Any, blocks: Any) -> None:
         super().mark_complete_blocks(_salted(state) if blocks else state, blocks)
@@ -230,14 +234,16 @@ class TenantCache(PagedAttentionCache):
         parent.mark_shareable_blocks_as_complete(_salted(state) if blocks else state, blocks)
 
 
-def _lease_of(state: Any) -> Lease:
+def _request_deltas(state: Any) -> RequestDeltas:
     return state.logit_processor_kwargs[KEY]
 
 
 def _salted(state: Any) -> Any:
     """What the cache reads a request's tokens from: all of them as its prompt, salted."""
     shadow = copy.copy(state)
-    shadow.initial_tokens = _lease_of(state).salted(state.initial_tokens + state.generated_tokens)
+    shadow.initial_tokens = _request_deltas(state).with_cache_salt(
+        state.initial_tokens + state.generated_tokens
+    )
     shadow.generated_tokens = []
     return shadow
 
@@ -253,7 +259,7 @@ def _check_hooks() -> None:
 
 
 class Deltas(Protocol):
-    """What a request needs of a model's deltas (`Tenants`)."""
+    """What a request needs of a model's deltas (`DeltaManager`)."""
 
     pool: Pool
     router: Router
@@ -262,7 +268,7 @@ class Deltas(Protocol):
         """The rows of a call that names its deltas, None if it does not."""
 
 
-class Lease:
+class RequestDeltas:
     """Holds deltas in the pool until its end; they must fit, and may have to be waited for.
 
     Attributes:
@@ -282,14 +288,14 @@ class Lease:
         words = [int.from_bytes(digest[i : i + 4], "big") >> 1 for i in range(0, 16, 4)]
         self.salt = tuple(words) if combination else ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RequestDeltas:
         return self  # a request's forks run under the same lease
 
     def end(self) -> None:
         """Let the deltas go; doing so twice is harmless."""
         self._hold.close()
 
-    def salted(self, tokens: list[int]) -> list[int]:
+    def with_cache_salt(self, tokens: list[int]) -> list[int]:
         """Other first tokens: that is enough where a block's hash covers all blocks before it."""
         changed = [token ^ salt for token, salt in zip(tokens, self.salt, strict=False)]
         return changed + tokens[len(changed) :]
@@ -303,7 +309,7 @@ class Prompt(list[int]):
         self.combination = combination
 
 
-def name_prompts(tenants: Deltas, inputs: Sequence[Sequence[int]], names: Names) -> list[Prompt]:
+def name_prompts(deltas: Deltas, inputs: Sequence[Sequence[int]], names: Names) -> list[Prompt]:
     """Inputs that know their deltas: those named, or else those in use for all calls.
 
     Raises:
@@ -311,10 +317,10 @@ def name_prompts(tenants: Deltas, inputs: Sequence[Sequence[int]], names: Names)
     """
     if names is not None and not isinstance(names, str):
         check_rows(len(names), len(inputs))
-    route = (tenants.route(names) if inputs else None) or tenants.router.route
+    route = (deltas.route(names) if inputs else None) or deltas.router.route
     rows = route.rows if route.single is None else [route.single] * len(inputs)
     return [Prompt(ids, row) for ids, row in zip(inputs, rows, strict=True)]
 
 
-def names_of(requests: Iterable[Prompt | Lease]) -> list[str]:
+def names_of(requests: Iterable[Prompt | RequestDeltas]) -> list[str]:
     return list(dict.fromkeys(name for request in requests for name in request.combination))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import DeltaMixError
 from ..ops.dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
-from .routing import SLOTS, Plan
+from .routing import SLOTS, RowSlots
 
 
 class Table(Protocol):
@@ -33,7 +33,7 @@ class Table(Protocol):
     def refresh(self, module: Any, name: str) -> None:
         """Enter delta `name` as it now is, or clear its slot."""
 
-    def run(self, module: Any, x: Tensor, plan: Plan) -> Tensor:
+    def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
         """The module's output, each row by its own delta."""
 
 
@@ -68,7 +68,7 @@ class Factors:
         if self.table.put(slot, factors, overlay.get("bias")):
             self.names.add(name)
 
-    def run(self, module: Any, x: Tensor, plan: Plan) -> Tensor:
+    def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
         y = module._plain(module, (x,), {}).contiguous()
         k = triton_kernels()
         rows = k.Rows(plan.order, plan.starts, plan.slots)
@@ -100,7 +100,7 @@ class Vectors:
         if overlay:
             self.names.add(name)
 
-    def run(self, module: Any, x: Tensor, plan: Plan) -> Tensor:
+    def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
         shape = plan.rows, *[1] * (x.dim() - 2), x.shape[-1]
         own = {
             key: triton_kernels().gather(getattr(module, key), addresses, plan.of_rows).view(shape)
@@ -109,7 +109,7 @@ class Vectors:
         return module._plain(module._with(own), (x,), {})
 
 
-def at_once(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The output by launches that serve all rows together; None: take the loop.
 
     Raises:
@@ -119,7 +119,7 @@ def at_once(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     if x is None:
         return None
     alone = len(args) == 1 and not kwargs
-    found = _at_once(module, x) if alone else None
+    found = _run_grouped(module, x) if alone else None
     if capturing(x.device):
         module.dm_captured = True
         if found is None and (module.dm_packed or module.dm_overlay):
@@ -141,7 +141,7 @@ def refresh(module: Any, name: str) -> None:
         raise _not_in_a_graph(module)
 
 
-def _at_once(module: Any, x: Tensor) -> Tensor | None:
+def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
     if choose(x.device) != TRITON or torch.is_grad_enabled() or x.dim() == 0:
         return None
     if torch.is_autocast_enabled(x.device.type):

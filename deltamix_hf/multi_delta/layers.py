@@ -27,13 +27,13 @@ from ..ops.low_rank import cheapest, low_rank, low_rank_rows
 from ..quantization.packed_delta import PackedFactors
 from ..quantization.packed_experts import PackedExperts
 from . import compiled
-from .grouped import at_once
+from .grouped import run_grouped
 from .routing import Combination, PackedRoute, Route, Router
 
 Overlay = dict[str, Tensor]  # name of a parameter or buffer of one module -> its value
 
 
-class TenantModule(nn.Module):
+class RoutedModule(nn.Module):
     """Base weights and, by name, what each delta puts beside them or in their place.
 
     Attributes:
@@ -45,7 +45,7 @@ class TenantModule(nn.Module):
         dm_has_batch: whether the first dimension of its input is the batch, or 1 for all rows
             alike. (T5's table of relative positions is looked up without one.)
         dm_number: its number among the modules that compiled code asks for.
-        dm_table: an `at_once.Table`, once `dm_tried` what the kernels can do for it.
+        dm_table: a `grouped.Table`, once `dm_tried` what the kernels can do for it.
         dm_captured: a CUDA graph was recorded with it.
     """
 
@@ -69,7 +69,7 @@ class TenantModule(nn.Module):
         route = self.dm_router.route
         if isinstance(route, PackedRoute) and route.single is None:
             return self._unpacked(route.seen_by(self), args, kwargs)
-        together = at_once(self, args, kwargs)
+        together = run_grouped(self, args, kwargs)
         if together is not None:
             return together
         single = route.single
@@ -191,29 +191,29 @@ class TenantModule(nn.Module):
         return self
 
 
-class TenantLinear(TenantModule, nn.Linear):
+class RoutedLinear(RoutedModule, nn.Linear):
     """y = x·W_baseᵀ + bias + (x·V̂ᵀ)·Ûᵀ with the row's own factors."""
 
     def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
         return cheapest(low_rank)(x, *packed.op_arguments, transposed=False)
 
 
-class TenantConv1D(TenantModule, Conv1D):
+class RoutedConv1D(RoutedModule, Conv1D):
     """y = x·W_base + bias + (x·V̂ᵀ)·Ûᵀ with the row's own factors."""
 
-    _delta = TenantLinear._delta
+    _delta = RoutedLinear._delta
 
 
-class TenantEmbedding(TenantModule, nn.Embedding):
+class RoutedEmbedding(RoutedModule, nn.Embedding):
     """y = W_base[ids] + Û[ids]·V̂ with the row's own factors."""
 
     def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
         return cheapest(low_rank_rows)(x.long(), *packed.op_arguments)
 
 
-def make_tenant(
+def make_routed(
     module: nn.Module, router: Router, kind: type[nn.Module] | None = None
-) -> TenantModule:
+) -> RoutedModule:
     """Change `module`'s class in place, so that deltas can be added to it; once is enough.
 
     The class is `kind`, or found by what the module is.
@@ -221,7 +221,7 @@ def make_tenant(
     A subclass of `nn.Embedding` keeps its own forward, whose `super().forward` meets ours: what it
     does to the rows (Gemma scales them) is done to the delta's too.
     """
-    if isinstance(module, TenantModule):
+    if isinstance(module, RoutedModule):
         return module
     cls: Any = type(module)
     plain: type[nn.Module] = cls
@@ -229,32 +229,32 @@ def make_tenant(
     if kind is not None:
         tenant = kind
     elif cls is nn.Linear:
-        tenant = TenantLinear
+        tenant = RoutedLinear
     elif cls is Conv1D:
-        tenant = TenantConv1D
+        tenant = RoutedConv1D
     elif cls is nn.Embedding:
-        tenant = TenantEmbedding
+        tenant = RoutedEmbedding
     elif isinstance(module, nn.Embedding) and not reads_weight_itself(cls):
-        tenant, plain = type(cls.__name__, (cls, TenantEmbedding), {}), nn.Embedding
+        tenant, plain = type(cls.__name__, (cls, RoutedEmbedding), {}), nn.Embedding
     elif isinstance(module, nn.Linear):  # quantized: it makes the base's product in its own way
-        tenant, plain = _tenant_linear(cls), cls
+        tenant, plain = _routed_linear(cls), cls
     else:
         tenant = _other_tenant(cls)
     change_class(module, tenant)
-    assert isinstance(module, TenantModule)
+    assert isinstance(module, RoutedModule)
     module.dm_router, module.dm_packed, module.dm_overlay = router, {}, {}
     module.dm_plain_class, module.dm_number = plain, compiled.register(module)
     return module
 
 
 @cache
-def _tenant_linear(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (TenantLinear, cls), {})
+def _routed_linear(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (RoutedLinear, cls), {})
 
 
 @cache
 def _other_tenant(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (TenantModule, cls), {})
+    return type(cls.__name__, (RoutedModule, cls), {})
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -298,7 +298,7 @@ class ExpertDeltas(dict[str, PackedExperts]):
             packed.move(device)
 
 
-class TenantExperts(TenantModule):
+class RoutedExperts(RoutedModule):
     """Experts whose projections have the row's own deltas; `dm_packed` holds `ExpertDeltas`."""
 
     def _combined(
@@ -325,6 +325,6 @@ class TenantExperts(TenantModule):
 
 
 @cache
-def tenant_experts_class(plain: Any) -> type[nn.Module]:
+def routed_experts_class(plain: Any) -> type[nn.Module]:
     """The tenant of an experts class."""
-    return type(plain.__name__, (TenantExperts, plain), {})
+    return type(plain.__name__, (RoutedExperts, plain), {})

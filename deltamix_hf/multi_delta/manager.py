@@ -34,8 +34,8 @@ from ..storage.headers import TensorInfo, check_base, fingerprints
 from ..storage.names import PREFIX
 from .config_mismatch import differing
 from .grouped import refresh
-from .layers import ExpertDeltas, TenantModule, make_tenant, tenant_experts_class
-from .model import tenant_model_class
+from .layers import ExpertDeltas, RoutedModule, make_routed, routed_experts_class
+from .model import routed_model_class
 from .pool import Pool
 from .routing import BASE, SLOTS, Combination, Names, Route, Router
 
@@ -43,7 +43,7 @@ DEFAULT = "default"  # what PEFT calls the first one
 _WORTH_A_BAR = 100_000_000  # bytes; a second or two from a disk
 
 
-class Tenants:
+class DeltaManager:
     """The deltas of one model."""
 
     def __init__(self, model: PreTrainedModel):
@@ -114,7 +114,7 @@ class Tenants:
         touched = self._modules.pop(name, set())
         for module_name in touched:
             module = self.model.get_submodule(module_name)
-            assert isinstance(module, TenantModule)
+            assert isinstance(module, RoutedModule)
             module.dm_packed.pop(name, None)
             module.dm_overlay.pop(name, None)
         self._refresh_tables(name, touched)
@@ -131,13 +131,13 @@ class Tenants:
         for module_name in touched:
             refresh(self.model.get_submodule(module_name), name)
 
-    def _tenant(self, name: str) -> TenantModule:
+    def _tenant(self, name: str) -> RoutedModule:
         module = self.model.get_submodule(name)
-        if isinstance(module, TenantModule):
+        if isinstance(module, RoutedModule):
             return module
         plain: Any = type(module)
-        kind = tenant_experts_class(plain) if is_experts(module) else None
-        made = make_tenant(module, self.router, kind)
+        kind = routed_experts_class(plain) if is_experts(module) else None
+        made = make_routed(module, self.router, kind)
         if isinstance(made, nn.Embedding) and made is not self.model.get_input_embeddings():
             made.dm_has_batch = self._looked_up_by_row(made)
         return made
@@ -257,9 +257,9 @@ def _refuse(method: str, *args: Any, **kwargs: Any) -> None:
     )
 
 
-def tenants_of(model: PreTrainedModel) -> Tenants:
+def manager_of(model: PreTrainedModel) -> DeltaManager:
     """The model's tenants; the first call makes the model ready for them."""
-    if "dm_tenants" not in model.__dict__:
+    if "dm_deltas" not in model.__dict__:
         if is_sharded(model):
             raise DeltaMixError(
                 "the model is shared out among processes and cannot take several deltas in; load "
@@ -269,9 +269,9 @@ def tenants_of(model: PreTrainedModel) -> Tenants:
             raise DeltaMixError(
                 "parts of the model are offloaded; load it whole to serve several deltas from it"
             )
-        model.__dict__["dm_tenants"] = Tenants(model)
-        change_class(model, tenant_model_class(type(model)))
-    return model.__dict__["dm_tenants"]
+        model.__dict__["dm_deltas"] = DeltaManager(model)
+        change_class(model, routed_model_class(type(model)))
+    return model.__dict__["dm_deltas"]
 
 
 def _maps_one_tensor(module: nn.Module) -> bool:
@@ -283,7 +283,7 @@ def _maps_one_tensor(module: nn.Module) -> bool:
     return sum(parameter.default is parameter.empty for parameter in taken) == 1
 
 
-def _weight(module: TenantModule) -> Tensor:
+def _weight(module: RoutedModule) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight

@@ -17,7 +17,7 @@ from ..errors import DeltaMixError
 from .routing import Names, check_rows
 
 
-def tenant_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def routed_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`cls` whose `forward` and `generate` take `delta_names`."""
 
     def naming(method: Any, forward: bool) -> Any:
@@ -32,15 +32,15 @@ def tenant_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 return method(self, *args, **kwargs)
             if delta_names is not None and not isinstance(delta_names, str):
                 check_rows(len(delta_names), _rows(args, kwargs))
-            tenants = self.__dict__["dm_tenants"]
+            deltas = self.__dict__["dm_deltas"]
             if not forward and delta_names is not None and _fixed_cache(self, kwargs):
-                with tenants.using(delta_names):
+                with deltas.using(delta_names):
                     return method(self, *args, **kwargs)
-            route = tenants.route(delta_names)
+            route = deltas.route(delta_names)
             if forward:  # in `generate`, rows may be repeated since they were named
-                route = (route or tenants.router.route).of_batch(_rows(args, kwargs))
+                route = (route or deltas.router.route).of_batch(_rows(args, kwargs))
             names = [name for row in route.distinct for name in row] if route else []
-            with tenants.pool.holding(names), tenants.router.using(route):
+            with deltas.pool.holding(names), deltas.router.using(route):
                 return method(self, *args, **kwargs)
 
         return named
@@ -61,8 +61,8 @@ def _continuous(name: str, plain: Any) -> Any:
             continuous_batching,  # leans on private parts of transformers: only for who uses it
         )
 
-        tenants = self.__dict__["dm_tenants"]
-        return getattr(continuous_batching, name)(plain, self, tenants, *args, **kwargs)
+        deltas = self.__dict__["dm_deltas"]
+        return getattr(continuous_batching, name)(plain, self, deltas, *args, **kwargs)
 
     return method
 

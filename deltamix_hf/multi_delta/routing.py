@@ -40,7 +40,7 @@ class Route:
         self.distinct = tuple(dict.fromkeys(self.rows))
         self._index: dict[tuple[int, torch.device], list[tuple[Combination, Tensor]]] = {}
         self._batches: dict[int, Route] = {}
-        self._plans: dict[tuple[int, torch.device], Plan] = {}
+        self._plans: dict[tuple[int, torch.device], RowSlots] = {}
 
     @property
     def single(self) -> Combination | None:
@@ -70,11 +70,11 @@ class Route:
             return [self.single] * rows
         return [row for row in self.rows for _ in range(rows // len(self.rows))]
 
-    def plan(self, rows: int, device: torch.device, slots: Slots) -> Plan:
+    def plan(self, rows: int, device: torch.device, slots: Slots) -> RowSlots:
         """Slots of `rows` rows, for as long as the route's deltas stay resident."""
         key = rows, device
         if key not in self._plans:
-            plan = Plan(rows, sum(map(bool, self.distinct)), device)
+            plan = RowSlots(rows, sum(map(bool, self.distinct)), device)
             plan.load(self.of_rows(rows), slots)
             self._plans[key] = plan
         return self._plans[key]
@@ -137,7 +137,7 @@ class Router:
         self.turn = RLock()
         self._current: ContextVar[Route | None] = ContextVar("deltamix_route", default=None)
         self._announced: list[Route] = []  # the last one counts
-        self._fixed: dict[tuple[int, torch.device], Plan] = {}
+        self._fixed: dict[tuple[int, torch.device], RowSlots] = {}
         self._writing = Lock()
 
     @property
@@ -187,7 +187,7 @@ class Router:
                 "row one"
             )
 
-    def plan(self, rows: int, device: torch.device) -> Plan:
+    def plan(self, rows: int, device: torch.device) -> RowSlots:
         """Slots of the rows of a batch; while a CUDA graph is recorded, in memory that stays.
 
         Raises:
@@ -217,7 +217,7 @@ class Router:
             idle = [key for key, plan in self._fixed.items() if not plan.captured]
             for key in idle[: max(0, len(idle) + 1 - _MOST_PLANS)]:
                 del self._fixed[key]
-            plan = self._fixed[rows, device] = Plan(rows, min(rows, SLOTS), device)
+            plan = self._fixed[rows, device] = RowSlots(rows, min(rows, SLOTS), device)
             self._load(plan)
 
     def _load_fixed(self) -> None:
@@ -226,7 +226,7 @@ class Router:
             for plan in self._fixed.values():
                 self._load(plan)
 
-    def _load(self, plan: Plan) -> None:
+    def _load(self, plan: RowSlots) -> None:
         """The rows of graphs into one plan; the base where they do not fit a batch."""
         route, rows = self._of_graphs, plan.rows
         fits = rows % len(route.rows) == 0 and all(len(row) < 2 for row in route.distinct)
@@ -257,7 +257,7 @@ class Slots(dict[str, int]):
         return name in self
 
 
-class Plan:
+class RowSlots:
     """Rows by slot, int32.
 
     Attributes:

@@ -113,7 +113,7 @@ class DeltaLinear(DeltaModule, nn.Linear):
             return y + low_rank(x.to(y.dtype), *packed, transposed=False)
         *tensors, runs, _, _, group_sizes = packed
         if self.dm_siblings is not None and self.dm_siblings.usable(x):
-            h, first = self.dm_siblings.shrunk(self, x)
+            h, first = self.dm_siblings.down_project(self, x)
             return cheapest(expand_linear)(x, self.weight, self.bias, h, first, *tensors[:3], runs)
         linear = cheapest(delta_linear)
         return linear(x, self.weight, self.bias, *tensors, runs, group_sizes)

@@ -44,7 +44,7 @@ class _Shared:
     waiting: list[int]
 
 
-class Siblings:
+class SharedInput:
     """A group of layers with one input; holds h only until the last of them has taken it."""
 
     def __init__(self, members: list[DeltaLinear]):
@@ -68,7 +68,7 @@ class Siblings:
             return False
         return all(member.dm_v.device == x.device for member in self.members)
 
-    def shrunk(self, member: DeltaLinear, x: Tensor) -> tuple[Tensor, int]:
+    def down_project(self, member: DeltaLinear, x: Tensor) -> tuple[Tensor, int]:
         """Partial sums of all members for x, and the column where this member's begin."""
         index = self.members.index(member)
         thread = 0 if torch.compiler.is_compiling() else get_ident()
@@ -90,7 +90,7 @@ class Siblings:
                 member.dm_siblings = None
 
 
-def link_siblings(model: nn.Module) -> None:
+def link_shared_inputs(model: nn.Module) -> None:
     """Find the groups of a model; call it again when its layers have changed."""
     for name, parent in model.named_modules():
         if any(mark in name.lower() for mark in _CROSS):
@@ -103,7 +103,7 @@ def link_siblings(model: nn.Module) -> None:
             for member in members:
                 member.dm_siblings = None
             if len(alike) > 1:
-                group = Siblings(alike)
+                group = SharedInput(alike)
                 for member in alike:
                     member.dm_siblings = group
 

@@ -1,8 +1,9 @@
 """The one place that replaces a private part of vLLM: who manages the adapters of a worker.
 
 vLLM's model runner makes a LRUCacheWorkerLoRAManager, which keeps adapters as dense slots. For a
-base that is served with `--quantization deltamix` it gets a `DeltaManager` here; for all else it
-gets its own. `register` lets us come so far only with a version of vLLM that this was tried with.
+base that is served with `--quantization deltamix` it gets a `VllmDeltaManager` here; for all else
+it gets its own. `register` lets us come so far only with a version of vLLM that this was tried
+with.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from vllm.v1.worker import lora_model_runner_mixin as runner
 
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError
-from .tenants import DeltaManager
+from .manager import VllmDeltaManager
 
 _vllms_own = runner.LRUCacheWorkerLoRAManager
 
@@ -37,4 +38,4 @@ def _manager(vllm_config: Any, device: Any, *args: Any) -> Any:
             "a delta repo is served by itself; for several deltas (--enable-lora) serve their base "
             "with --quantization deltamix, and name this one as an adapter too"
         )
-    return DeltaManager(vllm_config, device)
+    return VllmDeltaManager(vllm_config, device)

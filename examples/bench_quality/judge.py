@@ -110,12 +110,12 @@ def compress(run: Run, judge: Judge) -> dict[str, Any]:
         # the same products, added up beforehand: twice as fast where nothing runs packed codes
         figures = judge.figures(delta.dequantize())
         clock.append(time.perf_counter())
-    total, saved, loaded, judged = (b - a for a, b in pairwise(clock))
+    total, saved, loaded, validation_kl = (b - a for a, b in pairwise(clock))
     return {
         "figures": figures,
         "bytes": {kind: getattr(size, kind) for kind in (*KINDS, "total", "reference")},
         "ratio": size.ratio,
-        "seconds": {"total": total, "save": saved, "load": loaded, "judge": judged},
+        "seconds": {"total": total, "save": saved, "load": loaded, "judge": validation_kl},
         "stages": stages,
         "types": types,
         "calibration_source": source,

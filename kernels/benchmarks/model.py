@@ -48,13 +48,13 @@ def block_costs(linears: list[Linear], rows: int = 1) -> dict[str, float]:
     }
 
 
-def tenant_costs(linears: list[Linear], tenants: int) -> tuple[float, float]:
-    """(floor, predicted) ratio to the base of a block with a row for each of `tenants` deltas.
+def tenant_costs(linears: list[Linear], deltas: int) -> tuple[float, float]:
+    """(floor, predicted) ratio to the base of a block with a row for each of `deltas` deltas.
 
     Every delta is read once; shrink and expand are launches of their own in each layer.
     """
-    costs = block_costs(linears, tenants)
-    reading = tenants * costs["delta MB"] * 1e6 / BANDWIDTH
+    costs = block_costs(linears, deltas)
+    reading = deltas * costs["delta MB"] * 1e6 / BANDWIDTH
     base, gaps = costs["base us"] / 1e6, costs["base launches"] * GAP
     return 1 + reading / (base - gaps), 1 + (reading + 2 * gaps) / base
 

@@ -10,11 +10,11 @@ from tiny_pairs import FAMILIES, calibration_ids, token_ids
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from deltamix_hf.calibration.block_chain import Stack, find_blocks
+from deltamix_hf.calibration.block_chain import BlockChain, find_blocks
 from deltamix_hf.calibration.blockwise import BlockwisePass
 from deltamix_hf.calibration.statistics import collect, frozen
 from deltamix_hf.errors import DeltaMixError
-from deltamix_hf.jobs.resume_store import Journal, Shelf
+from deltamix_hf.jobs.resume_store import ResumeStore, TensorList
 from deltamix_hf.jobs.workers import Workers
 from deltamix_hf.linalg.second_moments import SecondMoment, diagonal
 
@@ -28,13 +28,13 @@ def observed(model):
 
 
 def by_block(model, folder, fisher, workers=ALONE):
-    journal, modules = Journal(folder, "a"), observed(model)
+    store, modules = ResumeStore(folder, "a"), observed(model)
     (blocks,) = find_blocks(model, list(modules))
     with frozen(model):
-        stack = Stack(model, blocks, BATCHES, shelf=partial(Shelf, journal))
-        assert stack.capture() and stack.plain
+        chain = BlockChain(model, blocks, BATCHES, tensor_list=partial(TensorList, store))
+        assert chain.capture() and chain.plain
         device = torch.device("cpu")
-        return BlockwisePass(stack, modules, fisher, 0, journal, device, workers)
+        return BlockwisePass(chain, modules, fisher, 0, store, device, workers)
 
 
 @pytest.mark.parametrize("fisher", [True, False])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltamix_hf.compression.memory_estimate import Block, needs
+from deltamix_hf.compression.memory_estimate import Block, estimate_memory
 
 ATTENTION, UP, DOWN, HEAD = (4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096)
 INSIDE = [ATTENTION] * 4 + [UP] * 2 + [DOWN]
@@ -26,20 +26,20 @@ GIVEN |= {"chained": True, "result": 840_000_000}
 )
 def test_what_was_measured(measured, shapes, given):
     """Peaks of the process (docs/results)."""
-    said = needs(shapes, **GIVEN | given).memory
+    said = estimate_memory(shapes, **GIVEN | given).memory
     assert measured * 0.97 < said < measured * 1.15
 
 
 def test_what_it_depends_on():
-    whole = needs(LLAMA_7B, **GIVEN)
-    free = needs(LLAMA_7B, **GIVEN | {"batches": []})
+    whole = estimate_memory(LLAMA_7B, **GIVEN)
+    free = estimate_memory(LLAMA_7B, **GIVEN | {"batches": []})
     assert free.memory < whole.memory and free.disk == 2 * GIVEN["result"]
-    more = needs(LLAMA_7B, **GIVEN | {"batches": [2048] * 4})
+    more = estimate_memory(LLAMA_7B, **GIVEN | {"batches": [2048] * 4})
     assert more.memory == whole.memory
     states = 2 * 2048 * 4096 * 2
     assert more.disk - whole.disk == states * (32 + 16)
-    longer = needs(LLAMA_7B, **GIVEN | {"batches": [4096]})
+    longer = estimate_memory(LLAMA_7B, **GIVEN | {"batches": [4096]})
     assert longer.memory > whole.memory and longer.disk == whole.disk
-    deeper = needs(LLAMA_7B, **GIVEN | {"blocks": [BLOCK] * 320})
+    deeper = estimate_memory(LLAMA_7B, **GIVEN | {"blocks": [BLOCK] * 320})
     assert deeper.memory > whole.memory  # a step of tuning runs all of them
     assert str(whole).endswith("GB of disk") and "GB of memory" in str(whole)

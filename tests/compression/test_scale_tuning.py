@@ -11,7 +11,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.compression import scale_tuning
-from deltamix_hf.compression.scale_tuning import Lesson, lessons, tune
+from deltamix_hf.compression.scale_tuning import TuningBatch, tune, tuning_batches
 from deltamix_hf.nn.layers import delta_modules
 from deltamix_hf.quantization import uniform
 
@@ -112,7 +112,7 @@ def test_folded_gains_are_the_gains(pair, options):
 @pytest.mark.parametrize("options", [{}, GAUSSIAN], ids=["min-max", "gaussian"])
 def test_tuning_lowers_the_divergence(pair, options):
     exact, model = pair(**options)
-    course = lessons(exact, ONE_BATCH, 0)
+    course = tuning_batches(exact, ONE_BATCH, 0)
     before = loss(model, course)
     losses = tune(model, course, 12)
     assert len(losses) == 12 and losses[0] == pytest.approx(before, rel=1e-3)
@@ -124,7 +124,7 @@ def test_the_first_step_is_one_learning_rate_even_for_tied_matrices(pair):
     """Adam's first step is the learning rate; a gain that is folded twice would show as two."""
     exact, model = pair()
     _, before = pair()
-    tune(model, lessons(exact, ONE_BATCH, 0), 1)
+    tune(model, tuning_batches(exact, ONE_BATCH, 0), 1)
     old = delta_modules(before)
     for name, module in delta_modules(model).items():
         if name == "model.embed_tokens":
@@ -136,8 +136,10 @@ def test_the_first_step_is_one_learning_rate_even_for_tied_matrices(pair):
 
 def test_gains_that_do_not_help_on_other_text_are_dropped(pair):
     exact, model = pair()
-    course = lessons(exact, BATCHES, 0)
-    own = lessons(model, BATCHES[:1], 0)  # kept out: here nothing can be better than no change
+    course = tuning_batches(exact, BATCHES, 0)
+    own = tuning_batches(
+        model, BATCHES[:1], 0
+    )  # kept out: here nothing can be better than no change
     before = ranks(model)
     assert len(tune(model, [*own, *course[1:]], 4)) == 4
     assert all(torch.equal(before[name], now) for name, now in ranks(model).items())
@@ -151,7 +153,7 @@ def test_tuning_is_deterministic_and_leaves_the_rest_alone(pair):
         model.model.norm.weight.requires_grad_(True)
         state = {n: p.clone() for n, p in model.named_parameters() if "dm_ranks" not in n}
         flags = [p.requires_grad for p in model.parameters()]
-        tune(model, lessons(exact, BATCHES, 3), 3)
+        tune(model, tuning_batches(exact, BATCHES, 3), 3)
         assert [p.requires_grad for p in model.parameters()] == flags
         assert all(p.grad is None for p in model.parameters())
         assert all(torch.equal(p, state[n]) for n, p in model.named_parameters() if n in state)
@@ -162,14 +164,16 @@ def test_tuning_is_deterministic_and_leaves_the_rest_alone(pair):
 def test_scaled_embeddings_keep_their_scales_and_so_do_their_heads(pair):
     exact, model = pair(GemmaForCausalLM)
     before = ranks(model)
-    tune(model, lessons(exact, ONE_BATCH, 0), 2)
+    tune(model, tuning_batches(exact, ONE_BATCH, 0), 2)
     kept = {name for name, now in ranks(model).items() if torch.equal(now, before[name])}
     assert kept == {"model.embed_tokens", "lm_head"}
 
 
 def test_lessons(pair, monkeypatch):
     exact, _ = pair()
-    course = lessons(exact, [token_ids(24, 16), token_ids(1, 700)], 0)  # 128 tokens at a time
+    course = tuning_batches(
+        exact, [token_ids(24, 16), token_ids(1, 700)], 0
+    )  # 128 tokens at a time
     assert [tuple(item.ids.shape) for item in course] == [(8, 16), (8, 16), (8, 16), (1, 700)]
     for item in course:
         assert torch.equal(item.positions, torch.arange(item.ids.numel()))
@@ -179,7 +183,7 @@ def test_lessons(pair, monkeypatch):
     monkeypatch.setattr(
         scale_tuning, "_MOST_BYTES", 2 * 10 * 256 * 2
     )  # ten predictions of each of two
-    short, again, other = (lessons(exact, BATCHES[:2], seed) for seed in (0, 0, 1))
+    short, again, other = (tuning_batches(exact, BATCHES[:2], seed) for seed in (0, 0, 1))
     for item, same, unlike in zip(short, again, other, strict=True):
         assert len(item.positions) == 10 and item.positions.unique().equal(item.positions)
         assert torch.equal(item.positions, same.positions)
@@ -190,8 +194,8 @@ def test_lessons(pair, monkeypatch):
 
 def test_nothing_to_tune(pair):
     exact, model = pair()
-    course = lessons(exact, BATCHES, 0)
-    assert not lessons(exact.model, BATCHES, 0)  # no logits
+    course = tuning_batches(exact, BATCHES, 0)
+    assert not tuning_batches(exact.model, BATCHES, 0)  # no logits
     before = ranks(model)
     assert tune(model, [], 4) == tune(model, course, 0) == tune(exact, course, 4) == []
     assert all(torch.equal(before[name], now) for name, now in ranks(model).items())
@@ -203,7 +207,7 @@ def test_text_that_meets_no_packed_matrix(pair):
     model = copy.deepcopy(exact)
     model.spare = packed
     before = ranks(model)
-    tune(model, lessons(exact, BATCHES, 0), 2)
+    tune(model, tuning_batches(exact, BATCHES, 0), 2)
     assert before and all(torch.equal(before[name], now) for name, now in ranks(model).items())
 
 
@@ -215,11 +219,11 @@ def test_logits_that_are_masked_out(pair):
         least = torch.finfo(torch.float32).min
         mask = torch.zeros(256).index_fill_(0, torch.tensor([7, 9]), least)
         handles.append(each.lm_head.register_forward_hook(lambda m, a, y, mask=mask: y + mask))
-    course = lessons(exact, BATCHES, 0)
+    course = tuning_batches(exact, BATCHES, 0)
     losses = tune(model, course, 2)
     for handle in handles:
         handle.remove()
-    assert isinstance(course[0], Lesson) and torch.isfinite(course[0].wanted).all()
+    assert isinstance(course[0], TuningBatch) and torch.isfinite(course[0].wanted).all()
     assert torch.isfinite(torch.tensor(losses)).all()
     assert all(torch.isfinite(left_scales(m)).all() for m in [model.lm_head])
 
@@ -228,10 +232,10 @@ def test_logits_that_are_masked_out(pair):
 def test_the_recorded_divergence(pair):
     """Of the texts kept out alone; never below 0, though predictions are kept in half precision."""
     exact, packed = pair()
-    course = lessons(exact, BATCHES, seed=0)
-    itself = scale_tuning.judged(exact, course)
+    course = tuning_batches(exact, BATCHES, seed=0)
+    itself = scale_tuning.validation_kl(exact, course)
     assert 0 <= itself["kl"] < 1e-6
-    kept = scale_tuning.kept_out(course)
+    kept = scale_tuning.validation_rows(course)
     total = count = 0
     for item in kept:
         wanted, found = (
@@ -240,7 +244,7 @@ def test_the_recorded_divergence(pair):
         )
         total += float((wanted.exp() * (wanted - found)).sum())
         count += len(item.positions)
-    figures = scale_tuning.judged(packed, course)
+    figures = scale_tuning.validation_kl(packed, course)
     assert figures["positions"] == count
     assert figures["kl"] == pytest.approx(total / count, rel=1e-3)
-    assert scale_tuning.judged(packed, lessons(exact, ONE_BATCH, seed=0)) == {}
+    assert scale_tuning.validation_kl(packed, tuning_batches(exact, ONE_BATCH, seed=0)) == {}

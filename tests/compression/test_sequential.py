@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.calibration.block_chain import Stack, find_blocks, tensor_of
+from deltamix_hf.calibration.block_chain import BlockChain, find_blocks, tensor_of
 from deltamix_hf.calibration.statistics import inputs_of
 from deltamix_hf.compression.sequential import Stage, compress_blocks, find_stages
 from deltamix_hf.compression.sequential_sums import RIDGE
@@ -85,13 +85,13 @@ STAGES = {
 @pytest.mark.parametrize("name", STAGES)
 def test_stages(name):
     model = family(name)
-    stack = Stack(model, find_blocks(model, linears(model))[-1], BATCHES)
-    assert stack.capture()
-    hidden = stack.exact[0]
-    for block, rest in zip(stack.blocks, stack.rest, strict=True):
+    chain = BlockChain(model, find_blocks(model, linears(model))[-1], BATCHES)
+    assert chain.capture()
+    hidden = chain.reference[0]
+    for block, block_args in zip(chain.blocks, chain.block_args, strict=True):
         with torch.no_grad():
-            assert find_stages(block, linears(block), hidden, rest[0]) == STAGES[name]
-            args, kwargs = rest[0]
+            assert find_stages(block, linears(block), hidden, block_args[0]) == STAGES[name]
+            args, kwargs = block_args[0]
             hidden = tensor_of(block(hidden, *args, **kwargs))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -113,21 +113,21 @@ def test_layers_called_twice_or_never_form_no_stage():
 def test_blocks_that_are_no_chain_are_left_alone():
     model = family("llama")
     model.model.layers[1] = model.model.layers[0]  # called twice
-    stack = Stack(model, find_blocks(model, linears(model))[0], BATCHES)
-    assert not stack.capture()
+    chain = BlockChain(model, find_blocks(model, linears(model))[0], BATCHES)
+    assert not chain.capture()
     size = {"hidden_size": 32, "intermediate_size": 32, "embedding_size": 16}
     albert = AlbertForMaskedLM(
         AlbertConfig(**size, vocab_size=256, num_hidden_layers=2, num_attention_heads=2)
     ).eval()
     (blocks,) = find_blocks(albert, linears(albert))
-    assert not Stack(albert, blocks, BATCHES).capture()
+    assert not BlockChain(albert, blocks, BATCHES).capture()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in albert.modules())
 
 
 def compressed(model, targets, damage, entry=0.0):
     """Run the stacks with a `finish` that damages weights; what it was told, and the weights."""
-    stacks = [Stack(model, blocks, BATCHES) for blocks in find_blocks(model, targets)]
-    assert all(stack.capture() for stack in stacks)
+    stacks = [BlockChain(model, blocks, BATCHES) for blocks in find_blocks(model, targets)]
+    assert all(chain.capture() for chain in stacks)
     told, weights, finished = {}, {}, []
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1 + entry)
@@ -145,9 +145,9 @@ def compressed(model, targets, damage, entry=0.0):
                 if name.startswith(f"{block}."):
                     model.get_submodule(name).weight.copy_(weights[name])
 
-    for stack in stacks:
-        compress_blocks(stack, targets, finish, done)
-    assert finished == [b for stack in stacks for b in stack.names]
+    for chain in stacks:
+        compress_blocks(chain, targets, finish, done)
+    assert finished == [b for chain in stacks for b in chain.names]
     assert told.keys() == set(targets)
     return told, weights
 
@@ -170,7 +170,7 @@ def observed(model, layer, residual, batches=BATCHES):
 
 
 def inside_blocks(model, name):
-    blocks = tuple(f"{block}." for stack in BLOCKS[name] for block in stack)
+    blocks = tuple(f"{block}." for chain in BLOCKS[name] for block in chain)
     return [n for n in linears(model) if n.startswith(blocks)]
 
 
@@ -184,28 +184,28 @@ def test_the_target_is_the_formula(name, wide, monkeypatch):
     """
     if wide:
         monkeypatch.setattr(SecondMoment.__init__, "__defaults__", (8, 4, 100))
-    exact, model = family(name), family(name)
+    reference, model = family(name), family(name)
     random = torch.Generator().manual_seed(0)
 
     def damage(target, weight):
         return weight + 0.2 * weight.std() * torch.randn(weight.shape, generator=random)
 
     told, weights = compressed(model, inside_blocks(model, name), damage, entry=0.1)
-    coarse = copy.deepcopy(exact)
+    coarse = copy.deepcopy(reference)
     coarse.get_input_embeddings().weight.data.mul_(1.1)
     *earlier, blocks = BLOCKS[name]
-    for target in (t for stack in earlier for b in stack for t in weights if t.startswith(b)):
+    for target in (t for chain in earlier for b in chain for t in weights if t.startswith(b)):
         coarse.get_submodule(target).weight.data.copy_(weights[target])
     for block in blocks:
         for stage in STAGES[name]:
             first = f"{block}.{stage.names[0]}"
             stream = first if stage.residual is None else f"{block}.{stage.residual}".rstrip(".")
-            x_f, r_f = observed(exact, first, stream)
+            x_f, r_f = observed(reference, first, stream)
             x_c, r_c = observed(coarse, first, stream)
             gram = x_c.T @ x_c / len(x_c)
             ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
             for target in (f"{block}.{n}" for n in stage.names):
-                weight = exact.get_submodule(target).weight.detach().double()
+                weight = reference.get_submodule(target).weight.detach().double()
                 moved = weight @ (x_f - x_c).T @ x_c
                 if stage.residual is not None:
                     moved += (r_f - r_c).T @ x_c

@@ -49,11 +49,13 @@ def test_against_float64(m):
     found = added(17, m, Workers())
     expected = [0, 0, 0]
     for rows in batches(17, m):
-        x, exact = (t.flatten(0, -2).double() for t in (rows.coarse, rows.exact))
+        x, reference = (t.flatten(0, -2).double() for t in (rows.compressed, rows.reference))
         expected[0] += x.T @ x
-        expected[1] += (exact - x).T @ x
+        expected[1] += (reference - x).T @ x
         if m:
-            late = rows.exact_residual - rows.coarse_residual  # in the model's dtype, as it runs
+            late = (
+                rows.reference_residual - rows.compressed_residual
+            )  # in the model's dtype, as it runs
             expected[2] += late.flatten(0, -2).double().T @ x
     for one, other in zip(found, expected, strict=False):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)

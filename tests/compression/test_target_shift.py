@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltamix_hf.compression import sequential_sums as module
-from deltamix_hf.compression.sequential_sums import RIDGE, StageSums, moved_rows, target_changes
+from deltamix_hf.compression.sequential_sums import RIDGE, StageSums, moved_rows, target_shift
 from deltamix_hf.jobs.workers import Workers
 
 
@@ -50,7 +50,7 @@ def changes(heights, n, lag, workers=None, owners=None):
     workers, sums = workers or Workers(), sums_of(n, lag)
     moved = {name: moved_rows(w, sums, workers) for name, w in matrices(heights, n).items()}
     sizes = {name: int(name) for name in moved}
-    return target_changes(moved, sizes, owners or dict.fromkeys(moved, 0), sums, workers), sums
+    return target_shift(moved, sizes, owners or dict.fromkeys(moved, 0), sums, workers), sums
 
 
 @pytest.mark.parametrize("lag", [None, 13])

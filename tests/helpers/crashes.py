@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltamix_hf.jobs.resume_store import Journal
+from deltamix_hf.jobs.resume_store import ResumeStore
 
 
 class Crash(BaseException):
@@ -14,13 +14,13 @@ class Crash(BaseException):
 def crash_at(patch: pytest.MonkeyPatch, part: int) -> list[str]:
     """Crash instead of keeping part number `part`; returns the names kept before, as they come."""
     kept: list[str] = []
-    write = Journal.write
+    write = ResumeStore.write
 
-    def writes(self: Journal, name, tensors, facts=None) -> None:
+    def writes(self: ResumeStore, name, tensors, facts=None) -> None:
         if len(kept) == part:
             raise Crash
         kept.append(name)
         write(self, name, tensors, facts)
 
-    patch.setattr(Journal, "write", writes)
+    patch.setattr(ResumeStore, "write", writes)
     return kept

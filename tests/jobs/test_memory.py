@@ -12,7 +12,7 @@ from deltamix_hf.jobs import instruments
 def test_memory_is_given_back(monkeypatch):
     asked = []
     monkeypatch.setattr(instruments, "_trim", lambda: asked.append)
-    instruments.give_back()
+    instruments.trim_heap()
     assert asked == [0]
 
 
@@ -20,7 +20,7 @@ def test_nothing_happens_where_the_allocator_cannot_be_asked(monkeypatch):
     instruments._trim.cache_clear()
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
     try:
-        instruments.give_back()
+        instruments.trim_heap()
     finally:
         instruments._trim.cache_clear()
 
@@ -28,5 +28,5 @@ def test_nothing_happens_where_the_allocator_cannot_be_asked(monkeypatch):
 def test_what_is_in_use_stays():
     kept = [torch.full((1 << 18,), float(i)) for i in range(8)]
     del kept[::2]
-    instruments.give_back()
+    instruments.trim_heap()
     assert [float(tensor.mean()) for tensor in kept] == [1, 3, 5, 7]

@@ -19,7 +19,7 @@ from tiny_pairs import Pair, calibration_ids, quick, snapshot
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.compression import job
-from deltamix_hf.jobs.resume_store import Journal, Shelf, identity_of
+from deltamix_hf.jobs.resume_store import ResumeStore, TensorList, job_identity
 
 
 def compress(pair: Pair, output: Path, work: Path | None, **options) -> None:
@@ -72,54 +72,54 @@ def test_what_is_finished_is_not_done_again(pair, tmp_path, monkeypatch):
 
 def test_an_edited_fine_tune_or_text_is_another_job():
     weights = {"w": torch.ones(3, 2)}
-    first = identity_of({"ratio": 0.1}, weights)
-    assert first == identity_of({"ratio": 0.1}, {"w": torch.ones(3, 2)})
+    first = job_identity({"ratio": 0.1}, weights)
+    assert first == job_identity({"ratio": 0.1}, {"w": torch.ones(3, 2)})
     others = [
-        identity_of({"ratio": 0.2}, weights),
-        identity_of({"ratio": 0.1}, {"w": torch.ones(2, 3)}),
-        identity_of({"ratio": 0.1}, {"w": torch.ones(3, 2).bfloat16()}),
-        identity_of({"ratio": 0.1}, {"w": torch.tensor([[1, 1], [1, 1], [1, 2.0]])}),
-        identity_of({"ratio": 0.1}, {"v": torch.ones(3, 2)}),
+        job_identity({"ratio": 0.2}, weights),
+        job_identity({"ratio": 0.1}, {"w": torch.ones(2, 3)}),
+        job_identity({"ratio": 0.1}, {"w": torch.ones(3, 2).bfloat16()}),
+        job_identity({"ratio": 0.1}, {"w": torch.tensor([[1, 1], [1, 1], [1, 2.0]])}),
+        job_identity({"ratio": 0.1}, {"v": torch.ones(3, 2)}),
     ]
     assert len({first, *others}) == 6
 
 
 def test_parts_come_back_as_they_were(tmp_path):
-    journal = Journal(tmp_path / "work", "abc")
+    store = ResumeStore(tmp_path / "work", "abc")
     tensors = {"a": torch.arange(5).to(torch.int16), "b": torch.zeros(0, 3), "c": torch.tensor(0.1)}
-    journal.write("some/part ..", tensors, [0.1, None, "text"])
-    found, facts = journal.read("some/part ..")
+    store.write("some/part ..", tensors, [0.1, None, "text"])
+    found, facts = store.read("some/part ..")
     assert facts == [0.1, None, "text"]
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-    assert "some/part .." in journal and "other" not in journal
-    assert journal.read("other") is None
-    assert Journal(tmp_path / "work", "another").read("some/part ..") is None
-    journal.remove()
+    assert "some/part .." in store and "other" not in store
+    assert store.read("other") is None
+    assert ResumeStore(tmp_path / "work", "another").read("some/part ..") is None
+    store.remove()
     assert not (tmp_path / "work").exists()
 
 
 def test_a_torn_part_is_done_again(tmp_path):
-    journal = Journal(tmp_path, "abc")
-    journal.write("part", {"a": torch.ones(100)})
+    store = ResumeStore(tmp_path, "abc")
+    store.write("part", {"a": torch.ones(100)})
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-50])
-    assert journal.read("part") is None
-    assert "part" not in journal
+    assert store.read("part") is None
+    assert "part" not in store
 
 
 def test_without_a_folder_nothing_is_kept():
-    journal = Journal()
-    journal.write("part", {"a": torch.ones(1)})
-    assert journal.read("part") is None and "part" not in journal
-    journal.remove()
+    store = ResumeStore()
+    store.write("part", {"a": torch.ones(1)})
+    assert store.read("part") is None and "part" not in store
+    store.remove()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DeltaMixError, match="checkpoint_dir"):
-        Journal(tmp_path / "file" / "work")
+        ResumeStore(tmp_path / "file" / "work")
 
 
 def test_the_folder_is_not_written_into_the_repo(pair, tmp_path):
@@ -164,19 +164,19 @@ def test_killed_at_twenty_random_moments(pair, tmp_path):
 
 
 def test_a_shelf_is_a_list_on_disk(tmp_path):
-    journal = Journal(tmp_path / "work", "abc")
-    shelf = Shelf(journal, "hidden")
+    store = ResumeStore(tmp_path / "work", "abc")
+    tensor_list = TensorList(store, "hidden")
     for i in range(3):
-        shelf.append(torch.full((2, i), i))
-    shelf[1] = torch.ones(5)
-    again = Shelf(journal, "hidden")  # another process
-    assert len(again) == len(shelf) == 3
+        tensor_list.append(torch.full((2, i), i))
+    tensor_list[1] = torch.ones(5)
+    again = TensorList(store, "hidden")  # another process
+    assert len(again) == len(tensor_list) == 3
     assert [tuple(again[i].shape) for i in range(3)] == [(2, 0), (5,), (2, 2)]
     assert torch.equal(again[-1], torch.full((2, 2), 2))
     with pytest.raises(IndexError):
-        shelf[3]
-    assert len(Shelf(journal, "other")) == 0
+        tensor_list[3]
+    assert len(TensorList(store, "other")) == 0
     again.clear()
-    assert len(Shelf(journal, "hidden")) == 0
+    assert len(TensorList(store, "hidden")) == 0
     with pytest.raises(DeltaMixError, match="was changed while it was in use"):
-        shelf[0]
+        tensor_list[0]

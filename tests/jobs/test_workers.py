@@ -20,7 +20,7 @@ from deltamix_hf import DeltaMixError
 from deltamix_hf.cli.compress import compress
 from deltamix_hf.integration.compress_repo import compress_streaming
 from deltamix_hf.jobs import workers
-from deltamix_hf.jobs.resume_store import Journal
+from deltamix_hf.jobs.resume_store import ResumeStore
 from deltamix_hf.jobs.workers import Workers
 
 
@@ -57,14 +57,14 @@ def test_workers_that_were_not_started_together(monkeypatch):
 
 
 def test_waiting_for_another(tmp_path, monkeypatch):
-    journal, two = Journal(tmp_path, "a"), Workers(1, 2)
-    threading.Timer(0.2, journal.write, ("part", {})).start()
+    store, two = ResumeStore(tmp_path, "a"), Workers(1, 2)
+    threading.Timer(0.2, store.write, ("part", {})).start()
     started = time.monotonic()
-    two.wait(journal, "part")
+    two.wait(store, "part")
     assert 0.1 < time.monotonic() - started < 5
     monkeypatch.setattr(workers, "PATIENCE", 0.1)
     with pytest.raises(DeltaMixError, match="another worker has not finished 'other'"):
-        two.wait(journal, "other")
+        two.wait(store, "other")
 
 
 def launch(processes: int, *arguments: object) -> subprocess.Popen:

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta import continuous_batching as continuous
-from deltamix_hf.multi_delta.layers import make_tenant
+from deltamix_hf.multi_delta.layers import make_routed
 from deltamix_hf.multi_delta.routing import PackedRoute, Router
 
 NEW = 6  # tokens a request writes
@@ -100,9 +100,9 @@ def matched(monkeypatch) -> list[int]:
 
 def assert_nothing_held(model: PreTrainedModel) -> None:
     deadline = time.time() + 10
-    while any(e.users for e in model.dm_tenants.pool.entries.values()) and time.time() < deadline:
+    while any(e.users for e in model.dm_deltas.pool.entries.values()) and time.time() < deadline:
         time.sleep(0.01)
-    assert not any(entry.users for entry in model.dm_tenants.pool.entries.values())
+    assert not any(entry.users for entry in model.dm_deltas.pool.entries.values())
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3", "gpt2"])
@@ -244,7 +244,7 @@ def test_whatever_ends_a_request_lets_its_delta_go(model, monkeypatch):
     ids = prompts(1)[0]
     with model.continuous_batching_context_manager(**options()) as manager:
         request = manager.add_request(ids, delta_name="one", max_new_tokens=100)
-        assert model.dm_tenants.pool.entries["one"].users == 1
+        assert model.dm_deltas.pool.entries["one"].users == 1
         manager.cancel_request(request)
         assert_nothing_held(model)
         manager.add_request(ids, delta_name="one", temperature="none")  # refused by transformers
@@ -286,7 +286,7 @@ def test_packed_tokens_are_told_from_heads(heads):
     router, tokens = Router(), 5
     rows = [(), ("a",), ("b",)]
     plain = nn.LayerNorm(3)
-    norm = make_tenant(copy.deepcopy(plain), router)
+    norm = make_routed(copy.deepcopy(plain), router)
     norm.dm_overlay = {"a": {"weight": torch.full((3,), 2.0)}, "b": {"bias": torch.ones(3)}}
     x = torch.randn(1, tokens, heads, 3)
     expected = plain(x)
@@ -308,7 +308,7 @@ def test_an_embedding_that_scales_does_so_once():
             return super().forward(ids) * 3
 
     router, ids = Router(), torch.arange(5)[None]
-    table = make_tenant(Scaled(5, 2), router)
+    table = make_routed(Scaled(5, 2), router)
     table.dm_overlay = {"a": {"weight": torch.ones(5, 2)}}
     with router.using(PackedRoute([(), ("a",)], [3, 2])):
         found = table(ids)
@@ -319,8 +319,8 @@ def test_the_route_of_a_step():
     """Only requests that get a token have logits, in a tensor as long as there are requests."""
 
     def request(name: str, length: int, new: bool) -> SimpleNamespace:
-        lease = SimpleNamespace(combination=(name,))
-        state = SimpleNamespace(logit_processor_kwargs={continuous.KEY: lease})
+        request_deltas = SimpleNamespace(combination=(name,))
+        state = SimpleNamespace(logit_processor_kwargs={continuous.KEY: request_deltas})
         return SimpleNamespace(state=state, query_length=length, has_new_token=new)
 
     head, other = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -335,7 +335,7 @@ def test_the_route_of_a_step():
     ):
         runner = SimpleNamespace(supports_logits_to_keep=lambda model, slices=slices: slices)
         processor: Any = SimpleNamespace(inputs_and_outputs=ios, model_runner=runner)
-        route = continuous.TenantProcessor._route(processor, model)
+        route = continuous.RoutedBatchProcessor._route(processor, model)
         tokens = (("a",), ("a",), ("b",), ("c",))
         assert route.rows == route.seen_by(other).rows == tokens
         assert route.seen_by(head).rows == ((("b",), ("c",), ("a",)) if slices else tokens)

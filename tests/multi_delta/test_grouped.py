@@ -16,7 +16,7 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta import grouped, routing
 from deltamix_hf.multi_delta import routing as plans
-from deltamix_hf.multi_delta.layers import TenantModule
+from deltamix_hf.multi_delta.layers import RoutedModule
 from deltamix_hf.ops.dispatch import TRITON, VARIABLE
 
 # Not under coverage, which makes Triton's interpreter three times slower.
@@ -81,19 +81,19 @@ def test_compiled_before_the_first_delta_touches_a_module(family):
     torch.compiler.reset()
     model = family.pair.load(family.pair.base)
     model.load_delta(family.repos["one"], "one")
-    tenants = model.dm_tenants
-    tenants._remove("one")  # nothing is left but classes, which were changed beforehand
+    deltas = model.dm_deltas
+    deltas._remove("one")  # nothing is left but classes, which were changed beforehand
     assert all(not m.dm_packed and not m.dm_overlay for m in tenant_modules(model))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     logits(compiled, IDS)
-    tenants.pool.entries["one"].resident = False
+    deltas.pool.entries["one"].resident = False
     with torch._dynamo.config.patch(error_on_recompile=True), model.use_deltas("one"):
         found = logits(compiled, IDS)
     torch.testing.assert_close(found, family.alone("one", IDS), **CLOSE)
 
 
 def tenant_modules(model):
-    return [module for module in model.modules() if isinstance(module, TenantModule)]
+    return [module for module in model.modules() if isinstance(module, RoutedModule)]
 
 
 def test_inductor(family, model):
@@ -161,13 +161,13 @@ def launched(model, monkeypatch):
         }
         monkeypatch.setattr(dk.config, "read", lambda _: large)
     looped = []
-    plain = TenantModule._combined
+    plain = RoutedModule._combined
 
     def combined(self, *args):
         looped.append(self)
         return plain(self, *args)
 
-    monkeypatch.setattr(TenantModule, "_combined", combined)
+    monkeypatch.setattr(RoutedModule, "_combined", combined)
     return looped
 
 
@@ -203,7 +203,7 @@ def test_more_deltas_than_slots(family, model, launched, monkeypatch):
     assert "four" not in model.list_deltas()
     monkeypatch.delenv(VARIABLE)
     model.load_delta(family.repos["one"], "four")
-    assert "four" not in model.dm_tenants.router.slots
+    assert "four" not in model.dm_deltas.router.slots
     monkeypatch.setenv(VARIABLE, TRITON)
     found = triton_logits(model, IDS, delta_names=["four", None, "three"])
     assert launched
@@ -224,7 +224,7 @@ def recording(monkeypatch):
 def test_a_graph_reads_what_changes(family, model, launched, recording):
     model.delete_delta("two")
     triton_logits(model, IDS)
-    read = model.dm_tenants.router._fixed[3, model.device]
+    read = model.dm_deltas.router._fixed[3, model.device]
     addresses = [t.data_ptr() for t in (read.order, read.starts, read.slots, read.of_rows)]
     for names in (MIXED, ["three", "three", "one"]):
         with model.use_deltas(names):
@@ -233,7 +233,7 @@ def test_a_graph_reads_what_changes(family, model, launched, recording):
             recording(False)
         for row, name in enumerate(names):
             torch.testing.assert_close(found[row], family.alone(name, IDS)[row], **CLOSE)
-    assert read is model.dm_tenants.router._fixed[3, model.device]
+    assert read is model.dm_deltas.router._fixed[3, model.device]
     assert addresses == [t.data_ptr() for t in (read.order, read.starts, read.slots, read.of_rows)]
     with pytest.raises(DeltaMixError, match="name the deltas with use_deltas"):
         recording(True)

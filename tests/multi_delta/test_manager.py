@@ -147,7 +147,7 @@ def test_a_delta_repo_becomes_one_of_many(family):
     assert plain.active_deltas == [] and plain.list_deltas() == {}
     model = family.pair.load(family.repos["two"])
     before = logits(model, ids)
-    assert model.active_deltas == ["default"] and "dm_tenants" not in model.__dict__
+    assert model.active_deltas == ["default"] and "dm_deltas" not in model.__dict__
     model.load_delta(family.repos["one"], "one")
     assert list(model.list_deltas()) == ["default", "one"]
     assert model.active_deltas == ["default"]
@@ -253,7 +253,7 @@ def test_what_is_refused(family, model, copied):
     with pytest.raises(DeltaMixError, match="2 names for a batch of 3 rows"):
         logits(model, token_ids(3), delta_names=["one", "two"])
     with pytest.raises(DeltaMixError, match="delta_names is empty"):
-        model.dm_tenants.route([])
+        model.dm_deltas.route([])
     with pytest.raises(DeltaMixError, match="'one' is loaded already"):
         model.load_delta(family.repos["two"], "one")
     with pytest.raises(DeltaMixError, match="cannot name a delta"):

@@ -36,11 +36,11 @@ def repos() -> dict[str, Path]:
 def models(repos):
     """The tenants, and every delta's own model; None: the base's."""
     base = cache_root() / "smollm2-base"
-    tenants = AutoModelForCausalLM.from_pretrained(base)
+    deltas = AutoModelForCausalLM.from_pretrained(base)
     for name, repo in repos.items():
-        tenants.load_delta(repo, name)
+        deltas.load_delta(repo, name)
     folders = {None: base, **repos}
-    return tenants, {n: AutoModelForCausalLM.from_pretrained(f) for n, f in folders.items()}
+    return deltas, {n: AutoModelForCausalLM.from_pretrained(f) for n, f in folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +84,19 @@ calls = st.lists(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 def test_two_hundred_mixes(repos, models, prompts, mix):
-    tenants, alone = models
+    deltas, alone = models
     for rows, longest, beams, action, which in mix:
-        if action == "delete" and which in tenants.list_deltas():
-            tenants.delete_delta(which)
-        if action == "load" and which not in tenants.list_deltas():
-            tenants.load_delta(repos[which], which)
-        names = [name if name in tenants.list_deltas() else None for name, _ in rows]
+        if action == "delete" and which in deltas.list_deltas():
+            deltas.delete_delta(which)
+        if action == "load" and which not in deltas.list_deltas():
+            deltas.load_delta(repos[which], which)
+        names = [name if name in deltas.list_deltas() else None for name, _ in rows]
         batch = batch_of(prompts, [number for _, number in rows], longest)
         with torch.no_grad():
-            found = tenants(**batch, delta_names=names).logits
+            found = deltas(**batch, delta_names=names).logits
             plain = alone[None](**batch).logits
         options = {"max_new_tokens": 3, "num_beams": beams, "do_sample": False}
-        written = tenants.generate(**batch, delta_names=names, **options)
+        written = deltas.generate(**batch, delta_names=names, **options)
         for row, name in enumerate(names):
             seen = batch["attention_mask"][row].bool()
             one = {key: value[row : row + 1] for key, value in batch.items()}

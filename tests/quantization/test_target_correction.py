@@ -119,8 +119,8 @@ def gain_problem(k=6):
     delta, _, gram, left, sigma, right = (t.float() for t in problem(k=k))
     noise = torch.Generator().manual_seed(1)
     left = left * sigma
-    shrunk = torch.linspace(0.6, 0.9, k)  # as rounding to few levels shrinks
-    left_hat = left * shrunk + 0.05 * torch.randn(left.shape, generator=noise)
+    down_project = torch.linspace(0.6, 0.9, k)  # as rounding to few levels shrinks
+    left_hat = left * down_project + 0.05 * torch.randn(left.shape, generator=noise)
     exact_right = thin_svd(delta, k)[2]
     x = torch.randn(50, len(left), generator=noise)
     return left, left_hat, exact_right, right, x.T @ x / 50, gram

@@ -28,7 +28,7 @@ from .norms import by_row
 from .repo import BaseRepo, check_arrived, finding_places
 
 
-class DeltaManager:
+class VllmDeltaManager:
     """What vLLM's model runner asks of its LoRA manager, for packed deltas.
 
     Args:
