@@ -16,6 +16,7 @@ LIGHT = [
     "deltamix_hf",
     "deltamix_hf.constants",
     "deltamix_hf.errors",
+    "deltamix_hf.integration",
     "deltamix_hf.integration.registration",
 ]
 PROMPT = token_ids(1, 8, seed=5)[0]
@@ -83,7 +84,7 @@ def test_a_delta_repo_loads(repo, delta, autoload, first):
     assert found == [expected, "DeltaEmbedding", ["tenant"]]
 
 
-def test_who_imports_torch_alone_gets_three_small_modules():
+def test_who_imports_torch_alone_gets_small_modules_only():
     names = '[m for m in sys.modules if m.split(".")[0] in ("deltamix_hf", "transformers")]'
     assert fresh(f"import json, sys, torch; print(json.dumps(sorted({names})))") == LIGHT
 

@@ -5,5 +5,5 @@ from many_deltas import family_of
 
 
 @pytest.fixture(scope="module")
-def makefamily_of(pair, tmp_path_factory):
+def make_family(pair, tmp_path_factory):
     return lambda name: family_of(pair(name), tmp_path_factory.mktemp("tenants"))
