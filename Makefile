@@ -24,6 +24,7 @@ test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -d $(VENV)/site
 	$(PY) -m pytest -n 2 -q -m "not slow and not interpreter" --cov --cov-report=term:skip-covered
 	$(PY) -m pytest -n 2 -q -m "interpreter and not slow"
