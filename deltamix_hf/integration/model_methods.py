@@ -30,16 +30,16 @@ def load_delta(self: PreTrainedModel, repo: Any, name: str = DEFAULT, **base_kwa
     first = not deltas.pool.entries
     deltas.load(str(repo), name, **base_kwargs)
     if first:
-        deltas.choose([name])
+        deltas.choose(name)
 
 
-def set_delta(self: PreTrainedModel, names: str | Sequence[str]) -> None:
-    """Use these deltas for all calls that name none; several are added up.
+def set_delta(self: PreTrainedModel, name: str | None) -> None:
+    """Use this delta for all calls that name none; None or "__base__" is the base.
 
     Raises:
-        DeltaMixError: no delta of that name is loaded.
+        DeltaMixError: no delta of that name is loaded, or a list of names.
     """
-    manager_of(self).choose([names] if isinstance(names, str) else list(names))
+    manager_of(self).choose(name)
 
 
 @contextmanager
@@ -118,11 +118,11 @@ def delta_memory(self: PreTrainedModel) -> DeltaMemory:
 
 
 def active_deltas(self: PreTrainedModel) -> list[str]:
-    """Names in use for calls that name none; empty if disabled."""
+    """Return the delta in use for calls that name none, as a list like PEFT's; empty: the base."""
     if "dm_deltas" not in self.__dict__:  # a property must not change the model
         return [DEFAULT] if _has_deltas(self) else []
     deltas = manager_of(self)
-    return list(deltas.active) if deltas.enabled else []
+    return [deltas.active] if deltas.enabled and deltas.active is not None else []
 
 
 def _has_deltas(model: PreTrainedModel) -> bool:

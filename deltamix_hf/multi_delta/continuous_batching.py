@@ -3,15 +3,15 @@
 Continuous batching packs tokens of many requests into one row [1, tokens], in a thread of its own,
 and lets requests that start alike share blocks of the KV cache. So:
 
-- Every token takes the deltas of its request. A step's route (`PackedRoute`) is made and set in
+- Every token takes the delta of its request. A step's route (`PackedRoute`) is made and set in
   that thread.
-- A request begins in one thread and ends in another, so what holds its deltas in the pool is an
-  object, a lease. It travels among the request's `logit_processor_kwargs`, which transformers hands
-  on to whatever the request becomes: its forks, or its second life after it had to make room in the
+- A request begins in one thread and ends in another, so an object (`RequestDelta`) holds its delta
+  in the pool. It travels among the request's `logit_processor_kwargs`, which transformers hands on
+  to whatever the request becomes: its forks, or its second life after it had to make room in the
   cache.
-- Shared blocks are found by a hash of their tokens. Tokens of a request with deltas are hashed as
-  other numbers, which stand for exactly these deltas, their names and which loading of each name it
-  was: requests share blocks only if theirs are the same.
+- Shared blocks are found by a hash of their tokens. Tokens of a request with a delta are hashed as
+  other numbers, which stand for exactly this delta, its name and which loading of the name it was:
+  requests share blocks only if theirs are the same.
 
 CUDA graphs and `torch.compile` of a step would keep the deltas of the batch they saw first: they
 are refused. All this leans on private parts of transformers; each use checks that they are there.
@@ -35,10 +35,10 @@ from transformers.generation.continuous_batching.continuous_api import (
 
 from ..errors import DeltaMixError
 from .pool import Pool
-from .routing import Combination, Names, PackedRoute, Route, Router, check_rows
+from .routing import Names, PackedRoute, Route, Router, check_rows
 
-KEY = "delta_lease"  # of a request's lease among its logit_processor_kwargs
-ACTIVE: Any = object()  # no name given: the deltas in use for all calls
+KEY = "request_delta"  # among a request's logit_processor_kwargs
+ACTIVE: Any = object()  # no name given: the delta in use for all calls
 MARK = "mark_complete_blocks|mark_shareable_blocks_as_complete"  # now | up to transformers 5.17
 HOOKS = {
     ContinuousBatchingManager: ("add_request", "_create_batch_processor", "_run_generation_loop"),
@@ -75,7 +75,7 @@ def init_continuous_batching(
                 "give no compile config"
             )
         config.use_cuda_graph = (False, False)  # transformers may have chosen them by itself
-        manager.logit_processor.supported_keys[KEY] = RequestDeltas
+        manager.logit_processor.supported_keys[KEY] = RequestDelta
         manager.__class__ = RoutedBatchingManager
         manager.dm_deltas, manager.dm_requests = deltas, set()
     return manager
@@ -104,19 +104,19 @@ class RoutedBatchingManager(ContinuousBatchingManager):
     """A manager whose requests name their deltas.
 
     Attributes:
-        dm_tenants: the model's deltas.
-        dm_leases: of requests that may not have ended.
+        dm_deltas: the model's deltas.
+        dm_requests: the deltas of requests that may not have ended.
     """
 
     dm_deltas: Deltas
-    dm_requests: set[RequestDeltas]
+    dm_requests: set[RequestDelta]
 
     def add_request(
         self, input_ids: list[int], *args: Any, delta_name: str | None = ACTIVE, **kwargs: Any
     ) -> str | None:
         """Add a request that takes `delta_name`; None or "__base__" is the base.
 
-        If not given, it takes the deltas that are now in use for all calls. Waits while requests
+        If not given, it takes the delta that is now in use for all calls. Waits while requests
         and calls under way leave no room for its delta.
 
         Raises:
@@ -125,17 +125,17 @@ class RoutedBatchingManager(ContinuousBatchingManager):
         if not isinstance(input_ids, Prompt):
             names = None if delta_name is ACTIVE else [delta_name]
             (input_ids,) = name_prompts(self.dm_deltas, [input_ids], names)
-        self._check_room(input_ids.combination)
-        request_deltas = RequestDeltas(self.dm_deltas.pool, input_ids.combination)
+        self._check_room(names_of([input_ids]))
+        request_delta = RequestDelta(self.dm_deltas.pool, input_ids.delta)
         try:
-            added = super().add_request(input_ids, *args, **{**kwargs, KEY: request_deltas})
+            added = super().add_request(input_ids, *args, **{**kwargs, KEY: request_delta})
         except BaseException:
-            request_deltas.end()
+            request_delta.end()
             raise
         if added is None:  # the manager takes no requests any more
-            request_deltas.end()
+            request_delta.end()
         else:  # only now, or the generating thread could think that the request has ended
-            self.dm_requests.add(request_deltas)
+            self.dm_requests.add(request_delta)
         return added
 
     def add_requests(
@@ -158,14 +158,14 @@ class RoutedBatchingManager(ContinuousBatchingManager):
         if not self.is_running():
             self.dm_deltas.pool.check_possible([*names_of(self.dm_requests), *names])
 
-    def release(self, leases: set[RequestDeltas]) -> None:
+    def release(self, requests: set[RequestDelta]) -> None:
         """Let go of the deltas of requests that have ended."""
         processor = self.batch_processor
-        if leases and processor is not None and processor.inputs_and_outputs.compute_stream:
+        if requests and processor is not None and processor.inputs_and_outputs.compute_stream:
             processor.inputs_and_outputs.compute_stream.synchronize()  # it may still read them
-        for request_deltas in leases:
-            request_deltas.end()
-        self.dm_requests.difference_update(leases)
+        for request_delta in requests:
+            request_delta.end()
+        self.dm_requests.difference_update(requests)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
@@ -195,7 +195,7 @@ class RoutedBatchProcessor(ContinuousBatchProcessor):
         with manager.input_queue.mutex:
             queued = list(manager.input_queue.queue)
         states = *queued, *scheduler.waiting_requests.values(), *scheduler.active_requests.values()
-        manager.release(known - {_request_deltas(state) for state in states})
+        manager.release(known - {_request_delta(state) for state in states})
         return ready
 
     def _generation_step(self, model: Any) -> None:
@@ -207,7 +207,7 @@ class RoutedBatchProcessor(ContinuousBatchProcessor):
         if hasattr(io, "io_pairs"):  # asynchronous: a batch is prepared while another runs
             io = io.io_pairs[io.current_pair].host_io
         requests = io.requests_in_batch
-        rows = [_request_deltas(request.state).combination for request in requests]
+        rows = [_request_delta(request.state).delta for request in requests]
         lengths = [request.query_length for request in requests]
         if not self.model_runner.supports_logits_to_keep(model):
             return PackedRoute(rows, lengths)
@@ -223,8 +223,8 @@ class RoutedCache(PagedAttentionCache):
     dm_scheduler: Any
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
-        request_deltas = _request_deltas(self.dm_scheduler.waiting_requests[request_id])
-        return super().search_prefix_match(request_id, request_deltas.with_cache_salt(prompt_ids))
+        request_delta = _request_delta(self.dm_scheduler.waiting_requests[request_id])
+        return super().search_prefix_match(request_id, request_delta.with_cache_salt(prompt_ids))
 
     def mark_complete_blocks(self, state: Any, blocks: Any) -> None:
         super().mark_complete_blocks(_salted(state) if blocks else state, blocks)
@@ -234,14 +234,14 @@ class RoutedCache(PagedAttentionCache):
         parent.mark_shareable_blocks_as_complete(_salted(state) if blocks else state, blocks)
 
 
-def _request_deltas(state: Any) -> RequestDeltas:
+def _request_delta(state: Any) -> RequestDelta:
     return state.logit_processor_kwargs[KEY]
 
 
 def _salted(state: Any) -> Any:
     """What the cache reads a request's tokens from: all of them as its prompt, salted."""
     shadow = copy.copy(state)
-    shadow.initial_tokens = _request_deltas(state).with_cache_salt(
+    shadow.initial_tokens = _request_delta(state).with_cache_salt(
         state.initial_tokens + state.generated_tokens
     )
     shadow.generated_tokens = []
@@ -268,31 +268,34 @@ class Deltas(Protocol):
         """The rows of a call that names its deltas, None if it does not."""
 
 
-class RequestDeltas:
-    """Holds deltas in the pool until its end; they must fit, and may have to be waited for.
+class RequestDelta:
+    """Hold a request's delta in the pool until its end; waits while there is no room for it.
 
     Attributes:
-        salt: four numbers below 2³¹; () for the base.
+        delta: its name, or None for the base.
+        salt: four numbers below 2³¹; none for the base.
 
     Raises:
-        DeltaMixError: an unknown name, or there can be no room for the deltas.
+        DeltaMixError: an unknown name, or there can be no room for the delta.
     """
 
-    def __init__(self, pool: Pool, combination: Combination):
-        self.combination = combination
+    def __init__(self, pool: Pool, delta: str | None):
+        self.delta = delta
+        self.salt: list[int] = []
         self._hold = ExitStack()
-        self._hold.enter_context(pool.holding(combination))
+        if delta is None:
+            return
+        self._hold.enter_context(pool.holding([delta]))
         # Not drawn at random: where several processes run one model, their hashes must agree.
-        loaded = [(name, pool.entries[name].serial) for name in combination]
-        digest = hashlib.blake2b(repr(loaded).encode(), digest_size=16).digest()
-        words = [int.from_bytes(digest[i : i + 4], "big") >> 1 for i in range(0, 16, 4)]
-        self.salt = tuple(words) if combination else ()
+        loaded = repr((delta, pool.entries[delta].serial)).encode()
+        digest = hashlib.blake2b(loaded, digest_size=16).digest()
+        self.salt = [int.from_bytes(digest[i : i + 4], "big") >> 1 for i in range(0, 16, 4)]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RequestDeltas:
-        return self  # a request's forks run under the same lease
+    def __deepcopy__(self, memo: dict[int, Any]) -> RequestDelta:
+        return self  # a request's forks share it
 
     def end(self) -> None:
-        """Let the deltas go; doing so twice is harmless."""
+        """Let the delta go; doing so twice is harmless."""
         self._hold.close()
 
     def with_cache_salt(self, tokens: list[int]) -> list[int]:
@@ -302,15 +305,15 @@ class RequestDeltas:
 
 
 class Prompt(list[int]):
-    """Token ids that know their deltas, in whatever order they are taken up."""
+    """Token ids that know their delta, in whatever order they are taken up."""
 
-    def __init__(self, ids: Sequence[int], combination: Combination):
+    def __init__(self, ids: Sequence[int], delta: str | None):
         super().__init__(ids)
-        self.combination = combination
+        self.delta = delta
 
 
 def name_prompts(deltas: Deltas, inputs: Sequence[Sequence[int]], names: Names) -> list[Prompt]:
-    """Inputs that know their deltas: those named, or else those in use for all calls.
+    """Give each input its delta: the one named, or else the one in use for all calls.
 
     Raises:
         DeltaMixError: a wrong number of names. Whether they are known is seen by who holds them.
@@ -318,9 +321,10 @@ def name_prompts(deltas: Deltas, inputs: Sequence[Sequence[int]], names: Names) 
     if names is not None and not isinstance(names, str):
         check_rows(len(names), len(inputs))
     route = (deltas.route(names) if inputs else None) or deltas.router.route
-    rows = route.rows if route.single is None else [route.single] * len(inputs)
+    rows = route.of_rows(len(inputs)) if route.alike else route.rows
     return [Prompt(ids, row) for ids, row in zip(inputs, rows, strict=True)]
 
 
-def names_of(requests: Iterable[Prompt | RequestDeltas]) -> list[str]:
-    return list(dict.fromkeys(name for request in requests for name in request.combination))
+def names_of(requests: Iterable[Prompt | RequestDelta]) -> list[str]:
+    """Return the deltas of these requests, each once."""
+    return list(dict.fromkeys(r.delta for r in requests if r.delta is not None))

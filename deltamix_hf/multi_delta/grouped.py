@@ -3,7 +3,7 @@
 A module has a table of addresses by slot (`plans.py`): of packed factors and biases, or, for norms,
 of the vectors that a delta puts in place of the base's. The launches read the table and the plan of
 the batch on the device, so a captured CUDA graph follows when either changes. Deltas the kernels do
-not know (min-max grids, whole weights), rows that add up several deltas, and gradients take the
+not know (min-max grids, whole weights) and gradients take the
 loop of `TenantModule.run`; a graph cannot, because it would keep the deltas it was recorded with.
 """
 
@@ -150,14 +150,12 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
     table = _table(module, x, recording)
     route, rows = router.route, x.shape[0]
     by_row = module.dm_has_batch and rows % len(route.rows) == 0
-    if table is None or not (by_row or (route.single is not None and not recording)):
-        return None
-    if any(len(combination) > 1 for combination in route.distinct):
+    if table is None or not (by_row or (route.alike and not recording)):
         return None
     here = {*module.dm_packed, *module.dm_overlay}
     plan = router.plan(rows, x.device)
     if not recording:
-        here &= {name for combination in route.distinct for name in combination}
+        here &= set(route.names)
         if not here:
             return None
     if rows == 0 or not here <= table.names:

@@ -28,7 +28,7 @@ from ..quantization.packed_delta import PackedFactors
 from ..quantization.packed_experts import PackedExperts
 from . import compiled
 from .grouped import run_grouped
-from .routing import Combination, PackedRoute, Route, Router
+from .routing import PackedRoute, Route, Router
 
 Overlay = dict[str, Tensor]  # name of a parameter or buffer of one module -> its value
 
@@ -67,18 +67,18 @@ class RoutedModule(nn.Module):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, by the route now in force."""
         route = self.dm_router.route
-        if isinstance(route, PackedRoute) and route.single is None:
+        if isinstance(route, PackedRoute) and not route.alike:
             return self._unpacked(route.seen_by(self), args, kwargs)
         together = run_grouped(self, args, kwargs)
         if together is not None:
             return together
-        single = route.single
-        if single is not None:
-            if not self._touched(single):
+        if route.alike:
+            delta = route.rows[0]
+            if delta is None or not self._touched(delta):
                 return self._plain(self, args, kwargs)
-            return self._combined(single, args, kwargs, None)
+            return self._with_delta(delta, args, kwargs, None)
         y = self._plain(self, args, kwargs)
-        if not any(self._touched(combination) for combination in route.distinct):
+        if not any(map(self._touched, route.names)):
             return y
         x, batch = _first_tensor(args, kwargs), len(route.rows)
         length = x.shape[0]
@@ -98,22 +98,22 @@ class RoutedModule(nn.Module):
             y = y.expand(batch, *y.shape[1:])
         size = (y if isinstance(y, Tensor) else y[0]).shape[0]
         taken, given = (route.groups(n, x.device) for n in (max(length, batch), size))
-        for (combination, rows), (_, places) in zip(taken, given, strict=True):
-            if self._touched(combination):
+        for (delta, rows), (_, places) in zip(taken, given, strict=True):
+            if self._touched(delta):
                 chosen = tuple(_pick(value, rows, length) for value in args)
                 named = {key: _pick(value, rows, length) for key, value in kwargs.items()}
                 base = y[places] if isinstance(y, Tensor) else None
-                y = _placed(y, places, self._combined(combination, chosen, named, base))
+                y = _placed(y, places, self._with_delta(delta, chosen, named, base))
         return y
 
     def _unpacked(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output for one row of many tokens, as if each token were a row of its own."""
-        if not any(self._touched(combination) for combination in route.distinct):
+        if not any(map(self._touched, route.names)):
             return self._plain(self, args, kwargs)
         x, length = _first_tensor(args, kwargs), len(route.rows)
         found = [dim for dim, size in enumerate(x.shape) if size == length]
         with self.dm_router.using(route):
-            if route.single is not None or x.shape[0] > 1:  # alike, or flattened: rows already
+            if route.alike or x.shape[0] > 1:  # alike, or flattened: rows already
                 return self.run(*args, **kwargs)
             if not found:
                 raise DeltaMixError(
@@ -127,38 +127,25 @@ class RoutedModule(nn.Module):
             named = {key: _to_front(value, dim, length) for key, value in kwargs.items()}
             return self.run(*chosen, **named).movedim(0, dim)
 
-    def _touched(self, combination: Combination) -> bool:
-        return any(name in self.dm_packed or name in self.dm_overlay for name in combination)
+    def _touched(self, delta: str) -> bool:
+        return delta in self.dm_packed or delta in self.dm_overlay
 
-    def _combined(
+    def _with_delta(
         self,
-        combination: Combination,
+        delta: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         base: Tensor | None,
     ) -> Any:
-        """The output with these deltas; `base`, if known, is that of the base's tensors."""
-        overlay = self._merged(combination)
+        """The output with a delta; `base`, if known, is that of the base's tensors."""
+        overlay = self.dm_overlay.get(delta, {})
         if overlay or base is None:
-            with self.dm_router.using(Route([combination])):  # children see these rows alone
+            with self.dm_router.using(Route([delta])):  # children see these rows alone
                 base = self._plain(self._with(overlay), args, kwargs)
-        for name in combination:
-            if name in self.dm_packed:
-                x = _first_tensor(args, kwargs)
-                base = base + self._delta(self.dm_packed[name], x).to(base.dtype)
+        if delta in self.dm_packed:
+            x = _first_tensor(args, kwargs)
+            base = base + self._delta(self.dm_packed[delta], x).to(base.dtype)
         return base
-
-    def _merged(self, combination: Combination) -> Overlay:
-        """Overlay tensors of a combination: of several deltas, base plus all differences."""
-        found = [self.dm_overlay[name] for name in combination if name in self.dm_overlay]
-        if len(found) < 2:
-            return found[0] if found else {}
-        merged: Overlay = {}
-        for key in {key for overlay in found for key in overlay}:
-            base = getattr(self, key)
-            changes = [o[key].float() - base.float() for o in found if key in o]
-            merged[key] = (base.float() + torch.stack(changes).sum(0)).to(base.dtype)
-        return merged
 
     def _with(self, overlay: Overlay) -> nn.Module:
         """This module with other tensors; it shares everything else."""
@@ -301,26 +288,22 @@ class ExpertDeltas(dict[str, PackedExperts]):
 class RoutedExperts(RoutedModule):
     """Experts whose projections have the row's own deltas; `dm_packed` holds `ExpertDeltas`."""
 
-    def _combined(
+    def _with_delta(
         self,
-        combination: Combination,
+        delta: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         base: Tensor | None,
     ) -> Any:
-        module: Any = self._with(self._merged(combination))
-        packed: dict[str, Any] = self.dm_packed
-        deltas: list[ExpertDeltas] = [packed[name] for name in combination if name in packed]
+        module: Any = self._with(self.dm_overlay.get(delta, {}))
+        packed: Any = self.dm_packed.get(delta, {})
 
         def project(name: str, x: Tensor, ends: Tensor) -> Tensor:
             y = base_product(module, name, weight_of(module, name), x, ends)
-            for delta in deltas:
-                if name in delta:
-                    y = add_delta(y, delta[name], x, ends)
-            return y
+            return add_delta(y, packed[name], x, ends) if name in packed else y
 
         compute: Any = partial(experts_forward, module, project=project)
-        with self.dm_router.using(Route([combination])):  # children see these rows alone
+        with self.dm_router.using(Route([delta])):  # children see these rows alone
             return compute(*args, **kwargs)
 
 

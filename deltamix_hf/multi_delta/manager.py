@@ -2,7 +2,7 @@
 
 `model.load_delta(repo, "math")` works on any model whose weights are a base's, and on a model
 loaded from a delta repo, whose own delta is then called "default". Names and behaviour are those of
-PEFT's adapters: `set_delta` chooses for all calls (several names are added up), and
+PEFT's adapters: `set_delta` chooses one for all calls, and
 `model(..., delta_names=[...])` or `model.generate(..., delta_names=[...])` for each row of a call,
 None or "__base__" being the base. Names given to a call win over what is set or disabled.
 """
@@ -37,7 +37,7 @@ from .grouped import refresh
 from .layers import ExpertDeltas, RoutedModule, make_routed, routed_experts_class
 from .model import routed_model_class
 from .pool import Pool
-from .routing import BASE, SLOTS, Combination, Names, Route, Router
+from .routing import BASE, SLOTS, Names, Route, Router, row_delta
 
 DEFAULT = "default"  # what PEFT calls the first one
 _WORTH_A_BAR = 100_000_000  # bytes; a second or two from a disk
@@ -50,7 +50,7 @@ class DeltaManager:
         self.model = model
         self.router = Router()
         self.pool = Pool(self._place, self._remove)
-        self.active: Combination = ()
+        self.active: str | None = None
         self.enabled = True
         self._modules: dict[str, set[str]] = {}  # resident delta -> modules it changes
         self._fingerprints: dict[str, str] = {}  # of the base's tensors, once asked for
@@ -148,7 +148,7 @@ class DeltaManager:
         seen: list[int] = []
         handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
         try:
-            with self.router.using(Route([()])):
+            with self.router.using(Route([None])):
                 tried = {key: t.to(self.model.device) for key, t in self.model.dummy_inputs.items()}
                 self.model(**tried)
         except Exception:  # a model that needs other inputs: better refuse mixed batches
@@ -160,17 +160,21 @@ class DeltaManager:
 
     def delete(self, name: str) -> None:
         """Forget a delta once no call uses it; it is no longer active."""
-        if name in self.active:
-            self.choose([other for other in self.active if other != name])
+        if name == self.active:
+            self.choose(None)
         self.pool.discard(name)
 
     # Choosing
 
-    def choose(self, names: Sequence[str]) -> None:
-        """Deltas of all calls that name none; several are added up, none is the base."""
-        self.router.check_graphs(Route([tuple(names)]))
-        self.pool.activate(names)
-        self.active = tuple(dict.fromkeys(names))
+    def choose(self, name: str | None) -> None:
+        """Set the delta of all calls that name none; None is the base.
+
+        Raises:
+            DeltaMixError: not one name, or no delta of that name is loaded.
+        """
+        name = row_delta(name)
+        self.pool.activate(name)
+        self.active = name
         self._refresh()
 
     def enable(self, enabled: bool) -> None:
@@ -178,31 +182,29 @@ class DeltaManager:
         self._refresh()
 
     def _refresh(self) -> None:
-        self.router.set_default(Route([self.active if self.enabled else ()]))
+        self.router.set_default(Route([self.active if self.enabled else None]))
 
     @contextmanager
     def using(self, names: str | Sequence[str | None]) -> Iterator[None]:
         """Within, calls that name no deltas use these, compiled or in a captured graph too."""
         route = self.route(names)
         assert route is not None
-        held = [name for row in route.distinct for name in row]
         router = self.router  # its turn first: who waits for it must not hold deltas
-        with router.turn, self.pool.holding(held), router.announcing(route):
+        with router.turn, self.pool.holding(route.names), router.announcing(route):
             yield
 
     def route(self, names: Names) -> Route | None:
         """The route of one call; None if it names no deltas.
 
         Raises:
-            DeltaMixError: an empty list.
+            DeltaMixError: an empty list, or several names for one row.
         """
         if names is None:
             return None
         rows = [names] if isinstance(names, str) else list(names)
         if not rows:
             raise DeltaMixError("delta_names is empty; give one name for each row, or one for all")
-        chosen = [() if name in (None, BASE) else (name,) for name in rows]
-        return Route(chosen)
+        return Route([row_delta(name) for name in rows])
 
     # What it needs to know
 
@@ -245,7 +247,7 @@ class DeltaManager:
         if quantizer.pre_quantized and os.path.isdir(source):
             read = partial(read_delta, source, *find_delta(source, {}), base.keys)
         self.pool.add(DEFAULT, stored, read)
-        self.choose([DEFAULT])
+        self.choose(DEFAULT)
         for method in ("save_pretrained", "dequantize"):  # they would take the base for the delta
             model.__dict__[method] = partial(_refuse, method)
 

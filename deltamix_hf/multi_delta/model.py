@@ -39,8 +39,7 @@ def routed_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
             route = deltas.route(delta_names)
             if forward:  # in `generate`, rows may be repeated since they were named
                 route = (route or deltas.router.route).of_batch(_rows(args, kwargs))
-            names = [name for row in route.distinct for name in row] if route else []
-            with deltas.pool.holding(names), deltas.router.using(route):
+            with deltas.pool.holding(route.names if route else []), deltas.router.using(route):
                 return method(self, *args, **kwargs)
 
         return named

@@ -110,16 +110,15 @@ class Pool:
                 self.remove(name)
             self._changed.notify_all()
 
-    def activate(self, names: Sequence[str]) -> None:
-        """Keep these resident from now on, and no longer those that were active.
+    def activate(self, name: str | None) -> None:
+        """Keep this one resident from now on, and no longer the one that was active.
 
         Raises:
-            DeltaMixError: an unknown name, or they exceed the budget; the old ones stay active.
+            DeltaMixError: an unknown name, or it exceeds the budget; the old one stays active.
         """
         with self._changed:
-            for name in names:
-                self._entry(name)
-            before = [name for name, entry in self.entries.items() if entry.active]
+            names = [] if name is None else [name]
+            before = [n for n, entry in self.entries.items() if entry.active]
             self._set_active(())
             try:
                 with self.holding(names):

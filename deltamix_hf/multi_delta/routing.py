@@ -1,9 +1,9 @@
-"""Which deltas each row of a batch takes, and which slot of the kernels' tables that is.
+"""Which delta each row of a batch takes, and which slot of the kernels' tables that is.
 
-A row takes a combination of deltas, normally one, or none: the plain base. Several are added up.
-The rows named by the caller may each stand for several rows of what a layer sees: beams and
-returned sequences repeat rows in place, and layers that flatten [batch, length] to one dimension
-repeat each row `length` times. Both keep the order, so row i of L is row i // (L / batch).
+A row takes one delta, or None: the plain base. The rows named by the caller may each stand for
+several rows of what a layer sees: beams and returned sequences repeat rows in place, and layers
+that flatten [batch, length] to one dimension repeat each row `length` times. Both keep the order,
+so row i of L is row i // (L / batch).
 
 Continuous batching packs the tokens of many requests into one row [1, tokens]; there, every token
 has its own route.
@@ -29,23 +29,43 @@ from ..ops.dispatch import capturing
 
 Names = str | Sequence[str | None] | None
 BASE = "__base__"  # what PEFT calls it; None means the same
+
+
+def row_delta(name: str | None) -> str | None:
+    """Return the delta of a row by the name a caller gave, None for the base.
+
+    Raises:
+        DeltaMixError: several names, or something else that is none.
+    """
+    if name is not None and not isinstance(name, str):
+        raise DeltaMixError(
+            f"{name!r} is not the name of one delta: set_delta takes one for all calls, and "
+            "delta_names or use_deltas one for each row; deltas are not added up"
+        )
+    return None if name == BASE else name
+
+
 _MOST_PLANS = 64  # batch sizes for which a graph may be recorded
 
 
 class Route:
-    """Combinations of a batch's rows, in order."""
+    """The deltas of a batch's rows, in order.
 
-    def __init__(self, rows: Sequence[Combination]):
+    Attributes:
+        rows: each row's delta, None for the base.
+        distinct: each of these once.
+        alike: whether all rows take the same.
+        names: the deltas in use.
+    """
+
+    def __init__(self, rows: Sequence[str | None]):
         self.rows = tuple(rows)
         self.distinct = tuple(dict.fromkeys(self.rows))
-        self._index: dict[tuple[int, torch.device], list[tuple[Combination, Tensor]]] = {}
+        self.alike = len(self.distinct) == 1
+        self.names = [name for name in self.distinct if name is not None]
+        self._index: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
         self._batches: dict[int, Route] = {}
         self._plans: dict[tuple[int, torch.device], RowSlots] = {}
-
-    @property
-    def single(self) -> Combination | None:
-        """The combination of all rows, if they share one."""
-        return self.distinct[0] if len(self.distinct) == 1 else None
 
     def of_batch(self, rows: int) -> Route:
         """The same for a batch in which each row is repeated in place.
@@ -53,7 +73,7 @@ class Route:
         Raises:
             DeltaMixError: `rows` is no multiple of the rows named.
         """
-        if self.single is not None or rows == len(self.rows):
+        if self.alike or rows == len(self.rows):
             return self
         if rows % len(self.rows):
             raise DeltaMixError(
@@ -64,49 +84,48 @@ class Route:
             self._batches[rows] = Route(self.of_rows(rows))
         return self._batches[rows]
 
-    def of_rows(self, rows: int) -> Sequence[Combination]:
-        """The combination of each of `rows` rows, a multiple of those named if these differ."""
-        if self.single is not None:
-            return [self.single] * rows
+    def of_rows(self, rows: int) -> Sequence[str | None]:
+        """The delta of each of `rows` rows, a multiple of those named if these differ."""
+        if self.alike:
+            return [self.rows[0]] * rows
         return [row for row in self.rows for _ in range(rows // len(self.rows))]
 
     def plan(self, rows: int, device: torch.device, slots: Slots) -> RowSlots:
         """Slots of `rows` rows, for as long as the route's deltas stay resident."""
         key = rows, device
         if key not in self._plans:
-            plan = RowSlots(rows, sum(map(bool, self.distinct)), device)
+            plan = RowSlots(rows, len(self.names), device)
             plan.load(self.of_rows(rows), slots)
             self._plans[key] = plan
         return self._plans[key]
 
-    def groups(self, length: int, device: torch.device) -> list[tuple[Combination, Tensor]]:
-        """Row numbers int64 of every combination but the base, among `length` rows."""
+    def groups(self, length: int, device: torch.device) -> list[tuple[str, Tensor]]:
+        """Row numbers int64 of every delta in use, among `length` rows."""
         key = length, device
         if key not in self._index:
             numbers = torch.arange(length, device=device).view(len(self.rows), -1)
             self._index[key] = [
-                (found, numbers[[i for i, row in enumerate(self.rows) if row == found]].flatten())
-                for found in self.distinct
-                if found
+                (name, numbers[[i for i, row in enumerate(self.rows) if row == name]].flatten())
+                for name in self.names
             ]
         return self._index[key]
 
 
 class PackedRoute(Route):
-    """Combinations of the tokens of many requests in one row [1, tokens].
+    """The deltas of the tokens of many requests in one row [1, tokens].
 
     Args:
-        rows: a combination for each request, in the order of their tokens.
+        rows: a delta, or None, for each request, in the order of their tokens.
         lengths: how many tokens each has.
-        kept: combinations of the tokens whose logits are wanted, in order.
+        kept: the same of the tokens whose logits are wanted, in order.
         head: the module that sees these alone; None: it sees all tokens, as any other does.
     """
 
     def __init__(
         self,
-        rows: Sequence[Combination],
+        rows: Sequence[str | None],
         lengths: Sequence[int],
-        kept: Sequence[Combination] = (),
+        kept: Sequence[str | None] = (),
         head: nn.Module | None = None,
     ):
         super().__init__([row for row, n in zip(rows, lengths, strict=True) for _ in range(n)])
@@ -132,7 +151,7 @@ class Router:
     """
 
     def __init__(self) -> None:
-        self.default = Route([()])
+        self.default = Route([None])
         self.slots = Slots()
         self.turn = RLock()
         self._current: ContextVar[Route | None] = ContextVar("deltamix_route", default=None)
@@ -163,12 +182,7 @@ class Router:
 
     @contextmanager
     def announcing(self, route: Route) -> Iterator[None]:
-        """Use `route` within, in captured graphs too; the thread has its turn.
-
-        Raises:
-            DeltaMixError: a graph cannot run it.
-        """
-        self.check_graphs(route)
+        """Use `route` within, in captured graphs too; the thread has its turn."""
         self._announced.append(route)
         try:
             self._load_fixed()
@@ -177,15 +191,6 @@ class Router:
         finally:
             self._announced.pop()
             self._load_fixed()
-
-    def check_graphs(self, route: Route) -> None:
-        """Raises DeltaMixError if a graph was captured and some row adds up several deltas."""
-        captured = any(plan.captured for plan in self._fixed.values())
-        if captured and any(len(row) > 1 for row in route.distinct):
-            raise DeltaMixError(
-                "a CUDA graph was captured, and its rows cannot add up several deltas: give each "
-                "row one"
-            )
 
     def plan(self, rows: int, device: torch.device) -> RowSlots:
         """Slots of the rows of a batch; while a CUDA graph is recorded, in memory that stays.
@@ -229,8 +234,8 @@ class Router:
     def _load(self, plan: RowSlots) -> None:
         """The rows of graphs into one plan; the base where they do not fit a batch."""
         route, rows = self._of_graphs, plan.rows
-        fits = rows % len(route.rows) == 0 and all(len(row) < 2 for row in route.distinct)
-        plan.load(route.of_rows(rows) if fits else [()] * rows, self.slots)
+        fits = rows % len(route.rows) == 0
+        plan.load(route.of_rows(rows) if fits else [None] * rows, self.slots)
 
 
 def check_rows(names: int, rows: int) -> None:
@@ -243,7 +248,6 @@ def check_rows(names: int, rows: int) -> None:
 
 
 SLOTS = 256  # deltas the kernels' tables can hold
-Combination = tuple[str, ...]  # names of deltas that are added up; () is the base
 
 
 class Slots(dict[str, int]):
@@ -281,9 +285,9 @@ class RowSlots:
         )
         return order, starts, slots, of_rows
 
-    def load(self, rows: Sequence[Combination], slots: Mapping[str, int]) -> None:
-        """Write these rows, of at most one delta each, into the same memory."""
-        numbers = [slots.get(row[0], -1) if row else -1 for row in rows]
+    def load(self, rows: Sequence[str | None], slots: Mapping[str, int]) -> None:
+        """Write these rows into the same memory."""
+        numbers = [-1 if row is None else slots.get(row, -1) for row in rows]
         used = sorted(set(numbers) - {-1})
         memory = torch.zeros(self._memory.shape, dtype=torch.int32)
         order, starts, entries, of_rows = self._parts(memory)

@@ -68,7 +68,7 @@ def test_what_is_in_use_stays():
         tensor_list.pool.holding(["b", "a"]),
     ):
         assert sorted(tensor_list.placed) == ["a", "b"]
-    tensor_list.pool.activate(["a"])
+    tensor_list.pool.activate("a")
     for name in "bcbc":
         with tensor_list.pool.holding([name]):
             assert sorted(tensor_list.placed) == ["a", name]
@@ -91,7 +91,7 @@ def test_no_room_is_an_error_not_a_wait():
     tensor_list = TensorList("abc", budget=2 * SIZE)
     with pytest.raises(DeltaMixError, match=r"300 bytes; the budget of 200 bytes cannot hold them"):
         tensor_list.pool.holding("abc").__enter__()
-    tensor_list.pool.activate(["a"])
+    tensor_list.pool.activate("a")
     with pytest.raises(DeltaMixError, match=r"beside \['a'\], which stay"):
         tensor_list.pool.holding("bc").__enter__()
     with pytest.raises(DeltaMixError, match="are in use, or on no disk"):
@@ -101,10 +101,10 @@ def test_no_room_is_an_error_not_a_wait():
     assert (
         sorted(tensor_list.pool.entries) == ["a", "b", "c"] and tensor_list.pool.budget == 2 * SIZE
     )
-    with pytest.raises(DeltaMixError, match="cannot hold"):
-        tensor_list.pool.activate(["a", "b", "c"])
+    with pytest.raises(DeltaMixError, match="no delta called 'd'"):
+        tensor_list.pool.activate("d")
     assert tensor_list.pool.entries["a"].active and "a" in tensor_list.placed
-    tensor_list.pool.activate([])
+    tensor_list.pool.activate(None)
     tensor_list.pool.resize(SIZE - 1, 0)
     assert not tensor_list.placed
 
