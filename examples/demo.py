@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from pairs.answers import exact_match, greedy_answers
 from pairs.pair import Pair, cache_root
 from real_pairs import build_pair
 from rich.box import SIMPLE
@@ -32,13 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.config import DEFAULT_METHOD
-from deltamix_hf.evaluation.quality import (
-    compare,
-    exact_match,
-    gain_kept,
-    greedy_answers,
-    reference_logits,
-)
+from deltamix_hf.evaluation.quality import compare, gain_kept, reference_logits
 from deltamix_hf.nn.experts import compressed_shapes
 from deltamix_hf.storage.sizes import size_report, weight_files
 

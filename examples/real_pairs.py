@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 from pairs import pocket, rxnfp, smollm2, tiny
+from pairs.answers import exact_match
 from pairs.pair import Pair, cache_root
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from deltamix_hf.evaluation.quality import compare, exact_match
+from deltamix_hf.evaluation.quality import compare
 
 BUILDERS: dict[str, Callable[[Path], Pair]] = {
     "smollm2-mixed": smollm2.build_mixed,

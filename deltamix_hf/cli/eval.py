@@ -89,14 +89,14 @@ def _figures(found: dict[str, Metrics]) -> dict[str, dict[str, float | None]]:
     """What is worth saying of each model; None is what cannot be said."""
     from ..evaluation.quality import gain_kept
 
-    validation_kl = "fine-tune" in found
+    has_reference = "fine-tune" in found
     figures = {}
     for name, metrics in found.items():
         row = {"perplexity": metrics.perplexity, "nll": metrics.nll, "tokens": metrics.tokens}
-        if validation_kl:
+        if has_reference:
             row |= {"kl": metrics.kl, "same_first_choice": metrics.agreement}
         figures[name] = {k: v if math.isfinite(v) else None for k, v in row.items()}
-    if validation_kl and found["base"].nll != found["fine-tune"].nll:  # NaN too: nothing has labels
+    if has_reference and found["base"].nll != found["fine-tune"].nll:  # NaN too: nothing has labels
         kept = gain_kept(*(found[name].nll for name in ("base", "fine-tune", "delta")))
         figures["delta"]["gain_kept"] = kept if math.isfinite(kept) else None
     return figures

@@ -1,13 +1,9 @@
 """How much of a fine-tune a compressed model keeps.
 
-Three figures, from the finest to the one users care about:
-
-- KL(fine-tune ‖ model), nats per token. The judge for comparing methods: exact match cannot tell
-  gentle variants apart, and layer-wise error does not predict quality at all (design notes).
-- NLL of the true answers, nats per token, and its exponential, perplexity.
-- Exact match of greedy answers, 0 to 1.
-
-`gain_kept` turns any of the last two into a share of what fine-tuning gained over the base.
+- KL(fine-tune ‖ model), nats per token, compares methods: exact match of answers cannot tell gentle
+  variants apart, and layer-wise error does not predict quality at all (docs/log.md).
+- NLL of the true answers, nats per token, and its exponential, perplexity. `gain_kept` turns it, or
+  any other score, into a share of what fine-tuning gained over the base.
 
 A batch is a dict of int64 tensors [rows, length]: `input_ids`, optionally `attention_mask` (1 =
 real token) and `labels` (-100 = not scored). Without labels every real token but the first of a
@@ -135,57 +131,6 @@ def compare(
         tokens=tokens,
         accuracy=right / labelled if labelled else math.nan,
     )
-
-
-@torch.no_grad()
-def greedy_answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    max_new_tokens: int = 16,
-    batch_size: int = 16,
-) -> list[str]:
-    """What the model says after each prompt: greedy, up to its end token, spaces stripped.
-
-    Prompts are used as they are (no special tokens are added): apply the chat template first.
-    """
-    answers = []
-    for start in range(0, len(prompts), batch_size):
-        # Left padding: generation continues at the right end of every row.
-        inputs = tokenizer(
-            list(prompts[start : start + batch_size]),
-            add_special_tokens=False,
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            return_token_type_ids=False,
-        ).to(model.device)
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        said = tokens[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
-    return answers
-
-
-def exact_match(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    max_new_tokens: int = 16,
-    batch_size: int = 16,
-) -> float:
-    """Share of prompts, 0 to 1, whose greedy answer is exactly the expected one."""
-    if not prompts or len(prompts) != len(answers):
-        raise DeltaMixError(
-            f"{len(prompts)} prompts and {len(answers)} answers; give one answer for each prompt"
-        )
-    said = greedy_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
-    return sum(a == b.strip() for a, b in zip(said, answers, strict=True)) / len(answers)
 
 
 def gain_kept(base: float, finetuned: float, model: float) -> float:

@@ -1,12 +1,12 @@
 """Pictures of a delta repo: where the bits went, what is left of each layer, and its spectrum.
 
-Figures are made without pyplot, so that nothing global changes and no display is needed. A layer
-type is a row and a depth a column of a heat map, which stays readable for thousands of matrices.
+Figures are made without pyplot, so that nothing global changes and no display is needed. In a heat
+map a layer type is a row and a depth a column: readable for thousands of matrices.
 """
 
 from __future__ import annotations
 
-import os
+import io
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,7 +27,7 @@ _MOST_NAMES = 60  # of layer types beside a heat map
 
 
 def save_figures(report: RepoReport, folder: Path) -> list[Path]:
-    """Write all figures as PNG into `folder`, made if it is not there; returns their paths."""
+    """Write all figures as PNG into `folder`, made if it is not there, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "allocation": allocation_figure,
@@ -37,16 +37,20 @@ def save_figures(report: RepoReport, folder: Path) -> list[Path]:
     }
     paths = []
     for name, draw in figures.items():
-        path = folder / f"{name}.png"
-        part = path.with_name(f".{path.name}")
-        draw(report).savefig(part, format="png", dpi=120, metadata={"Software": None})
-        os.replace(part, path)
-        paths.append(path)
+        paths.append(folder / f"{name}.png")
+        paths[-1].write_bytes(png(draw(report)))
     return paths
 
 
+def png(figure: Figure) -> bytes:
+    """Render a figure as PNG, without the version of matplotlib in its metadata."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def allocation_figure(report: RepoReport) -> Figure:
-    """Bits stored for each weight, by layer type and depth, and MB by layer type."""
+    """Draw bits stored for each weight, by layer type and depth, and MB by layer type."""
     types = report.by_type
     figure = Figure(figsize=(11, _height(len(types))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
@@ -60,7 +64,7 @@ def allocation_figure(report: RepoReport) -> Figure:
 
 
 def bytes_figure(report: RepoReport) -> Figure:
-    """MB of each layer (matrices that share a name up to its number), stacked by kind; the rest."""
+    """Draw MB of each layer (matrices alike in name up to its number), stacked by kind."""
     rows = {**_layers(report), "rest": _rest(report)}
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -84,7 +88,7 @@ def bytes_figure(report: RepoReport) -> Figure:
 
 
 def error_figure(report: RepoReport) -> Figure:
-    """Relative error of each matrix as compression recorded it, by layer type and depth."""
+    """Draw each matrix's relative error as compression recorded it, by layer type and depth."""
     figure = Figure(figsize=(9, _height(len(report.by_type))), layout="constrained")
     axes = figure.subplots()
     found = [m.error for m in report.matrices.values() if m.error]
@@ -94,7 +98,7 @@ def error_figure(report: RepoReport) -> Figure:
 
 
 def spectrum_figure(report: RepoReport) -> Figure:
-    """Sizes of the ranks kept, with the widths chosen, of some matrices spread over the model."""
+    """Draw sizes and widths of the ranks kept, for some matrices spread over the model."""
     chosen = _spread([name for name, m in report.matrices.items() if m.rank], _LAYERS)
     columns = min(4, max(1, len(chosen)))
     lines = max(1, -(-len(chosen) // columns))
@@ -134,7 +138,7 @@ def _heat_map(
     norm: Normalize,
     title: str,
 ) -> None:
-    """Layer types as rows; depths as columns, with a first column for what has no depth."""
+    """Draw layer types as rows, depths as columns; a first column for what has no depth."""
     types = report.by_type or {"none": {}}
     depths = sorted({d for group in types.values() for d in group if d is not None})
     columns = [None] * any(None in group for group in types.values()) + depths
@@ -157,27 +161,29 @@ def _heat_map(
 
 
 def _layers(report: RepoReport) -> dict[str, dict[str, int]]:
-    """Layer, or matrix outside of layers -> bytes by kind; first what has no number.
+    """Sum bytes by kind of each layer, or matrix outside of layers; first what has no number.
 
     A layer is called by its number; where encoder and decoder both have one, by its whole name.
     """
-    rows: dict[tuple[str, int | None], dict[str, int]] = {}
+    rows: dict[tuple[str, int | None], Counter[str]] = {}
     for kind, group in report.by_type.items():
         for depth, matrix in group.items():
-            row = rows.setdefault((kind.partition("*")[0], depth), {})
-            for part in ("payload", "scales", "metadata"):
-                row[part] = row.get(part, 0) + getattr(matrix, part)
+            row = rows.setdefault((kind.partition("*")[0], depth), Counter())
+            row.update({part: getattr(matrix, part) for part in ("payload", "scales", "metadata")})
     stacks = list(dict.fromkeys(stack for stack, depth in rows if depth is not None))
-    found = {stack: row for (stack, depth), row in rows.items() if depth is None}
-    for stack in stacks:
-        for depth in sorted(d for s, d in rows if s == stack and d is not None):
-            name = f"{stack}{depth}" if len(stacks) > 1 else str(depth)
-            found[name] = rows[stack, depth]
-    return found
+    prefixed = len(stacks) > 1
+
+    def place(row: tuple[str, int | None]) -> tuple[int, int]:
+        return (-1, 0) if row[1] is None else (stacks.index(row[0]), row[1])
+
+    return {
+        stack if depth is None else f"{stack * prefixed}{depth}": dict(rows[stack, depth])
+        for stack, depth in sorted(rows, key=place)
+    }
 
 
 def _rest(report: RepoReport) -> dict[str, int]:
-    """What belongs to no matrix: the overlay, and headers of files."""
+    """Count bytes that belong to no matrix: tensors stored whole, and headers of files."""
     widths = sum(matrix.metadata for matrix in report.matrices.values())
     return {"overlay": report.size.overlay, "metadata": report.size.metadata - widths}
 
@@ -187,7 +193,7 @@ def _height(rows: int) -> float:
 
 
 def _labels(names: Iterable[str]) -> dict[str, str]:
-    """Each name from its first number or star on; the whole of it where two would be alike."""
+    """Shorten each name to what follows its first number or star, unless two would be alike."""
     ends = {}
     for name in names:
         parts = name.split(".")
@@ -198,6 +204,6 @@ def _labels(names: Iterable[str]) -> dict[str, str]:
 
 
 def _spread(names: list[str], most: int) -> list[str]:
-    """At most `most` of them, evenly."""
+    """Take at most `most` names, evenly spaced."""
     places = np.unique(np.linspace(0, len(names) - 1, most).round().astype(int))
     return [names[i] for i in places if names]

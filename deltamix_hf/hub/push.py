@@ -1,7 +1,8 @@
-"""A delta repo goes to the Hub: one commit with its files, a model card and a picture.
+"""Push a delta repo to the Hub: its files, a model card and a picture in one commit.
 
-A repo that others cannot load is refused: its base must be on the Hub too. The card is made anew
-from the files (`model_card.py`); what people wrote around our part of an earlier card stays.
+One commit, so that nobody loads a new config.json with old weights; `upload_folder` may make
+several of it (huggingface_hub 2.4, with hf_xet). A repo that others cannot load is refused: its
+base must be on the Hub too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    filter_repo_objects,
+    validate_repo_id,
+)
 
 from ..checkpoint.base import resolve_base
 from ..constants import QUANT_METHOD
@@ -21,6 +25,7 @@ from ..errors import DeltaMixError, first_line
 from ..storage.headers import check_base, read_headers
 
 CARD = "README.md"
+WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
 
 
 def push_folder(
@@ -36,7 +41,7 @@ def push_folder(
     commit_description: str | None = None,
     tags: Sequence[str] | None = None,
 ) -> str:
-    """Upload a delta repo with its model card; returns the commit's address.
+    """Upload a delta repo with its model card and return the address of the commit.
 
     Args:
         folder: a saved delta repo.
@@ -76,7 +81,7 @@ def push_folder(
 
 
 def _config_for_others(folder: Path, base: str | None, token: str | bool | None) -> dict[str, Any]:
-    """The repo's config.json, with a base that is on the Hub."""
+    """Read the repo's config.json and let it name a base that is on the Hub."""
     try:
         config = json.loads((folder / "config.json").read_text())
         settings = config["quantization_config"]
@@ -122,26 +127,19 @@ def _operations(
 
     report = inspect_repo(folder)
     card = model_card(report, repo_id, config, _earlier_card(repo_id, api.token), tags)
+    paths = {p.relative_to(folder): p for p in sorted(folder.rglob("*")) if p.is_file()}
     contents: dict[str, Any] = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        name.as_posix(): path
+        for name, path in paths.items()
+        if not any(part.startswith(".") for part in name.parts)
     }
-    contents |= {
-        "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        CARD: str(card).encode(),
-        PICTURE: picture(report),
-    }
+    contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    contents |= {CARD: str(card).encode(), PICTURE: picture(report)}
     # What an earlier push left would be read instead: a whole file wins over shards.
-    stale = [
-        name
-        for name in api.list_repo_files(repo_id, revision=revision)
-        if name.startswith("model")
-        and name.endswith((".safetensors", ".safetensors.index.json"))
-        and name not in contents
-    ]
+    there = api.list_repo_files(repo_id, revision=revision)
+    stale = set(filter_repo_objects(there, allow_patterns=WEIGHTS)) - contents.keys()
     return [
-        *(CommitOperationDelete(name) for name in stale),
+        *(CommitOperationDelete(name) for name in sorted(stale)),
         *(CommitOperationAdd(name, content) for name, content in contents.items()),
     ]
 

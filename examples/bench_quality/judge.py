@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from bench_quality.plan import DEFAULT_QUESTIONS, QUESTIONS, Run
 from bench_quality.texts import calibration_data
+from pairs.answers import exact_match
 from pairs.pair import Pair
 from torch import Tensor
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.evaluation.quality import Batch, compare, exact_match, gain_kept, reference_logits
+from deltamix_hf.evaluation.quality import Batch, compare, gain_kept, reference_logits
 from deltamix_hf.nn.experts import compressed_shapes
 from deltamix_hf.nn.layers import delta_modules, packed_shapes
 from deltamix_hf.storage.sizes import size_report

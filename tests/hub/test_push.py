@@ -350,6 +350,8 @@ def test_model_card_says_what_was_measured(
     ratio = len(files[WEIGHTS]) / authored["reference_bytes"]
     assert f"ratio {ratio:.5f}" in text
     assert f"{config['measured']['kl']:.2g} nats" in text
+    (result,) = metadata["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == float(f"{config['measured']['kl']:.2g}")
     assert config["calibration_source"] in text and authored["release"] in text
     assert 'AutoModelForCausalLM.from_pretrained("me/delta")' in text
     assert "(allocation.png)" in text and files["allocation.png"].startswith(b"\x89PNG")
