@@ -4,10 +4,9 @@ The same sums in the same order, in passes over the calibration batches: forward
 keeping what enters each of them; through what follows the last block, for the predictions and their
 gradients; backward, where each block is run again and its statistics are complete when all batches
 have passed; and backward through what precedes the blocks. Without gradients the forward pass is
-enough. Everything is kept in the journal, so an interrupted pass goes on at the block where it was.
+enough. Everything is kept on disk, so an interrupted pass goes on at the block where it was.
 
-Several workers take a share of the batches each. A worker adds to the statistics of a block what
-the one before it has handed over, and is a block behind it.
+Several workers take a share of the batches each, and their sums are merged when they are read.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ class BlockwisePass:
     """Fills `found`, and counts the `scored` predictions.
 
     Args:
-        stack: captured.
+        chain: captured.
         modules: what is observed, by name.
         fisher: measure gradients too.
-        seed: of ε.
-        journal: with a folder.
+        seed: of ε; each worker adds its rank.
+        store: with a folder.
         device: where the statistics are wanted.
         workers: who share the batches.
 
@@ -65,7 +64,7 @@ class BlockwisePass:
             self._measure(outside)
         for place in ("entry", *map(_place, range(len(chain.names)))):
             self.found.complete(place)
-        self.scored: int = self.found.complete("exit").get("scored", 0)
+        self.scored = self.found.complete("exit")["scored"]
 
     def _measure(self, outside: dict[str, nn.Module]) -> None:
         blocks = len(self.chain.names)
@@ -141,27 +140,21 @@ class BlockwisePass:
 
     def _exit(self, modules: dict[str, nn.Module]) -> None:
         """Through what follows the last block, and back to it."""
-        random = torch.Generator().manual_seed(self.seed)
+        random = torch.Generator().manual_seed(self.seed + self.workers.rank)
         last, batches = len(self.chain.names), self.chain.batches
         with (
             frozen(self.chain.model),
-            self.found.observing("exit", modules, self.fisher) as facts,
+            self.found.observing("exit", modules, self.fisher) as counts,
             torch.set_grad_enabled(self.fisher),
         ):
-            if "random" in facts:
-                random.set_state(torch.tensor(facts["random"], dtype=torch.uint8))
             for b in self.mine:
                 hidden = self.get("level", last, b).detach().requires_grad_(self.fisher)
                 output = prediction(after_blocks(self.chain, batches[b], hidden))
                 if self.fisher:
                     found: list[Tensor] = []
-                    drawn = backward(output, len(batches), random, _taker(hidden, found))
-                    facts["scored"] = facts.get("scored", 0) + drawn
+                    take = _taker(hidden, found)
+                    counts["scored"] += backward(output, len(batches), random, take)
                     self._put("gradient", last, b, torch.stack(found))
-            if not self.workers.last:
-                facts["random"] = random.get_state().tolist()
-            else:
-                facts.pop("random", None)
 
     def _back_through(self, i: int) -> None:
         """Run block i again with gradients, and take them from its output to its input."""

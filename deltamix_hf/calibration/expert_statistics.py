@@ -35,16 +35,15 @@ _Observed = dict[str, dict[int, Moments]]  # parameter -> expert -> its moments
 
 @contextmanager
 def observed_experts(
-    modules: Mapping[str, nn.Module], fisher: bool, begun: Mapping[str, Moments] | None = None
+    modules: Mapping[str, nn.Module], fisher: bool, seed: int = 0
 ) -> Iterator[dict[str, Moments]]:
-    """Measure the experts among `modules` within, and yields their moments by name.
+    """Context manager: measure the experts among `modules`; yields their moments by name.
 
-    `begun` are moments to go on from.
+    `seed` is of sketches, for moments that are merged with others'.
     """
     experts = {name: m for name, m in modules.items() if isinstance(m, Expert)}
     seen: dict[nn.Module, _Observed] = {}
-    begun = begun or {}
-    own = {name: begun.get(name) or _moments(e, fisher) for name, e in experts.items()}
+    own = {name: _moments(expert, fisher, seed) for name, expert in experts.items()}
     for name, expert in experts.items():
         fused = expert.fused
         seen.setdefault(fused.module, {}).setdefault(fused.leaf, {})[expert.number] = own[name]
@@ -57,16 +56,12 @@ def observed_experts(
             module.__dict__.pop("forward", None)
 
 
-def enough(found: Mapping[str, Moments]) -> dict[str, Moments]:
-    """The experts that have seen enough tokens to be measured by them."""
-    return {name: moments for name, moments in found.items() if moments[0].count >= FEWEST}
-
-
-def _moments(expert: Expert, fisher: bool) -> Moments:
+def _moments(expert: Expert, fisher: bool, seed: int = 0) -> Moments:
     m, n = slice_shape(expert.fused.module, expert.fused.leaf)
     share = math.isqrt(expert.fused.experts)
     limits = FULL // share, SKETCH // share
-    return SecondMoment(n, *limits), SecondMoment(m, *limits) if fisher else None
+    inputs = SecondMoment(n, *limits, seed=seed)
+    return inputs, SecondMoment(m, *limits, seed=seed) if fisher else None
 
 
 def _measuring(observed: _Observed) -> Callable[..., Tensor]:

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from ..errors import DeltaMixError
 from ..linalg.second_moments import Metric, SecondMoment, dense, diagonal
-from .expert_statistics import enough, observed_experts
+from .expert_statistics import FEWEST, observed_experts
 
 # Draws of ε in all, at least; a classifier makes only one prediction a text.
 _LEAST_DRAWS, _MOST_PER_PREDICTION = 1024, 4
@@ -54,13 +54,19 @@ class Metrics:
 
 
 class Hooks:
-    """Accumulates the moments of every use of the given modules while the model runs."""
+    """Accumulates the moments of every use of the given modules while the model runs.
 
-    def __init__(self, modules: Mapping[str, nn.Module], fisher: bool):
-        self.found: dict[str, LayerStatistics] = {}  # may be what others have begun
-        self.fisher = fisher
-        self._last: tuple[Tensor, str] | None = None
-        self._alias: dict[str, str] = {}
+    Args:
+        modules: what is observed, by name.
+        fisher: measure gradients too.
+        seed: of sketches, for moments that are merged with others'.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], fisher: bool, seed: int = 0):
+        self.found: dict[str, LayerStatistics] = {}
+        self.fisher, self.seed = fisher, seed
+        self._last: tuple[Tensor | None, str] = (None, "")
+        self._owner: dict[str, str] = {}  # the first of the modules that share their inputs
         self._handles = [
             module.register_forward_hook(self._hook(name)) for name, module in modules.items()
         ]
@@ -73,31 +79,25 @@ class Hooks:
             layer = self.found[name]
             if layer.tokens is not None:
                 layer.tokens += torch.bincount(x.reshape(-1), minlength=len(layer.tokens))
-            elif self._owner(name) == name:
+            elif self._owner[name] == name:
                 layer.inputs.add(x)
             if layer.gradients is not None and y.requires_grad:
                 y.register_hook(layer.gradients.add)
 
         return measure
 
-    def _owner(self, name: str) -> str:
-        """The first of the modules that share this one's inputs."""
-        if name not in self._alias:
-            mine = self.found[name].inputs
-            self._alias[name] = next(n for n, o in self.found.items() if o.inputs is mine)
-        return self._alias[name]
-
     def _start(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerStatistics:
-        gradients = SecondMoment(y.shape[-1]) if self.fisher else None
+        gradients = SecondMoment(y.shape[-1], seed=self.seed) if self.fisher else None
         if isinstance(module, nn.Embedding):
             rows = torch.zeros(module.num_embeddings, device=y.device)
             return LayerStatistics(SecondMoment(0), gradients, rows)
         # q/k/v and gate/up are called with the very same tensor object, one after the other
-        if self._last is not None and self._last[0] is x:
-            self._alias[name] = self._last[1]
-            return LayerStatistics(self.found[self._last[1]].inputs, gradients)
-        self._last = (x, name)
-        return LayerStatistics(SecondMoment(x.shape[-1]), gradients)
+        if self._last[0] is not x:
+            self._last = (x, name)
+        owner = self._owner[name] = self._last[1]
+        if owner != name:
+            return LayerStatistics(self.found[owner].inputs, gradients)
+        return LayerStatistics(SecondMoment(x.shape[-1], seed=self.seed), gradients)
 
     def close(self) -> dict[str, LayerStatistics]:
         for handle in self._handles:
@@ -111,10 +111,16 @@ def collect(
     batches: Sequence[Tensor],
     fisher: bool,
     seed: int = 0,
+    fewest: int = FEWEST,
 ) -> tuple[dict[str, LayerStatistics], int]:
-    """Statistics of every module that was called, and the number of scored predictions.
+    """Measure every module that is called; its statistics, and the number of scored predictions.
 
-    `batches` are token ids int64 [rows, length]; ε is drawn with `seed`.
+    Args:
+        modules: layers and experts, by name.
+        batches: token ids int64 [rows, length].
+        fisher: measure gradients too.
+        seed: of ε.
+        fewest: tokens that an expert must have seen, or it is left out.
 
     Raises:
         DeltaMixError: the model gives NaN on the calibration data.
@@ -135,7 +141,7 @@ def collect(
                     scored += backward(output, len(batches), random)
         finally:
             found = hooks.close()
-    found |= {name: LayerStatistics(*moments) for name, moments in enough(experts).items()}
+    found |= {n: LayerStatistics(*m) for n, m in experts.items() if m[0].count >= fewest}
     check_finite(found)
     return found, scored
 

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +65,8 @@ class Job:
 
     def _finished_before(self) -> set[str]:
         """Targets an earlier run has finished, as the first worker sees it: all do the same."""
-        found = [self.store.read(f"matrix {name}") is not None for name in self.targets]
-        return set(compress(self.targets, self.workers.show(torch.tensor(found), 0).tolist()))
+        found = {n for n in self.targets if self.store.read(f"matrix {n}") is not None}
+        return self.workers.from_first(found)
 
     def measure(self, batches: list[Tensor]) -> None:
         """Statistics and predictions of the fine-tune."""
@@ -193,8 +192,7 @@ class Job:
                     partial(self._owners, compressor),
                 )
         self._bar.close()
-        if self.workers.size > 1:
-            self.workers.finish(self.store)
+        self.workers.barrier()  # nobody reads the store any more
         if self.course and self.workers.rank == 0:
             with self.watch.stage("tuning"):
                 self._tune()

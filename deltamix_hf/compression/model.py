@@ -111,7 +111,7 @@ def compress_model(
         {name for name, module in targets.items() if isinstance(module, nn.Embedding)},
         fused_sizes(model, targets),
     )
-    store = _journal(model, config, files)
+    store = _journal(model, config, files, workers or Workers())
     job = Job(model, base, config, targets, store, LoadedWeights(model, base))
     if files is not None:
         assert device is not None
@@ -138,7 +138,7 @@ def _empty(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _journal(
-    model: PreTrainedModel, config: DeltaMixConfig, files: BaseCheckpoint | None
+    model: PreTrainedModel, config: DeltaMixConfig, files: BaseCheckpoint | None, workers: Workers
 ) -> ResumeStore:
     """The finished parts of a job that could not but give the same result as this one."""
     if config.checkpoint_dir is None:
@@ -156,6 +156,7 @@ def _journal(
         "versions": [importlib.metadata.version(package) for package in _PACKAGES],
         "threads": torch.get_num_threads(),
         "device": str(model.device),
+        "workers": workers.size,  # whose sums are split in as many
         "files": fingerprints(files.infos) if files else None,
     }
     return ResumeStore(config.checkpoint_dir, job_identity(facts, tensors))

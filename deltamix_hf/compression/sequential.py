@@ -10,15 +10,15 @@ the fine-tune's weights and x_c with the weights compressed so far. The new targ
 asks the layer to give on x_c what the fine-tune gives on x_f, and, where its output is added to a
 residual stream r, to make up for the error of that stream too. λ = 0.03·mean(diag C).
 
-Layers outside a chain of blocks (`stack.py`) keep their plain target. Memory: the inputs of one
-block's layers for all calibration tokens, and two streams of hidden states. Several workers share
-the batches and the rows of the targets (`target_changes.py`).
+Layers outside a chain of blocks (`block_chain.py`) keep their plain target. Memory: the inputs of
+one block's layers for all calibration tokens, and two streams of hidden states. Several workers
+share the batches and the rows of the targets (`sequential_sums.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ..calibration.block_chain import Arguments, BlockArgs, BlockChain, TensorLi
 from ..jobs.workers import Workers
 from ..nn.experts import expert_place, replace_expert
 from ..nn.layers import matrix_of, oriented, shape_of, weight_of
-from .sequential_sums import Rows, StageSums, all_rows, moved_rows, target_shift
+from .sequential_sums import StageSums, moved_targets, target_shift
 
 Finish = Callable[[dict[str, Tensor | None], Tensor | None], dict[str, Tensor]]
 """({target: change of its delta [m, n]}, their input Gram [n, n]) -> compressed weights [m, n]."""
@@ -59,212 +59,232 @@ def compress_blocks(
 ) -> None:
     """Compress all blocks in order.
 
-    `finish` compresses the targets of a stage and returns their new weights; `done(block)` is
-    called when a block's compressed weights may be put into the model. The model must still hold
-    the fine-tune's weights in every block not yet done. For targets that are `finished` already,
-    `finish` needs no measurement; all `workers` must see the same there.
+    The model must still hold the fine-tune's weights in every block not yet done.
+
+    Args:
+        chain: captured.
+        targets: full names of the layers and experts to compress.
+        finish: compresses the targets of a stage and returns their new weights.
+        done: called with a block's name when its new weights may be put into the model.
+        finished: targets that `finish` needs no measurement for; the same for all `workers`.
+        owners: the worker that compresses each of the targets of a stage.
     """
     workers = workers or Workers()
     compressed, present = chain.entry()
     mine = workers.share(len(compressed))  # another's hidden states stay those of the first block
-    known: list[str] | None = None
     stages: list[Stage] = []
-    for i, (name, block) in enumerate(zip(chain.names, chain.blocks, strict=True)):
-        inside = [t.removeprefix(f"{name}.") for t in targets if t.startswith(f"{name}.")]
-        last = i + 1 == len(chain.blocks)
-        over = all(f"{name}.{target}" in finished for target in inside)
-        with chain.hold(block):
-            if inside != known:  # blocks with the same targets have the same stages
-                known = inside
-                stages = find_stages(block, inside, chain.reference[0], chain.block_args[i][0])
-            seen = _run_reference(chain, i, [] if over else stages, () if over and last else mine)
-        made = _Made(chain, name, block)
+    before: list[str] | None = None
+    for i, name in enumerate(chain.names):
+        state = BlockState(chain, i, targets, compressed, present[i])
+        onward = () if i + 1 == len(chain.names) else mine  # hidden states nobody needs
+        measured = not all(state.full(target) in finished for target in state.targets)
+        with chain.hold(state.block):
+            if state.targets != before:  # blocks with the same targets have the same stages
+                before = state.targets
+                entry, block_args = chain.reference[0], chain.block_args[i][0]
+                stages = find_stages(state.block, state.targets, entry, block_args)
+            state.run_reference(stages if measured else (), mine if measured else onward)
         for stage in stages:
-            names = [f"{name}.{target}" for target in stage.names]
-            if all(full in finished for full in names):
-                made.keep(finish(dict.fromkeys(names), None))
-                continue
-            with chain.hold(block):
-                sums = _measured(
-                    chain, block, stage, compressed, present[i], seen, made.weights(), workers
-                )
-                layers = {
-                    full: block.get_submodule(target)
-                    for full, target in zip(names, stage.names, strict=True)
-                    if full not in finished
-                }
-                moved = {
-                    full: moved_rows(matrix_of(layer).detach(), sums, workers)
-                    for full, layer in layers.items()
-                }
-            heights = {full: shape_of(layer)[0] for full, layer in layers.items()}
-            changes: dict[str, Tensor | None] = dict.fromkeys(names)
-            changes |= target_shift(moved, heights, owners(names), sums, workers)
-            made.keep(finish(changes, sums.inputs))
-            del sums
+            names = [state.full(target) for target in stage.names]
+            if all(target in finished for target in names):
+                state.keep(finish(dict.fromkeys(names), None))
+            else:
+                missing = [target for target in stage.names if state.full(target) not in finished]
+                changes, inputs = _targets(state, stage, missing, workers, owners(names))
+                state.keep(finish(dict.fromkeys(names) | changes, inputs))
+                del inputs
         staged = {target for stage in stages for target in stage.names}
-        if others := [f"{name}.{target}" for target in inside if target not in staged]:
-            made.keep(finish(dict.fromkeys(others), None))  # not called exactly once: plain target
-        with chain.hold(block):
-            _run_compressed(block, made, compressed, present[i], () if last else mine)
+        if others := [state.full(target) for target in state.targets if target not in staged]:
+            state.keep(finish(dict.fromkeys(others), None))  # not called once: plain target
+        with chain.hold(state.block):
+            state.run_compressed(onward)
         chain.block_args[i], present[i] = [], []
         done(name)
 
 
-# What these two have in hand of the last batch goes with them: 0.5 GB of a block of 7B.
+def _targets(
+    state: BlockState,
+    stage: Stage,
+    missing: Sequence[str],
+    workers: Workers,
+    owners: dict[str, int],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Measure a stage: changes [m, n] of the `missing` targets by full name, and their C [n, n]."""
+    with state.chain.hold(state.block):
+        sums = state.sums(stage, workers)
+        weights = {
+            state.full(target): matrix_of(state.block.get_submodule(target)).detach()
+            for target in missing
+        }
+        moved = moved_targets(weights, sums, workers)
+        del weights
+    return target_shift(moved, owners, sums, workers), sums.inputs
 
 
-def _run_reference(
-    chain: BlockChain, i: int, stages: Sequence[Stage], batches: Sequence[int]
-) -> dict[str, TensorList]:
-    """Take the fine-tune's hidden states through block i; inputs of the stages, by module."""
-    watched = [s.names[0] for s in stages]
-    watched += [s.residual for s in stages if s.residual is not None]
-    seen = {module: chain.empty(f"input {module}") for module in dict.fromkeys(watched)}
-    for b in batches:
-        inputs, after = run(
-            chain.blocks[i], {}, chain.reference[b], chain.block_args[i][b], list(seen)
-        )
-        chain.reference[b] = after
-        for module, x in inputs.items():
-            seen[module].append(x)
-    return seen
+@dataclass
+class BlockState:
+    """A block of the chain while its targets are compressed.
 
+    Attributes:
+        targets: names of its targets, within the block.
+        seen: what the fine-tune's modules get, a tensor for each of this worker's batches.
+        made: new weights of its targets, each in a list of its own where hidden states are kept.
+    """
 
-def _run_compressed(
-    block: nn.Module,
-    made: _Made,
-    compressed: TensorList,
-    block_args: BlockArgs,
-    batches: Sequence[int],
-) -> None:
-    """Take the compressed model's hidden states through a block."""
-    weights = made.weights() if batches else {}
-    for b in batches:
-        _, compressed[b] = run(block, weights, compressed[b], block_args[b])
+    chain: BlockChain
+    index: int
+    all_targets: Sequence[str]
+    compressed: TensorList  # hidden states of the compressed model
+    block_args: BlockArgs
+    seen: dict[str, TensorList] = field(default_factory=dict)
+    made: dict[str, TensorList] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.block, prefix = self.chain.blocks[self.index], self.full("")
+        inside = [name for name in self.all_targets if name.startswith(prefix)]
+        self.targets = [name.removeprefix(prefix) for name in inside]
 
-class _Made:
-    """New weights of a block's targets, kept where its hidden states are."""
+    def full(self, target: str) -> str:
+        """Return a target's name in the model."""
+        return f"{self.chain.names[self.index]}.{target}"
 
-    def __init__(self, chain: BlockChain, name: str, block: nn.Module):
-        self.chain, self.name, self.block = chain, name, block
-        self.shelves: dict[str, TensorList] = {}
+    # Functions of their own, so that the last batch (0.5 GB in a block of 7B) is freed on return.
+
+    def run_reference(self, stages: Sequence[Stage], batches: Sequence[int]) -> None:
+        """Take the fine-tune's hidden states through the block, and see the inputs of stages."""
+        reference, block_args = self.chain.reference, self.chain.block_args[self.index]
+        watched = [stage.names[0] for stage in stages]
+        watched += [stage.residual for stage in stages if stage.residual is not None]
+        self.seen = {name: self.chain.empty(f"input {name}") for name in dict.fromkeys(watched)}
+        for b in batches:
+            inputs, reference[b] = run(self.block, {}, reference[b], block_args[b], list(self.seen))
+            for module, x in inputs.items():
+                self.seen[module].append(x)
+
+    def run_compressed(self, batches: Sequence[int]) -> None:
+        """Take the compressed model's hidden states through the block."""
+        weights = self.weights() if batches else {}
+        for b in batches:
+            _, self.compressed[b] = run(self.block, weights, self.compressed[b], self.block_args[b])
+
+    def sums(self, stage: Stage, workers: Workers) -> StageSums:
+        """Run the compressed model up to a stage; its sums over all workers' batches."""
+        first, residual = stage.names[0], stage.residual
+        watched, weights = [name for name in (first, residual) if name is not None], self.weights()
+        layer = self.block.get_submodule(first)
+        sums = StageSums(*shape_of(layer), residual is not None, weight_of(layer).device)
+        for at, b in enumerate(workers.share(len(self.compressed))):
+            hidden = self.compressed[b]
+            found, _ = run(self.block, weights, hidden, self.block_args[b], watched, stop=first)
+            pair = None if residual is None else (self.seen[residual][at], found[residual])
+            sums.add(self.seen[first][at], found[first], pair)
+        sums.reduce(workers)
+        return sums
 
     def keep(self, matrices: dict[str, Tensor]) -> None:
-        """Matrices [m, n] by the target's full name."""
-        for full in list(matrices):
-            target, matrix = full.removeprefix(f"{self.name}."), matrices.pop(full)
+        """Keep new weights [m, n] of targets by their full names; `matrices` is used up."""
+        for name in list(matrices):
+            target, matrix = name.removeprefix(self.full("")), matrices.pop(name)
             if expert_place(self.block, target) is None:
                 module = self.block.get_submodule(target)
                 matrix = oriented(module, matrix).to(weight_of(module).dtype)
-            self.shelves[target] = self.chain.empty(f"weight {target}")
-            self.shelves[target].append(matrix)
+            self.made[target] = self.chain.empty(f"weight {target}")
+            self.made[target].append(matrix)
 
     def weights(self) -> dict[str, Tensor]:
-        """By the parameter's name; experts' in their whole parameter, which must be in memory."""
+        """Read new weights by the parameter's name; a parameter of experts must be in memory."""
         found: dict[str, Tensor] = {}
-        for target, tensor_list in self.shelves.items():
+        for target, kept in self.made.items():
             if expert_place(self.block, target) is None:
-                found[f"{target}.weight"] = tensor_list[0]
+                found[f"{target}.weight"] = kept[0]
             else:
-                replace_expert(found, self.block, target, tensor_list[0])
+                replace_expert(found, self.block, target, kept[0])
         return found
 
 
-def _measured(
-    chain: BlockChain,
-    block: nn.Module,
-    stage: Stage,
-    compressed: TensorList,
-    block_args: BlockArgs,
-    seen: dict[str, TensorList],
-    weights: dict[str, Tensor],
-    workers: Workers,
-) -> StageSums:
-    """The sums of one stage over all batches.
+@dataclass
+class _Calls:
+    """What a forward pass through a block has called, by module name and in order."""
 
-    `seen` holds the inputs of the fine-tune's layers, for this worker's batches; `weights` are the
-    new ones.
-    """
-    first, residual = stage.names[0], stage.residual
-    watched = [first] if residual is None else [first, residual]
-    mine = workers.share(len(compressed))
-
-    def own() -> Iterator[Rows]:
-        for at, b in enumerate(mine):
-            found, _ = run(block, weights, compressed[b], block_args[b], watched, stop=first)
-            rows = Rows(seen[first][at], found[first])
-            if residual is not None:
-                rows.reference_residual, rows.compressed_residual = (
-                    seen[residual][at],
-                    found[residual],
-                )
-            yield rows
-
-    layer = block.get_submodule(first)
-    n = shape_of(layer)[1]
-    sums = StageSums(n, weight_of(layer).device, workers)
-    for rows in all_rows(own(), n, len(compressed), chain.empty("rows of a stage"), workers):
-        sums.add(rows)
-    sums.finish()
-    return sums
+    order: list[str]
+    inputs: dict[str, list[Tensor]]
+    outputs: dict[str, Tensor]  # of targets
+    result: Tensor  # of the block
 
 
 def find_stages(
     block: nn.Module, targets: Sequence[str], hidden: Tensor, block_args: Arguments
 ) -> list[Stage]:
-    """Targets of a block in call order, grouped by input tensor, with their residual streams.
+    """Group the targets of a block by input tensor, in call order, with their residual streams.
 
     Targets that are called more or less than once are left out.
+
+    Args:
+        targets: names within the block.
+        hidden: what enters the block, [rows, length, d].
+        block_args: the other arguments of its call.
     """
-    inputs: dict[str, list[Tensor]] = {}
-    outputs: dict[str, Tensor] = {}
-    order: list[str] = []
+    calls = _capture(block, targets, hidden, block_args)
+    stages: list[Stage] = []
+    for name in calls.order:
+        if name not in calls.outputs or len(calls.inputs[name]) != 1:
+            continue
+        if stages and calls.inputs[stages[-1].names[0]][0] is calls.inputs[name][0]:
+            stages[-1].names.append(name)
+        else:
+            stages.append(Stage([name]))
+    for stage in stages:
+        if len(stage.names) == 1:
+            stage.residual = _residual_of(stage.names[0], calls, hidden)
+    return stages
+
+
+def _capture(
+    block: nn.Module, targets: Sequence[str], hidden: Tensor, block_args: Arguments
+) -> _Calls:
+    """Run a block and keep inputs and outputs; experts, slices of a parameter, are no modules."""
+    calls = _Calls([], {}, {}, hidden)
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
-                inputs.setdefault(name, []).append(args[0])
-                order.append(name)
+                calls.inputs.setdefault(name, []).append(args[0])
+                calls.order.append(name)
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            outputs[name] = output
+            calls.outputs[name] = output
 
         return hook
 
     modules = {n: m for n, m in block.named_modules() if n}
-    targets = [t for t in targets if t in modules]  # experts are slices of a parameter
     handles = [m.register_forward_pre_hook(before(n)) for n, m in modules.items()]
-    handles += [modules[t].register_forward_hook(after(t)) for t in targets]
+    handles += [modules[t].register_forward_hook(after(t)) for t in targets if t in modules]
     try:
-        result = tensor_of(block(hidden, *block_args[0], **block_args[1]))
+        calls.result = tensor_of(block(hidden, *block_args[0], **block_args[1]))
     finally:
         for handle in handles:
             handle.remove()
-    called = [n for n in order if n in targets and len(inputs[n]) == 1]
-    stages: list[Stage] = []
-    for name in called:
-        same = stages and inputs[stages[-1].names[0]][0] is inputs[name][0]
-        if same:
-            stages[-1].names.append(name)
-        else:
-            stages.append(Stage([name]))
-    for stage in stages:
-        if len(stage.names) == 1 and (y := outputs[stage.names[0]]).shape == hidden.shape:
-            at = order.index(stage.names[0])
-            streams = [("", hidden)] + [(n, inputs[n][0]) for n in order[:at]]
-            later = [inputs[n][0] for n in order[at + 1 :]] + [result]
-            sums = [z for z in later if z.shape == y.shape]
-            for name, stream in streams:
-                near = stream.shape == y.shape and any(
-                    torch.allclose(z, y + stream, rtol=1e-3, atol=1e-3 * float(z.abs().mean()))
-                    for z in sums
-                )
-                if near:
-                    stage.residual = name
-                    break
-    return stages
+    return calls
+
+
+def _residual_of(name: str, calls: _Calls, hidden: Tensor) -> str | None:
+    """Find the module whose input the target's output is added to; None if there is none.
+
+    The sum of both must be what a later module gets, or the block's result.
+    """
+    y, at = calls.outputs[name], calls.order.index(name)
+    if y.shape != hidden.shape:
+        return None
+    streams = [("", hidden)] + [(n, calls.inputs[n][0]) for n in calls.order[:at]]
+    later = [calls.inputs[n][0] for n in calls.order[at + 1 :]] + [calls.result]
+    sums = [z for z in later if z.shape == y.shape]
+    for module, stream in streams:
+        if stream.shape == y.shape and any(
+            torch.allclose(z, y + stream, rtol=1e-3, atol=1e-3 * float(z.abs().mean()))
+            for z in sums
+        ):
+            return module
+    return None

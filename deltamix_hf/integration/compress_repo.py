@@ -5,7 +5,7 @@ block after block: hidden states, gradients and statistics wait on disk for the 
 delta repo is the one that compressing in memory writes, byte for byte if the calibration text is
 the same and nothing is tuned (tuning sees predictions that were made in other batches, and may
 differ in the last digit). Started by `torchrun` or `accelerate launch`, the processes do it
-together (`jobs/workers.py`), and the bytes are the same again.
+together (`jobs/workers.py`); as many processes write the same bytes.
 
 `compress_adapter` merges an adapter in memory and compresses the result like any other fine-tune. A
 LoRA's ΔW = B·A has few ranks, so a delta repo holds it almost exactly, and then serves it as it

@@ -77,16 +77,27 @@ _SUMMED = 256  # rows at once: in float64 a row of 28672 takes 229 kB
 
 
 class SecondMoment:
-    """Mean of x·xᵀ over rows x of size `dim`, accumulated in float32 on the rows' device."""
+    """Mean of x·xᵀ over rows x of size `dim`, accumulated in float32 on the rows' device.
 
-    def __init__(self, dim: int, full: int = FULL, sketch: int = SKETCH, diagonal: int = DIAGONAL):
+    Sketches that are to be merged need a `seed` each: with equal signs their rows would correlate.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        full: int = FULL,
+        sketch: int = SKETCH,
+        diagonal: int = DIAGONAL,
+        *,
+        seed: int = 0,
+    ):
         self.dim = dim
         self.kind = "full" if dim <= full else "sketch" if dim <= diagonal else "diagonal"
         self.rows = {"full": dim, "sketch": sketch, "diagonal": 0}[self.kind]
         self.total: Tensor | None = None  # Σ x·xᵀ [d, d], or the sketch [rows, d]
         self.squares: Tensor | None = None  # Σ x² [d]
         self.count = 0
-        self._random = torch.Generator().manual_seed(dim)
+        self._random = torch.Generator().manual_seed(dim + (seed << 32))
 
     def add(self, rows: Tensor) -> None:
         """Add rows `[N, d]`."""
@@ -113,20 +124,27 @@ class SecondMoment:
         return 4 * (self.rows + (self.kind != "full")) * self.dim
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Its tensors and numbers, for `restored`."""
+        """Return its tensors and numbers, for `restored`."""
         tensors = {"total": self.total, "squares": self.squares}
         sizes = {"dim": self.dim, "count": self.count, "kind": self.kind, "rows": self.rows}
-        kept = {key: t for key, t in tensors.items() if t is not None}
-        return kept | {"random": self._random.get_state()}, sizes
+        return {key: t for key, t in tensors.items() if t is not None}, sizes
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], sizes: dict[str, Any]) -> SecondMoment:
-        """What gave this `state`."""
+        """Return the moment that gave this `state`, for reading and merging."""
         moment = cls(sizes["dim"])
         moment.count, moment.kind, moment.rows = sizes["count"], sizes["kind"], sizes["rows"]
-        moment._random.set_state(tensors["random"].cpu())
         moment.total, moment.squares = tensors.get("total"), tensors.get("squares")
         return moment
+
+    def merge(self, other: SecondMoment) -> None:
+        """Add the rows that another moment of the same sizes has seen."""
+        self.count += other.count
+        if self.total is None or self.squares is None:
+            self.total, self.squares = other.total, other.squares
+        elif other.total is not None and other.squares is not None:
+            self.total += other.total
+            self.squares += other.squares
 
     def mean(self, count: int | None = None) -> Tensor | LowRank:
         """Σ x·xᵀ / `count` (default: the rows seen) as a metric."""

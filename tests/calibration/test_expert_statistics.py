@@ -74,11 +74,10 @@ def test_every_choice_is_counted_once(both):
     assert tokens == 2 * 4 * 64 * 2  # batches, rows, length, experts of a token
 
 
-def test_experts_with_few_tokens_are_left_out(pair, monkeypatch):
-    monkeypatch.setattr(expert_statistics, "FEWEST", 10_000)
+def test_experts_with_few_tokens_are_left_out(pair):
     source = pair("mixtral")
     model = source.load(source.tuned)
-    found, _ = collect(model, targets_of(model), [token_ids(2, 8)], fisher=True)
+    found, _ = collect(model, targets_of(model), [token_ids(2, 8)], fisher=True, fewest=10_000)
     assert not found
     assert "forward" not in vars(model.get_submodule(MOE))  # as it was
 

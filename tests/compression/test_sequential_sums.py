@@ -1,4 +1,4 @@
-"""Sums of a stage: against float64, and the same bits whoever adds up which rows of them."""
+"""Sums of a stage, and what they say of its targets: against float64, and shared by workers."""
 
 from __future__ import annotations
 
@@ -7,95 +7,88 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamix_hf.compression import sequential_sums
-from deltamix_hf.compression.sequential_sums import Rows, StageSums, all_rows
+from deltamix_hf.compression.sequential_sums import RIDGE, StageSums, moved_targets, target_shift
 from deltamix_hf.jobs.workers import Workers
 
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(sequential_sums, "PIECE", 5)
+CPU = torch.device("cpu")
 
 
 def batches(n, m, dtype=torch.bfloat16):
+    """Inputs and residual streams of fine-tune and compressed model."""
     random = torch.Generator().manual_seed(n + m)
 
     def rows(count, width):
         return torch.randn(2, count, width, generator=random).to(dtype)
 
-    sizes = (3, 1, 7)
-    if not m:
-        return [Rows(rows(c, n), rows(c, n)) for c in sizes]
-    return [Rows(rows(c, n), rows(c, n), rows(c, m), rows(c, m)) for c in sizes]
-
-
-class Alone(Workers):
-    """Adds up its share and leaves the others' at zero."""
-
-    def add_up(self, tensor):
-        pass
-
-
-def added(n, m, workers):
-    sums = StageSums(n, torch.device("cpu"), workers)
-    for rows in batches(n, m):
-        sums.add(rows)
-    sums.finish()
-    return [total for total in (sums.inputs, sums.drift, sums.lag) if total is not None]
+    return [(rows(c, n), rows(c, n), (rows(c, m), rows(c, m)) if m else None) for c in (3, 1, 7)]
 
 
 @pytest.mark.parametrize("m", [0, 13])
 def test_against_float64(m):
-    found = added(17, m, Workers())
+    sums = StageSums(m, 17, bool(m), CPU)
     expected = [0, 0, 0]
-    for rows in batches(17, m):
-        x, reference = (t.flatten(0, -2).double() for t in (rows.compressed, rows.reference))
+    for reference, compressed, residuals in batches(17, m):
+        sums.add(reference, compressed, residuals)
+        x, x_f = (t.flatten(0, -2).double() for t in (compressed, reference))
         expected[0] += x.T @ x
-        expected[1] += (reference - x).T @ x
-        if m:
-            late = (
-                rows.reference_residual - rows.compressed_residual
-            )  # in the model's dtype, as it runs
-            expected[2] += late.flatten(0, -2).double().T @ x
-    for one, other in zip(found, expected, strict=False):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
-    assert len(found) == 2 + bool(m)
+        expected[1] += (x_f - x).T @ x
+        if m:  # in the model's dtype, as it runs
+            expected[2] += (residuals[0] - residuals[1]).flatten(0, -2).double().T @ x
+    assert sums.count == 2 * 11 and (sums.lag is None) == (m == 0)
+    for one, other in zip((sums.inputs, sums.drift, sums.lag), expected, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
 
 
-@given(n=st.integers(1, 23), m=st.integers(0, 23), size=st.integers(1, 6))
-def test_shares_make_up_the_whole_to_the_bit(n, m, size):
-    shares = [added(n, m, Alone(rank, size)) for rank in range(size)]
-    for whole, *parts in zip(added(n, m, Workers()), *shares, strict=True):
-        assert torch.equal(sum(parts), whole)
-        used = [part != 0 for part in parts]
-        assert sum(used).max() <= 1  # no row is added up twice
+def sums_of(n, lag=None, tokens=40):
+    random = torch.Generator().manual_seed(n)
+    x, drift = torch.randn(2, tokens, n, generator=random)
+    sums = StageSums(lag or 0, n, lag is not None, CPU)
+    sums.inputs, sums.drift, sums.count = x.T @ x, 0.1 * drift.T @ x, tokens
+    if lag is not None:
+        sums.lag = 0.1 * torch.randn(lag, tokens, generator=random) @ x
+    return sums
 
 
-@given(n=st.integers(1, 9), m=st.integers(0, 9))
-def test_rows_travel_as_one_tensor(n, m):
-    for rows in batches(n, m):
-        back = Rows.split(rows.joined(), n)
-        for key, value in vars(rows).items():
-            other = getattr(back, key)
-            assert other is None if value is None else torch.equal(other, value.flatten(0, -2))
+def matrices(heights, n):
+    random = torch.Generator().manual_seed(n)
+    return {f"{m}": torch.randn(m, n, generator=random).to(torch.bfloat16) for m in heights}
 
 
-class Shown(Workers):
-    """One of several workers, which show each other three batches in turn."""
-
-    def show(self, tensor, owner):
-        shown = next(turns)
-        if tensor is None:
-            return shown
-        assert owner == self.rank and torch.equal(tensor, shown)
-        return tensor
+def changes(heights, n, lag):
+    sums, weights = sums_of(n, lag), matrices(heights, n)
+    moved = moved_targets(weights, sums, Workers())
+    return target_shift(moved, dict.fromkeys(weights, 0), sums, Workers()), sums
 
 
-@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (1, 3), (3, 5)])
-def test_all_rows_come_in_the_order_of_the_batches(rank, size):
-    global turns
-    workers, rows = Shown(rank, size), batches(4, 3)
-    turns = iter([r.joined() for r in rows])
-    own = iter([rows[b] for b in workers.share(len(rows))])
-    found = list(all_rows(own, 4, len(rows), [], workers))
-    assert [r.joined().tolist() for r in found] == [r.joined().tolist() for r in rows]
+@pytest.mark.parametrize("lag", [None, 300])
+def test_targets_against_float64(lag):
+    heights = [lag] if lag else [13, 1, 300]
+    found, left = changes(heights, 17, lag)
+    sums = sums_of(17, lag)
+    gram = sums.inputs.double() / sums.count
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(17, dtype=torch.float64)
+    for name, weight in matrices(heights, 17).items():
+        expected = weight.double() @ sums.drift.double()
+        if lag:
+            expected += sums.lag.double()
+        expected = expected / sums.count @ torch.linalg.inv(gram + ridge)
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(left.inputs.double(), gram, rtol=1e-6, atol=1e-6)
+    assert not hasattr(left, "drift") and not hasattr(left, "lag")
+
+
+@given(
+    heights=st.lists(st.integers(1, 23), min_size=1, max_size=3, unique=True),
+    n=st.integers(2, 19),
+    size=st.integers(2, 6),
+)
+def test_workers_move_every_row_once(heights, n, size):
+    weights, sums = matrices(heights, n), sums_of(n)
+    whole = moved_targets(weights, sums, Workers())
+    shares = [moved_targets(weights, sums, Workers(rank, size)) for rank in range(size)]
+    for name, expected in whole.items():
+        used = sum((share[name] != 0).int() for share in shares)
+        assert used.max() == 1
+        total = sum(share[name] for share in shares)
+        torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)

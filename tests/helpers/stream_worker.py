@@ -6,12 +6,10 @@ import sys
 from tiny_pairs import calibration_ids, quick
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.compression import sequential_sums
 from deltamix_hf.integration.compress_repo import compress_streaming
 
 
 def main(finetuned: str | os.PathLike, base: str | os.PathLike, output: str | os.PathLike) -> None:
-    sequential_sums.PIECE = 24  # small models have rows to share too
     options = quick("deltamix-kl") | {"calibration": calibration_ids()}
     compress_streaming(finetuned, output, DeltaMixConfig(base, ratio=0.25, **options))
 

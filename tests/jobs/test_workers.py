@@ -1,4 +1,4 @@
-"""Several processes make the delta repo that one makes, byte for byte."""
+"""Several processes make the delta repo that one makes, but for the order of sums."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_pairs import snapshot
+from tiny_pairs import logits, relative, snapshot
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.cli.compress import compress
 from deltamix_hf.integration.compress_repo import compress_streaming
-from deltamix_hf.jobs import workers
 from deltamix_hf.jobs.resume_store import ResumeStore
 from deltamix_hf.jobs.workers import Workers
 
@@ -45,7 +44,7 @@ def test_launchers_say_who_is_who(monkeypatch):
     assert Workers.launched() == Workers(0, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert Workers.launched() == Workers(2, 3) and Workers.launched().last
+    assert Workers.launched() == Workers(2, 3)
 
 
 def test_workers_that_were_not_started_together(monkeypatch):
@@ -53,18 +52,17 @@ def test_workers_that_were_not_started_together(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DeltaMixError, match=r"the 2 workers cannot find each other: .*torchrun"):
-        Workers.launched().show(torch.ones(1), 1)
+        Workers.launched().add_up(torch.ones(1))
 
 
-def test_waiting_for_another(tmp_path, monkeypatch):
+def test_waiting_for_another(tmp_path):
     store, two = ResumeStore(tmp_path, "a"), Workers(1, 2)
     threading.Timer(0.2, store.write, ("part", {})).start()
     started = time.monotonic()
     two.wait(store, "part")
     assert 0.1 < time.monotonic() - started < 5
-    monkeypatch.setattr(workers, "PATIENCE", 0.1)
     with pytest.raises(DeltaMixError, match="another worker has not finished 'other'"):
-        two.wait(store, "other")
+        Workers(1, 2, patience=0.1).wait(store, "other")
 
 
 def launch(processes: int, *arguments: object) -> subprocess.Popen:
@@ -77,33 +75,41 @@ def launch(processes: int, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+def finish(job: subprocess.Popen) -> None:
+    _, error = job.communicate(timeout=300)
+    assert job.returncode == 0, error
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_any_number_of_processes_writes_the_bytes_of_one(pair, tmp_path, processes):
-    source, sizes = pair("llama_tied"), (1, processes)
-    launched = [launch(n, source.tuned, source.base, tmp_path / str(n)) for n in sizes]
-    for job in launched:
-        _, error = job.communicate(timeout=300)
-        assert job.returncode == 0, error
-    assert snapshot(tmp_path / str(processes)) == snapshot(tmp_path / "1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", str(processes)]
+def test_any_number_of_processes_writes_the_same_delta(pair, tmp_path, processes):
+    """The same bytes each time, and what one process writes but for draws and the order of sums."""
+    source = pair("llama_tied")
+    names = {"one": 1, "many": processes, "again": processes}
+    for name, count in names.items():
+        finish(launch(count, source.tuned, source.base, tmp_path / name))
+    assert snapshot(tmp_path / "many") == snapshot(tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    tuned, *made = (source.load(f) for f in (source.tuned, tmp_path / "one", tmp_path / "many"))
+    kls = [m.config.quantization_config.measured["kl"] for m in made]
+    far = [relative(logits(m), logits(tuned)) for m in made]
+    assert kls[1] == pytest.approx(kls[0], rel=0.1)
+    assert far[1] == pytest.approx(far[0], rel=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [10, 40, 70])
 def test_killed_and_started_again_they_write_the_same(pair, tmp_path, parts):
-    source, work = pair("llama_tied"), tmp_path / ".2.unfinished"
-    job = launch(2, source.tuned, source.base, tmp_path / "2")
+    source, work = pair("llama_tied"), tmp_path / ".killed.unfinished"
+    job = launch(2, source.tuned, source.base, tmp_path / "killed")
     while job.poll() is None and len(list(work.glob("*.part.safetensors"))) < parts:
         time.sleep(0.01)
     assert job.poll() is None, "it ended before it could be killed"
     for process in (*psutil.Process(job.pid).children(recursive=True), job):
         process.kill()
     job.communicate()
-    for processes in (2, 1):
-        job = launch(processes, source.tuned, source.base, tmp_path / str(processes))
-        _, error = job.communicate(timeout=300)
-        assert job.returncode == 0, error
-    assert snapshot(tmp_path / "2") == snapshot(tmp_path / "1")
+    for name in ("killed", "whole"):
+        finish(launch(2, source.tuned, source.base, tmp_path / name))
+    assert snapshot(tmp_path / "killed") == snapshot(tmp_path / "whole")
 
 
 def test_only_what_can_be_shared_is(pair, tmp_path, monkeypatch):
