@@ -210,7 +210,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 def install_wheels(wheels: list[Path], site: str) -> str:
     """Install them into `site`; returns what went wrong, if anything."""
-    options = "-q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target".split()
+    options = ["-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target"]
     command = [sys.executable, "-m", "pip", "install", *options, site, *map(str, wheels)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)

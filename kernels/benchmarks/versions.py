@@ -46,8 +46,9 @@ def main() -> None:
         row["/dev/nvidiactl"] = Path("/dev/nvidiactl").exists()  # tests/conftest.py looks for it
     print(json.dumps(row), flush=True)
     try:
-        import deltamix_hf
         import deltamix_kernels
+
+        import deltamix_hf
     except Exception as error:
         print(json.dumps({"ok": False, "error": f"{type(error).__name__}: {error}"[-600:]}))
         raise SystemExit(1) from error
