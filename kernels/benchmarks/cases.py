@@ -24,8 +24,8 @@ _LONGEST_ERROR = 700
 
 
 def tell(**row: object) -> None:
-    """Print one JSON line, in one write: workers share the pipe."""
-    os.write(1, (json.dumps(row) + "\n").encode())
+    """Print one JSON line in one write: workers share the pipe, and leave lines unfinished."""
+    os.write(1, f"\n{json.dumps(row)}\n".encode())
 
 
 def last_lines(error: BaseException) -> str:

@@ -97,9 +97,8 @@ def single(kind: str, layer: str, dtype_name: str, rows_list: tuple[int, ...]) -
 
 def _widths_of_v(runs: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
     """Ranks by V width, widest first."""
-    return [
-        (sum(c for c, v, _ in runs if v == bits), bits) for bits in sorted({r[1] for r in runs})[::-1]
-    ]  # fmt: skip
+    widths = sorted({v for _, v, _ in runs}, reverse=True)
+    return [(sum(c for c, v, _ in runs if v == bits), bits) for bits in widths]
 
 
 def group(layers: list[str], dtype_name: str, rows_list: tuple[int, ...]) -> Iterator[dict]:
@@ -138,7 +137,7 @@ def group(layers: list[str], dtype_name: str, rows_list: tuple[int, ...]) -> Ite
 def grouped(
     layer: str, dtype_name: str, tenants: int, rows_list: tuple[int, ...], embed: bool = False
 ) -> Iterator[dict]:
-    """Rows in random order over `tenants` deltas and the base, as a linear layer or an embedding."""
+    """Rows in random order over `tenants` deltas and the base: a linear layer or an embedding."""
     import deltamix_kernels as dk
     from factors import exact, kernel_form, random_factors
     from timing import DEVICE
@@ -159,13 +158,9 @@ def grouped(
         plan = Plan(rows, min(rows, 256), DEVICE)
         plan.load([(str(i),) if i >= 0 else () for i in chosen], slots)
         of_batch = dk.Rows(plan.order, plan.starts, plan.slots)
-        if embed:
-            ids = torch.randint(m, (rows,), device=DEVICE)
-            base = F.embedding(ids, weight)
-            x = F.one_hot(ids, m).to(dtype)
-        else:
-            x = inputs(DEVICE, dtype, rows, n)
-            base = F.linear(x, weight)
+        ids = torch.randint(m, (rows,), device=DEVICE)
+        x = ids if embed else inputs(DEVICE, dtype, rows, n)
+        base = F.embedding(ids, weight) if embed else F.linear(x, weight)
         expected = base.double()
         for i, factors in enumerate(made):
             mine = torch.tensor([c == i for c in chosen], device=DEVICE)
@@ -180,7 +175,7 @@ def grouped(
         def run(x: Tensor = x, base: Tensor = base, of_batch: dk.Rows = of_batch) -> Tensor:
             y = base.clone()
             if embed:
-                dk.grouped_embed(y, ids, table, of_batch)
+                dk.grouped_embed(y, x, table, of_batch)
             else:
                 dk.grouped_add(y, x, table, of_batch)
             return y

@@ -12,6 +12,7 @@ every step on a CPU, in Triton's interpreter. The exit status is 1 if a step fai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -155,10 +156,8 @@ def run_step(step: Step, limit: float, env: dict[str, str], sorter: Sorter) -> s
             state = f"exit {process.returncode}"
         elif ready and not chunk:
             time.sleep(0.05)  # closed its output and runs on
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     process.stdout.close()
     sorter.finish()
@@ -210,8 +209,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 def install_wheels(wheels: list[Path], site: str) -> str:
     """Install them into `site`; returns what went wrong, if anything."""
-    options = ["-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target"]
-    command = [sys.executable, "-m", "pip", "install", *options, site, *map(str, wheels)]
+    options = ["-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", site]
+    command = [sys.executable, "-m", "pip", "install", *options, *map(str, wheels)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -233,6 +232,7 @@ def environment(scratch: str, tiny: bool) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
     }
 
 
