@@ -353,8 +353,9 @@ def phases(sizes: dict[str, int]) -> list[dict[str, cases.Case]]:
     """Checks that may run side by side, after those before; the longest first."""
     kl = "deltamix-kl"
     return [
-        {"pair": partial(pair, sizes), "kernel": kernel},
+        {"pair": partial(pair, sizes)},
         {
+            "kernel": kernel,
             "compress on the GPU": partial(compress, "one", DEVICE, kl, "gpu"),
             **{f"compress {name}": partial(compress, name, "cpu", kl, name) for name in NAMES},
         },
@@ -399,7 +400,7 @@ def main() -> None:
         import torch
 
         FOLDER = options.folder
-        torch.set_num_threads(1 if options.tiny else 2)
+        torch.set_num_threads(1 if options.tiny else 3)
         with torch.no_grad():
             cases.serve({name: case for phase in found for name, case in phase.items()})
         return

@@ -55,8 +55,8 @@ STEPS = (  # in order of worth
     Step("versions", 40, python(HERE + "versions.py")),
     Step("ceilings", 40, python(HERE + "ceilings.py")),
     Step("correct", 75, python(HERE + "correct.py")),
-    # steps of new kernels belong here: decode_gpu.py, a part a step
-    Step("library", 100, python(HERE + "end_to_end.py")),
+    # New kernels: a part a step, Step("decode", 60, python(HERE + "decode_gpu.py", "--part", ...)).
+    Step("library", 120, python(HERE + "end_to_end.py")),
     Step(
         "old",
         45,
@@ -194,9 +194,11 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     """Failures in full, figures in short, then a line a step."""
     lines = []
     for outcome in outcomes:
-        told = [row for row in outcome.rows if not row.get("ok", False)]
+        failed = [row for row in outcome.rows if row.get("ok") is False]
+        figures = [row for row in outcome.rows if "ok" not in row]
+        told = failed[:20] + figures[-24:]  # of a long step the last figures say most
         lines += [f"-- {outcome.name}"] if told else []
-        lines += [json.dumps(row)[:330] for row in told[:24]]
+        lines += [json.dumps(row)[:330] for row in told]
     table = [
         f"{'ok' if o.good else 'BAD':4s}{o.name:12s}{o.seconds:6.1f} s  {o.state:18s}"
         f"{sum(row.get('ok') is True for row in o.rows):4d} ok"
@@ -226,7 +228,6 @@ def environment(scratch: str, tiny: bool) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
         "TRITON_CACHE_DIR": f"{scratch}/triton",  # shared: what one step compiled, others find
         "TRITON_INTERPRET": "1" if tiny else "0",
         "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",

@@ -63,7 +63,7 @@ def main() -> int:
     workers = ["-n", "12"]
     if options.tiny:
         files, workers = ["tests/test_kernel_choice.py"], ["-n", "2"]
-    arguments = ["-q", "-p", "no:cacheprovider", "--timeout", "60", "--tb", "short", *workers]
+    arguments = ["-q", "-p", "no:cacheprovider", "--timeout", "80", "--tb", "short", *workers]
     os.chdir(ROOT)
     teller = Teller()
     return int(pytest.main([*arguments, *files], plugins=[teller]))

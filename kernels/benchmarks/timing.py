@@ -21,6 +21,7 @@ def time_graph(run: Callable[[int], object], count: int, repeats: int = 20) -> l
     if DEVICE.type == "cpu":
         return [_seconds(lambda: [run(i) for i in range(count)]) / count for _ in range(2)]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for i in range(count):
             run(i)
