@@ -107,7 +107,18 @@ for i in range(300):
     text = gpu.summary(outcomes)
     assert len(text) <= gpu.SUMMARY_CHARACTERS + 10 and not outcomes[0].good
     assert text.count('"ok": false') == 3 and text.splitlines()[-1].startswith("BAD step2")
-    assert "299 ok   1 not ok" in text
+    assert "   1 bad of 300 rows" in text
+
+
+@pytest.mark.parametrize("row", [{"ok": False}, {"fault": "..."}, {"right": False, "figure": 1}])
+def test_what_counts_as_bad(tmp_path, row):
+    outcomes, _ = run([step("some", f"import json; print(json.dumps({row!r}))")], tmp_path)
+    assert outcomes[0].state == "exit 0" and not outcomes[0].good
+
+
+def test_a_step_that_fails_says_why(tmp_path):
+    outcomes, _ = run([step("bad", "raise ValueError('this is why')")], tmp_path)
+    assert "ValueError: this is why" in gpu.summary(outcomes)
 
 
 def test_every_step_is_there_and_runs_without_a_gpu(tmp_path):

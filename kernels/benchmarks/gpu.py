@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +52,19 @@ def python(script: str, *arguments: str) -> tuple[str, ...]:
     return sys.executable, script, *arguments
 
 
+# The parts of the new decode kernels, wherever they are there.
+DECODE = tuple(
+    Step(f"d-{part}", limit, python(HERE + "decode_gpu.py", part), ())
+    for part, limit in (
+        ("compile", 60), ("check", 45), ("layer", 60), ("kernels", 40), ("sweep", 60)
+    )
+    if (ROOT / HERE / "decode_gpu.py").is_file()
+)  # fmt: skip
 STEPS = (  # in order of worth
     Step("versions", 40, python(HERE + "versions.py")),
     Step("ceilings", 40, python(HERE + "ceilings.py")),
     Step("correct", 75, python(HERE + "correct.py")),
-    # New kernels: a part a step, Step("decode", 60, python(HERE + "decode_gpu.py", "--part", ...)).
+    *DECODE,
     Step("library", 120, python(HERE + "end_to_end.py")),
     Step(
         "old",
@@ -80,10 +89,15 @@ class Outcome:
     state: str
     seconds: float = 0.0
     rows: list[dict] = field(default_factory=list)
+    last: str = ""  # lines that are no JSON
 
     @property
     def good(self) -> bool:
-        return self.state == "exit 0" and all(row.get("ok", True) for row in self.rows)
+        return self.state == "exit 0" and not any(map(is_bad, self.rows))
+
+
+def is_bad(row: dict) -> bool:
+    return "fault" in row or not (row.get("ok", True) and row.get("right", True))
 
 
 class Sorter:
@@ -92,6 +106,7 @@ class Sorter:
     def __init__(self, name: str, results: BinaryIO, log: BinaryIO):
         self.name, self.results, self.log = name, results, log
         self.rows: list[dict] = []
+        self.last: deque[bytes] = deque(maxlen=4)  # lines that are no JSON
         self._rest = b""
         self._log_left, self._results_left = LOG_BYTES, RESULT_BYTES
 
@@ -114,6 +129,7 @@ class Sorter:
             self._log_left = max(0, self._log_left - len(text))
             if len(text) > 1:
                 self.log.write(text)
+                self.last.append(text.rstrip()[-300:])
             return
         self._results_left -= len(line)
         self.rows.append(row)
@@ -182,7 +198,8 @@ def run_steps(
             log.write(f"\n== {step.name}: {' '.join(step.command)}\n".encode())
             started, sorter = time.monotonic(), Sorter(step.name, results, log)
             state = run_step(step, min(step.limit, left), env, sorter)
-            outcome = Outcome(step.name, state, time.monotonic() - started, sorter.rows)
+            last = b"\n".join(sorter.last).decode(errors="replace")
+            outcome = Outcome(step.name, state, time.monotonic() - started, sorter.rows, last)
             outcomes.append(outcome)
             row = {"step": step.name, "state": state, "seconds": round(outcome.seconds, 1)}
             results.write(json.dumps(row).encode() + b"\n")
@@ -191,18 +208,17 @@ def run_steps(
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """Failures in full, figures in short, then a line a step."""
+    """Failures and the last figures of every step, then a line a step."""
     lines = []
     for outcome in outcomes:
-        failed = [row for row in outcome.rows if row.get("ok") is False]
-        figures = [row for row in outcome.rows if "ok" not in row]
-        told = failed[:20] + figures[-24:]  # of a long step the last figures say most
-        lines += [f"-- {outcome.name}"] if told else []
-        lines += [json.dumps(row)[:330] for row in told]
+        failed = [row for row in outcome.rows if is_bad(row)]
+        figures = [row for row in outcome.rows if not is_bad(row) and "ok" not in row]
+        told = [json.dumps(row)[:330] for row in failed[:20] + figures[-24:]]
+        told += [outcome.last] if outcome.state != "exit 0" and outcome.last else []
+        lines += [f"-- {outcome.name}", *told] if told else []
     table = [
         f"{'ok' if o.good else 'BAD':4s}{o.name:12s}{o.seconds:6.1f} s  {o.state:18s}"
-        f"{sum(row.get('ok') is True for row in o.rows):4d} ok"
-        f"{sum(row.get('ok') is False for row in o.rows):4d} not ok{len(o.rows):4d} rows"
+        f"{sum(map(is_bad, o.rows)):4d} bad of{len(o.rows):4d} rows"
         for o in outcomes
     ]
     room = SUMMARY_CHARACTERS - len("\n".join(table))
