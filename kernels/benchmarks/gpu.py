@@ -97,7 +97,9 @@ class Outcome:
 
 
 def is_bad(row: dict) -> bool:
-    return "fault" in row or not (row.get("ok", True) and row.get("right", True))
+    if row.get("part") == "refused" or "refused" in row or "fault" in row:  # decode_gpu.py's words
+        return True
+    return not (row.get("ok", True) and row.get("right", True))
 
 
 class Sorter:
