@@ -69,7 +69,8 @@ def main() -> None:
         f"assumed: {BANDWIDTH / 1e12} TB/s, {RATE / 1e12:.0f} bf16 Tflop/s, "
         f"{HOST / 1e9:.0f} GB/s from the host, {GAP * 1e6} us a launch; nothing here is measured"
     )
-    for name, linears in MODELS.items():
+    for name in BLOCKS:
+        linears = MODELS[name]
         lines = [(1, f"{one.name} {one.m} x {one.n}", [one], None) for one in linears]
         lines += [(rows, "**block**", linears, target) for rows, target in TARGETS.items()]
         columns = block_costs(linears)

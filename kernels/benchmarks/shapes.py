@@ -45,6 +45,7 @@ MODELS = {
     "Llama-3-8B": block(4096, 1024, 14336),
     "Qwen2.5-7B": block(3584, 512, 18944, bias=True),
     "Llama-3-70B": block(8192, 1024, 28672),
+    "tiny": block(64, 32, 128),  # for dry runs on a CPU
 }
 BLOCKS = {"Llama-3-8B": 32, "Qwen2.5-7B": 28, "Llama-3-70B": 80}
 

@@ -1,0 +1,416 @@
+"""The library on a GPU, from compression to compiled generation, each check by itself.
+
+    python kernels/benchmarks/end_to_end.py [--tiny] [--only CHECK ...]
+
+A small llama and three fine-tunes are made on the spot and compressed, on the CPU and on the GPU;
+then every way to run a delta is tried, in processes of their own, against the same delta in float32
+on the CPU, where the reference runs. One JSON line a check, with what was raised if it failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import cases
+
+NAMES = ("one", "two", "three")
+MIXED = ["one", None, "three", "one"]
+# Relative error of logits, RMS, after the rounding of activations in every layer.
+CLOSE = {"bfloat16": 4e-2, "float16": 6e-3, "float32": 1e-3}
+FOLDER, DEVICE = Path(), "cpu"
+SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 1000}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 256}
+
+
+def pair(sizes: dict[str, int]) -> Iterator[dict]:
+    """A base and its fine-tunes: every matrix moves by a tenth, along a falling spectrum."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": sizes["hidden_size"] // 16, "num_key_value_heads": 4}
+    config = LlamaConfig(**sizes, **heads, max_position_embeddings=2048, initializer_range=0.05)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model.save_pretrained(FOLDER / "base")
+    kept = {name: p.clone() for name, p in model.named_parameters()}
+    for seed, name in enumerate(NAMES, 1):
+        random = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=random)
+            if parameter.ndim < 2:
+                parameter.copy_(kept[key].float() + 0.02 * noise)
+                continue
+            m, n = parameter.shape
+            fall = 1 / torch.arange(1, min(m, n) + 1)
+            delta = torch.randn(m, len(fall), generator=random) * fall
+            delta = delta @ torch.randn(len(fall), n, generator=random)
+            delta = delta / delta.norm() + 0.05 * noise / noise.norm()
+            old = kept[key].float()
+            parameter.copy_(old + 0.1 * old.norm() * delta)
+        model.save_pretrained(FOLDER / f"{name}-tuned")
+    yield {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def ids(rows: int = 2, length: int = 8, seed: int = 0):
+    import torch
+
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 250, (rows, length), generator=random)
+
+
+def load(folder: str, device: str | None = None, dtype: str = "bfloat16", **options):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import deltamix_hf  # registers the method where no entry point is installed
+
+    assert deltamix_hf.__version__
+    device = device or DEVICE
+    return AutoModelForCausalLM.from_pretrained(
+        FOLDER / folder, dtype=getattr(torch, dtype), device_map=device, **options
+    ).eval()
+
+
+def with_deltas(names=NAMES):
+    model = load("base")
+    for name in names:
+        model.load_delta(FOLDER / name, name)
+    return model
+
+
+def logits(model, tokens, **options):
+    return model(tokens.to(model.device), **options).logits.float().cpu()
+
+
+def expected(name: str | None, tokens):
+    """Float32 on the CPU, by the reference."""
+    return logits(load(name or "base", "cpu", "float32"), tokens)
+
+
+def distance(found, right) -> float:
+    found, right = found.double(), right.double()
+    error = float((found - right).norm() / right.norm())
+    return float(f"{error:.3g}") if error == error else float("inf")
+
+
+def near(found, right, dtype: str = "bfloat16") -> dict:
+    error = distance(found, right)
+    return {"ok": error <= CLOSE[dtype], "error": error}
+
+
+def kernel() -> Iterator[dict]:
+    """Whether the kernels pass their own check, and run here."""
+    import torch
+
+    from deltamix_hf import kernels, self_check
+
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")
+    try:
+        errors = list(self_check._errors(device))
+    except Exception as error:
+        yield {"ok": False, "error": cases.last_lines(error)}
+    else:
+        yield {"ok": max(errors) < self_check.TOLERANCE, "errors": [round(e, 5) for e in errors]}
+    chosen = kernels.choose(device)
+    yield {"ok": chosen == "triton" or DEVICE == "cpu", "chosen": chosen}
+
+
+def compress(name: str, device: str, method: str, folder: str) -> Iterator[dict]:
+    """Compress on `device`, save, reload: same logits, nearer to the fine-tune than the base is."""
+    from transformers import AutoModelForCausalLM
+
+    from deltamix_hf import DeltaMixConfig
+
+    config = DeltaMixConfig(
+        base_model=FOLDER / "base",
+        method=method,
+        ratio=1 / 8,
+        calibration=ids(16, 64, seed=5),
+        num_samples=16,
+        **({"tune_steps": 3} if method == "deltamix-kl" else {}),
+    )
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        FOLDER / f"{name}-tuned", quantization_config=config, device_map=device
+    )
+    spent = {k: round(s, 2) for k, s in model.hf_quantizer.seconds.items()}
+    row = {"seconds": round(time.perf_counter() - started, 1), "stages": spent}
+    model.save_pretrained(FOLDER / folder)
+    yield {**row, "packed": len(model.config.quantization_config.errors)}
+    found, again = logits(model, ids()), logits(load(folder, device), ids())
+    yield {"check": "reload", "ok": distance(again, found) <= 1e-6, "error": distance(again, found)}
+    tuned = logits(load(f"{name}-tuned", "cpu", "float32"), ids())
+    kept = distance(found, tuned) / distance(expected(None, ids()), tuned)
+    yield {
+        "check": "near the fine-tune",
+        "ok": kept < 0.5,
+        "of the base's distance": round(kept, 3),
+    }
+
+
+def forward(dtype: str, rows: int, length: int) -> Iterator[dict]:
+    """One delta against the CPU; and the reference on the GPU against both."""
+    model, tokens = load("one", dtype=dtype), ids(rows, length)
+    right, found = expected("one", tokens), logits(model, tokens)
+    yield {"dtype": dtype, "tokens": [rows, length], **near(found, right, dtype)}
+    os.environ["DELTAMIX_KERNEL"] = "reference"
+    yield {"check": "reference on the GPU", **near(logits(model, tokens), right, dtype)}
+    del os.environ["DELTAMIX_KERNEL"]
+
+
+def generate() -> Iterator[dict]:
+    """Greedy tokens are those of the highest logits of one pass over all of them."""
+    model = load("one")
+    for rows in (1, 2):
+        tokens = ids(rows).to(DEVICE)
+        started = time.perf_counter()
+        out = model.generate(tokens, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        row = {"rows": rows, "seconds": round(time.perf_counter() - started, 2)}
+        yield {**row, **greedy(model, tokens, out)}
+
+
+def greedy(model, tokens, out, **options) -> dict:
+    """How many of the new tokens a single pass would have chosen, or all but chosen."""
+    made, found = out[:, tokens.shape[1] :].cpu(), logits(model, out, **options)
+    found = found[:, tokens.shape[1] - 1 : -1]
+    best, chosen = found.max(-1).values, found.gather(-1, made[..., None])[..., 0]
+    good = float((best - chosen <= 0.05 * found.std()).float().mean())
+    return {"ok": good == 1.0 and made.shape[1] == 24, "agree": round(good, 3)}
+
+
+def merge() -> Iterator[dict]:
+    """Merged weights beside the factors, and a dense model of them."""
+    import deltamix_hf
+
+    model, tokens = load("one"), ids()
+    right = expected("one", tokens)
+    size = deltamix_hf.cache_merged(model)
+    yield {"check": "cache_merged", "bytes": size, **near(logits(model, tokens), right)}
+    deltamix_hf.cache_merged(model, False)
+    yield {"check": "dropped", **near(logits(model, tokens), right)}
+    yield {"check": "dequantize()", **near(logits(model.dequantize(), tokens), right)}
+    dense = load("one", quantization_config=deltamix_hf.DeltaMixConfig(dequantize=True))
+    yield {"check": "dequantize=True", **near(logits(dense, tokens), right)}
+
+
+def backward() -> Iterator[dict]:
+    """Gradients of the inputs, by the kernels and by the reference."""
+    import torch
+
+    model, found = load("one"), []
+    embedded = model.get_input_embeddings()(ids().to(DEVICE)).detach()
+    for choice in (None, "reference"):
+        if choice:
+            os.environ["DELTAMIX_KERNEL"] = choice
+        x = embedded.clone().requires_grad_()
+        with torch.enable_grad():
+            model(inputs_embeds=x).logits.float().square().mean().backward()
+        found.append(x.grad.float().cpu())
+    os.environ.pop("DELTAMIX_KERNEL", None)
+    yield near(*found)
+
+
+def many() -> Iterator[dict]:
+    """Rows of a batch with deltas of their own: each as alone, those of the base bit for bit."""
+    model, tokens = with_deltas(), ids(4)
+    found, base = logits(model, tokens, delta_names=MIXED), logits(load("base"), tokens)
+    for row, name in enumerate(MIXED):
+        yield {"row": row, "delta": name, **near(found[row], expected(name, tokens)[row])}
+    yield {"check": "base row, bits", "ok": bool((found[1] == base[1]).all())}
+    alone = logits(model, tokens, delta_names="one")
+    yield {"check": "mixed and alone, bits", "ok": True, "same": bool((found[0] == alone[0]).all()),
+           "error": distance(found[0], alone[0])}  # fmt: skip
+    model.delete_delta("one")
+    model.load_delta(FOLDER / "two", "again")
+    found = logits(model, tokens, delta_names=["again", None, "three", "two"])
+    yield {"check": "deltas came and went", **near(found[0], expected("two", tokens)[0])}
+
+
+def many_generate() -> Iterator[dict]:
+    """Mixed generation: each row as a pass over it by its own delta would choose."""
+    model, tokens = with_deltas(), ids(4).to(DEVICE)
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    out = model.generate(tokens, delta_names=MIXED, **options)
+    yield greedy(model, tokens, out, delta_names=MIXED)
+
+
+def memory() -> Iterator[dict]:
+    """Deltas move to the host and back."""
+    model, tokens = with_deltas(), ids()
+    size = max(model.list_deltas().values())
+    before = {name: logits(model, tokens, delta_names=name) for name in NAMES}
+    model.set_delta_memory(budget_bytes=2 * size, host_bytes=4 * size)
+    for name in (*NAMES, *NAMES):
+        found = logits(model, tokens, delta_names=name)
+        yield {"delta": name, "ok": bool((found == before[name]).all())}
+
+
+def graph(many_deltas: bool, embedded: bool) -> Iterator[dict]:
+    """A captured forward; `embedded`: past the embedding. Replays follow new inputs and deltas."""
+    import torch
+
+    model = with_deltas() if many_deltas else load("one")
+    tokens = ids(4, 1).to(DEVICE)
+    table = load("base").get_input_embeddings()
+
+    def inputs(tokens):
+        return {"inputs_embeds": table(tokens)} if embedded else {"input_ids": tokens}
+
+    def using(names):
+        return model.use_deltas(names) if many_deltas else torch.no_grad()
+
+    fixed = inputs(tokens)
+    with using(MIXED):
+        for _ in range(2):
+            model(**fixed, use_cache=False)
+        if DEVICE == "cpu":
+            yield {"ok": True, "skipped": "no GPU"}
+            return
+        torch.cuda.synchronize()
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            out = model(**fixed, use_cache=False).logits
+    yield {"check": "captured"}
+    for names in (MIXED, ["three", "two", None, "one"]):
+        fresh = inputs(ids(4, 1, seed=9).to(DEVICE))
+        for key, tensor in fixed.items():
+            tensor.copy_(fresh[key])
+        with using(names):
+            right = model(**fresh, use_cache=False).logits.float().cpu()
+            recorded.replay()
+        torch.cuda.synchronize()
+        yield {"check": "replay", **near(out.float().cpu(), right)}
+
+
+def static(many_deltas: bool) -> Iterator[dict]:
+    """`generate` with a static cache, which transformers compiles on a GPU (reduce-overhead)."""
+    model, tokens = (with_deltas() if many_deltas else load("one")), ids(4).to(DEVICE)
+    names = {"delta_names": MIXED} if many_deltas else {}
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, **names}
+    for attempt in ("first", "again"):
+        started = time.perf_counter()
+        out = model.generate(tokens, cache_implementation="static", **options)
+        row = {"attempt": attempt, "seconds": round(time.perf_counter() - started, 2)}
+        yield {**row, **greedy(model, tokens, out, **names)}
+    was = getattr(model, "_compiled_call", None) is not None
+    yield {"check": "compiled", "ok": was or DEVICE == "cpu"}
+
+
+def compiled(many_deltas: bool, mode: str | None) -> Iterator[dict]:
+    """`torch.compile` in one graph; deltas and inputs change, nothing is compiled again."""
+    import torch
+
+    model, tokens = (with_deltas() if many_deltas else load("one")), ids(4, 4)
+    compiler = {"mode": mode} if DEVICE == "cuda" else {"backend": "aot_eager"}
+    fast = torch.compile(model, fullgraph=True, dynamic=False, **compiler)
+    for i, names in enumerate((MIXED, ["three", "two", None, "one"], MIXED, MIXED)):
+        tokens = ids(4, 4, seed=i)
+        right = logits(model, tokens, **({"delta_names": names} if many_deltas else {}))
+        started = time.perf_counter()
+        with (
+            torch._dynamo.config.patch(error_on_recompile=i > 0),
+            model.use_deltas(names) if many_deltas else torch.no_grad(),
+        ):
+            found = logits(fast, tokens)
+        yield {"run": i, "seconds": round(time.perf_counter() - started, 2), **near(found, right)}
+
+
+def continuous() -> Iterator[dict]:
+    """Continuous batching, a delta for each request."""
+    from transformers import ContinuousBatchingConfig
+
+    model = with_deltas()
+    prompts = [row.tolist() for row in ids(4)]
+    cache = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256)
+    out = model.generate_batch(
+        prompts, delta_names=MIXED, max_new_tokens=8, continuous_batching_config=cache
+    )
+    counts = [len(found.generated_tokens) for found in out.values()]
+    yield {"ok": len(counts) == 4 and min(counts) >= 1, "tokens": counts}
+
+
+def loading() -> Iterator[dict]:
+    """Placed by `device_map="auto"`, moved by `.to`, and by offloading to the CPU."""
+    tokens = ids()
+    right = expected("one", tokens)
+    yield {"check": "auto", **near(logits(load("one", "auto"), tokens), right)}
+    moved = load("one", "cpu").to(DEVICE)
+    yield {"check": ".to", **near(logits(moved, tokens), right)}
+    parts = {"model.embed_tokens": DEVICE, "model.layers": DEVICE, "model.norm": "cpu"}
+    parts |= {"model.rotary_emb": DEVICE, "lm_head": "cpu"}
+    if DEVICE == "cuda":
+        found = load("one", parts)
+        yield {"check": "offload", **near(found(tokens.cuda()).logits.float().cpu(), right)}
+
+
+def phases(sizes: dict[str, int]) -> list[dict[str, cases.Case]]:
+    """Checks that may run side by side, after those before; the longest first."""
+    kl = "deltamix-kl"
+    return [
+        {"pair": partial(pair, sizes)},
+        {
+            "kernel": kernel,
+            "compress on the GPU": partial(compress, "one", DEVICE, kl, "gpu"),
+            **{f"compress {name}": partial(compress, name, "cpu", kl, name) for name in NAMES},
+        },
+        {
+            "static cache": partial(static, False),
+            "static cache, many": partial(static, True),
+            "reduce-overhead": partial(compiled, False, "reduce-overhead"),
+            "reduce-overhead, many": partial(compiled, True, "reduce-overhead"),
+            "many": many,
+            "many, generate": many_generate,
+            "forward": partial(forward, "bfloat16", 2, 8),
+            "graph": partial(graph, False, False),
+            "graph past the embedding": partial(graph, False, True),
+            "graph, many": partial(graph, True, False),
+            "graph past the embedding, many": partial(graph, True, True),
+            "generate": generate,
+            "forward, long": partial(forward, "bfloat16", 2, 300),
+            "forward, fp16": partial(forward, "float16", 2, 8),
+            "backward": backward,
+            "merge": merge,
+            "continuous batching": continuous,
+            "memory": memory,
+            "loading": loading,
+            "compile, default": partial(compiled, False, None),
+            "compress by delta-come": partial(compress, "two", DEVICE, "delta-come", "come"),
+        },
+    ]
+
+
+def main() -> None:
+    global FOLDER, DEVICE
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a smaller model, on a CPU")
+    parser.add_argument("--only", nargs="+", help="of the last checks; the pair is always made")
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    DEVICE = "cpu" if options.tiny else "cuda"
+    found = phases(TINY if options.tiny else SIZES)
+    if options.worker:
+        import torch
+
+        FOLDER = options.folder
+        torch.set_num_threads(1 if options.tiny else 3)
+        with torch.no_grad():
+            cases.serve({name: case for phase in found for name, case in phase.items()})
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        command = [__file__, "--worker", "--folder", folder, *["--tiny"] * options.tiny]
+        for phase in found:
+            names = [n for n in phase if phase is not found[-1] or n in (options.only or phase)]
+            workers = 2 if options.tiny else options.workers
+            cases.run(names, workers, 300 if options.tiny else 80, [cases.PYTHON, *command])
+
+
+if __name__ == "__main__":
+    main()
