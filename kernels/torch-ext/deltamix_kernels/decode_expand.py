@@ -82,7 +82,7 @@ def expand_sums(
     return tl.reshape(tl.sum(tl.join(even, odd), 0), [C, M, 8])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def decode_expand_kernel(
     h,  # [rows, total] of y's dtype
     y0,  # [rows, m] of each matrix

@@ -18,7 +18,7 @@ from .layout import widths_mask
 from .prepack import ALIGN, pack_u, pack_v, padded, u_runs, v_runs
 
 MOST_ROWS = 64
-_ROWS_AT_ONCE = 32  # more would not fit into the registers of expand
+_ROWS_AT_ONCE = 16  # 32 spill in expand
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class DecodePlan:
         self.v_widths = widths_mask(v for p in self.matrices for _, v, _ in p.runs)
         self.u_widths = widths_mask(u for p in self.matrices for _, _, u in p.runs)
         shrink, expand = self._shrink_rows(), self._expand_rows()
-        self.most = max(row[9] for row in expand)
+        # a power of two: fewer variants to compile
+        self.most = triton.next_power_of_2(max(row[9] for row in expand))
         self.v_tiles, self.u_tiles = (
             torch.tensor(rows, dtype=torch.int32).to(device) for rows in (shrink, expand)
         )

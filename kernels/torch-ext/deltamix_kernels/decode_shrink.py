@@ -82,7 +82,7 @@ def shrink_sums(
     return tl.sum(sums, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def decode_shrink_kernel(
     x,  # [rows, n]
     h,  # [rows, total] of x's dtype

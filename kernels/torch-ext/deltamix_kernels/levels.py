@@ -62,8 +62,11 @@ def lookup(bits: int, j: int, half: bool) -> str:
         text += "mad.lo.u32 s, t, 17, 0x40404040; " + _words(_patterns(bits, half))
         text += "prmt.b32 $0, l0, h0, s; shr.u32 s, s, 16; prmt.b32 $1, l0, h0, s; "
     elif bits == 3:
-        text = _shifted("t", "$2", 2 * j % 8, 3) + _shifted("n", "$3", j, 1)
-        text += "mad.lo.u32 t, t, 2, n; " + _NIBBLES + _words(_patterns(3, half)) + _FIND + _ZIP
+        high = 2 * (j % 4) - 1  # brings the two bits of the plane to bits 1 and 2
+        text = f"shr.u32 t, $2, {high}; " if high > 0 else "shl.b32 t, $2, 1; "
+        text += "and.b32 t, t, 0x06060606; " + (f"shr.u32 n, $3, {j}; " if j else "mov.b32 n, $3; ")
+        text += "lop3.b32 t, t, n, 0x01010101, 0xF8; "  # t | (n & 1)
+        text += _NIBBLES + _words(_patterns(3, half)) + _FIND + _ZIP
     else:
         # the levels are symmetric: look up the upper half and put the sign bit on
         text = _shifted("t", "$2", 4 * j % 8, 15)
@@ -107,16 +110,17 @@ def level(rows, j: tl.constexpr, bits: tl.constexpr, dtype: tl.constexpr, LOOKUP
     """Levels in `dtype`, bfloat16 or float16, of element j of the byte columns."""
     if (not LOOKUP) or bits > 4:
         return cubic(element(rows, j, bits), bits).to(dtype)
-    if dtype == tl.float16:
-        text: tl.constexpr = _FLOAT16[8 * bits - 8 + j]
     else:
-        text: tl.constexpr = _BFLOAT16[8 * bits - 8 + j]
-    if bits == 3:
-        found = tl.inline_asm_elementwise(
-            text, "=r,=r,r,r", [rows[j // 4], rows[2]], dtype=tl.int16, is_pure=True, pack=4
-        )
-    else:
-        found = tl.inline_asm_elementwise(
-            text, "=r,=r,r", [rows[j * bits // 8]], dtype=tl.int16, is_pure=True, pack=4
-        )
-    return found.to(dtype, bitcast=True)
+        if dtype == tl.float16:
+            text: tl.constexpr = _FLOAT16[8 * bits - 8 + j]
+        else:
+            text: tl.constexpr = _BFLOAT16[8 * bits - 8 + j]
+        if bits == 3:
+            found = tl.inline_asm_elementwise(
+                text, "=r,=r,r,r", [rows[j // 4], rows[2]], dtype=tl.int16, is_pure=True, pack=4
+            )
+        else:
+            found = tl.inline_asm_elementwise(
+                text, "=r,=r,r", [rows[j * bits // 8]], dtype=tl.int16, is_pure=True, pack=4
+            )
+        return found.to(dtype, bitcast=True)
