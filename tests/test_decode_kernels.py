@@ -24,7 +24,7 @@ GROUPS = [  # (m, v_bits, u_bits) of each matrix, n
 TILES = [
     pytest.param(ShrinkTiles(), ExpandTiles(), id="default"),
     pytest.param(
-        ShrinkTiles(R=16, C=16, S=1, splits=2), ExpandTiles(R=16, C=16, S=1, share=1), id="split"
+        ShrinkTiles(R=16, C=16, S=1, splits=2), ExpandTiles(R=16, C=16, S=1, programs=999), id="split"
     ),
 ]
 
@@ -42,13 +42,13 @@ def poison(plan):
             part.fill_(float("nan"))
 
 
-@pytest.mark.parametrize("tiles", [t.values for t in TILES], ids=["default", "split"])
+@pytest.mark.parametrize(("shrink", "expand"), TILES)
 @pytest.mark.parametrize(("matrices", "n"), GROUPS)
 @pytest.mark.parametrize(
     ("rows", "dtype"), [(1, torch.bfloat16), (16, torch.float16), (37, torch.bfloat16)]
 )
-def test_the_delta_is_added(matrices, n, tiles, rows, dtype):
-    plan, deltas = plan_of(matrices, n, dtype, *tiles)
+def test_the_delta_is_added(matrices, n, shrink, expand, rows, dtype):
+    plan, deltas = plan_of(matrices, n, dtype, shrink, expand)
     x = inputs(rows, n, dtype)
     plan._workspace(plan._rows_at_once(rows), -(-rows // plan._rows_at_once(rows)))
     for add in (False, True):

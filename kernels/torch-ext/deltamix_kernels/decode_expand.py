@@ -133,8 +133,9 @@ def decode_expand_kernel(
     c = tl.arange(0, C)[:, None, None]
     e = tl.arange(0, 8)[None, None, :]
     place = (c * M + tl.arange(0, M)[None, :, None]) * 8 + e
+    live = ((m < rows)[None, :, None]) & (c < columns - column) & (e >= 0)
     sums, last = reduce(
-        sums, place, parts + block.to(tl.int64) * (8 * M * C), arrived + block, part, shared,
+        sums, place, live, parts + block.to(tl.int64) * (8 * M * C), arrived + block, part, shared,
         MOST, 8 * M * C,
     )  # fmt: skip
     if last:

@@ -34,12 +34,12 @@ class ShrinkTiles:
 
 @dataclass(frozen=True)
 class ExpandTiles:
-    """C byte columns and R ranks a warp and step, S warps, about `share` bytes of codes a program."""
+    """C byte columns and R ranks a warp and step, S warps, about this many programs a launch."""
 
     R: int = 32
     C: int = 16
     S: int = 4
-    share: int = 8192
+    programs: int = 264
     stages: int = 2
 
 
@@ -108,11 +108,12 @@ class DecodePlan:
         outputs and how many they are; three unused.
         """
         tiles, rows, byte, slot = self.expand_tiles, [], 0, 0
+        share_bytes = self.u.numel() / tiles.programs
         for i, p in enumerate(self.matrices):
             columns, shares = -(-p.m // 8), []
             for count, bits in u_runs(p.runs):
                 size, step = padded(count), tiles.S * tiles.R
-                wanted = max(1, round(count * bits * tiles.C / tiles.share))
+                wanted = max(1, round(count * bits * tiles.C / share_bytes))
                 share = -(-size // wanted // step) * step
                 for start in range(0, size, share):
                     here = min(share, size - start)

@@ -15,16 +15,18 @@ from .levels import byte_rows, level
 
 
 @triton.jit
-def reduce(value, place, parts, arrived, part, count, MOST: tl.constexpr, SIZE: tl.constexpr):
+def reduce(
+    value, place, live, parts, arrived, part, count, MOST: tl.constexpr, SIZE: tl.constexpr
+):
     """Sum of the values float32 of `count` <= MOST programs, made by the last one to arrive.
 
     Returns it and whether this is that program. place: where the elements lie in a part of SIZE
-    floats; parts: where the first part lies; part: this program's number; arrived: an int32 0,
+    floats; live: which of them count; parts: where the first part lies; part: this program's number; arrived: an int32 0,
     which the last one sets back.
     """
     last = count == 1
     if not last:
-        tl.store(parts + part * SIZE + place, value)
+        tl.store(parts + part * SIZE + place, value, mask=live)
         tl.debug_barrier()  # all warps have stored before one tells
         last = tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1
         if last:
@@ -32,10 +34,8 @@ def reduce(value, place, parts, arrived, part, count, MOST: tl.constexpr, SIZE: 
             value = tl.zeros_like(value)
             for i in tl.static_range(MOST):
                 at = i * SIZE + place
-                found = tl.load(
-                    parts + at, mask=at < count * SIZE, other=0.0, cache_modifier=".cg"
-                )
-                value += found
+                mask = live & (at < count * SIZE)
+                value += tl.load(parts + at, mask=mask, other=0.0, cache_modifier=".cg")
     return value, last
 
 
@@ -132,11 +132,11 @@ def decode_shrink_kernel(
                 )  # fmt: skip
     block = tl.program_id(2) * tl.num_programs(0) + tile
     place = r[:, None] * M + tl.arange(0, M)[None, :]
+    live = (r < count)[:, None] & (m < rows)[None, :]
     sums, last = reduce(
-        sums, place, parts + block.to(tl.int64) * (SPLITS * R * M), arrived + block, split,
+        sums, place, live, parts + block.to(tl.int64) * (SPLITS * R * M), arrived + block, split,
         SPLITS, SPLITS, R * M,
     )  # fmt: skip
     if last:
         at = h + m[None, :] * total + slot[:, None]
-        mask = (r < count)[:, None] & (m < rows)[None, :]
-        tl.store(at, (sums * scale[:, None]).to(h.dtype.element_ty), mask=mask)
+        tl.store(at, (sums * scale[:, None]).to(h.dtype.element_ty), mask=live)

@@ -62,10 +62,8 @@ def lookup(bits: int, j: int, half: bool) -> str:
         text += "mad.lo.u32 s, t, 17, 0x40404040; " + _words(_patterns(bits, half))
         text += "prmt.b32 $0, l0, h0, s; shr.u32 s, s, 16; prmt.b32 $1, l0, h0, s; "
     elif bits == 3:
-        high = 2 * (j % 4) - 1  # brings the two bits of the plane to bits 1 and 2
-        text = f"shr.u32 t, $2, {high}; " if high > 0 else "shl.b32 t, $2, 1; "
-        text += "and.b32 t, t, 0x06060606; " + (f"shr.u32 n, $3, {j}; " if j else "mov.b32 n, $3; ")
-        text += "lop3.b32 t, t, n, 0x01010101, 0xF8; "  # t | (n & 1)
+        text = _shifted("t", "$2", 2 * j % 8, 3) + _shifted("n", "$3", j, 1)
+        text += "mad.lo.u32 t, t, 2, n; "
         text += _NIBBLES + _words(_patterns(3, half)) + _FIND + _ZIP
     else:
         # the levels are symmetric: look up the upper half and put the sign bit on
@@ -76,7 +74,19 @@ def lookup(bits: int, j: int, half: bool) -> str:
     return "{ .reg .b32 t, s, n, m, l, h, l0, l1, h0, h1; " + text + "}"
 
 
-# of element j at width b: [8·(b - 1) + j]
+def merge(bits: int, j: int) -> str:
+    """PTX: codes of 5 to 7 bits of element j of four byte columns, one a byte; $1, $2 and at 7
+    bits $3 are the byte rows of its planes."""
+    text, rest = "mov.b32 s, 0; ", bits
+    for i, plane in enumerate(p for p in (4, 2, 1) if bits & p):
+        rest -= plane
+        text += _shifted("t", f"${i + 1}", plane * j % 8, (1 << plane) - 1)
+        text += f"shl.b32 t, t, {rest}; or.b32 s, s, t; "
+    return "{ .reg .b32 s, t; " + text + "mov.b32 $0, s; }"
+
+
+# of element j at width b: [8·(b - 1) + j], from 5 bits [8·(b - 5) + j]
+_MERGES = tl.constexpr([merge(b, j) for b in range(5, 8) for j in range(8)])
 _BFLOAT16 = tl.constexpr([lookup(b, j, False) for b in range(1, 5) for j in range(8)])
 _FLOAT16 = tl.constexpr([lookup(b, j, True) for b in range(1, 5) for j in range(8)])
 
@@ -108,8 +118,20 @@ def element(rows, j: tl.constexpr, bits: tl.constexpr):
 @triton.jit
 def level(rows, j: tl.constexpr, bits: tl.constexpr, dtype: tl.constexpr, LOOKUP: tl.constexpr):
     """Levels in `dtype`, bfloat16 or float16, of element j of the byte columns."""
-    if (not LOOKUP) or bits > 4:
+    if (not LOOKUP) or bits == 8:
         return cubic(element(rows, j, bits), bits).to(dtype)
+    elif bits == 7:
+        code = tl.inline_asm_elementwise(
+            _MERGES[16 + j], "=r,r,r,r", [rows[j // 2], rows[4 + j // 4], rows[6]],
+            dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+        return cubic(code.to(tl.int32), bits).to(dtype)
+    elif bits > 4:
+        code = tl.inline_asm_elementwise(
+            _MERGES[8 * bits - 40 + j], "=r,r,r", [rows[j // 2], rows[4 + (bits - 5) * j // 4]],
+            dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+        return cubic(code.to(tl.int32), bits).to(dtype)
     else:
         if dtype == tl.float16:
             text: tl.constexpr = _FLOAT16[8 * bits - 8 + j]
