@@ -24,7 +24,9 @@ GROUPS = [  # (m, v_bits, u_bits) of each matrix, n
 TILES = [
     pytest.param(ShrinkTiles(), ExpandTiles(), id="default"),
     pytest.param(
-        ShrinkTiles(R=16, C=16, S=1, splits=2), ExpandTiles(R=16, C=16, S=1, programs=999), id="split"
+        ShrinkTiles(R=16, C=16, S=1, splits=2),
+        ExpandTiles(R=16, C=16, S=1, programs=999),
+        id="split",
     ),
 ]
 

@@ -1,9 +1,9 @@
 """Check, then time, the decode kernels on a Llama-3-8B layer, part by part.
 
-    python kernels/benchmarks/decode_gpu.py PART [--rows 1 4 16] [--seconds 30]
+    python kernels/benchmarks/decode_gpu.py PART ... [--rows 1 4 16] [--seconds 30]
 
-PART: compile (fill Triton's cache, no GPU needed), check, base, kernels, layer, sweep, old. Each is
-a process of its own, so that a fault ends only that part. A line that starts with "{" is a result,
+PARTs: compile (fill Triton's cache, no GPU needed), check, base, kernels, layer, sweep, old. A
+fault of the GPU ends a process: give each what should survive the others. A line that starts with "{" is a result,
 printed as soon as it is there. Nothing is timed whose result is wrong. TRITON_INTERPRET=1 runs all
 parts on a CPU with a small model; its times mean nothing.
 """
@@ -120,11 +120,6 @@ def plans(
     ]
 
 
-def relaid(plan: DecodePlan, tiles: tuple[ShrinkTiles, ExpandTiles]) -> DecodePlan:
-    """The plan with other tiles and the same codes."""
-    return DecodePlan(plan.matrices, plan.dtype, *tiles)
-
-
 def outputs(plan: DecodePlan, rows: int) -> list[Tensor]:
     return [torch.empty(rows, p.m, dtype=plan.dtype, device=DEVICE) for p in plan.matrices]
 
@@ -230,7 +225,10 @@ def compile_one(job: tuple[int, int, int, str, dict[str, bool]]) -> tuple[str, f
                     plan.shrink(x, **options)
                 else:
                     plan.expand(outputs(plan, rows), **options)
-    return f"{kernel} {e if kernel == 'expand' else s} M {rows} {options}", time.perf_counter() - start
+    return (
+        f"{kernel} {e if kernel == 'expand' else s} M {rows} {options}",
+        time.perf_counter() - start,
+    )
 
 
 def part_compile(options: argparse.Namespace) -> None:
@@ -278,9 +276,7 @@ def base_weights() -> list[list[Tensor]]:
 
 
 def layer_inputs(rows: int) -> list[Tensor]:
-    return [
-        torch.randn(rows, some[0].n, device=DEVICE, dtype=torch.bfloat16) for some in groups()
-    ]
+    return [torch.randn(rows, some[0].n, device=DEVICE, dtype=torch.bfloat16) for some in groups()]
 
 
 def split_up(weights: list[Tensor]) -> list[list[Tensor]]:
@@ -471,7 +467,7 @@ def part_sweep(options: argparse.Namespace) -> None:
                 tiles = (SHRINK[0], EXPAND[i]) if kernel == "expand" else (SHRINK[i], EXPAND[0])
                 what = {"part": "sweep", **dataclasses.asdict(table[i])}
                 try:
-                    sets = [[relaid(plan, tiles) for plan in some] for some in first]
+                    sets = [[plan.retiled(*tiles) for plan in some] for some in first]
                     if sound(sets[0], [rows]):
                         time_kernels(sets, rows, (kernel,), **what)
                 except Exception as fault:
@@ -507,7 +503,7 @@ def part_old(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = {n[5:]: f for n, f in globals().items() if n.startswith("part_")}
-    parser.add_argument("part", choices=[*parts, "all"])
+    parser.add_argument("part", nargs="+", choices=[*parts, "all"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--seconds", type=float, default=30, help="of the sweep")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
@@ -515,10 +511,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     start = time.perf_counter()
-    for name in [n for n in parts if n != "compile"] if options.part == "all" else [options.part]:
-        with nullcontext() if options.part == "compile" else torch.inference_mode():
-            parts[name](options)
-    say(part=options.part, total_s=round(time.perf_counter() - start, 1), versions=[
+    everything = [n for n in parts if n != "compile"]
+    for name in everything if "all" in options.part else options.part:
+        try:
+            with nullcontext() if name == "compile" else torch.inference_mode():
+                parts[name](options)
+        except Exception as fault:
+            say(part=name, fault=repr(fault)[:500])
+        say(part=name, total_s=round(time.perf_counter() - start, 1))
+    say(versions=[
         torch.__version__, triton.__version__, sys.version.split()[0],
         "cpu" if CPU else torch.cuda.get_device_name(),
     ])  # fmt: skip

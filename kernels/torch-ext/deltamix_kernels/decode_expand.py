@@ -17,6 +17,7 @@ from .levels import byte_rows, level
 @triton.jit
 def _prefetch(codes, count, stride, plane, bits: tl.constexpr, C: tl.constexpr):
     """Ask for the codes of C byte columns, `count` ranks each, to come to the L2 cache."""
+    tl.static_assert(C * bits <= 128)
     lane = tl.arange(0, 128)
     row = lane // C % bits
     line = lane // C // bits * 128

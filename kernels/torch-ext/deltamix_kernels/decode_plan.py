@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -78,7 +79,18 @@ class DecodePlan:
         self.h = torch.zeros(MOST_ROWS, self.total, dtype=self.dtype, device=device)
         self.v_widths = widths_mask(v for p in self.matrices for _, v, _ in p.runs)
         self.u_widths = widths_mask(u for p in self.matrices for _, _, u in p.runs)
-        shrink, expand = self._shrink_rows(), self._expand_rows()
+        self._lay_out()
+
+    def retiled(self, shrink: ShrinkTiles, expand: ExpandTiles) -> DecodePlan:
+        """A plan of the same codes with other tiles."""
+        other = copy(self)
+        other.shrink_tiles, other.expand_tiles = shrink, expand
+        other._lay_out()
+        return other
+
+    def _lay_out(self) -> None:
+        """Make the work lists and the counters."""
+        device, shrink, expand = self.v.device, self._shrink_rows(), self._expand_rows()
         # a power of two: fewer variants to compile
         self.most = triton.next_power_of_2(max(row[9] for row in expand))
         self.v_tiles, self.u_tiles = (

@@ -15,9 +15,7 @@ from .levels import byte_rows, level
 
 
 @triton.jit
-def reduce(
-    value, place, live, parts, arrived, part, count, MOST: tl.constexpr, SIZE: tl.constexpr
-):
+def reduce(value, place, live, parts, arrived, part, count, MOST: tl.constexpr, SIZE: tl.constexpr):
     """Sum of the values float32 of `count` <= MOST programs, made by the last one to arrive.
 
     Returns it and whether this is that program. place: where the elements lie in a part of SIZE
