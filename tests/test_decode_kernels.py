@@ -9,7 +9,7 @@ import pytest
 import torch
 from deltamix_kernels.decode_plan import DecodePlan, ExpandTiles, ShrinkTiles
 from deltamix_kernels.prepack import pack_u, pack_v, unpack_u, unpack_v
-from test_kernels import DEVICE, TOLERANCES, inputs, packed_of
+from test_kernels import TOLERANCES, inputs, packed_of
 
 pytestmark = pytest.mark.interpreter
 
@@ -55,7 +55,9 @@ def test_the_delta_is_added(matrices, n, shrink, expand, rows, dtype):
     plan._workspace(plan._rows_at_once(rows), -(-rows // plan._rows_at_once(rows)))
     for add in (False, True):
         y = [inputs(rows, d.shape[0], dtype, seed=1) for d in deltas]
-        expected = [x.double() @ d.double().T + add * b.double() for d, b in zip(deltas, y)]
+        expected = [
+            x.double() @ d.double().T + add * b.double() for d, b in zip(deltas, y, strict=True)
+        ]
         if not add:
             y = [torch.full_like(b, float("nan")) for b in y]
         poison(plan)

@@ -52,13 +52,13 @@ CUBIC = (
     (0.0158606, 1.05197e-6),
 )
 SHRINK = [  # best known first
-    ShrinkTiles(R=32, C=32, S=4, splits=1),
+    ShrinkTiles(R=32, C=32, S=4, splits=4),
     ShrinkTiles(R=32, C=32, S=4, splits=2),
+    ShrinkTiles(R=32, C=32, S=4, splits=1),
+    ShrinkTiles(R=16, C=32, S=4, splits=2),
     ShrinkTiles(R=16, C=32, S=4, splits=1),
-    ShrinkTiles(R=16, C=64, S=4, splits=1),
     ShrinkTiles(R=16, C=32, S=8, splits=1),
-    ShrinkTiles(R=16, C=32, S=4, splits=1, stages=3),
-    ShrinkTiles(R=32, C=32, S=1, splits=8, stages=3),
+    ShrinkTiles(R=32, C=32, S=1, splits=16, stages=3),
     ShrinkTiles(R=64, C=32, S=4, splits=4),
 ]
 EXPAND = [

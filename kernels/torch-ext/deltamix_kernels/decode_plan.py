@@ -29,7 +29,7 @@ class ShrinkTiles:
     R: int = 32
     C: int = 32
     S: int = 4
-    splits: int = 1
+    splits: int = 4
     stages: int = 2
 
 
