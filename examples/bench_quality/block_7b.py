@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.config import DEFAULT_METHOD
-from deltamix_hf.stopwatch import Stopwatch
+from deltamix_hf.jobs.instruments import Stopwatch
 
 RELATIVE = 0.01  # ‖ΔW‖ / ‖W_base‖
 DECAY = 0.5  # singular values of the delta fall as i^-DECAY

@@ -146,7 +146,7 @@ def grouped(
     from factors import exact, kernel_form, random_factors
     from timing import DEVICE
 
-    from deltamix_hf.plans import Plan
+    from deltamix_hf.multi_delta.routing import RowSlots
 
     m, n, runs = layouts()[layer]
     dtype, tolerance = DTYPES[dtype_name], TOLERANCES[dtype_name]
@@ -159,8 +159,8 @@ def grouped(
     weight = inputs(DEVICE, dtype, m, n) / n**0.5
     for rows in rows_list:
         chosen = torch.randint(-1, tenants, (rows,)).tolist()
-        plan = Plan(rows, min(rows, 256), DEVICE)
-        plan.load([(str(i),) if i >= 0 else () for i in chosen], slots)
+        plan = RowSlots(rows, min(rows, 256), DEVICE)
+        plan.load([str(i) if i >= 0 else None for i in chosen], slots)
         of_batch = dk.Rows(plan.order, plan.starts, plan.slots)
         ids = torch.randint(m, (rows,), device=DEVICE)
         x = ids if embed else inputs(DEVICE, dtype, rows, n)

@@ -3,9 +3,9 @@
     python kernels/benchmarks/decode_gpu.py PART ... [--rows 1 4 16] [--seconds 30]
 
 PARTs: compile (fill Triton's cache, no GPU needed), check, base, kernels, layer, sweep, old. A
-fault of the GPU ends a process: give each what should survive the others. A line that starts with "{" is a result,
-printed as soon as it is there. Nothing is timed whose result is wrong. TRITON_INTERPRET=1 runs all
-parts on a CPU with a small model; its times mean nothing.
+fault of the GPU ends a process: give each what should survive the others. A line that starts with
+"{" is a result, printed as soon as it is there. Nothing is timed whose result is wrong.
+TRITON_INTERPRET=1 runs all parts on a CPU with a small model; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def wrong(plan: DecodePlan, rows: int, pdl: bool = False) -> float:
         bases = [torch.zeros_like(y) for y in ys]
         if add:
             torch.manual_seed(1)
-            bases = [torch.randn_like(y) * w.std().to(y.dtype) for y, w in zip(ys, wanted)]
+            bases = [
+                torch.randn_like(y) * w.std().to(y.dtype) for y, w in zip(ys, wanted, strict=True)
+            ]
             ys = [base.clone() for base in bases]
         plan.h[:, plan.slots.long()] = float("nan")
         for parts in plan._parts.values():
@@ -248,7 +250,7 @@ def part_compile(options: argparse.Namespace) -> None:
 def part_check(options: argparse.Namespace) -> None:
     """Errors of every group and row count, both dtypes, both launches."""
     for dtype in (torch.bfloat16, torch.float16) if CPU else (torch.bfloat16,):
-        for name, plan in zip("qkv o gate-up down".split(), plans(dtype), strict=True):
+        for name, plan in zip(["qkv", "o", "gate-up", "down"], plans(dtype), strict=True):
             for rows in options.rows:
                 for pdl in (False,) if CPU else (False, True):
                     start = time.perf_counter()
@@ -302,13 +304,14 @@ def part_base(options: argparse.Namespace) -> None:
         for j, linear in enumerate(LINEARS):
             if linear.name in ("v_proj", "up_proj"):
                 continue
-            seconds, least = time_graph(lambda i: F.linear(xs[linear.n], sets[i][j]), BASE_SETS)
+            seconds, least = time_graph(lambda i: F.linear(xs[linear.n], sets[i][j]), BASE_SETS)  # noqa: B023
             say(
                 part="base", what=linear.name, rows=rows, us=seconds * 1e6, least=least * 1e6,
                 TBps=linear.base_bytes / seconds / 1e12,
             )  # fmt: skip
         seconds, least = time_graph(
-            lambda i: [F.linear(xs[w.shape[1]], w) for w in sets[i]], BASE_SETS
+            lambda i: [F.linear(xs[w.shape[1]], w) for w in sets[i]],  # noqa: B023
+            BASE_SETS,
         )
         say(part="base", what="layer", rows=rows, us=seconds * 1e6, least=least * 1e6)
 
@@ -317,7 +320,7 @@ def time_kernels(
     sets: list[list[DecodePlan]], rows: int, which: tuple[str, ...], **extra: Any
 ) -> None:
     """Each group's shrink and expand, one after the other, with the GB/s of its codes."""
-    for g, name in enumerate("qkv o gate-up down".split()):
+    for g, name in enumerate(["qkv", "o", "gate-up", "down"]):
         some = [plans[g] for plans in sets]
         x = torch.randn(rows, some[0].n, device=DEVICE, dtype=some[0].dtype)
         ys = outputs(some[0], rows)
@@ -431,8 +434,8 @@ def part_layer(options: argparse.Namespace) -> None:
 
         def layer(run: Callable[..., list[Tensor]], i: int) -> list[Tensor]:
             found: list[Tensor] = []
-            for g, x in enumerate(xs):
-                found += run(sets[i][g], x, weights[i % BASE_SETS][g], spare[i][g])
+            for g, x in enumerate(xs):  # noqa: B023
+                found += run(sets[i][g], x, weights[i % BASE_SETS][g], spare[i][g])  # noqa: B023
             return found
 
         wanted = [y.float() for y in layer(schedules()["serial"], 0)]

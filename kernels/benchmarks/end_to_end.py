@@ -108,16 +108,16 @@ def kernel() -> Iterator[dict]:
     """Whether the kernels pass their own check, and run here."""
     import torch
 
-    from deltamix_hf import kernels, self_check
+    from deltamix_hf.ops import dispatch
 
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")
     try:
-        errors = list(self_check._errors(device))
+        errors = list(dispatch._errors(device))
     except Exception as error:
         yield {"ok": False, "error": cases.last_lines(error)}
     else:
-        yield {"ok": max(errors) < self_check.TOLERANCE, "errors": [round(e, 5) for e in errors]}
-    chosen = kernels.choose(device)
+        yield {"ok": max(errors) < dispatch.TOLERANCE, "errors": [round(e, 5) for e in errors]}
+    chosen = dispatch.choose(device)
     yield {"ok": chosen == "triton" or DEVICE == "cpu", "chosen": chosen}
 
 

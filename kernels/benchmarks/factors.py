@@ -8,7 +8,7 @@ import torch
 from deltamix_kernels import Packed
 from torch import Tensor
 
-from deltamix_hf.packed import PackedFactors, exponent_of, part_shapes
+from deltamix_hf.quantization.packed_delta import PackedFactors, exponent_of, part_shapes
 
 EVERY = [(3, bits, 9 - bits) for bits in range(8, 0, -1)]  # every width on either side
 MIXED = [(2, 8, 8), (3, 8, 4), (5, 4, 3), (9, 3, 2), (18, 2, 2)]

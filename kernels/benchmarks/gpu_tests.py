@@ -18,7 +18,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("kernels", "kernel_choice", "grouped", "siblings", "ops", "modules", "tenant_ops")
+FILES = (
+    "ops/test_kernels", "ops/test_decode_kernels", "ops/test_dispatch", "ops/test_grouped_kernels",
+    "ops/test_expert_kernels", "ops/test_low_rank", "multi_delta/test_grouped",
+    "nn/test_shared_input", "nn/test_layers",
+)  # fmt: skip
 EVERY = 5.0  # seconds between two counts
 
 
@@ -59,10 +63,10 @@ def main() -> int:
     parser.add_argument("files", nargs="*")
     parser.add_argument("--tiny", action="store_true", help="one file, in one process")
     options = parser.parse_args()
-    files = options.files or [f"tests/test_{name}.py" for name in FILES]
+    files = options.files or [f"tests/{name}.py" for name in FILES]
     workers = ["-n", "12"]
     if options.tiny:
-        files, workers = ["tests/test_kernel_choice.py"], ["-n", "2"]
+        files, workers = ["tests/ops/test_dispatch.py"], ["-n", "2"]
     arguments = ["-q", "-p", "no:cacheprovider", "--timeout", "80", "--tb", "short", *workers]
     os.chdir(ROOT)
     teller = Teller()

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from compile_only import launches
+from decode_gpu import groups, random_packed
 from deltamix_kernels import Packed
 from deltamix_kernels.decode_plan import DecodePlan
-from decode_gpu import groups, random_packed
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
 OPERATION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*?);")

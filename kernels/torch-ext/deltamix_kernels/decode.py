@@ -58,7 +58,7 @@ def number(code):
 
 @triton.jit
 def cubic(code, bits: tl.constexpr):
-    """Levels float32 of the Gaussian codebook, alpha·c + beta·c³ (deltamix_hf/codebook.py)."""
+    """Levels float32 of the Gaussian codebook, alpha·c + beta·c³ (docs/format.md)."""
     if bits == 1:
         alpha, beta = 1.5957691, 0.0
     elif bits == 2:

@@ -19,8 +19,8 @@ def reduce(value, place, live, parts, arrived, part, count, MOST: tl.constexpr, 
     """Sum of the values float32 of `count` <= MOST programs, made by the last one to arrive.
 
     Returns it and whether this is that program. place: where the elements lie in a part of SIZE
-    floats; live: which of them count; parts: where the first part lies; part: this program's number; arrived: an int32 0,
-    which the last one sets back.
+    floats; live: which of them count; parts: where the first part lies; part: this program's
+    number; arrived: an int32 0, which the last one sets back.
     """
     last = count == 1
     if not last:

@@ -96,7 +96,7 @@ def byte_rows(at, row_stride, mask, bits: tl.constexpr):
     """The `bits` byte rows of each rank at `at`, the first one's addresses, as a tuple of uint8."""
     rows = ()
     for i in tl.static_range(bits):
-        rows = rows + (tl.load(at + i * row_stride, mask=mask, other=0),)
+        rows = rows + (tl.load(at + i * row_stride, mask=mask, other=0),)  # noqa: RUF005
     return rows
 
 

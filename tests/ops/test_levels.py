@@ -9,7 +9,7 @@ import torch
 from deltamix_kernels import levels
 from deltamix_kernels.prepack import unpack_codes
 
-from deltamix_hf.codebook import levels as codebook_levels
+from deltamix_hf.quantization.gaussian import levels as codebook_levels
 
 WORD = 0xFFFFFFFF
 

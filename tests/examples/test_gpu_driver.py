@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "kernels" / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "kernels" / "benchmarks"
 
 
 def load(name: str):

@@ -1,6 +1,6 @@
 """The decode kernels against float64, by Triton's interpreter where there is no GPU.
 
-The errors are those of 16-bit operands (test_kernels.py); outputs and workspaces begin as NaN.
+The errors are those of 16-bit operands (kernel_cases.py); outputs and workspaces begin as NaN.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 import torch
 from deltamix_kernels.decode_plan import DecodePlan, ExpandTiles, ShrinkTiles
 from deltamix_kernels.prepack import pack_u, pack_v, unpack_u, unpack_v
-from test_kernels import TOLERANCES, inputs, packed_of
+from kernel_cases import TOLERANCES, inputs, packed_of
 
 pytestmark = pytest.mark.interpreter
 
