@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .constants import QUANT_METHOD
 from .errors import DeltaMixError
 from .presets import ALLOCATIONS, CODEBOOKS, PRESETS, SWITCHES, resolve
-from .quantization.packed_delta import GROUP_EXPONENTS, GroupSizes
+from .quantization.packed_layout import GROUP_EXPONENTS, GroupSizes
 
 FORMAT_VERSION = 2
 DEFAULT_METHOD = "deltamix-kl"

@@ -17,9 +17,8 @@ from ..allocation.whole_model import Choices
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..quantization import gaussian as codebook
-from ..quantization.packed_delta import DTYPES, GroupSizes, part_shapes, rank_bytes
-from ..quantization.packed_experts import COUNT_BYTES, largest_parts
-from ..storage.names import GUARD, PREFIX
+from ..quantization.packed_layout import GroupSizes, largest_parts, part_names, rank_bytes
+from ..storage.names import GUARD
 from ..storage.sizes import header_bytes, reference_bytes
 
 # Mean squared error of the min-max grid, groups of 128, on a normal variable, by width.
@@ -72,15 +71,14 @@ def plan_budget(
     group_sizes = {name: config.group_sizes(name in embeddings) for name in shapes}
     experts = experts or {}
     for name, (m, n) in shapes.items():
-        if (fused := name.rpartition(".")[0]) in experts:
-            largest = largest_parts(experts[fused], m, n, group_sizes[name], gaussian)
-            entries |= {f"{fused}_{PREFIX}{part}": entry for part, entry in largest.items()}
-            continue
-        worst = part_shapes(m, n, [(min(m, n), 8, 8)], group_sizes[name], gaussian)
-        entries |= {f"{name}.{PREFIX}{part}": (DTYPES[part], s) for part, s in worst.items()}
+        fused = name.rpartition(".")[0]
+        number = experts.get(fused)
+        names = part_names(name if number is None else fused, gaussian, number is not None)
+        largest = largest_parts(m, n, group_sizes[name], gaussian, number)
+        entries |= {names[part]: entry for part, entry in largest.items()}
     whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
     whole += len(guards)  # a byte each
-    whole += COUNT_BYTES * sum(experts.values())
+    whole += torch.int32.itemsize * sum(experts.values())  # counts of their ranks
     least = min(b for b in config.bits if b > 0)
     one_rank = sum(
         rank_bytes(m, n, least, least, group_sizes[name], gaussian)

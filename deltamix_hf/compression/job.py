@@ -277,5 +277,5 @@ class Job:
         if isinstance(target, Expert):
             target.fused.finish(target.number, packed)
         elif packed is not None:
-            attach_with_ties(self.model, name, packed.runs, packed.group_sizes, packed.tensors)
+            attach_with_ties(self.model, name, packed)
         del self._results[name]

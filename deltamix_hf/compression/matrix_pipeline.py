@@ -30,7 +30,8 @@ from ..linalg.second_moments import blended, damped, dense, diagonal
 from ..linalg.whitened_svd import Factors, factorise, spectrum
 from ..quantization.error_table import error_table, pick
 from ..quantization.gptq import Rounded, gptq_columns, gptq_rows, round_rows
-from ..quantization.packed_delta import GroupSizes, PackedFactors, rank_bytes
+from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import GroupSizes, rank_bytes
 from ..quantization.target_correction import (
     corrected_left_factor,
     metric_error,
@@ -65,7 +66,7 @@ class Widths:
 class Compressed:
     """Result for one matrix: packed factors (None: no rank was affordable) and relative error."""
 
-    packed: PackedFactors | None
+    packed: PackedDelta | None
     error: float
 
 
@@ -210,7 +211,7 @@ class Compressor:
         tensors, error = found
         packed = None
         if tensors:
-            packed = PackedFactors.checked(*self.shapes[name], self.config.group_size, tensors)
+            packed = PackedDelta.checked(*self.shapes[name], self.config.group_size, tensors)
         return self._paid(name, Compressed(packed, error))
 
     def _paid(self, name: str, result: Compressed) -> Compressed:
@@ -259,7 +260,7 @@ class Compressor:
             )
             del rounded
         error = metric_error(delta, u.dequantize().T, right_hat, measured)
-        packed = PackedFactors.pack(v, u)
+        packed = PackedDelta.pack(v, u)
         return Compressed(packed if packed.rank else None, error)
 
     def _round_v(self, right: Tensor, metrics: Metrics, bits: Tensor) -> Rounded:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from deltamix_hf.ops import low_rank
 from deltamix_hf.quantization.gptq import Rounded
-from deltamix_hf.quantization.packed_delta import PackedFactors
+from deltamix_hf.quantization.packed_delta import PackedDelta
 
 ROWS = (1, 4, 16, 64, 2048)
 CACHE = 120e6  # bytes of weights that must lie between two uses of the same one
@@ -51,7 +51,7 @@ class Layer:
         self.packed = Packed(**tensors, zeros=None, runs=layout, m=m, n=n, group_sizes=(0, 0))
         self.right, self.left = (t.bfloat16() for t in (factors.right(), factors.left()))
 
-    def _random(self, layout: list[tuple[int, int, int]]) -> PackedFactors:
+    def _random(self, layout: list[tuple[int, int, int]]) -> PackedDelta:
         """Random codes; scales such that the delta's outputs are about a tenth of the base's."""
         sides = []
         for side, length in ((1, self.linear.n), (2, self.linear.m)):
@@ -60,7 +60,7 @@ class Layer:
             codes &= ((1 << bits) - 1).to(torch.uint8)[:, None]
             scales = torch.full((len(bits), 1), 0.3 / (length * len(bits)) ** 0.25, device="cuda")
             sides.append(Rounded(codes, scales.bfloat16().float(), None, 0, bits))
-        return PackedFactors.pack(*sides)
+        return PackedDelta.pack(*sides)
 
     @property
     def arguments(self) -> tuple:

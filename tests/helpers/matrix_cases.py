@@ -8,7 +8,7 @@ from deltamix_hf import DeltaMixConfig
 from deltamix_hf.calibration.statistics import Metrics
 from deltamix_hf.compression.matrix_pipeline import Matrix
 from deltamix_hf.presets import PRESETS
-from deltamix_hf.quantization.packed_delta import rank_bytes
+from deltamix_hf.quantization.packed_layout import rank_bytes
 
 METHODS = list(PRESETS)
 

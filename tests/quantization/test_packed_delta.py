@@ -1,4 +1,4 @@
-"""PackedFactors: what goes in comes out, at every width, group size and odd shape."""
+"""PackedDelta: what goes in comes out, at every width, group size and odd shape."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from packed_cases import both, each_codebook, pack, random_factors
 
 from deltamix_hf import DeltaMixError
-from deltamix_hf.quantization.packed_delta import (
-    DTYPES,
-    PackedFactors,
-    layout_of,
-    part_shapes,
-    parts,
-    rank_bytes,
-)
+from deltamix_hf.quantization.packed_delta import PackedDelta
+from deltamix_hf.quantization.packed_layout import DTYPES, layout_of, part_shapes, parts, rank_bytes
 
 cases = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=9).flatmap(
     lambda widths: st.tuples(
@@ -36,7 +30,7 @@ def test_round_trip(case):
     widths, m, n, group_size, seed, gaussian = case
     v_bits, u_bits = [v for v, _ in widths], [u for _, u in widths]
     v, u = random_factors(m, n, v_bits, u_bits, group_size, seed, gaussian)
-    packed = PackedFactors.pack(v, u)
+    packed = PackedDelta.pack(v, u)
     # Ranks with an empty side are gone; the rest is sorted by width, and stable within a width.
     kept = [i for i, (a, b) in enumerate(widths) if a and b]
     order = sorted(kept, key=lambda i: (-v_bits[i], -u_bits[i]))
@@ -83,7 +77,7 @@ def code_at(packed: torch.Tensor, first_row: int, bits: int, i: int) -> int:
     return code
 
 
-def decoded(packed: PackedFactors, v_side: bool) -> np.ndarray:
+def decoded(packed: PackedDelta, v_side: bool) -> np.ndarray:
     """One side as docs/format.md says, an element at a time, from the stored tensors alone."""
     length, stored = (packed.n, packed.v) if v_side else (packed.m, packed.u)
     word = packed.ranks[0, 0].item() // 256

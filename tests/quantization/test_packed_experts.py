@@ -7,12 +7,8 @@ import torch
 from expert_cases import M, N, factors, some_experts
 
 from deltamix_hf import DeltaMixError
-from deltamix_hf.quantization.packed_experts import (
-    PackedExperts,
-    _ranges,
-    expert_parts,
-    largest_parts,
-)
+from deltamix_hf.quantization.packed_delta import PackedDelta, _ranges
+from deltamix_hf.quantization.packed_layout import largest_parts, parts
 
 BOTH = pytest.mark.parametrize("gaussian", [True, False], ids=["gaussian", "min-max"])
 
@@ -20,8 +16,8 @@ BOTH = pytest.mark.parametrize("gaussian", [True, False], ids=["gaussian", "min-
 @BOTH
 def test_split_undoes_join(gaussian):
     experts = some_experts(gaussian)
-    joined = PackedExperts.join(experts)
-    assert set(joined.tensors) == set(expert_parts(gaussian))
+    joined = PackedDelta.join(experts)
+    assert set(joined.tensors) == set(parts(gaussian, experts=True))
     assert joined.counts.tolist() == [3, 0, 1, 5, 1]
     for found, expected in zip(joined.split(), experts, strict=True):
         assert (found is None) == (expected is None)
@@ -36,14 +32,14 @@ def test_split_undoes_join(gaussian):
 def test_bytes_are_those_of_the_experts_and_four_each(gaussian):
     experts = some_experts(gaussian)
     each = sum(sum(packed.nbytes.values()) for packed in experts if packed is not None)
-    assert PackedExperts.join(experts).nbytes == each + 4 * len(experts)
+    assert sum(PackedDelta.join(experts).nbytes.values()) == each + 4 * len(experts)
 
 
 @BOTH
 @pytest.mark.parametrize("chosen", [[0], [1], [0, 2, 4], [0, 1, 2, 3, 4]])
 def test_chosen_ranks_are_those_of_the_experts(gaussian, chosen):
     experts = some_experts(gaussian)
-    found, owner = PackedExperts.join(experts).chosen(torch.tensor(chosen))
+    found, owner = PackedDelta.join(experts).chosen(torch.tensor(chosen))
     widths = [(v, u) for count, v, u in found.runs for _ in range(count)]
     assert widths == sorted(widths, reverse=True)
     right, left = found.right(), found.left()
@@ -67,11 +63,11 @@ def test_ranges():
 
 @BOTH
 def test_checked_takes_what_join_makes(gaussian):
-    joined = PackedExperts.join(some_experts(gaussian))
-    again = PackedExperts.checked(5, M, N, 0, joined.tensors)
+    joined = PackedDelta.join(some_experts(gaussian))
+    again = PackedDelta.checked(M, N, 0, joined.tensors, 5)
     assert again.group_sizes == (0, 0) and torch.equal(again.v, joined.v)
     meta = {**joined.tensors, "v": joined.v.to("meta"), "u": joined.u.to("meta")}
-    assert PackedExperts.checked(5, M, N, 0, meta).counts is joined.counts
+    assert PackedDelta.checked(M, N, 0, meta, 5).counts is joined.counts
 
 
 def moved(counts: torch.Tensor, *changes: int) -> torch.Tensor:
@@ -111,31 +107,31 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_refused(gaussian, damage):
     part, change, message = DAMAGE[damage]
-    tensors = PackedExperts.join(some_experts(gaussian)).tensors
+    tensors = PackedDelta.join(some_experts(gaussian)).tensors
     with pytest.raises(DeltaMixError, match=message):
-        PackedExperts.checked(5, M, N, 0, {**tensors, part: change(tensors[part])})
+        PackedDelta.checked(M, N, 0, {**tensors, part: change(tensors[part])}, 5)
 
 
 def test_zero_points_of_the_wrong_expert_are_refused():
     """A rank of 2 bits whose zero point has 8: only in the expert whose rank is wider elsewhere."""
     odd = factors([8, 2], [2, 2], gaussian=False)
-    joined = PackedExperts.join([odd, factors([2], [2], gaussian=False, seed=4)])
+    joined = PackedDelta.join([odd, factors([2], [2], gaussian=False, seed=4)])
     joined.zeros.fill_(255)
     with pytest.raises(DeltaMixError, match="zero point"):
-        PackedExperts.checked(2, M, N, 0, joined.tensors)
+        PackedDelta.checked(M, N, 0, joined.tensors, 2)
 
 
 def test_no_ranks_at_all_are_refused():
-    joined = PackedExperts.join(some_experts())
+    joined = PackedDelta.join(some_experts())
     empty = {part: tensor[:0] for part, tensor in joined.tensors.items()}
     with pytest.raises(DeltaMixError, match="no ranks"):
-        PackedExperts.checked(5, M, N, 0, {**empty, "counts": joined.counts * 0})
+        PackedDelta.checked(M, N, 0, {**empty, "counts": joined.counts * 0}, 5)
 
 
 @BOTH
 def test_largest_parts_bound_the_real_ones(gaussian):
-    tensors = PackedExperts.join(some_experts(gaussian)).tensors
-    bounds = largest_parts(5, M, N, (0, 0), gaussian)
+    tensors = PackedDelta.join(some_experts(gaussian)).tensors
+    bounds = largest_parts(M, N, (0, 0), gaussian, 5)
     assert bounds.keys() == tensors.keys()
     for part, (dtype, shape) in bounds.items():
         assert tensors[part].dtype == dtype
