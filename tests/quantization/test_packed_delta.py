@@ -15,7 +15,14 @@ from packed_cases import both, each_codebook, pack, random_factors
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.quantization.packed_delta import PackedDelta, _ranges
-from deltamix_hf.quantization.packed_layout import DTYPES, layout_of, part_shapes, parts, rank_bytes
+from deltamix_hf.quantization.packed_layout import (
+    DTYPES,
+    largest_parts,
+    layout_of,
+    part_shapes,
+    parts,
+    rank_bytes,
+)
 
 cases = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=9).flatmap(
     lambda widths: st.tuples(
