@@ -113,7 +113,7 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
     Raises:
         DeltaMixError: incomplete, of other shapes or kinds than the model's, or two for one place.
     """
-    gaussian = config.codebook == "gaussian"
+    gaussian = config.method.codebook == "gaussian"
     modules, fused = packed_names(infos, gaussian, config.errors)
     others = {name for name in infos if packed_part(name) is None}
     guards = {name for name in others if is_guard(name)}
@@ -213,7 +213,7 @@ def read_packed(
         DeltaMixError: not the tensors of such a matrix, values no compressor writes, or other
             experts than config.json lists.
     """
-    gaussian, experts = config.codebook == "gaussian", None
+    gaussian, experts = config.method.codebook == "gaussian", None
     if name in keys.state:
         owner, _, leaf = name.rpartition(".")
         module = keys.model.get_submodule(owner)
@@ -221,7 +221,7 @@ def read_packed(
     else:
         shape = declared_shape(keys.model.get_submodule(name))
     try:
-        packed = PackedDelta.read(stored, read, *shape, config.group_size, gaussian, experts)
+        packed = PackedDelta.read(stored, read, *shape, config.method.group_size, gaussian, experts)
     except DeltaMixError as error:
         raise DeltaMixError(f"{name}: {error}") from None
     if packed.counts is not None:

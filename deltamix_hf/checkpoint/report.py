@@ -176,14 +176,14 @@ def rank_sizes(report: RepoReport, name: str) -> Tensor:
     if matrix.stored is None:
         return torch.zeros(0)
     infos = read_headers(report.files)
-    gaussian, stored = config.codebook == "gaussian", matrix.stored
+    gaussian, stored = config.method.codebook == "gaussian", matrix.stored
     fused, _, number = stored.rpartition(".")
     counts = infos.get(part_names(fused, gaussian, experts=True)["counts"])
     packed = PackedDelta.read(
         stored if counts is None else fused,
         lambda name: read_tensor(infos[name], name),
         *matrix.shape,
-        config.group_size,
+        config.method.group_size,
         gaussian,
         experts=None if counts is None else counts.shape[0],
     )

@@ -76,13 +76,13 @@ class Job:
         if len(self.finished) < len(self.targets):
             with self.watch.stage("statistics"):
                 self._collect_statistics(batches)
-        if self.config.tune_steps:
+        if self.config.method.tune_steps:
             with self.watch.stage("predictions"):
                 self._record_targets(batches)
 
     def _collect_statistics(self, batches: list[Tensor]) -> None:
         """Fill in `found` and `scored`."""
-        fisher, seed = self.config.fisher, self.config.seed
+        fisher, seed = self.config.method.fisher, self.config.seed
         self.found, self.scored = collect(self.model, self.observed(), batches, fisher, seed)
 
     def _record_targets(self, batches: list[Tensor]) -> None:
@@ -94,7 +94,8 @@ class Job:
         observed: dict[str, nn.Module] = {}
         for name in self.targets:
             users = self._users(name)
-            if not self.config.fisher:  # a tied embedding is measured where it is used as a matrix
+            # a tied embedding is measured where it is used as a matrix
+            if not self.config.method.fisher:
                 users = {n: m for n, m in users.items() if not isinstance(m, nn.Embedding)}
             observed |= users
         return observed
@@ -109,7 +110,7 @@ class Job:
         """
         if uses := self._uses(name):
             return metrics_of(uses, self.scored, inputs)
-        if not (self.found and self.config.fisher):
+        if not (self.found and self.config.method.fisher):
             return Metrics()
         m, n = shape_of(self.targets[name])
         return Metrics(
@@ -169,7 +170,7 @@ class Job:
         with self.watch.stage("allocation"):
             compressor = Compressor(matrices, budget, config, self.store, self.watch, self.workers)
         stacks: list[BlockChain] = []
-        if config.sequential and self.batches and len(self.finished) < len(self.targets):
+        if config.method.sequential and self.batches and len(self.finished) < len(self.targets):
             with self.watch.stage("sequential"):
                 stacks = self._stacks()
         blocks = tuple(f"{block}." for chain in stacks for block in chain.names)
@@ -204,7 +205,7 @@ class Job:
         return [chain for chain in stacks if chain.capture()]
 
     def _tune(self, small: bool = False) -> None:
-        scale_tuning.tune(self.model, self.course, self.config.tune_steps, self.store, small)
+        scale_tuning.tune(self.model, self.course, self.config.method.tune_steps, self.store, small)
         self.config.measured = scale_tuning.validation_kl(self.model, self.course)
 
     def _fit(

@@ -71,7 +71,7 @@ class LazyJob(Job):
             [ids.numel() for ids in batches],
             (getattr(config, "vocab_size", 0), config.hidden_size),
             self.model.dtype.itemsize,
-            self.config.sequential,
+            self.config.method.sequential,
             result,
         )
 
@@ -89,7 +89,7 @@ class LazyJob(Job):
         config, device = self.config, self.weights.device
         modules = self.observed()
         return BlockwisePass(
-            self.chain, modules, config.fisher, config.seed, self.store, device, self.workers
+            self.chain, modules, config.method.fisher, config.seed, self.store, device, self.workers
         )
 
     def _record_targets(self, batches: list[Tensor]) -> None:

@@ -121,7 +121,7 @@ def compress_model(
     if isinstance(job, LazyJob) and not job.workers.rank:
         logger.warning("compressing takes %s", job.estimate_memory(batches, budget.total))
     job.measure(batches)
-    if config.bf16_overlay:
+    if config.method.bf16_overlay:
         with torch.no_grad():
             for tensor in overlay.values():
                 tensor.copy_(tensor.to(overlay_dtype(tensor.dtype, config)))
@@ -190,7 +190,7 @@ def _batches(
     weights alone 0.0165. Others cannot, and their predictions on noise say nothing (`rxnfp`: 0.088,
     from weights alone 0.005), so there is nothing to run: empty.
     """
-    if config.calibration is None and not (config.fisher and writes_text(model)):
+    if config.calibration is None and not (config.method.fisher and writes_text(model)):
         return []
     vocabulary = weight_of(model.get_input_embeddings()).shape[0]
     source = model.config.name_or_path

@@ -64,10 +64,10 @@ def compress_streaming(
     quantizer.validate_environment()
     settings = quantizer.quantization_config
     workers = Workers.launched()
-    if workers.size > 1 and settings.allocation != "global":
+    if workers.size > 1 and settings.method.allocation != "global":
         raise DeltaMixError(
-            f"method {settings.method!r} hands bytes on from one matrix to the next, so it runs in "
-            "one process; start it without torchrun, or use method 'deltamix-kl'"
+            f"method {settings.method.name!r} hands bytes on from one matrix to the next, so it "
+            "runs in one process; start it without torchrun, or use method 'deltamix-kl'"
         )
     if workers.rank:
         logging.disable_progress_bar()

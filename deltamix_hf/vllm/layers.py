@@ -155,7 +155,7 @@ class _Method(QuantizeMethodBase):
         if deltas.incoming and self.settings is None:
             raise DeltaMixError("this is a delta repo, and its config.json does not say so")
         if deltas.incoming:
-            deltas.own = deltas.take(layer, self.settings.group_size, layer.weight.device)
+            deltas.own = deltas.take(layer, self.settings.method.group_size, layer.weight.device)
         self.plain.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

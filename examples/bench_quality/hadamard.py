@@ -22,7 +22,7 @@ from bench_quality.texts import get_pair
 from torch import Tensor
 from transformers.utils import logging
 
-from deltamix_hf import DeltaMixConfig
+from deltamix_hf import METHODS, DeltaMixConfig
 from deltamix_hf.compression import job, matrix_pipeline
 from deltamix_hf.nn.layers import weight_of
 from deltamix_hf.quantization.gptq import Rounded, gptq_rows
@@ -116,7 +116,7 @@ def kl(judge: Judge, share: int, sides: str) -> float:
             base_model=str(judge.pair.base),
             ratio=1 / share,
             calibration=judge.pair.texts(),
-            tune_steps=0,
+            method=dataclasses.replace(METHODS["deltamix-kl"], tune_steps=0),
         )
         model = judge.load(judge.pair.finetuned, quantization_config=config)
     finally:

@@ -16,6 +16,7 @@ from tiny_pairs import (
     calibration_ids,
     fine_tune,
     logits,
+    make_config,
     make_tokenizer,
     quick,
     text_of,
@@ -25,14 +26,14 @@ from tiny_pairs import (
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from deltamix_hf import DeltaMixConfig, DeltaMixError
+from deltamix_hf import DeltaMixError
 from deltamix_hf.calibration import self_text
 from deltamix_hf.calibration.statistics import collect, metrics_of
 from deltamix_hf.checkpoint.base import BaseCheckpoint, resolve_base
 from deltamix_hf.checkpoint.tensor_diff import sort_tensors
 from deltamix_hf.compression.job import Job
+from deltamix_hf.method import SWITCHES
 from deltamix_hf.nn.layers import delta_modules, oriented, tied_modules
-from deltamix_hf.presets import SWITCHES
 from deltamix_hf.storage.names import is_guard
 
 BOTH = ["delta-come", "deltamix-kl"]  # min-max and Gaussian
@@ -276,7 +277,7 @@ def test_base_and_fine_tune_in_different_dtypes(pair, tmp_path, base_dtype, tune
     source = pair("llama")
     for kind, folder, dtype in (("b", source.base, base_dtype), ("t", source.tuned, tuned_dtype)):
         source.load(folder, dtype=getattr(torch, dtype)).save_pretrained(tmp_path / kind)
-    config = DeltaMixConfig(tmp_path / "b", ratio=0.2, method=method, **quick(method))
+    config = make_config(tmp_path / "b", ratio=0.2, method=method, **quick(method))
     model = source.load(tmp_path / "t", quantization_config=config)
     assert model.dtype == getattr(torch, tuned_dtype)
     model.save_pretrained(tmp_path / "delta")
