@@ -39,7 +39,8 @@ from ..checkpoint.delta_repo import (
 )
 from ..checkpoint.validation import check_base_was_read, check_parts_fit, checked_headers
 from ..checkpoint.vocabulary import FitRows
-from ..compression.model import compress_model
+from ..compression.model import compress
+from ..compression.runs import Source
 from ..config import DeltaMixConfig
 from ..constants import NOTICE
 from ..errors import DeltaMixError, first_line
@@ -57,7 +58,7 @@ from ..nn.layers import (
 from ..nn.shared_input import link_shared_inputs
 from ..storage.headers import TensorInfo, read_tensor
 from ..storage.names import ROWS, is_guard, packed_part
-from .saving import delta_state_dict, install_save, uninstall_save
+from .saving import delta_state_dict, install_save, stored_without_base, uninstall_save
 
 _HIDDEN = "deltamix.hidden."
 
@@ -87,6 +88,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         # Compression writes fingerprints into the config: never into the caller's own object.
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.base_files: list[str] = []
+        self.source: Source | None = None  # of compression, if transformers did not load it
         self.seconds: dict[str, float] = {}  # of compression, by stage
         self.store = ResumeStore()  # of compression: removed when the delta is saved
         self.stored: dict[str, torch.Tensor] | None = None  # of a model without its base's weights
@@ -251,10 +253,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     f"{sorted(devices)}; compress with device_map='cpu' (or one GPU), save, and "
                     "load the delta repo with any device_map"
                 )
-            base = BaseCheckpoint(self.base_files, model)
-            config = self.quantization_config
-            outcome = compress_model(model, base, config, self.commit)
-            self.seconds, self.store = outcome.seconds, outcome.store
+            self._compress(self.source or Source(model, self.commit))
         if tensor_parallel.is_sharded(model):
             tensor_parallel.keep_own_part(model)
         else:  # which needs the factors of several layers while one of them runs
@@ -273,6 +272,13 @@ class DeltaMixHfQuantizer(HfQuantizer):
             tensor = model.get_parameter_or_buffer(name)
             if tensor.device.type != "meta" and tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
+
+    def _compress(self, source: Source) -> None:
+        base, config = BaseCheckpoint(self.base_files, source.model), self.quantization_config
+        outcome = compress(source, base, config)
+        self.commit, self.seconds, self.store = source.commit, outcome.seconds, outcome.store
+        if source.files is not None:
+            self.stored = stored_without_base(source.model, base, config, outcome.overlay)
 
     # Dense again
 

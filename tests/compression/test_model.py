@@ -27,7 +27,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from deltamix_hf import DeltaMixError
-from deltamix_hf.calibration import self_text
 from deltamix_hf.calibration.statistics import collect, metrics_of
 from deltamix_hf.checkpoint.base import BaseCheckpoint, resolve_base
 from deltamix_hf.checkpoint.tensor_diff import sort_tensors
@@ -349,10 +348,9 @@ def test_longer_than_the_model_has_positions(pair, name, method):
     assert_same_packed(model, cut)
 
 
-def test_calibration_on_text_of_its_own(pair, with_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(self_text, "SELF_LENGTH", 16)
-    source = pair("llama")
-    config = source.config(calibration="self", num_samples=4, tune_steps=0)
+def test_calibration_on_text_of_its_own(pair, with_tokenizer, tmp_path):
+    source, few = pair("llama"), {"num_samples": 4, "seq_length": 16, "tune_steps": 0}
+    config = source.config(calibration="self", **few)
     torch.manual_seed(1)
     one = source.load(with_tokenizer, quantization_config=config)
     torch.manual_seed(2)
@@ -362,11 +360,11 @@ def test_calibration_on_text_of_its_own(pair, with_tokenizer, tmp_path, monkeypa
     assert torch.equal(torch.get_rng_state(), state)
     records = one.config.quantization_config
     assert records.calibration_source == "4 texts written by the fine-tune"
-    config = source.config(num_samples=4, tune_steps=0)  # what is done without text anyway
+    config = source.config(**few)  # what is done without text anyway
     three = source.load(with_tokenizer, quantization_config=config)
     assert_same_packed(one, three)
     assert three.config.quantization_config.calibration_source == records.calibration_source
-    blind = source.compress(num_samples=4, tune_steps=0)
+    blind = source.compress(**few)
     assert records.errors != blind.config.quantization_config.errors
     one.save_pretrained(tmp_path / "delta")
     assert torch.equal(logits(source.load(tmp_path / "delta")), logits(one))
