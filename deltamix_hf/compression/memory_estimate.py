@@ -20,7 +20,7 @@ from ..linalg.second_moments import SecondMoment
 from ..nn.layers import shape_of
 from .scale_tuning import TOKENS_PER_STEP
 
-_PROCESS = 600_000_000
+_PROCESS = 700_000_000  # and what does not grow with the model
 _PER_WEIGHT = 12  # the delta, its image in the metric, and factors, float32
 _PER_METRIC = 11  # a full metric, its factor, half of it in float64, and what is made of it
 _PER_ACTIVATION = 4  # of a matrix's inputs and outputs, for the backward pass
