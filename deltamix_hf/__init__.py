@@ -14,17 +14,20 @@ from .integration.registration import autoload
 if TYPE_CHECKING:
     from .config import DeltaMixConfig
     from .integration.quantizer import DeltaMixHfQuantizer
+    from .method import METHODS, Method
     from .nn.layers import DeltaEmbedding, DeltaLinear
     from .nn.merging import cache_merged
 
 __version__ = "0.1.0"
 __all__ = [
+    "METHODS",
     "QUANT_METHOD",
     "DeltaEmbedding",
     "DeltaLinear",
     "DeltaMixConfig",
     "DeltaMixError",
     "DeltaMixHfQuantizer",
+    "Method",
     "__version__",
     "cache_merged",
 ]
@@ -34,6 +37,8 @@ _MODULES = {
     "DeltaLinear": "nn.layers",
     "DeltaMixConfig": "config",
     "DeltaMixHfQuantizer": "integration.quantizer",
+    "METHODS": "method",
+    "Method": "method",
     "cache_merged": "nn.merging",
 }
 

@@ -17,6 +17,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 from transformers.utils import logging
 
-from deltamix_hf import DeltaMixConfig
+from deltamix_hf import METHODS, DeltaMixConfig
 from deltamix_hf.integration.compress_repo import compress_streaming
 from deltamix_hf.jobs.workers import Workers
 
@@ -132,11 +133,11 @@ def run(folder: Path, method: str, tokens: int, length: int, free: bool, device:
     blocks, vocabulary = loaded["num_hidden_layers"], loaded["vocab_size"]
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(vocabulary, (max(1, tokens // length), length), generator=random)
-    options = {} if free else {"calibration": ids}
-    if free and method == "deltamix-kl":
-        options = {"fisher": False, "tune_steps": 0}  # the weights alone
+    chosen = METHODS[method]
+    if free:  # the weights alone
+        chosen = replace(chosen, fisher=False, tune_steps=0)
     before, output = peak(), folder / "delta"
-    config = DeltaMixConfig(folder / "base", method=method, **options)
+    config = DeltaMixConfig(folder / "base", method=chosen, calibration=None if free else ids)
     started = time.perf_counter()
     model = compress_streaming(folder / "finetuned", output, config, device)
     spent = time.perf_counter() - started

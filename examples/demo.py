@@ -32,8 +32,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.config import DEFAULT_METHOD
 from deltamix_hf.evaluation.quality import compare, gain_kept, reference_logits
+from deltamix_hf.method import DEFAULT_METHOD
 from deltamix_hf.nn.experts import compressed_shapes
 from deltamix_hf.storage.sizes import size_report, weight_files
 
@@ -80,7 +80,7 @@ def judge(pair: Pair, deltas: list[Path], questions: int) -> dict:
             size = size_report(source, compressed_shapes(model))
             config = model.config.quantization_config
             row |= {
-                "method": config.method,
+                "method": config.method.name,
                 "reference_bytes": size.reference,
                 "ratio": size.ratio,
                 "kinds": {

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_pairs import make_config
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
-from deltamix_hf.config import DEFAULT_METHOD, FORMAT_VERSION, overlay_dtype
-from deltamix_hf.presets import ALLOCATIONS, CODEBOOKS, PRESETS, SWITCHES
+from deltamix_hf.config import FORMAT_VERSION, overlay_dtype
+from deltamix_hf.method import ALLOCATIONS, CODEBOOKS, DEFAULT_METHOD, METHODS, SWITCHES
 
 budgets = st.one_of(
     st.just({}),
@@ -27,7 +27,6 @@ options = st.fixed_dictionaries(
     optional={
         "base_model": st.text(min_size=1),
         "base_revision": st.text(min_size=1),
-        "bits": st.sets(st.integers(0, 8)).filter(any).map(sorted),
         "calibration": st.text(min_size=1),
         "num_samples": st.integers(1, 10**6),
         "seq_length": st.integers(1, 10**6),
@@ -44,7 +43,8 @@ options = st.fixed_dictionaries(
 switches = st.fixed_dictionaries(
     {},
     optional={
-        "method": st.sampled_from(list(PRESETS)),
+        "method": st.sampled_from(list(METHODS)),
+        "bits": st.sets(st.integers(0, 8)).filter(any).map(sorted).map(tuple),
         "allocation": st.sampled_from(ALLOCATIONS),
         "codebook": st.sampled_from(CODEBOOKS),
         "group_size": st.integers(0, 4096),
@@ -55,7 +55,7 @@ switches = st.fixed_dictionaries(
         "f_max": st.integers(1, 9),
         **{
             name: st.booleans()
-            for name, value in vars(PRESETS[DEFAULT_METHOD]).items()
+            for name, value in vars(METHODS[DEFAULT_METHOD]).items()
             if isinstance(value, bool)
         },
     },
@@ -64,10 +64,10 @@ switches = st.fixed_dictionaries(
 
 def possible(chosen: dict) -> dict:
     """Without what its allocation has not."""
-    preset = PRESETS[chosen.get("method", DEFAULT_METHOD)]
-    allocation = chosen.get("allocation", preset.allocation)
+    method = METHODS[chosen.get("method", DEFAULT_METHOD)]
+    allocation = chosen.get("allocation", method.allocation)
     if allocation != "global":
-        chosen.pop("split_widths", None)
+        chosen["split_widths"] = False
     if allocation != "matrix":
         chosen.pop("f_max", None)
     if allocation == "bands":
@@ -77,13 +77,15 @@ def possible(chosen: dict) -> dict:
 
 @given(options, switches.map(possible), budgets)
 def test_round_trip_through_json(given_options, chosen, budget):
-    config = DeltaMixConfig(**given_options, **chosen, **budget)
+    config = make_config(given_options.pop("base_model", None), **given_options, **chosen, **budget)
     stored = json.loads(json.dumps(config.to_dict(), allow_nan=False))
     again = DeltaMixConfig.from_dict(stored)
     assert again.to_dict() == config.to_dict()
+    assert again.method == config.method
     for name, value in (given_options | chosen | budget).items():
-        assert getattr(again, name) == value
-    assert stored.keys() >= set(SWITCHES)  # readers need not know the presets
+        holder = again.method if name in SWITCHES else again
+        assert getattr(holder, name) == (again.method if name == "method" else value)
+    assert stored.keys() >= set(SWITCHES)  # readers need not know the named methods
     assert again.budget(10**9) == config.budget(10**9)
 
 
@@ -93,7 +95,7 @@ def test_transformers_finds_the_class_by_quant_method():
 
 
 def test_written_json_file_reads_back(tmp_path):
-    config = DeltaMixConfig(base_model="b", ratio=0.125, bits=(0, 2, 8))
+    config = make_config("b", ratio=0.125, bits=(0, 2, 8))
     config.to_json_file(tmp_path / "quantization.json")
     stored = json.loads((tmp_path / "quantization.json").read_text())
     assert DeltaMixConfig.from_dict(stored).to_dict() == config.to_dict()
@@ -201,7 +203,7 @@ def test_loading_attributes_are_what_the_user_gave():
         ({"embedding_group_size": -1}, "embedding_group_size"),
         *(
             ({name: value}, f"{name} is {value!r}")
-            for name, switch in vars(PRESETS[DEFAULT_METHOD]).items()
+            for name, switch in vars(METHODS[DEFAULT_METHOD]).items()
             if isinstance(switch, bool)
             for value in (1, 0, "yes", [])
         ),
@@ -225,10 +227,10 @@ def test_loading_attributes_are_what_the_user_gave():
         ({"tune_steps": 40.0}, "tune_steps is 40.0"),
         ({"tune_steps": True}, "tune_steps is True"),
         ({"tune_steps": "40"}, "tune_steps is '40'"),
-        ({"allocation": "matrix", "split_widths": True}, "split_widths=True"),
+        ({"allocation": "matrix"}, "split_widths=True"),
         ({"method": "deltamix", "split_widths": True}, "split_widths=True"),
         ({"method": "delta-come", "codebook": "gaussian"}, 'codebook="min-max"'),
-        ({"allocation": "bands"}, 'codebook="min-max"'),
+        ({"allocation": "bands", "split_widths": False}, 'codebook="min-max"'),
         ({"num_samples": 0}, "num_samples"),
         ({"seq_length": 0}, "seq_length"),
         ({"seed": -1}, "seed"),
@@ -256,7 +258,7 @@ def test_loading_attributes_are_what_the_user_gave():
 )
 def test_bad_values_are_named(options, culprit):
     with pytest.raises(DeltaMixError) as error:
-        DeltaMixConfig(base_model="b", **options)
+        make_config("b", **options)
     assert culprit in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -267,68 +269,9 @@ def test_newer_format_says_upgrade():
     assert DeltaMixConfig(base_model="b").format_version == FORMAT_VERSION
 
 
-# Methods are presets of switches
-
-
-def switches_of(config: DeltaMixConfig) -> dict:
-    return {name: getattr(config, name) for name in SWITCHES}
-
-
-def test_every_switch_is_an_option_of_the_config():
-    accepted = inspect.signature(DeltaMixConfig.__init__).parameters
-    assert set(SWITCHES) <= accepted.keys()
-    assert all(accepted[name].default is None for name in SWITCHES)
-    assert all(f"        {name}: " in DeltaMixConfig.__doc__ for name in SWITCHES)  # documented
-
-
-@pytest.mark.parametrize("method", PRESETS)
-def test_a_method_is_its_preset(method):
-    config = DeltaMixConfig("b", method=method)
-    expected = vars(PRESETS[method]) | {"bits": list(PRESETS[method].bits)}
-    assert switches_of(config) == expected
-    # None is "as the method says", for every switch
-    assert switches_of(DeltaMixConfig("b", method=method, **dict.fromkeys(SWITCHES))) == expected
-
-
-def test_the_default_is_the_best_method():
-    assert DeltaMixConfig("b").method == DEFAULT_METHOD == "deltamix-kl"
-    named = DeltaMixConfig("b", method="deltamix-kl")
-    assert DeltaMixConfig("b").to_dict() == named.to_dict()
-
-
-OTHER = {
-    "allocation": "matrix",
-    "bits": [0, 2, 8],
-    "codebook": "min-max",
-    "group_size": 64,
-    "embedding_group_size": 32,
-    "drop_penalty": 1.0,
-    "delta_metric": 0.0,
-    "tune_steps": 0,
-}
-
-
-@pytest.mark.parametrize("name", SWITCHES)
-def test_one_argument_turns_one_part_off(name):
-    whole = switches_of(DeltaMixConfig("b"))
-    value = OTHER.get(name, False)
-    assert value != whole[name]
-    expected = whole | {name: value}
-    if name == "allocation":  # split widths are part of the global one
-        expected["split_widths"] = False
-    assert switches_of(DeltaMixConfig("b", **{name: value})) == expected
-
-
-@pytest.mark.parametrize("name", ["whiten", "fisher", "sequential", "unbiased_gains"])
-@pytest.mark.parametrize("method", ["deltamix", "delta-come"])
-def test_one_argument_adds_a_part_to_a_published_method(method, name):
-    whole = switches_of(DeltaMixConfig("b", method=method))
-    assert switches_of(DeltaMixConfig("b", method=method, **{name: True})) == whole | {name: True}
-
-
 def test_overlay_dtype():
     def form(dtype, rounded):
-        config = DeltaMixConfig("b", bf16_overlay=rounded)
+        config = make_config("b", bf16_overlay=rounded)
         return overlay_dtype(dtype, config)
 
     for dtype in (torch.float32, torch.float64):
@@ -345,3 +288,23 @@ def test_a_base_from_a_config_json_is_not_the_users():
     assert read.base_model == "org/base" and read.get_loading_attributes()["base_given"] is False
     read, _ = DeltaMixConfig.from_dict(settings, return_unused_kwargs=True)
     assert not read.base_given
+
+
+def test_a_switch_is_refused_with_the_way_to_give_it():
+    with pytest.raises(DeltaMixError, match=r"replace\(METHODS\['deltamix-kl'\], fisher=\.\.\.\)"):
+        DeltaMixConfig("b", fisher=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_config_json_names_the_method_and_lists_its_switches(method):
+    """The keys of format 2; later versions may change a named method, not what a repo says."""
+    stored = DeltaMixConfig("b", method=method).to_dict()
+    switches = {name: getattr(METHODS[method], name) for name in SWITCHES}
+    assert stored.items() >= (switches | {"method": method, "bits": list(switches["bits"])}).items()
+    assert "name" not in stored
+    for name in SWITCHES:  # one that is absent, or null, is as the method says
+        del stored[name]
+    assert DeltaMixConfig.from_dict(stored).method == METHODS[method]
+    assert DeltaMixConfig.from_dict(stored | dict.fromkeys(SWITCHES)).method == METHODS[method]
+    with pytest.raises(DeltaMixError, match="name"):
+        DeltaMixConfig.from_dict(stored | {"name": method})

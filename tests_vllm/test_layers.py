@@ -19,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.quantization.gptq import round_rows
-from deltamix_hf.quantization.packed_delta import PackedFactors
+from deltamix_hf.quantization.packed_delta import PackedDelta
 from deltamix_hf.vllm import register
 from deltamix_hf.vllm.partition import pieces
 
@@ -35,7 +35,7 @@ def layer_of(cls: type[nn.Module], **values: Any) -> Any:
     return layer
 
 
-def packed(m: int, n: int = INPUTS) -> PackedFactors:
+def packed(m: int, n: int = INPUTS) -> PackedDelta:
     """Three ranks of an [m, n] matrix, of normal values."""
     random = torch.Generator().manual_seed(m)
     widths = [torch.tensor(bits) for bits in ((8, 3, 2), (4, 3, 2))]
@@ -43,7 +43,7 @@ def packed(m: int, n: int = INPUTS) -> PackedFactors:
         round_rows(torch.randn(3, length, generator=random), bits, 0, gaussian=True)
         for length, bits in zip((n, m), widths, strict=True)
     ]
-    return PackedFactors.pack(*sides)
+    return PackedDelta.pack(*sides)
 
 
 def qkv(rank: int, ranks: int) -> Any:

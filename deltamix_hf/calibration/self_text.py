@@ -30,8 +30,10 @@ def writes_text(model: PreTrainedModel) -> bool:
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def self_texts(model: PreTrainedModel, tokenizer: Any, samples: int, seed: int) -> list[list[int]]:
-    """`samples` lists of at most SELF_LENGTH token ids.
+def self_texts(
+    model: PreTrainedModel, tokenizer: Any, samples: int, seed: int, length: int = SELF_LENGTH
+) -> list[list[int]]:
+    """Sample texts from the model: lists of at most `length` token ids.
 
     Raises:
         DeltaMixError: the model cannot generate.
@@ -51,12 +53,12 @@ def self_texts(model: PreTrainedModel, tokenizer: Any, samples: int, seed: int) 
         while len(made) < samples:
             rows = min(_ROWS, samples - len(made))
             if opening:
-                asked = _sample(model, tokenizer, [opening] * rows, SELF_LENGTH // 2)
+                asked = _sample(model, tokenizer, [opening] * rows, length // 2)
                 prompts = [_chat(tokenizer, ids[len(opening) :]) for ids in asked]
-                made += _sample(model, tokenizer, prompts, SELF_LENGTH // 2)
+                made += _sample(model, tokenizer, prompts, length // 2)
             else:
                 first = torch.randint(vocabulary, (rows, 1)).tolist()
-                made += _sample(model, tokenizer, first, SELF_LENGTH - 1)
+                made += _sample(model, tokenizer, first, length - 1)
             bar.update(rows)
         bar.close()
     return made

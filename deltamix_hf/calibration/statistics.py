@@ -233,10 +233,12 @@ def backward(
     return len(values) * draws
 
 
-def _drawn(values: Tensor, is_logits: bool, random: torch.Generator) -> Tensor:
+def _drawn(
+    values: Tensor, is_logits: bool, random: torch.Generator, at_once: int = DRAWN
+) -> Tensor:
     """(diag(p) − p·pᵀ)^½·ε of logits [predictions, classes], ε of hidden states."""
     drawn = torch.empty_like(values)
-    size = max(1, DRAWN // values.shape[-1])
+    size = max(1, at_once // values.shape[-1])
     for rows, out in zip(values.split(size), drawn.split(size), strict=True):
         noise = torch.randn(rows.shape, generator=random).to(rows.device)
         if is_logits:

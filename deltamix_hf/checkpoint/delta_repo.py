@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError, first_line
 from ..nn.experts import fused_weights, is_experts, slice_shape, weight_of
 from ..nn.layers import declared_shape
-from ..quantization.packed_delta import PackedFactors, parts
-from ..quantization.packed_experts import PackedExperts, expert_parts
-from ..storage.headers import TensorInfo, read_headers
-from ..storage.names import GUARD, PREFIX, ROWS, is_guard, packed_names
+from ..quantization.packed_delta import PackedDelta
+from ..storage.headers import TensorInfo, read_headers, read_tensor
+from ..storage.names import GUARD, ROWS, is_guard, packed_names, packed_part
 from ..storage.untrusted_paths import check_weight_files
 from .base import KeyMap, repo_files
 from .vocabulary import Resized, resized_in_repo
@@ -29,19 +28,17 @@ _CODES = (torch.int8, torch.uint8)  # what quantized weights of other libraries 
 
 @dataclass(frozen=True)
 class StoredDelta:
-    """Packed factors by module name, packed experts by 3-D parameter, overlay by tensor name."""
+    """Packed deltas by module name, or 3-D parameter of experts; overlay by tensor name."""
 
-    packed: dict[str, PackedFactors]
+    packed: dict[str, PackedDelta]
     overlay: dict[str, Tensor]
     fingerprints: dict[str, str]  # of the base it belongs to
     source: str
-    experts: dict[str, PackedExperts] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         packed = sum(sum(factors.nbytes.values()) for factors in self.packed.values())
-        packed += sum(factors.nbytes for factors in self.experts.values())
         return packed + sum(t.numel() * t.element_size() for t in self.overlay.values())
 
     def pinned(self) -> StoredDelta:
@@ -52,9 +49,8 @@ class StoredDelta:
         if not torch.cuda.is_available():
             return self
         packed = {name: factors.pinned() for name, factors in self.packed.items()}
-        experts = {name: factors.pinned() for name, factors in self.experts.items()}
         overlay = {name: tensor.pin_memory() for name, tensor in self.overlay.items()}
-        return replace(self, packed=packed, experts=experts, overlay=overlay)
+        return replace(self, packed=packed, overlay=overlay)
 
 
 def find_delta(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], DeltaMixConfig]:
@@ -91,8 +87,7 @@ class Contents:
     """Where the tensors of a delta repo belong: names of the model -> names in the files.
 
     Attributes:
-        packed: by module.
-        experts: by 3-D parameter.
+        packed: by module, or by 3-D parameter of experts.
         overlay: by tensor.
         guards: names in the files.
         resized: matrices with more or fewer rows than in the base, by module.
@@ -100,7 +95,6 @@ class Contents:
     """
 
     packed: dict[str, str]
-    experts: dict[str, str]
     overlay: dict[str, str]
     guards: set[str]
     resized: dict[str, Resized]
@@ -119,23 +113,21 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
     Raises:
         DeltaMixError: incomplete, of other shapes or kinds than the model's, or two for one place.
     """
-    gaussian = config.codebook == "gaussian"
+    gaussian = config.method.codebook == "gaussian"
     modules, fused = packed_names(infos, gaussian, config.errors)
-    ours = {f"{module}.{PREFIX}{part}" for module in modules for part in parts(gaussian)}
-    ours |= {f"{name}_{PREFIX}{part}" for name in fused for part in expert_parts(gaussian)}
-    guards = {name for name in infos.keys() - ours if is_guard(name)}
+    others = {name for name in infos if packed_part(name) is None}
+    guards = {name for name in others if is_guard(name)}
     for name in guards:
         if infos[name].placeholder().dtype != GUARD[0] or infos[name].shape != GUARD[1]:
             raise DeltaMixError(f"the delta repo holds {name}, which is no guard: it is damaged")
-    _check_listed(config, {*modules}, {*fused}, infos.keys() - ours - guards)
+    _check_listed(config, {*modules}, {*fused}, others - guards)
     packed: dict[str, str] = {}
-    experts: dict[str, str] = {}
     overlay: dict[str, str] = {}
     absent: list[str] = []
     taken: dict[str, str] = {}
     stored_names = [(module, f"{module}.weight") for module in modules]
     resized = resized_in_repo(infos, config, keys)
-    whole = sorted(n for n in infos.keys() - ours - guards if not n.endswith(f".{ROWS}"))
+    whole = sorted(n for n in others - guards if not n.endswith(f".{ROWS}"))
     for stored, key in [*stored_names, *((name, name) for name in (*fused, *whole))]:
         name = keys.rename(key)[0]
         if name not in keys.state:
@@ -151,11 +143,11 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
             packed[name.removesuffix(".weight")] = stored
         elif stored in fused:
             _check_fused(keys, stored, name)
-            experts[name] = stored
+            packed[name] = stored
         else:
             _check_whole(keys.state[name], infos[stored], stored)
             overlay[name] = stored
-    return Contents(packed, experts, overlay, guards, resized, absent)
+    return Contents(packed, overlay, guards, resized, absent)
 
 
 def _check_listed(
@@ -193,50 +185,54 @@ def _check_fused(keys: KeyMap, stored: str, name: str) -> None:
 
 
 def without_codes(infos: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
-    """Reads the small tensors of packed experts, and of their codes the shapes: meta tensors."""
+    """Make a reader of packed tensors that gives of their codes the shapes alone: meta tensors."""
 
     def read(name: str) -> Tensor:
-        info = infos[name]
-        if name.endswith((f"_{PREFIX}v", f"_{PREFIX}u")):
-            return info.placeholder()
-        with safe_open(info.file, framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(name)
-            return tensor
+        place = packed_part(name)
+        codes = place is not None and place[2] in ("v", "u")
+        return infos[name].placeholder() if codes else read_tensor(infos[name], name)
 
     return read
 
 
 def listed_experts(config: DeltaMixConfig, stored: str) -> set[str]:
-    """Matrices of the packed 3-D parameter `stored` that config.json lists."""
+    """Name the matrices of the packed 3-D parameter `stored` that config.json lists."""
     return {name for name in config.errors if name.rpartition(".")[0] == stored}
 
 
-def checked_experts(
+def read_packed(
     keys: KeyMap, name: str, stored: str, config: DeltaMixConfig, read: Callable[[str], Tensor]
-) -> PackedExperts:
-    """The deltas of the 3-D parameter `name`, from stored tensors; its codes may be meta.
+) -> PackedDelta:
+    """Read the delta of the module or 3-D parameter `name`, checked.
+
+    Args:
+        stored: its name in the files.
+        read: gives a stored tensor by name; codes may be meta.
 
     Raises:
-        DeltaMixError: not the tensors of such a parameter, values no compressor writes, or other
+        DeltaMixError: not the tensors of such a matrix, values no compressor writes, or other
             experts than config.json lists.
     """
-    owner, _, leaf = name.rpartition(".")
-    module = keys.model.get_submodule(owner)
-    kinds = expert_parts(config.codebook == "gaussian")
-    tensors = {part: read(f"{stored}_{PREFIX}{part}") for part in kinds}
-    shape = len(weight_of(module, leaf)), *slice_shape(module, leaf)
+    gaussian, experts = config.method.codebook == "gaussian", None
+    if name in keys.state:
+        owner, _, leaf = name.rpartition(".")
+        module = keys.model.get_submodule(owner)
+        experts, shape = len(weight_of(module, leaf)), slice_shape(module, leaf)
+    else:
+        shape = declared_shape(keys.model.get_submodule(name))
     try:
-        packed = PackedExperts.checked(*shape, config.group_size, tensors)
+        packed = PackedDelta.read(stored, read, *shape, config.method.group_size, gaussian, experts)
     except DeltaMixError as error:
         raise DeltaMixError(f"{name}: {error}") from None
-    counts = packed.counts.tolist()
-    kept = {f"{stored}.{number}" for number, count in enumerate(counts) if count}
-    listed = listed_experts(config, stored)
-    if wrong := sorted(kept ^ listed):
-        raise DeltaMixError(
-            f"only {'config.json' if wrong[0] in listed else 'the delta repo'} has ranks of "
-            f"{wrong[0]}: weights and config.json do not fit"
-        )
+    if packed.counts is not None:
+        counts = enumerate(packed.counts.tolist())
+        kept = {f"{stored}.{number}" for number, count in counts if count}
+        listed = listed_experts(config, stored)
+        if wrong := sorted(kept ^ listed):
+            raise DeltaMixError(
+                f"only {'config.json' if wrong[0] in listed else 'the delta repo'} has ranks of "
+                f"{wrong[0]}: weights and config.json do not fit"
+            )
     return packed
 
 
@@ -292,21 +288,12 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
     for stored in contents.absent:
         shape = list(infos[stored].shape) if stored in infos else "packed"
         raise DeltaMixError(f"{source!r} holds {stored} {shape}, the model has none such")
-    packed: dict[str, PackedFactors] = {}
-    for name, stored in contents.packed.items():
-        m, n = declared_shape(keys.model.get_submodule(name))
-        kinds = parts(config.codebook == "gaussian")
-        tensors = {part: read(f"{stored}.{PREFIX}{part}") for part in kinds}
-        try:
-            packed[name] = PackedFactors.checked(m, n, config.group_size, tensors)
-        except DeltaMixError as error:
-            raise DeltaMixError(f"{name}: {error}") from None
-    experts = {
-        name: checked_experts(keys, name, stored, config, read)
-        for name, stored in contents.experts.items()
+    packed = {
+        name: read_packed(keys, name, stored, config, read)
+        for name, stored in contents.packed.items()
     }
     overlay: dict[str, Tensor] = {}
     for name, stored in contents.overlay.items():
         overlay[name] = read(stored)
         check_finite(stored, overlay[name])
-    return StoredDelta(packed, overlay, config.base_fingerprints, source, experts)
+    return StoredDelta(packed, overlay, config.base_fingerprints, source)

@@ -17,18 +17,17 @@ from torch import Tensor
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..nn.experts import expert_place, fused_name, matrix_shape
-from ..quantization.packed_delta import PackedFactors, layout_of, parts
-from ..quantization.packed_experts import PackedExperts, expert_parts
-from ..storage.headers import TensorInfo, read_headers, read_tensor
-from ..storage.names import PREFIX
+from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import part_names
+from ..storage.headers import read_headers, read_tensor
 from ..storage.sizes import SizeReport, size_report
 from .base import KeyMap
 from .delta_repo import (
     Contents,
-    checked_experts,
     contents_of,
     find_delta,
     listed_experts,
+    read_packed,
     without_codes,
 )
 from .model_class import empty_model, is_delta, read_config
@@ -136,17 +135,12 @@ def inspect_repo(repo: str | Path) -> RepoReport:
     infos = read_headers(files)
     contents = contents_of(infos, config, keys)
     shapes = stored_shapes(contents, config, keys)
-    matrices = {
-        name: _matrix(infos, config, contents.packed.get(name), name, shape)
-        for name, shape in shapes.items()
-    }
-    for name, stored in contents.experts.items():
-        packed = checked_experts(keys, name, stored, config, without_codes(infos))
-        matrices |= _expert_matrices(packed, config, name, stored)
-    overlay = {
-        name: (infos[stored].dtype, infos[stored].shape, _length(infos[stored]))
-        for name, stored in contents.whole.items()
-    }
+    matrices = {name: _dropped(config, name, shape) for name, shape in shapes.items()}
+    for name, stored in contents.packed.items():
+        packed = read_packed(keys, name, stored, config, without_codes(infos))
+        matrices |= _matrices(packed, config, name, stored)
+    whole = {name: infos[stored] for name, stored in contents.whole.items()}
+    overlay = {name: (info.dtype, info.shape, info.nbytes) for name, info in whole.items()}
     size = size_report(Path(files[0]).parent, shapes)
     return RepoReport(files, config, size, matrices, overlay)
 
@@ -162,10 +156,10 @@ def stored_shapes(
     """
     if contents.absent:
         raise DeltaMixError(f"the model has no {contents.absent[0]}, which the files hold")
-    compressed = {*contents.packed, *config.dropped}
-    for fused, stored in contents.experts.items():
-        listed = listed_experts(config, stored)
-        compressed |= {f"{fused}.{name.rpartition('.')[2]}" for name in listed}
+    compressed = {*config.dropped}
+    for name, stored in contents.packed.items():
+        experts = [own.rpartition(".")[2] for own in listed_experts(config, stored)]
+        compressed |= {f"{name}.{own}" for own in experts} if name in keys.state else {name}
     names = [name for n, t in keys.state.items() for name in _matrices_in(keys, n, t)]
     if unknown := sorted(compressed - {*names}):
         raise DeltaMixError(f"the model has no matrix {unknown[0]}, which config.json lists")
@@ -182,51 +176,26 @@ def rank_sizes(report: RepoReport, name: str) -> Tensor:
     if matrix.stored is None:
         return torch.zeros(0)
     infos = read_headers(report.files)
-    gaussian, stored = config.codebook == "gaussian", matrix.stored
+    gaussian, stored = config.method.codebook == "gaussian", matrix.stored
     fused, _, number = stored.rpartition(".")
-    factors: PackedFactors | None
-    if f"{fused}_{PREFIX}counts" in infos:
-        tensors = {
-            part: _tensor(infos, f"{fused}_{PREFIX}{part}") for part in expert_parts(gaussian)
-        }
-        shape = len(tensors["counts"]), *matrix.shape
-        factors = PackedExperts.checked(*shape, config.group_size, tensors).split()[int(number)]
-        assert factors is not None
-    else:
-        tensors = {part: _tensor(infos, f"{stored}.{PREFIX}{part}") for part in parts(gaussian)}
-        factors = PackedFactors.checked(*matrix.shape, config.group_size, tensors)
+    counts = infos.get(part_names(fused, gaussian, experts=True)["counts"])
+    packed = PackedDelta.read(
+        stored if counts is None else fused,
+        lambda name: read_tensor(infos[name], name),
+        *matrix.shape,
+        config.method.group_size,
+        gaussian,
+        experts=None if counts is None else counts.shape[0],
+    )
+    factors = packed.split()[0 if counts is None else int(number)]
+    assert factors is not None
     return factors.left().norm(dim=1) * factors.right().norm(dim=1)
 
 
-def _matrix(
-    infos: dict[str, TensorInfo],
-    config: DeltaMixConfig,
-    stored: str | None,
-    name: str,
-    shape: tuple[int, int],
-) -> MatrixReport:
-    """`stored` is the module's name in the files; None for a matrix that kept no rank."""
-    error = _error(config, name)
-    if stored is None:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return MatrixReport(None, shape, nothing, nothing, 0, 0, 0, error)
-    ranks = _tensor(infos, f"{stored}.{PREFIX}ranks")
-    try:
-        layout_of(ranks, config.group_size)
-    except DeltaMixError as damage:
-        raise DeltaMixError(f"{name}: {damage}") from None
-    words = ranks[:, 0].long()
-    length = {p: _length(infos.get(f"{stored}.{PREFIX}{p}")) for p in ("v", "u", "ranks", "zeros")}
-    return MatrixReport(
-        stored=stored,
-        shape=shape,
-        v_bits=words % 16,
-        u_bits=words // 16 % 16,
-        payload=length["v"] + length["u"],
-        scales=length["ranks"] - 2 * len(words) + length["zeros"],
-        metadata=2 * len(words),
-        error=error,
-    )
+def _dropped(config: DeltaMixConfig, name: str, shape: tuple[int, int]) -> MatrixReport:
+    """A matrix that kept no rank."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return MatrixReport(None, shape, nothing, nothing, 0, 0, 0, _error(config, name))
 
 
 def _error(config: DeltaMixConfig, name: str) -> float | None:
@@ -234,20 +203,24 @@ def _error(config: DeltaMixConfig, name: str) -> float | None:
     return error if error is not None and 0 <= error < 1e300 else None  # no NaN or the like
 
 
-def _expert_matrices(
-    packed: PackedExperts, config: DeltaMixConfig, name: str, stored: str
+def _matrices(
+    packed: PackedDelta, config: DeltaMixConfig, name: str, stored: str
 ) -> dict[str, MatrixReport]:
-    """Every expert of a 3-D parameter that kept ranks; the codes may be meta."""
+    """The matrix `name`, or every expert of that 3-D parameter that kept ranks; codes may be meta.
+
+    `stored` is its name in the files.
+    """
     found = {}
     for number, factors in enumerate(packed.split()):
+        end = "" if packed.counts is None else f".{number}"
         if factors is not None:
-            own, words = f"{stored}.{number}", factors.ranks[:, 0].long()
-            found[f"{name}.{number}"] = MatrixReport(
-                stored=own,
+            words = factors.ranks[:, 0].long()
+            found[name + end] = MatrixReport(
+                stored=stored + end,
                 shape=(factors.m, factors.n),
                 v_bits=words % 16,
                 u_bits=words // 16 % 16,
-                error=_error(config, own),
+                error=_error(config, stored + end),
                 **factors.nbytes,
             )
     return found
@@ -278,11 +251,3 @@ def _matrices_in(keys: KeyMap, name: str, tensor: Tensor) -> list[str]:
     if tensor.ndim == 3 and expert_place(keys.model, f"{name}.0"):
         return [f"{name}.{number}" for number in range(len(tensor))]
     return []
-
-
-def _length(info: TensorInfo | None) -> int:
-    return 0 if info is None else info.end - info.start
-
-
-def _tensor(infos: dict[str, TensorInfo], name: str) -> Tensor:
-    return read_tensor(infos[name], name)

@@ -21,13 +21,11 @@ from transformers.utils import logging
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..nn import tensor_parallel
-from ..quantization.packed_delta import PackedFactors, parts
 from ..storage.headers import TensorInfo, check_base, fingerprint, read_headers
-from ..storage.names import PREFIX
 from ..storage.sizes import size_report
 from ..storage.untrusted_paths import WEIGHTS, check_base_name, check_weight_files
 from .base import BaseCheckpoint, KeyMap, resolve_base, same
-from .delta_repo import Contents, check_finite, checked_experts, contents_of, find_delta
+from .delta_repo import Contents, check_finite, contents_of, find_delta, read_packed
 from .model_class import empty_model
 from .report import stored_shapes
 
@@ -67,7 +65,7 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
             tensor: Tensor = handles[infos[name].file].get_tensor(name)
             return tensor
 
-        yield from _matrices(contents, config, shapes, keys, read)
+        yield from _matrices(contents, config, keys, read)
         yield from _overlay(contents, read)
     yield _budget(files, config, shapes)
     yield _base(repo, config, base, quick)
@@ -76,23 +74,15 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
 def _matrices(
     contents: Contents,
     config: DeltaMixConfig,
-    shapes: Mapping[str, tuple[int, int]],
     keys: KeyMap,
     read: Read,
 ) -> Iterator[Check]:
-    kinds, sound = parts(config.codebook == "gaussian"), 0
+    sound = 0
     bar = logging.tqdm(contents.packed.items(), desc="Reading matrices", unit="matrix")
     for name, stored in bar:
         try:
-            tensors = {part: read(f"{stored}.{PREFIX}{part}") for part in kinds}
-            PackedFactors.checked(*shapes[name], config.group_size, tensors)
-            sound += 1
-        except DeltaMixError as error:
-            yield Check(name, str(error))
-    for name, stored in contents.experts.items():
-        try:
-            packed = checked_experts(keys, name, stored, config, read)
-            sound += int((packed.counts > 0).sum())
+            packed = read_packed(keys, name, stored, config, read)
+            sound += 1 if packed.counts is None else int((packed.counts > 0).sum())
         except DeltaMixError as error:
             yield Check(name, str(error))
     yield Check(f"{sound} packed matrices: shapes, widths, scales")

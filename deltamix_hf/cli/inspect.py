@@ -63,7 +63,7 @@ def _origin(report: RepoReport) -> list[str]:
     revision = f" at {config.base_revision[:12]}" if config.base_revision else ""
     lines = [
         f"base: {config.base_model}{revision}, {len(config.base_fingerprints)} tensors pinned",
-        f"method: {config.method}, calibrated on: {config.calibration_source}",
+        f"method: {config.method.name}, calibrated on: {config.calibration_source}",
     ]
     if {"kl", "positions"} <= measured.keys():
         lines.append(
@@ -130,7 +130,7 @@ def _figures(report: RepoReport) -> dict[str, Any]:
     return {
         "base_model": config.base_model,
         "base_revision": config.base_revision,
-        "method": config.method,
+        "method": config.method.name,
         "format_version": config.format_version,
         "calibration_source": config.calibration_source,
         "measured": config.measured,

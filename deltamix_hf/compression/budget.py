@@ -17,9 +17,8 @@ from ..allocation.whole_model import Choices
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..quantization import gaussian as codebook
-from ..quantization.packed_delta import DTYPES, GroupSizes, part_shapes, rank_bytes
-from ..quantization.packed_experts import COUNT_BYTES, largest_parts
-from ..storage.names import GUARD, PREFIX
+from ..quantization.packed_layout import GroupSizes, largest_parts, part_names, rank_bytes
+from ..storage.names import GUARD
 from ..storage.sizes import header_bytes, reference_bytes
 
 # Mean squared error of the min-max grid, groups of 128, on a normal variable, by width.
@@ -63,30 +62,29 @@ def plan_budget(
         DeltaMixError: the overlay and headers alone exceed the budget, or no matrix could keep
             even one rank; names the smallest budget that works.
     """
-    gaussian = config.codebook == "gaussian"
+    gaussian = config.method.codebook == "gaussian"
     numel = {name: torch.Size(shape).numel() for name, (_, shape) in overlay.items()}
     reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})
     total = config.budget(reference)
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(overlay)
     entries |= dict.fromkeys(guards, GUARD)
-    group_sizes = {name: config.group_sizes(name in embeddings) for name in shapes}
+    group_sizes = {name: config.method.group_sizes(name in embeddings) for name in shapes}
     experts = experts or {}
     for name, (m, n) in shapes.items():
-        if (fused := name.rpartition(".")[0]) in experts:
-            largest = largest_parts(experts[fused], m, n, group_sizes[name], gaussian)
-            entries |= {f"{fused}_{PREFIX}{part}": entry for part, entry in largest.items()}
-            continue
-        worst = part_shapes(m, n, [(min(m, n), 8, 8)], group_sizes[name], gaussian)
-        entries |= {f"{name}.{PREFIX}{part}": (DTYPES[part], s) for part, s in worst.items()}
+        fused = name.rpartition(".")[0]
+        number = experts.get(fused)
+        names = part_names(name if number is None else fused, gaussian, number is not None)
+        largest = largest_parts(m, n, group_sizes[name], gaussian, number)
+        entries |= {names[part]: entry for part, entry in largest.items()}
     whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
     whole += len(guards)  # a byte each
-    whole += COUNT_BYTES * sum(experts.values())
-    least = min(b for b in config.bits if b > 0)
+    whole += torch.int32.itemsize * sum(experts.values())  # counts of their ranks
+    least = min(b for b in config.method.bits if b > 0)
     one_rank = sum(
         rank_bytes(m, n, least, least, group_sizes[name], gaussian)
         for name, (m, n) in shapes.items()
     )
-    if config.allocation == "global":  # some matrix can keep one
+    if config.method.allocation == "global":  # some matrix can keep one
         one_rank //= max(len(shapes), 1)
     fixed = whole + header_bytes(entries, total)
     if total < fixed + one_rank:
@@ -107,14 +105,14 @@ def rank_options(
     shape: tuple[int, int], group_sizes: GroupSizes, config: DeltaMixConfig
 ) -> tuple[Choices, list[tuple[int, int]]]:
     """Relative error and bytes of every pair of widths (V, U) of a rank of an [m, n] matrix."""
-    gaussian = config.codebook == "gaussian"
-    used = [b for b in config.bits if b > 0]
-    pairs = [(v, u) for v in used for u in used if config.split_widths or v == u]
+    gaussian = config.method.codebook == "gaussian"
+    used = [b for b in config.method.bits if b > 0]
+    pairs = [(v, u) for v in used for u in used if config.method.split_widths or v == u]
     left = codebook.DISTORTION if gaussian else _MIN_MAX
     error = [1 - (1 - _V_GPTQ * left[v]) * (1 - left[u]) for v, u in pairs]
     bytes_ = [rank_bytes(*shape, v, u, group_sizes, gaussian) for v, u in pairs]
     choices = Choices(
-        torch.tensor([config.drop_penalty, *error], dtype=torch.float64),
+        torch.tensor([config.method.drop_penalty, *error], dtype=torch.float64),
         torch.tensor([0, *bytes_], dtype=torch.int64),
     )
     return choices, [(0, 0), *pairs]

@@ -1,6 +1,6 @@
 """The pipeline: delta → SVD → widths → V by GPTQ → U re-fitted → U rounded → gains → packing.
 
-The only module that knows the order of the stages. All methods share it; `presets` says which
+The only module that knows the order of the stages. All methods share it; `Method` says which
 parts are on. In the metric (A on outputs, C on inputs, see `factor`) dropping rank i costs
 h_i = sigma_i²; rounding its two vectors with relative errors d_v and d_u costs
 h_i·[1 − (1 − d_v)·(1 − d_u)]. A global allocation is made from these; the published DeltaMix
@@ -30,7 +30,8 @@ from ..linalg.second_moments import blended, damped, dense, diagonal
 from ..linalg.whitened_svd import Factors, factorise, spectrum
 from ..quantization.error_table import error_table, pick
 from ..quantization.gptq import Rounded, gptq_columns, gptq_rows, round_rows
-from ..quantization.packed_delta import GroupSizes, PackedFactors, rank_bytes
+from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import GroupSizes, rank_bytes
 from ..quantization.target_correction import (
     corrected_left_factor,
     metric_error,
@@ -65,7 +66,7 @@ class Widths:
 class Compressed:
     """Result for one matrix: packed factors (None: no rank was affordable) and relative error."""
 
-    packed: PackedFactors | None
+    packed: PackedDelta | None
     error: float
 
 
@@ -92,13 +93,13 @@ class Compressor:
         self.store, self.watch = store or ResumeStore(), watch or Stopwatch()
         self.shapes = _shapes(matrices)
         self.config = config
-        self.gaussian = config.codebook == "gaussian"
+        self.gaussian = config.method.codebook == "gaussian"
         self.sizes = {name: m * n for name, (m, n) in self.shapes.items()}
-        self.group_sizes = {n: config.group_sizes(m.embedding) for n, m in matrices.items()}
+        self.group_sizes = {n: config.method.group_sizes(m.embedding) for n, m in matrices.items()}
         self.gap = 0.0
         self._left, self._weight = budget.ranks, sum(self.sizes.values())
         self._plan: dict[str, Widths] = {}
-        if config.allocation == "global" and not self._recall_plan():
+        if config.method.allocation == "global" and not self._recall_plan():
             energies = self._spectra(matrices)
             if self.workers.rank == 0:
                 self._solve(matrices, energies, budget.ranks)
@@ -165,9 +166,9 @@ class Compressor:
 
     def _whitening(self, metrics: Metrics) -> Metrics:
         """The metrics in which the SVD is taken."""
-        if not self.config.whiten:
+        if not self.config.method.whiten:
             return Metrics()
-        return metrics if self.config.fisher else Metrics(None, metrics.inputs)
+        return metrics if self.config.method.fisher else Metrics(None, metrics.inputs)
 
     def _informed(self, delta: Tensor, metrics: Metrics) -> Metrics:
         """The metrics, with what ΔW itself says of them if the user gave no text.
@@ -175,7 +176,7 @@ class Compressor:
         Training changes a weight by sums of g·xᵀ: the columns of ΔW are made of the gradients at
         its outputs, its rows of its inputs. So ΔW·ΔWᵀ stands in for G and ΔWᵀ·ΔW for C.
         """
-        share = self.config.delta_metric if no_text_given(self.config) else 0.0
+        share = self.config.method.delta_metric if no_text_given(self.config) else 0.0
         if not share:
             return metrics
         if not torch.isfinite(delta).all():
@@ -186,7 +187,7 @@ class Compressor:
 
     def _damped(self, metrics: Metrics) -> Metrics:
         return Metrics(
-            damped(metrics.outputs, OUTPUT_DAMPING) if self.config.fisher else None,
+            damped(metrics.outputs, OUTPUT_DAMPING) if self.config.method.fisher else None,
             damped(metrics.inputs, INPUT_DAMPING),
         )
 
@@ -210,7 +211,7 @@ class Compressor:
         tensors, error = found
         packed = None
         if tensors:
-            packed = PackedFactors.checked(*self.shapes[name], self.config.group_size, tensors)
+            packed = PackedDelta.checked(*self.shapes[name], self.config.method.group_size, tensors)
         return self._paid(name, Compressed(packed, error))
 
     def _paid(self, name: str, result: Compressed) -> Compressed:
@@ -239,7 +240,7 @@ class Compressor:
         if not len(sigma):
             return Compressed(None, metric_error(delta, left, right, measured))
         right_hat, u_bits = v.dequantize(), widths.u.to(delta.device)[kept_ranks]
-        if config.correct_target:
+        if config.method.correct_target:
             target, inner = corrected_left_factor(delta, metrics.inputs, right_hat, sigma)
         else:
             target, inner = plain_left_factor(left, metrics.inputs, right_hat, sigma)
@@ -252,18 +253,18 @@ class Compressor:
         else:
             u = gptq_columns(target, inner, u_bits, group_sizes[1])
         del target, inner
-        if config.unbiased_gains:
+        if config.method.unbiased_gains:
             rounded = u.dequantize().T
             u = u.scaled(
                 unbiased_gains(left, sigma, rounded, right, right_hat, near.outputs, near.inputs)
             )
             del rounded
         error = metric_error(delta, u.dequantize().T, right_hat, measured)
-        packed = PackedFactors.pack(v, u)
+        packed = PackedDelta.pack(v, u)
         return Compressed(packed if packed.rank else None, error)
 
     def _round_v(self, right: Tensor, metrics: Metrics, bits: Tensor) -> Rounded:
-        inputs, group_size = dense(metrics.inputs), self.config.group_size
+        inputs, group_size = dense(metrics.inputs), self.config.method.group_size
         return gptq_rows(right, inputs, bits, group_size, self.gaussian, INPUT_DAMPING)
 
     def _within(
@@ -277,26 +278,28 @@ class Compressor:
         config, (m, n) = self.config, tuple(delta.shape)
         widths = range(9)
         cost = {b: rank_bytes(m, n, b, b, group_sizes, self.gaussian) for b in widths}
-        least = min(b for b in config.bits if b > 0)
-        if config.allocation == "bands":
+        least = min(b for b in config.method.bits if b > 0)
+        if config.method.allocation == "bands":
             factors = self._factors(delta, metrics, max(share // cost[least], 0))
             bits = per_matrix.bands(len(factors.sigma), cost, share)
             return factors, self._round_v(factors.right, metrics, bits)
         # All ranks are candidates: with C, a rank may be worth more than one of larger sigma.
-        rank = None if 0 in config.bits else max(share // cost[least], 0)
+        rank = None if 0 in config.method.bits else max(share // cost[least], 0)
         factors = self._factors(delta, metrics, rank)
         with self.watch.stage("error table"):
             table, candidates = error_table(
                 factors.right,
                 factors.sigma,
                 metrics.inputs,
-                config.bits,
-                config.group_size,
+                config.method.bits,
+                config.method.group_size,
                 self.gaussian,
             )
-        prices = [cost[b] for b in config.bits]
+        prices = [cost[b] for b in config.method.bits]
         with self.watch.stage("HiGHS"):
-            bits = per_matrix.solve(table, prices, config.bits, share, f_max=config.f_max).bits
+            bits = per_matrix.solve(
+                table, prices, config.method.bits, share, f_max=config.f_max
+            ).bits
         return factors, pick(candidates, bits)
 
 

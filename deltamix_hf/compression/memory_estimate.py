@@ -7,14 +7,20 @@ compressing 32000 x 4096 takes 2.8 GB, 4096 x 11008 takes 2.6 GB, calibrating a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..calibration.block_chain import find_blocks
 from ..calibration.statistics import DRAWN
 from ..linalg.second_moments import SecondMoment
+from ..nn.layers import shape_of
 from .scale_tuning import TOKENS_PER_STEP
 
-_PROCESS = 600_000_000
+_PROCESS = 700_000_000  # and what does not grow with the model
 _PER_WEIGHT = 12  # the delta, its image in the metric, and factors, float32
 _PER_METRIC = 11  # a full metric, its factor, half of it in float64, and what is made of it
 _PER_ACTIVATION = 4  # of a matrix's inputs and outputs, for the backward pass
@@ -33,62 +39,61 @@ class MemoryEstimate:
         return f"about {self.memory / 1e9:.1f} GB of memory and {self.disk / 1e9:.1f} GB of disk"
 
 
-@dataclass(frozen=True)
-class Block:
-    """Bytes of a block of the model, and [m, n] of its targets."""
-
-    nbytes: int
-    shapes: list[tuple[int, int]]
-
-    def learning(self, tokens: int) -> int:
-        """Bytes of what a backward pass over so many tokens needs."""
-        return _PER_ACTIVATION * tokens * sum(m + n for m, n in self.shapes)
-
-    def moments(self) -> int:
-        """Bytes of the statistics of its targets."""
-        return sum(SecondMoment(side).nbytes for shape in self.shapes for side in shape)
-
-
 def estimate_memory(
-    shapes: Mapping[str, tuple[int, int]],
-    blocks: list[Block],
-    batches: list[int],
-    logits: tuple[int, int],
-    itemsize: int,
-    chained: bool,
+    model: PreTrainedModel,
+    targets: Mapping[str, nn.Module],
+    batches: Sequence[Tensor],
+    sequential: bool,
     result: int,
 ) -> MemoryEstimate:
-    """What compressing matrices of these [m, n] takes.
+    """Estimate the peaks of compressing a model from its files.
 
     Args:
-        blocks: those that are called in turn.
-        batches: tokens of each calibration batch.
-        logits: the vocabulary and the size of the hidden states.
-        itemsize: bytes of an element of hidden states and logits.
-        chained: blocks are fitted one after the other, with exact input metrics.
+        model: with or without weights.
+        targets: layers and experts to compress, by name.
+        batches: token ids [rows, length].
+        sequential: blocks are fitted one after the other, with exact input metrics.
         result: bytes of the delta.
     """
-    memory = disk = 0
-    for m, n in shapes.values():
-        job = _PER_WEIGHT * m * n
-        for side, exact in ((m, False), (n, chained)):
-            kept = SecondMoment(side)
-            full = kept.kind == "full" or (exact and n < m * 4)
-            if batches:
-                job += _PER_METRIC * side * side if full else 2 * kept.nbytes
-                disk += kept.nbytes
-        memory = max(memory, job)
-    if batches:
-        (classes, hidden), most = logits, max(batches)
-        predicting = itemsize * classes * (2 * most + hidden)
-        predicting += _PER_DRAWN * min(classes * most, DRAWN)
-        widest = max((n for m, n in shapes.values() if n < m * 4), default=0)
-        summing = 8 * widest * widest
-        passing = [(2 if chained else 1) * block.nbytes + summing for block in blocks]
-        learning = [block.nbytes + block.moments() + block.learning(most) for block in blocks]
-        steps = sum(block.learning(TOKENS_PER_STEP) for block in blocks)
-        memory = max(memory, predicting, steps, *passing, *learning)
-        states = sum(batches) * hidden * itemsize
-        largest = max((block.nbytes for block in blocks), default=0)
-        disk += states * (len(blocks) + 4) + 12 * states + largest + _PREDICTIONS
-    return MemoryEstimate(_PROCESS + memory, disk + 2 * result)
+    shapes = {name: shape_of(module) for name, module in targets.items()}
+    peaks = [_compressing(shape, bool(batches), sequential) for shape in shapes.values()]
+    if not batches:
+        return MemoryEstimate(_PROCESS + max(peaks, default=0), 2 * result)
+    config: Any = model.config.get_text_config()
+    classes, hidden = getattr(config, "vocab_size", 0), config.hidden_size
+    itemsize, most = model.dtype.itemsize, max(ids.numel() for ids in batches)
+    peaks.append(itemsize * classes * (2 * most + hidden) + _PER_DRAWN * min(classes * most, DRAWN))
+    widest = max((n for m, n in shapes.values() if _is_exact(m, n)), default=0)
+    blocks = [name for names in find_blocks(model, list(targets)) for name in names]
+    steps = largest = 0
+    for block in blocks:
+        nbytes = sum(p.nbytes for p in model.get_submodule(block).parameters())
+        inside = [shape for name, shape in shapes.items() if name.startswith(f"{block}.")]
+        activations = _PER_ACTIVATION * sum(m + n for m, n in inside)
+        moments = sum(SecondMoment(side).nbytes for shape in inside for side in shape)
+        peaks.append((1 + sequential) * nbytes + 8 * widest * widest)  # run, and sums of a stage
+        peaks.append(nbytes + moments + activations * most)  # calibration
+        steps += activations * TOKENS_PER_STEP
+        largest = max(largest, nbytes)
+    states = sum(ids.numel() for ids in batches) * hidden * itemsize
+    disk = sum(SecondMoment(side).nbytes for shape in shapes.values() for side in shape)
+    disk += states * (len(blocks) + 4) + 12 * states + largest + _PREDICTIONS
+    return MemoryEstimate(_PROCESS + max(*peaks, steps), disk + 2 * result)
+
+
+def _is_exact(m: int, n: int) -> bool:
+    """Whether the sequential correction keeps the input metric [n, n] of an [m, n] matrix."""
+    return n < m * 4
+
+
+def _compressing(shape: tuple[int, int], measured: bool, sequential: bool) -> int:
+    """Bytes for one matrix [m, n]."""
+    m, n = shape
+    nbytes = _PER_WEIGHT * m * n
+    for side, exact in ((m, False), (n, sequential and _is_exact(m, n))):
+        moment = SecondMoment(side)
+        if measured and (exact or moment.kind == "full"):
+            nbytes += _PER_METRIC * side * side
+        elif measured:
+            nbytes += 2 * moment.nbytes
+    return nbytes

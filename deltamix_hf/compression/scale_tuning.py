@@ -33,7 +33,7 @@ from ..calibration.statistics import frozen, inputs_of, prediction
 from ..jobs.resume_store import ResumeStore
 from ..nn.layers import DeltaEmbedding, DeltaModule, delta_modules, shape_of, weight_of
 from ..quantization import uniform
-from ..quantization.packed_delta import scale_counts
+from ..quantization.packed_layout import scale_counts
 
 LEARNING_RATE = 0.01
 TOKENS_PER_STEP = 128

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ..compression.budget import plan_budget, rank_options
 from ..config import DeltaMixConfig, overlay_dtype
 from ..errors import DeltaMixError
 from ..linalg.svd import singular_values
+from ..method import DEFAULT_METHOD, METHODS
 from ..nn.experts import fused_name, fused_sizes, slice_shape
 from ..nn.layers import shape_of
 from ..storage.names import ROWS, guard_names
@@ -212,7 +213,7 @@ def _loss(
     experts: dict[str, int],
     ratio: float,
 ) -> BudgetLoss:
-    config = DeltaMixConfig(ratio=ratio, drop_penalty=1.0)
+    config = DeltaMixConfig(ratio=ratio, method=replace(METHODS[DEFAULT_METHOD], drop_penalty=1.0))
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
     embeddings = {name for name, matrix in matrices.items() if matrix.embedding}
     try:
@@ -221,7 +222,7 @@ def _loss(
         return BudgetLoss(ratio, config.budget(_reference(matrices, overlay)), None)
     energies = [matrix.energies for matrix in matrices.values()]
     options = [
-        rank_options(matrix.shape, config.group_sizes(matrix.embedding), config)[0]
+        rank_options(matrix.shape, config.method.group_sizes(matrix.embedding), config)[0]
         for matrix in matrices.values()
     ]
     found = solve_global(energies, options, budget.ranks)

@@ -1,4 +1,4 @@
-"""Compress a fine-tune from its files: one that is never whole in memory, or a PEFT adapter.
+"""Compress a fine-tune that transformers does not load: from its files, or a PEFT adapter.
 
 `compress_streaming` reads tensors of fine-tune and base in pairs from their files. Calibration runs
 block after block: hidden states, gradients and statistics wait on disk for the next block. The
@@ -16,26 +16,42 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..checkpoint.base import BaseCheckpoint, repo_files, weights_from_base
+from ..checkpoint.base import BaseCheckpoint, repo_files
 from ..checkpoint.model_class import model_class, read_config
-from ..compression.model import compress_model
-from ..config import DeltaMixConfig, overlay_dtype
+from ..compression.runs import Source
+from ..config import DeltaMixConfig
 from ..errors import DeltaMixError, first_line
 from ..jobs.instruments import Stopwatch
 from ..jobs.weight_access import unloaded
 from ..jobs.workers import Workers
-from ..nn.shared_input import link_shared_inputs
-from ..storage.names import GUARD, guard_names, packed_part
 from .quantizer import DeltaMixHfQuantizer
-from .saving import install_save
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def compress(source: Source, config: DeltaMixConfig) -> PreTrainedModel:
+    """Compress a fine-tune as `from_pretrained` does after loading; to be saved like any other.
+
+    Args:
+        source: a model in memory, or its files.
+        config: as for `from_pretrained`; a copy of it gets the records.
+
+    Raises:
+        DeltaMixError: as `compression.model.compress`; the base cannot be found.
+    """
+    quantizer = DeltaMixHfQuantizer(config, pre_quantized=False)
+    quantizer.validate_environment()
+    quantizer.source = source
+    source.model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model: PreTrainedModel = quantizer.postprocess_model(source.model)
+    return model
 
 
 def compress_streaming(
@@ -60,67 +76,31 @@ def compress_streaming(
     finetuned, target = os.fspath(finetuned), Path(output).absolute()
     if config.checkpoint_dir is None:
         config.checkpoint_dir = os.fspath(target.with_name(f".{target.name}.unfinished"))
-    quantizer = DeltaMixHfQuantizer(config, pre_quantized=False)
-    quantizer.validate_environment()
-    settings = quantizer.quantization_config
     workers = Workers.launched()
-    if workers.size > 1 and settings.allocation != "global":
+    if workers.size > 1 and config.method.allocation != "global":
         raise DeltaMixError(
-            f"method {settings.method!r} hands bytes on from one matrix to the next, so it runs in "
-            "one process; start it without torchrun, or use method 'deltamix-kl'"
+            f"method {config.method.name!r} hands bytes on from one matrix to the next, so it "
+            "runs in one process; start it without torchrun, or use method 'deltamix-kl'"
         )
     if workers.rank:
         logging.disable_progress_bar()
     model_config = read_config(finetuned)
     try:
-        files, _, quantizer.commit = repo_files(finetuned, {})
+        files, _, commit = repo_files(finetuned, {})
     except (OSError, ValueError) as error:
         raise DeltaMixError(
             f"cannot find the weights of {finetuned!r}: {first_line(error)}"
         ) from error
     model = unloaded(model_class(finetuned, model_config), model_config)
     model.config.name_or_path = finetuned
-    tuned, base = BaseCheckpoint(files, model), BaseCheckpoint(quantizer.base_files, model)
-    outcome = compress_model(
-        model, base, settings, quantizer.commit, tuned, torch.device(device), workers
-    )
-    quantizer.seconds, quantizer.store = outcome.seconds, outcome.store
-    quantizer.stored = _stored(model, base, settings, outcome.overlay)
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
-    model.config.quantization_config = settings
-    model._weight_conversions = []  # type: ignore[assignment]
-    link_shared_inputs(model)
-    install_save(model)
-    if workers.rank:  # the first writes
-        return model
-    watch = Stopwatch()
-    with watch.stage("write"):
-        model.save_pretrained(target)
-    quantizer.seconds |= watch.seconds
+    tuned = BaseCheckpoint(files, model)
+    compress(Source(model, commit, tuned, device, workers), config)
+    if workers.rank == 0:
+        watch, quantizer = Stopwatch(), cast(DeltaMixHfQuantizer, model.hf_quantizer)
+        with watch.stage("write"):
+            model.save_pretrained(target)
+        quantizer.seconds |= watch.seconds
     return model
-
-
-def _stored(
-    model: PreTrainedModel,
-    base: BaseCheckpoint,
-    config: DeltaMixConfig,
-    overlay: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """`saving.delta_state_dict` of a model whose base weights are nowhere."""
-    tied = set(model.all_tied_weights_keys)
-    stored = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if packed_part(name) and name not in tied
-    }
-    stored |= {name: t.to(overlay_dtype(t.dtype, config)) for name, t in overlay.items()}
-    dtype, shape = GUARD
-    for name in guard_names(weights_from_base(model, base, stored), model.base_model_prefix):
-        stored[name] = torch.zeros(shape, dtype=dtype)
-    return stored
-
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def is_adapter(repo: str) -> bool:
@@ -129,7 +109,7 @@ def is_adapter(repo: str) -> bool:
 
 
 def compress_adapter(repo: str, config: DeltaMixConfig, **given: Any) -> PreTrainedModel:
-    """The base with the adapter merged in, compressed; to be saved like any compressed model.
+    """Merge an adapter into its base and compress that; to be saved like any compressed model.
 
     Args:
         repo: folder or Hub id of the adapter; its tokenizer, if it has one, is saved along.
@@ -157,10 +137,7 @@ def compress_adapter(repo: str, config: DeltaMixConfig, **given: Any) -> PreTrai
         ) from error
     model: PreTrainedModel = merged.eval()
     model.config.name_or_path = os.fspath(repo if _file(repo, "tokenizer_config.json") else base)
-    quantizer = DeltaMixHfQuantizer(config, pre_quantized=False)
-    quantizer.validate_environment()
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
-    quantizer.postprocess_model(model)
+    model = compress(Source(model), config)
     if base_config.dtype is not None:
         torch.nn.Module.to(model, dtype=base_config.dtype)  # the base's weights are exact in it
     return model

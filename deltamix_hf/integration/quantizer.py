@@ -33,26 +33,32 @@ from ..checkpoint.base import BaseCheckpoint, KeyMap, commit_of, resolve_base
 from ..checkpoint.delta_repo import (
     Contents,
     check_finite,
-    checked_experts,
     contents_of,
+    read_packed,
     without_codes,
 )
 from ..checkpoint.validation import check_base_was_read, check_parts_fit, checked_headers
 from ..checkpoint.vocabulary import FitRows
-from ..compression.model import compress_model
+from ..compression.model import compress
+from ..compression.runs import Source
 from ..config import DeltaMixConfig
 from ..constants import NOTICE
 from ..errors import DeltaMixError, first_line
 from ..jobs.resume_store import ResumeStore
 from ..nn import tensor_parallel
 from ..nn.experts import attach_experts, delta_experts
-from ..nn.layers import DeltaModule, attach_with_ties, delta_modules, detach, shape_of, weight_of
+from ..nn.layers import (
+    DeltaModule,
+    attach_with_ties,
+    delta_modules,
+    detach,
+    untie_packed,
+    weight_of,
+)
 from ..nn.shared_input import link_shared_inputs
-from ..quantization.packed_delta import check_values, layout_of, parts
-from ..quantization.packed_experts import expert_parts
 from ..storage.headers import TensorInfo, read_tensor
-from ..storage.names import PREFIX, ROWS, is_guard, packed_part
-from .saving import delta_state_dict, install_save, uninstall_save
+from ..storage.names import ROWS, is_guard, packed_part
+from .saving import delta_state_dict, install_save, stored_without_base, uninstall_save
 
 _HIDDEN = "deltamix.hidden."
 
@@ -82,6 +88,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         # Compression writes fingerprints into the config: never into the caller's own object.
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.base_files: list[str] = []
+        self.source: Source | None = None  # of compression, if transformers did not load it
         self.seconds: dict[str, float] = {}  # of compression, by stage
         self.store = ResumeStore()  # of compression: removed when the delta is saved
         self.stored: dict[str, torch.Tensor] | None = None  # of a model without its base's weights
@@ -151,11 +158,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
         infos = checked_headers(model, delta_files, self.quantization_config, self.commit)
         keys = KeyMap(model)
         contents = contents_of(infos, self.quantization_config, keys)
+        places: dict[str, tuple[TensorInfo, str]] = {}
         for name, stored in contents.packed.items():
-            self._attach_placeholders(model, name, stored, infos)
-        for name, stored in contents.experts.items():
-            self._attach_experts(keys, name, stored, infos)
-        if contents.absent and not (contents.packed or contents.experts):
+            places |= self._attach_placeholders(keys, name, stored, infos)
+        if contents.absent and not contents.packed:
             raise DeltaMixError(
                 f"none of the matrices of the delta repo belong to a {type(model).__name__}; load "
                 "it with the class it was made from"
@@ -172,14 +178,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         }
         if kinds:
             tensor_parallel.plan_packed(model, set(contents.resized))
-            gaussian = self.quantization_config.codebook == "gaussian"
-            ours = [(n, s, ".", parts(gaussian)) for n, s in contents.packed.items()]
-            ours += [(n, s, "_", expert_parts(gaussian)) for n, s in contents.experts.items()]
-            self._factors = {
-                f"{name}{mark}{PREFIX}{part}": (infos[key := f"{stored}{mark}{PREFIX}{part}"], key)
-                for name, stored, mark, held in ours
-                for part in held
-            }
+            self._factors = places
         self._base = base
         self._from_base = [n for n in keys.state if n in base and n not in supplied]
         self._whole = list(supplied)
@@ -190,36 +189,21 @@ class DeltaMixHfQuantizer(HfQuantizer):
         checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
 
     def _attach_placeholders(
-        self, model: PreTrainedModel, name: str, stored: str, infos: dict[str, TensorInfo]
-    ) -> None:
-        """Give the module `name`, and those tied to it, empty packed parameters."""
-        config = self.quantization_config
-        try:
-            held = {
-                part: infos[f"{stored}.{PREFIX}{part}"]
-                for part in parts(config.codebook == "gaussian")
-            }
-            ranks = read_tensor(held["ranks"], f"{stored}.{PREFIX}ranks")
-            runs, group_sizes = layout_of(ranks, config.group_size)
-            placeholders = {part: info.placeholder() for part, info in held.items()}
-            attach_with_ties(model, name, runs, group_sizes, placeholders)
-            m, n = shape_of(model.get_submodule(name))
-            zeros = (
-                read_tensor(held["zeros"], f"{stored}.{PREFIX}zeros") if "zeros" in held else None
-            )
-            check_values(m, n, runs, group_sizes, ranks, zeros)
-        except DeltaMixError as error:
-            raise DeltaMixError(f"{name}: {error}") from None
-
-    def _attach_experts(
         self, keys: KeyMap, name: str, stored: str, infos: dict[str, TensorInfo]
-    ) -> None:
-        """Give the experts of the 3-D parameter `name` empty packed parameters."""
-        read = without_codes(infos)
-        packed = checked_experts(keys, name, stored, self.quantization_config, read)
-        owner, _, leaf = name.rpartition(".")
-        module = keys.model.get_submodule(owner)
-        attach_experts(module, leaf, packed.to(torch.device("meta")))
+    ) -> dict[str, tuple[TensorInfo, str]]:
+        """Give the module or 3-D parameter `name`, and what is tied to it, meta parameters.
+
+        Returns:
+            Where the files hold them: parameter name -> (info, name there).
+        """
+        packed = read_packed(keys, name, stored, self.quantization_config, without_codes(infos))
+        empty, names = packed.to(torch.device("meta")), packed.names(name)
+        if packed.counts is None:
+            attach_with_ties(keys.model, name, empty)
+        else:
+            owner, _, leaf = name.rpartition(".")
+            attach_experts(keys.model.get_submodule(owner), leaf, empty)
+        return {names[part]: (infos[key], key) for part, key in packed.names(stored).items()}
 
     def _fitting_rows(
         self, contents: Contents, base: BaseCheckpoint, infos: dict[str, TensorInfo]
@@ -269,10 +253,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     f"{sorted(devices)}; compress with device_map='cpu' (or one GPU), save, and "
                     "load the delta repo with any device_map"
                 )
-            base = BaseCheckpoint(self.base_files, model)
-            config = self.quantization_config
-            outcome = compress_model(model, base, config, self.commit)
-            self.seconds, self.store = outcome.seconds, outcome.store
+            self._compress(self.source or Source(model, self.commit))
         if tensor_parallel.is_sharded(model):
             tensor_parallel.keep_own_part(model)
         else:  # which needs the factors of several layers while one of them runs
@@ -291,6 +272,13 @@ class DeltaMixHfQuantizer(HfQuantizer):
             tensor = model.get_parameter_or_buffer(name)
             if tensor.device.type != "meta" and tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
+
+    def _compress(self, source: Source) -> None:
+        base, config = BaseCheckpoint(self.base_files, source.model), self.quantization_config
+        outcome = compress(source, base, config)
+        self.commit, self.seconds, self.store = source.commit, outcome.seconds, outcome.store
+        if source.files is not None:
+            self.stored = stored_without_base(source.model, base, config, outcome.overlay)
 
     # Dense again
 
@@ -319,9 +307,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
             detach(module)
         for mixture in experts.values():
             mixture.merge()
-        ties = model.all_tied_weights_keys
-        for target in [name for name in ties if name.rpartition(".")[2].startswith(PREFIX)]:
-            del ties[target]
+        untie_packed(model)
         if wanted is not None and wanted != model.dtype:
             nn.Module.to(model, dtype=wanted)
         uninstall_save(model)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..checkpoint.base import BaseCheckpoint, same, weights_from_base
-from ..config import overlay_dtype
+from ..config import DeltaMixConfig, overlay_dtype
 from ..constants import NOTICE
 from ..errors import DeltaMixError
 from ..hub.push import push_folder
@@ -110,10 +110,32 @@ def delta_state_dict(
                 stored[name] = tensor.to(overlay_dtype(tensor.dtype, config))
         elif not base.supplies(name):
             stored[name] = tensor.to(overlay_dtype(tensor.dtype, config))
+    return stored | _guards(model, base, stored)
+
+
+def stored_without_base(
+    model: PreTrainedModel,
+    base: BaseCheckpoint,
+    config: DeltaMixConfig,
+    overlay: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Give `delta_state_dict` of a model compressed from files, whose base weights are nowhere."""
+    tied = set(model.all_tied_weights_keys)
+    stored = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if packed_part(name) and name not in tied
+    }
+    stored |= {name: t.to(overlay_dtype(t.dtype, config)) for name, t in overlay.items()}
+    return stored | _guards(model, base, stored)
+
+
+def _guards(
+    model: PreTrainedModel, base: BaseCheckpoint, stored: dict[str, Tensor]
+) -> dict[str, Tensor]:
     dtype, shape = GUARD
-    for name in guard_names(weights_from_base(model, base, stored), model.base_model_prefix):
-        stored[name] = torch.zeros(shape, dtype=dtype)
-    return stored
+    names = guard_names(weights_from_base(model, base, stored), model.base_model_prefix)
+    return {name: torch.zeros(shape, dtype=dtype) for name in names}
 
 
 def install_save(model: PreTrainedModel) -> None:

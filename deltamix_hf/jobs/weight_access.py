@@ -9,7 +9,7 @@ weight is read again then. Where a matrix has been compressed, its weight is the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,13 +30,10 @@ class Weights(Protocol):
     device: torch.device
 
     def read(self, name: str) -> Tensor:
-        """The fine-tune's value of a parameter."""
-
-    def hold(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """Have the weights of a block in memory meanwhile."""
+        """Read the fine-tune's value of a parameter."""
 
     def read_expert(self, name: str, number: int) -> Tensor:
-        """One matrix of a 3-D parameter."""
+        """Read one matrix of a 3-D parameter."""
 
     def put_base(self, name: str, number: int | None = None) -> None:
         """Let a parameter, or one matrix of a 3-D one, have the base's value from now on."""
@@ -51,9 +48,6 @@ class LoadedWeights:
     def read(self, name: str) -> Tensor:
         return self.model.get_parameter(name).detach()
 
-    def hold(self, module: nn.Module) -> AbstractContextManager[Any]:
-        return nullcontext()
-
     def read_expert(self, name: str, number: int) -> Tensor:
         return self.read(name)[number]
 
@@ -67,7 +61,7 @@ class LoadedWeights:
 
 
 def unloaded(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model in its config's dtype whose parameters have shapes and no values.
+    """Build a model in its config's dtype whose parameters have shapes and no values.
 
     Raises:
         DeltaMixError: the class refuses the config.
@@ -141,7 +135,7 @@ class LazyWeights:
                     module._buffers[leaf] = value.to(device)
 
     def read(self, name: str) -> Tensor:
-        """The present value of a parameter, on the CPU, in the dtype of its file."""
+        """Read the present value of a parameter, on the CPU, in the dtype of its file."""
         name = self._ties.get(name, name)
         if name in self.overlay:
             return self.overlay[name]
@@ -159,12 +153,9 @@ class LazyWeights:
         else:
             self.experts_of_base.setdefault(name, []).append(number)
 
-    def nbytes(self, name: str) -> int:
-        """Of the weights of the module `name`, as they are in memory."""
-        return sum(p.nbytes for p in self.model.get_submodule(name).parameters())
-
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
+        """Context manager: keep a block's weights in memory."""
         self._take(module)
         try:
             yield
@@ -174,7 +165,7 @@ class LazyWeights:
 
     @contextmanager
     def forgotten(self) -> Iterator[None]:
-        """Have autograd remember weights by name, to read them again in the backward pass."""
+        """Context manager: let autograd save names of weights, and read them again backward."""
 
         def pack(tensor: Tensor) -> Any:
             name = self._addresses.get(tensor.untyped_storage().data_ptr())

@@ -24,8 +24,7 @@ from ..nn.experts import weight_of
 from ..nn.layers import change_class, reads_weight_itself
 from ..ops.experts import add_delta, base_product, experts_forward
 from ..ops.low_rank import cheapest, low_rank, low_rank_rows
-from ..quantization.packed_delta import PackedFactors
-from ..quantization.packed_experts import PackedExperts
+from ..quantization.packed_delta import PackedDelta
 from . import compiled
 from .grouped import run_grouped
 from .routing import PackedRoute, Route, Router
@@ -50,7 +49,7 @@ class RoutedModule(nn.Module):
     """
 
     dm_router: Router
-    dm_packed: dict[str, PackedFactors]
+    dm_packed: dict[str, PackedDelta]
     dm_overlay: dict[str, Overlay]
     dm_plain_class: type[nn.Module]
     dm_number: int
@@ -160,7 +159,7 @@ class RoutedModule(nn.Module):
     def _plain(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.dm_plain_class.forward(module, *args, **kwargs)
 
-    def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
+    def _delta(self, packed: PackedDelta, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -181,7 +180,7 @@ class RoutedModule(nn.Module):
 class RoutedLinear(RoutedModule, nn.Linear):
     """y = x·W_baseᵀ + bias + (x·V̂ᵀ)·Ûᵀ with the row's own factors."""
 
-    def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
+    def _delta(self, packed: PackedDelta, x: Tensor) -> Tensor:
         return cheapest(low_rank)(x, *packed.op_arguments, transposed=False)
 
 
@@ -194,7 +193,7 @@ class RoutedConv1D(RoutedModule, Conv1D):
 class RoutedEmbedding(RoutedModule, nn.Embedding):
     """y = W_base[ids] + Û[ids]·V̂ with the row's own factors."""
 
-    def _delta(self, packed: PackedFactors, x: Tensor) -> Tensor:
+    def _delta(self, packed: PackedDelta, x: Tensor) -> Tensor:
         return cheapest(low_rank_rows)(x.long(), *packed.op_arguments)
 
 
@@ -276,7 +275,7 @@ def _pick(value: Any, rows: Tensor, length: int) -> Any:
     return value
 
 
-class ExpertDeltas(dict[str, PackedExperts]):
+class ExpertDeltas(dict[str, PackedDelta]):
     """What one delta has for one module, by 3-D parameter."""
 
     def move(self, device: torch.device) -> None:

@@ -26,12 +26,18 @@ from ..checkpoint.base import BaseCheckpoint, resolve_base, same
 from ..checkpoint.delta_repo import StoredDelta, find_delta, find_delta_of, read_delta
 from ..errors import DeltaMixError
 from ..nn.experts import delta_experts, detach_experts, is_experts
-from ..nn.layers import change_class, delta_modules, detach, tied_modules, tied_tensors
+from ..nn.layers import (
+    change_class,
+    delta_modules,
+    detach,
+    tied_modules,
+    tied_tensors,
+    untie_packed,
+)
 from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose
-from ..quantization.packed_delta import PackedFactors
+from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import TensorInfo, check_base, fingerprints
-from ..storage.names import PREFIX
 from .config_mismatch import differing
 from .grouped import refresh
 from .layers import ExpertDeltas, RoutedModule, make_routed, routed_experts_class
@@ -83,11 +89,18 @@ class DeltaManager:
         """Put a delta's tensors beside the base's, on the base's devices."""
         touched = self._modules.setdefault(name, set())
         self._take_slot(name)
-        matrices: Iterable[tuple[str, PackedFactors]] = stored.packed.items()
+        matrices: Iterable[tuple[str, PackedDelta]] = stored.packed.items()
         if stored.nbytes >= _WORTH_A_BAR:
             matrices = logging.tqdm(matrices, desc=f"Loading delta {name}", unit="matrix")
         for module_name, packed in matrices:
-            placed: dict[torch.device, PackedFactors] = {}  # twins share it
+            if packed.counts is not None:  # a 3-D parameter of experts
+                owner, _, leaf = module_name.rpartition(".")
+                module = self._tenant(owner)
+                touched.add(owner)
+                deltas: Any = module.dm_packed.setdefault(name, ExpertDeltas())  # type: ignore[arg-type]
+                deltas[leaf] = packed.to(getattr(module, leaf).device)
+                continue
+            placed: dict[torch.device, PackedDelta] = {}  # twins share it
             for twin in tied_modules(self.model, module_name):
                 module = self._tenant(twin)
                 touched.add(twin)
@@ -95,12 +108,6 @@ class DeltaManager:
                 if device not in placed:
                     placed[device] = packed.to(device)
                 module.dm_packed[name] = placed[device]
-        for parameter, experts in stored.experts.items():
-            owner, _, leaf = parameter.rpartition(".")
-            module = self._tenant(owner)
-            touched.add(owner)
-            deltas: Any = module.dm_packed.setdefault(name, ExpertDeltas())  # type: ignore[arg-type]
-            deltas[leaf] = experts.to(getattr(module, leaf).device)
         for tensor_name, value in stored.overlay.items():
             for twin in tied_tensors(self.model, tensor_name):
                 owner, _, leaf = twin.rpartition(".")
@@ -224,7 +231,7 @@ class DeltaManager:
         own, mixtures = delta_modules(model), delta_experts(model)
         tied = set(model.all_tied_weights_keys)
         packed = {n: m.packed() for n, m in own.items() if f"{n}.weight" not in tied}
-        experts = {
+        packed |= {
             f"{name}.{leaf}": mixture.packed(leaf)
             for name, mixture in mixtures.items()
             for leaf in mixture.dm_group_sizes
@@ -233,8 +240,7 @@ class DeltaManager:
             detach(module)
         for mixture in mixtures.values():
             detach_experts(mixture)
-        for name in [name for name in tied if name.rpartition(".")[2].startswith(PREFIX)]:
-            del model.all_tied_weights_keys[name]
+        untie_packed(model)
         overlay: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
             if name not in tied and name in base and not same(tensor, value := base.read(name)):
@@ -242,7 +248,7 @@ class DeltaManager:
                 tensor.copy_(value)
         recorded = quantizer.quantization_config.base_fingerprints
         source = str(model.name_or_path)
-        stored = StoredDelta(packed, overlay, recorded, source, experts)
+        stored = StoredDelta(packed, overlay, recorded, source)
         read = None
         if quantizer.pre_quantized and os.path.isdir(source):
             read = partial(read_delta, source, *find_delta(source, {}), base.keys)

@@ -22,9 +22,8 @@ from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
 from ..ops.experts import add_delta, base_product, experts_forward
-from ..quantization.packed_delta import GroupSizes, PackedFactors
-from ..quantization.packed_experts import PackedExperts, expert_parts
-from ..storage.names import PREFIX
+from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import PREFIX, GroupSizes, part_names
 from .layers import change_class, packed_shapes, shape_of
 
 _NAMES = ("gate_up_proj", "up_proj", "down_proj")
@@ -83,7 +82,7 @@ class FusedWeight:
         owner, _, self.leaf = name.rpartition(".")
         self.name, self.module = name, model.get_submodule(owner)
         self.waiting: set[int] = set()
-        self._packed: list[PackedFactors | None] = [None] * self.experts
+        self._packed: list[PackedDelta | None] = [None] * self.experts
 
     @property
     def experts(self) -> int:
@@ -94,12 +93,12 @@ class FusedWeight:
         self.waiting.add(number)
         return Expert(self, number)
 
-    def finish(self, number: int, packed: PackedFactors | None) -> None:
+    def finish(self, number: int, packed: PackedDelta | None) -> None:
         """Take an expert's result; the last one attaches all, if any has ranks."""
         self._packed[number] = packed
         self.waiting.discard(number)
         if not self.waiting and any(self._packed):
-            attach_experts(self.module, self.leaf, PackedExperts.join(self._packed))
+            attach_experts(self.module, self.leaf, PackedDelta.join(self._packed))
             self._packed = []
 
 
@@ -128,12 +127,11 @@ class DeltaExperts(nn.Module):
             return y
         return add_delta(y, self.packed(name), x, ends)
 
-    def packed(self, name: str) -> PackedExperts:
+    def packed(self, name: str) -> PackedDelta:
         """The deltas of one 3-D parameter."""
-        own: Any = {
-            part: getattr(self, f"{name}_{PREFIX}{part}") for part in expert_parts(self.dm_gaussian)
-        }
-        return PackedExperts(*slice_shape(self, name), self.dm_group_sizes[name], **own)
+        names = part_names(name, self.dm_gaussian, experts=True)
+        own: Any = {part: getattr(self, attribute) for part, attribute in names.items()}
+        return PackedDelta(*slice_shape(self, name), self.dm_group_sizes[name], [], **own)
 
     def frozen_weights(self) -> dict[str, Tensor]:
         """The base's 3-D weights that have a delta, by the parameter's name."""
@@ -176,7 +174,7 @@ def _delta_class(plain: Any) -> type[DeltaExperts]:
     return type(plain.__name__, (DeltaExperts, plain), {"dm_plain_class": plain})
 
 
-def attach_experts(module: nn.Module, name: str, packed: PackedExperts) -> None:
+def attach_experts(module: nn.Module, name: str, packed: PackedDelta) -> None:
     """Give a module with the experts interface the packed deltas of its parameter `name`.
 
     Raises:
@@ -189,10 +187,10 @@ def attach_experts(module: nn.Module, name: str, packed: PackedExperts) -> None:
         change_class(module, _delta_class(plain))
         assert isinstance(module, DeltaExperts)
         module.dm_group_sizes = {}
-    module.dm_group_sizes[name], module.dm_gaussian = packed.group_sizes, packed.zeros is None
-    for part, tensor in packed.tensors.items():
-        frozen = nn.Parameter(tensor, requires_grad=False)
-        module.register_parameter(f"{name}_{PREFIX}{part}", frozen)
+    module.dm_group_sizes[name], module.dm_gaussian = packed.group_sizes, packed.gaussian
+    for part, attribute in packed.names(name).items():
+        frozen = nn.Parameter(packed.tensors[part], requires_grad=False)
+        module.register_parameter(attribute, frozen)
     module.register_buffer(f"{name}_{PREFIX}merged", None, persistent=False)
     weight_of(module, name).requires_grad_(False)
 
@@ -200,8 +198,9 @@ def attach_experts(module: nn.Module, name: str, packed: PackedExperts) -> None:
 def detach_experts(module: DeltaExperts) -> None:
     """The inverse of `attach_experts` for all parameters of a module (weights untouched)."""
     for name in module.dm_group_sizes:
-        for part in (*expert_parts(module.dm_gaussian), "merged"):
-            delattr(module, f"{name}_{PREFIX}{part}")
+        names = part_names(name, module.dm_gaussian, experts=True).values()
+        for attribute in (*names, f"{name}_{PREFIX}merged"):
+            delattr(module, attribute)
     plain = module.dm_plain_class
     del module.dm_group_sizes, module.dm_gaussian
     change_class(module, plain)
@@ -267,8 +266,8 @@ def compressed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     found = packed_shapes(model)
     for name, module in delta_experts(model).items():
         for leaf in module.dm_group_sizes:
-            counts = module.packed(leaf).counts.tolist()
-            kept = [f"{name}.{leaf}.{number}" for number, count in enumerate(counts) if count]
+            experts = enumerate(module.packed(leaf).split())
+            kept = [f"{name}.{leaf}.{number}" for number, packed in experts if packed]
             found |= dict.fromkeys(kept, slice_shape(module, leaf))
     dropped = model.config.quantization_config.dropped
     return found | {name: matrix_shape(model, name) for name in dropped}

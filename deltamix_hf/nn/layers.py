@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaMixError
 from ..ops.low_rank import cheapest, delta_linear, expand_linear, low_rank, low_rank_rows
-from ..quantization.packed_delta import GroupSizes, PackedFactors, Runs, check_parts, parts
-from ..storage.names import PREFIX
+from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import PREFIX, GroupSizes, Runs, check_parts, part_names
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -77,11 +77,12 @@ class DeltaModule(nn.Module):
     dm_merged: Tensor | None  # a buffer that is not saved; see `merged.py`
 
     def delta_parameters(self) -> dict[str, Tensor]:
-        return {part: getattr(self, PREFIX + part) for part in parts(self.dm_gaussian)}
+        names = part_names("", self.dm_gaussian)
+        return {part: getattr(self, name) for part, name in names.items()}
 
-    def packed(self) -> PackedFactors:
+    def packed(self) -> PackedDelta:
         m, n = shape_of(self)
-        return PackedFactors(m, n, self.dm_group_sizes, self.dm_runs, **self.delta_parameters())
+        return PackedDelta(m, n, self.dm_group_sizes, self.dm_runs, **self.delta_parameters())
 
     def _op_arguments(self) -> tuple[Any, ...]:
         return self.packed().op_arguments
@@ -187,59 +188,61 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
         object.__setattr__(module, "_old_forward", MethodType(cls.forward, module))
 
 
-def attach(
-    module: nn.Module, runs: Runs, group_sizes: GroupSizes, tensors: dict[str, Tensor]
-) -> None:
-    """Turn `module` into its delta counterpart holding `tensors` (meta placeholders are fine)."""
+def attach(module: nn.Module, packed: PackedDelta) -> None:
+    """Turn `module` into its delta counterpart; the tensors of `packed` may be meta.
+
+    Raises:
+        DeltaMixError: the module cannot carry a delta, or one of this shape.
+    """
     plain = type(module)
     counterpart = delta_class(plain)
     if counterpart is None:
         raise DeltaMixError(f"a {plain.__name__} cannot carry a packed delta")
-    m, n = shape_of(module)
-    gaussian = "zeros" not in tensors
-    check_parts(m, n, runs, group_sizes, tensors)
+    check_parts(*shape_of(module), packed.runs, packed.group_sizes, packed.tensors)
     change_class(module, counterpart)
     assert isinstance(module, DeltaModule)
-    module.dm_runs, module.dm_group_sizes, module.dm_gaussian = runs, group_sizes, gaussian
-    for part in parts(gaussian):
-        tensor = tensors[part]
+    module.dm_runs, module.dm_group_sizes = packed.runs, packed.group_sizes
+    module.dm_gaussian = packed.gaussian
+    for part, name in packed.names("").items():
+        tensor = packed.tensors[part]
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
-        module.register_parameter(PREFIX + part, tensor)
+        module.register_parameter(name, tensor)
     module.register_buffer("dm_merged", None, persistent=False)
     module.weight.requires_grad_(False)
 
 
-def attach_with_ties(
-    model: PreTrainedModel,
-    name: str,
-    runs: Runs,
-    group_sizes: GroupSizes,
-    tensors: dict[str, Tensor],
-) -> None:
+def attach_with_ties(model: PreTrainedModel, name: str, packed: PackedDelta) -> None:
     """`attach` to the module `name` and to every module tied to its weight (lm_head, say).
 
     The twins share the very same parameters, and `model.all_tied_weights_keys` learns so: then
     transformers loads, offloads and saves one copy, as it does for the tied weight itself.
     """
     module = model.get_submodule(name)
-    attach(module, runs, group_sizes, tensors)
+    attach(module, packed)
     assert isinstance(module, DeltaModule)
-    shared = module.delta_parameters()
+    shared = module.packed()
     for target in tied_tensors(model, f"{name}.weight")[1:]:
         twin = target.removesuffix(".weight")
-        attach(model.get_submodule(twin), runs, group_sizes, shared)
-        for part in shared:
-            model.all_tied_weights_keys[f"{twin}.{PREFIX}{part}"] = f"{name}.{PREFIX}{part}"
+        attach(model.get_submodule(twin), shared)
+        names = zip(shared.names(twin).values(), shared.names(name).values(), strict=True)
+        model.all_tied_weights_keys.update(names)
 
 
 def detach(module: DeltaModule) -> None:
     """The inverse of `attach`: drop the delta and restore the plain class (weight untouched)."""
-    for part in module.delta_parameters():
-        delattr(module, PREFIX + part)
+    for name in part_names("", module.dm_gaussian).values():
+        delattr(module, name)
     del module.dm_runs, module.dm_group_sizes, module.dm_gaussian, module.dm_merged
     module.__dict__.pop("dm_siblings", None)
     change_class(module, _PLAIN.get(type(module)) or cast(Any, module).dm_plain_class)
+
+
+def untie_packed(model: PreTrainedModel) -> None:
+    """Drop the ties between packed tensors that `attach_with_ties` noted."""
+    ties = model.all_tied_weights_keys
+    for name in [name for name in ties if name.rpartition(".")[2].startswith(PREFIX)]:
+        del ties[name]
 
 
 def delta_modules(model: nn.Module) -> dict[str, DeltaModule]:

@@ -22,9 +22,8 @@ from transformers import PreTrainedModel
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..quantization import bitpacking
-from ..quantization.packed_delta import PackedFactors, parts, scale_counts, zero_points
-from ..quantization.packed_experts import PackedExperts, expert_parts
-from ..storage.names import PREFIX
+from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import PREFIX, scale_counts, zero_points
 from .experts import DeltaExperts, delta_experts
 from .layers import DeltaEmbedding, delta_modules, weight_of
 
@@ -110,12 +109,11 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
         )
     plan.update(dict.fromkeys(resized & plan.keys(), _WHOLE))
     for name, module in delta_modules(model).items():
-        for part in module.delta_parameters():
-            plan[f"{_pattern(name)}.{PREFIX}{part}"] = _WHOLE
+        plan.update(dict.fromkeys(module.packed().names(_pattern(name)).values(), _WHOLE))
     for name, experts in delta_experts(model).items():
         for leaf in experts.dm_group_sizes:
-            for part in expert_parts(experts.dm_gaussian):
-                plan[f"{_pattern(name)}.{leaf}_{PREFIX}{part}"] = _WHOLE
+            names = experts.packed(leaf).names(f"{_pattern(name)}.{leaf}")
+            plan.update(dict.fromkeys(names.values(), _WHOLE))
     # transformers looks names up in named_parameters(), which lists what twins share once; it ties
     # them again after loading
     for twin in model.all_tied_weights_keys:
@@ -134,7 +132,7 @@ def _pattern(name: str) -> str:
 @torch.no_grad()
 def keep_own_part(model: PreTrainedModel) -> None:
     """Cut every packed delta to the part of the weight that this process holds."""
-    made: dict[int, PackedFactors] = {}  # twins share theirs
+    made: dict[int, PackedDelta] = {}  # twins share theirs
     for module in delta_modules(model).values():
         weight: Any = weight_of(module)
         if not is_shard(weight):
@@ -146,8 +144,7 @@ def keep_own_part(model: PreTrainedModel) -> None:
             made[key] = part_of(factors, rows, columns)
         mine = made[key]
         module.dm_group_sizes = mine.group_sizes
-        for part in parts(module.dm_gaussian):
-            setattr(module, PREFIX + part, nn.Parameter(getattr(mine, part), requires_grad=False))
+        _replace_parameters(module, mine, "")
         if isinstance(module, DeltaEmbedding) and len(rows) < weight.shape[0]:
             module.dm_first = int(rows[0])
         # transformers then hands the layer plain tensors, this process's part of them
@@ -166,13 +163,17 @@ def _keep_own_experts(module: DeltaExperts, leaf: str) -> None:
         raise DeltaMixError("experts with deltas cannot be shared out whole among processes")
     sides = _own(weight, 1), _own(weight, 2)
     rows, columns = sides[::-1] if module.is_transposed else sides
-    mine = PackedExperts.join(
+    mine = PackedDelta.join(
         [found and part_of(found, rows, columns) for found in module.packed(leaf).split()]
     )
     module.dm_group_sizes[leaf] = mine.group_sizes
-    for part, tensor in mine.tensors.items():
-        setattr(module, f"{leaf}_{PREFIX}{part}", nn.Parameter(tensor, requires_grad=False))
+    _replace_parameters(module, mine, leaf)
     vars(module)["_hf_quantized_needs_local_tp"] = True
+
+
+def _replace_parameters(module: nn.Module, packed: PackedDelta, prefix: str) -> None:
+    for part, name in packed.names(prefix).items():
+        setattr(module, name, nn.Parameter(packed.tensors[part], requires_grad=False))
 
 
 def _own(weight: Any, dim: int) -> Tensor:
@@ -193,7 +194,7 @@ def _own(weight: Any, dim: int) -> Tensor:
     return mine.to_local().cpu()
 
 
-def part_of(factors: PackedFactors, rows: Tensor, columns: Tensor) -> PackedFactors:
+def part_of(factors: PackedDelta, rows: Tensor, columns: Tensor) -> PackedDelta:
     """The factors of (Û·V̂)[rows][:, columns]; both int64 and rising, no index twice."""
     if (len(rows), len(columns)) == (factors.m, factors.n):
         return factors
@@ -209,7 +210,7 @@ def part_of(factors: PackedFactors, rows: Tensor, columns: Tensor) -> PackedFact
         zeros = bitpacking.pack(points[:, groups], [(c, max(v, u)) for c, v, u in runs])
     v = bitpacking.unpack(factors.v, sides[0], factors.n)[:, columns.to(device)]
     u = bitpacking.unpack(factors.u, sides[1], factors.m)[:, rows.to(device)]
-    return PackedFactors(
+    return PackedDelta(
         m=len(rows),
         n=len(columns),
         group_sizes=(v_size, u_size),

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import DeltaMixError
-from ..quantization.packed_delta import PackedFactors
+from ..quantization.packed_delta import PackedDelta
 
 VARIABLE = "DELTAMIX_KERNEL"
 TRITON, REFERENCE = "triton", "reference"
@@ -61,7 +61,7 @@ def triton_kernels() -> Any:
     return _kernels
 
 
-def kernel_packed(packed: PackedFactors) -> Any:
+def kernel_packed(packed: PackedDelta) -> Any:
     """The same factors as the kernels take them."""
     tensors = packed.v, packed.u, packed.ranks, packed.zeros
     layout = tuple(packed.runs), packed.m, packed.n, packed.group_sizes
@@ -147,14 +147,14 @@ def _errors(device: torch.device) -> Iterator[float]:
             yield _distance(found.cpu(), expected)
 
 
-def _delta(random: torch.Generator) -> PackedFactors:
+def _delta(random: torch.Generator) -> PackedDelta:
     """Random codes, about as large a delta as the weights."""
     v_rows, u_rows = (sum(run[0] * run[side] for run in _RUNS) for side in (1, 2))
     v = torch.randint(256, (v_rows, -(-_N // 8)), dtype=torch.uint8, generator=random)
     u = torch.randint(256, (u_rows, -(-_M // 8)), dtype=torch.uint8, generator=random)
     count = sum(run[0] for run in _RUNS)
     scales = torch.full((count, 3), count**-0.25, dtype=torch.bfloat16).view(torch.int16)
-    return PackedFactors(_M, _N, (0, 0), _RUNS, v, u, scales)
+    return PackedDelta(_M, _N, (0, 0), _RUNS, v, u, scales)
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

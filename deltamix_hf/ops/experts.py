@@ -19,8 +19,7 @@ from transformers.integrations import moe
 
 from ..errors import DeltaMixError
 from ..quantization import uniform
-from ..quantization.packed_delta import PackedFactors
-from ..quantization.packed_experts import PackedExperts
+from ..quantization.packed_delta import PackedDelta
 from . import cpu
 from .dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
 
@@ -93,8 +92,8 @@ def plain_expert_low_rank(
     v: Tensor,
     u: Tensor,
     ranks: Tensor,
-    counts: Tensor,
     zeros: Tensor | None,
+    counts: Tensor,
     m: int,
     n: int,
     group_sizes: list[int],
@@ -104,9 +103,9 @@ def plain_expert_low_rank(
 
     Args:
         ends: int32 [experts], as `Project` has them.
-        v, u, ranks, counts, zeros: see `packed_experts.py`.
+        v, u, ranks, zeros, counts: see `quantization/packed_layout.py`.
     """
-    packed = PackedExperts(m, n, (group_sizes[0], group_sizes[1]), v, u, ranks, counts, zeros)
+    packed = PackedDelta(m, n, (group_sizes[0], group_sizes[1]), [], v, u, ranks, zeros, counts)
     y = x.new_zeros(len(x), n if transposed else m)
     sizes = ends.diff(prepend=ends.new_zeros(1))
     hit = ((sizes > 0) & (counts > 0)).nonzero()[:, 0]
@@ -137,7 +136,7 @@ def _groups(rows: list[int]) -> Iterator[slice]:
         yield slice(start, len(rows))
 
 
-def _decoded(factors: PackedFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _decoded(factors: PackedDelta, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """V̂ [K, n], Ûᵀ [K, m] and what each rank is yet to be multiplied by, [K]; see `lookup.py`."""
     quick = factors.v.device.type == "cpu" and dtype != torch.float64
     runs, whole = tuple(factors.runs), factors.group_sizes == (0, 0)
@@ -159,7 +158,7 @@ expert_low_rank = torch.library.custom_op("deltamix::expert_low_rank", mutates_a
 
 
 @expert_low_rank.register_fake
-def _(x, ends, v, u, ranks, counts, zeros, m, n, group_sizes, transposed):
+def _(x, ends, v, u, ranks, zeros, counts, m, n, group_sizes, transposed):
     return x.new_empty(len(x), n if transposed else m)
 
 
@@ -176,7 +175,7 @@ def _backward(ctx, grad):
 expert_low_rank.register_autograd(_backward, setup_context=_context)
 
 
-def add_delta(y: Tensor, packed: PackedExperts, x: Tensor, ends: Tensor) -> Tensor:
+def add_delta(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> Tensor:
     """y [S, m], a frozen projection of x [S, n], with the packed part added; may change y."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return y + expert_low_rank(x.to(y.dtype), ends, *packed.op_arguments, False)
@@ -189,7 +188,7 @@ def add_delta(y: Tensor, packed: PackedExperts, x: Tensor, ends: Tensor) -> Tens
 class _Table:
     """Addresses of all experts' factors; `sound` if the kernels know them."""
 
-    def __init__(self, packed: PackedExperts):
+    def __init__(self, packed: PackedDelta):
         self.addresses = _addresses(packed)
         device, factors = packed.v.device, packed.untied().split()
         self.slots = torch.arange(len(factors), dtype=torch.int32, device=device)
@@ -203,7 +202,7 @@ class _Table:
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which lives with its model
 
 
-def add_by_kernels(y: Tensor, packed: PackedExperts, x: Tensor, ends: Tensor) -> bool:
+def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> bool:
     """y [S, m] += what the experts' factors make of x [S, n], in place; False: nothing was done.
 
     Rows and `ends` as for `expert_ops.Project`. Not for min-max grids, gradients or autocast.
@@ -226,5 +225,5 @@ def add_by_kernels(y: Tensor, packed: PackedExperts, x: Tensor, ends: Tensor) ->
     return True
 
 
-def _addresses(packed: PackedExperts) -> tuple[int, ...]:
+def _addresses(packed: PackedDelta) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in packed.tensors.values())

@@ -22,13 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantization import bitpacking, gaussian, uniform
-from ..quantization.packed_delta import (
-    GroupSizes,
-    PackedFactors,
-    row_bits,
-    scale_counts,
-    zero_points,
-)
+from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import GroupSizes, row_bits, scale_counts, zero_points
 from . import cpu
 from .dispatch import TRITON, TRITON_DTYPES, choose, triton_kernels
 
@@ -57,7 +52,7 @@ def plain_low_rank(
 ) -> Tensor:
     """x [..., n] -> [..., m] in x's dtype; `transposed` maps [..., m] -> [..., n] instead.
 
-    `runs` is the flattened list of (count, v_bits, u_bits); see `packed.py` for the tensors.
+    `runs` is the flattened list of (count, v_bits, u_bits); for the tensors see `packed_layout`.
     """
     if _by_triton(x, group_sizes, kernel):
         k = triton_kernels()
@@ -72,7 +67,7 @@ def plain_low_rank(
             return product(flat, v, u, ranks, triples, m, n, group_sizes[1]).view(
                 *x.shape[:-1], n if transposed else m
             )
-    factors = PackedFactors(m, n, _pair(group_sizes), list(triples), v, u, ranks, zeros)
+    factors = PackedDelta(m, n, _pair(group_sizes), list(triples), v, u, ranks, zeros)
     right, left = factors.right().to(x.dtype), factors.left().to(x.dtype)
     if transposed:
         right, left = left, right
@@ -272,7 +267,7 @@ def plain_low_rank_rows(
         ):
             h = (left * uniform.scales_from_bits(ranks[:, 1:2].contiguous())).T
             return cpu.times_right(h, v, tuple(triples), n).reshape(*index.shape, n)
-        right = PackedFactors(m, n, _pair(group_sizes), triples, v, u, ranks, zeros).right()
+        right = PackedDelta(m, n, _pair(group_sizes), triples, v, u, ranks, zeros).right()
         return (left.T @ right).reshape(*index.shape, n)
 
 

@@ -53,6 +53,10 @@ class TensorInfo:
     start: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
     def placeholder(self) -> torch.Tensor:
         """A meta tensor of this shape and dtype.
 

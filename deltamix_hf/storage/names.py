@@ -20,75 +20,64 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..errors import DeltaMixError
-from ..quantization.packed_delta import PARTS, parts
-from ..quantization.packed_experts import EXPERT_PARTS, expert_parts
-
-PREFIX = "dm_"
-
+from ..quantization.packed_layout import PARTS, PREFIX, part_names
 
 ROWS = "dm_rows"  # rows of an embedding or head that the base has not, [rows, n]
-
-
 GUARD_SEPARATOR = ":"
-
-
 GUARD = (torch.uint8, (1,))  # dtype and shape of a guard
+_PART = re.compile(rf"(.*)\.{PREFIX}({'|'.join(PARTS)})")
+_EXPERT_PART = re.compile(rf"(.+)_{PREFIX}({'|'.join(PARTS)}|counts)")
 
 
-_EXPERT_PART = re.compile(rf"(.+)_{PREFIX}({'|'.join(EXPERT_PARTS)})")
+def packed_part(name: str) -> tuple[str, bool, str] | None:
+    """Split a packed tensor's name: what it is packed for, whether that is experts, and the part.
 
-
-def packed_part(name: str) -> tuple[str, str, str] | None:
-    """What a tensor's name says: what it is packed for, "." or "_" (an expert's), and which part.
-
-    `model.q_proj`, "." and `v` for `model.q_proj.dm_v`; None for what is no packed tensor.
+    `model.q_proj`, False and `v` of `model.q_proj.dm_v`; None for what is no packed tensor.
     """
-    module, _, leaf = name.rpartition(".")
-    if leaf.startswith(PREFIX) and leaf.removeprefix(PREFIX) in PARTS:
-        return module, ".", leaf.removeprefix(PREFIX)
+    if found := _PART.fullmatch(name):
+        return found[1], False, found[2]
     found = _EXPERT_PART.fullmatch(name)
-    return (found[1], "_", found[2]) if found else None
+    return (found[1], True, found[2]) if found else None
 
 
 def packed_names(
     names: Iterable[str], gaussian: bool, expected: Iterable[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Packed modules, and packed 3-D parameters, by tensor names; incomplete sets are refused.
+    """Find the packed modules and packed 3-D parameters among tensor names.
 
-    `gaussian`: the codebook, which has no zero points. `expected`: matrices that must be there.
+    Args:
+        gaussian: the codebook, which has no zero points.
+        expected: matrices that must be there.
 
     Raises:
         DeltaMixError: a matrix is missing, lacks one of its tensors, or has one of the other
             codebook.
     """
-    wanted = {".": set(parts(gaussian)), "_": set(expert_parts(gaussian))}
-    found: dict[str, dict[str, set[str]]] = {".": {}, "_": {}}
+    found: dict[bool, dict[str, set[str]]] = {False: {}, True: {}}
     for name in names:
         if place := packed_part(name):
-            owner, joint, part = place
-            found[joint].setdefault(owner, set()).add(part)
+            owner, experts, _ = place
+            found[experts].setdefault(owner, set()).add(name)
     absent = sorted(
         name
         for name in expected
-        if name not in found["."] and name.rpartition(".")[0] not in found["_"]
+        if name not in found[False] and name.rpartition(".")[0] not in found[True]
     )
     if absent:
         raise DeltaMixError(
             f"the delta repo lacks the packed matrix {absent[0]}: the file is incomplete"
         )
-    for joint, owners in found.items():
+    for experts, owners in found.items():
         for owner, present in owners.items():
-            if missing := sorted(wanted[joint] - present):
+            wanted = set(part_names(owner, gaussian, experts).values())
+            if missing := sorted(wanted - present):
+                raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
+            if surplus := sorted(present - wanted):
                 raise DeltaMixError(
-                    f"the delta repo lacks {owner}{joint}{PREFIX}{missing[0]}: the file is "
-                    "incomplete"
+                    f"the delta repo holds {surplus[0]}, which its codebook has not: weights and "
+                    "config.json do not fit"
                 )
-            if surplus := sorted(present - wanted[joint]):
-                raise DeltaMixError(
-                    f"the delta repo holds {owner}{joint}{PREFIX}{surplus[0]}, which its codebook "
-                    "has not: weights and config.json do not fit"
-                )
-    return list(found["."]), list(found["_"])
+    return list(found[False]), list(found[True])
 
 
 def guard_names(weights: Sequence[str], base_model_prefix: str) -> list[str]:

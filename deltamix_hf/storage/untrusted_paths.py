@@ -1,7 +1,7 @@
 """What files of a repo may make us read: its author chose their content, not the user.
 
-docs/security.md is the threat model. Headers of weight files are `format.py`'s, packed tensors
-`packed.py`'s; here are the names of other files and repos.
+docs/security.md is the threat model. Headers of weight files are `headers.py`'s, packed
+tensors `packed_layout.py`'s; here are the names of other files and repos.
 """
 
 from __future__ import annotations

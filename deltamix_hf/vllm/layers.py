@@ -27,8 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from ..errors import DeltaMixError
 from ..ops.low_rank import cheapest, low_rank, low_rank_rows
-from ..quantization.packed_delta import DTYPES, PARTS
-from ..storage.names import PREFIX
+from ..quantization.packed_layout import DTYPES, part_names
 from .batch import Batch, Groups
 from .partition import Piece, Shard, pieces
 
@@ -129,10 +128,10 @@ def _make_place(layer: nn.Module) -> None:
     deltas = LayerDeltas(f"deltamix.{len(layers)}")
     layers[deltas.name] = deltas
     layer.deltas = deltas  # type: ignore[assignment]
-    for part in PARTS:
+    for part, name in part_names("", gaussian=False).items():
         empty = nn.Parameter(torch.empty(0, dtype=DTYPES[part]), requires_grad=False)
         empty.weight_loader = partial(deltas.receive, part)  # type: ignore[attr-defined]
-        layer.register_parameter(PREFIX + part, empty)
+        layer.register_parameter(name, empty)
 
 
 class _Method(QuantizeMethodBase):
@@ -156,7 +155,7 @@ class _Method(QuantizeMethodBase):
         if deltas.incoming and self.settings is None:
             raise DeltaMixError("this is a delta repo, and its config.json does not say so")
         if deltas.incoming:
-            deltas.own = deltas.take(layer, self.settings.group_size, layer.weight.device)
+            deltas.own = deltas.take(layer, self.settings.method.group_size, layer.weight.device)
         self.plain.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -196,6 +195,6 @@ class DeltaMixEmbeddingMethod(_Method):
         """The head takes the embedding's weight and its deltas."""
         layer = self.plain.tie_weights(layer, embed_tokens)
         layer.deltas = embed_tokens.deltas
-        for part in PARTS:
-            setattr(layer, PREFIX + part, getattr(embed_tokens, PREFIX + part))
+        for name in part_names("", gaussian=False).values():
+            setattr(layer, name, getattr(embed_tokens, name))
         return layer

@@ -106,12 +106,12 @@ class VllmDeltaManager:
                     "lie beside the base's: serve it by itself"
                 )
         self._check_same(request, files, settings)
-        return delta, settings.group_size
+        return delta, settings.method.group_size
 
     def _check_same(self, request: Any, files: list[str], settings: DeltaMixConfig) -> None:
         """Refuse other contents under a name and path that the prefix cache may know."""
         tensors = sorted(fingerprints(read_headers(files)).items())
-        contents = repr((settings.codebook, settings.group_size, tensors))
+        contents = repr((settings.method.codebook, settings.method.group_size, tensors))
         found = hashlib.sha256(contents.encode()).hexdigest()
         known = self._contents.setdefault((request.lora_name, request.lora_path), found)
         if self._prefix_cache and known != found:

@@ -27,7 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from ..errors import DeltaMixError
 from ..nn.tensor_parallel import part_of
-from ..quantization.packed_delta import PackedFactors
+from ..quantization.packed_delta import PackedDelta
 
 Shard = str | int | tuple[int, ...] | None  # which matrices of a layer; None: all, stored as one
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -43,7 +43,7 @@ class Piece:
     """A packed delta to some of a layer's outputs on this rank: [len(outputs), inputs here]."""
 
     outputs: slice
-    packed: PackedFactors
+    packed: PackedDelta
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def pieces(
     matrices = _matrices(layer)
     wanted = _wanted(shard, len(matrices))
     m, n = sum(matrices[i].rows for i in wanted), int(layer.input_size)  # type: ignore[arg-type]
-    packed = PackedFactors.checked(m, n, group_size, tensors)
+    packed = PackedDelta.checked(m, n, group_size, tensors)
     columns, found, above = _columns(layer), [], 0
     for i in wanted:
         first = sum(len(matrix.here) for matrix in matrices[:i])

@@ -21,8 +21,8 @@ from ..checkpoint.base import BaseCheckpoint, commit_of, resolve_base
 from ..checkpoint.delta_repo import StoredDelta, read_delta
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError, first_line
+from ..quantization.packed_layout import PREFIX
 from ..storage.headers import TensorInfo, check_base, fingerprints, read_tensor
-from ..storage.names import PREFIX
 from ..storage.untrusted_paths import check_base_name
 from .layers import deltas_of
 
@@ -63,8 +63,9 @@ class BaseRepo:
         """Whole and packed tensors of a delta, under names of the base's checkpoint."""
         found = [(self._key(name), tensor) for name, tensor in delta.overlay.items()]
         for name, factors in delta.packed.items():
-            layer = self._key(f"{name}.weight").removesuffix(".weight")
-            found += [(f"{layer}.{PREFIX}{part}", t) for part, t in factors.tensors.items()]
+            weight = name if factors.counts is not None else f"{name}.weight"
+            names = factors.names(self._key(weight).removesuffix(".weight"))
+            found += [(names[part], tensor) for part, tensor in factors.tensors.items()]
         return found
 
     def with_delta(self, delta: StoredDelta) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from deltamix_hf.allocation.whole_model import Choices, solve_global
-from deltamix_hf.quantization.packed_delta import rank_bytes
+from deltamix_hf.quantization.packed_layout import rank_bytes
 
 LAYERS = 32
 # Rows and columns of q, k, v, o, gate, up, down.

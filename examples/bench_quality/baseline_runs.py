@@ -25,13 +25,13 @@ from bench_quality.plan import Run
 from bench_quality.texts import calibration_data
 from torch import Tensor, nn
 
+import deltamix_hf
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.calibration.data import token_batches
 from deltamix_hf.calibration.statistics import collect, metrics_of
 from deltamix_hf.checkpoint.base import BaseCheckpoint, resolve_base
 from deltamix_hf.checkpoint.tensor_diff import sort_tensors
 from deltamix_hf.nn.layers import tied_modules, weight_of
-from deltamix_hf.presets import PRESETS
 
 __all__ = ["PeerSkipped", "is_baseline", "run_baseline"]
 PEER, DISTILLED = "deltatensors ", "BitDelta distilled"
@@ -39,7 +39,7 @@ _PEER_BYTES = 12  # of a kept weight in the peer's sparse form
 
 
 def is_baseline(run: Run) -> bool:
-    return run.method not in PRESETS
+    return run.method not in deltamix_hf.METHODS
 
 
 def run_baseline(run: Run, judge: Judge) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.config import DEFAULT_METHOD
 from deltamix_hf.jobs.instruments import Stopwatch
+from deltamix_hf.method import DEFAULT_METHOD
 
 RELATIVE = 0.01  # ‖ΔW‖ / ‖W_base‖
 DECAY = 0.5  # singular values of the delta fall as i^-DECAY

@@ -22,11 +22,11 @@ from bench_quality.texts import get_pair
 from torch import Tensor
 from transformers.utils import logging
 
-from deltamix_hf import DeltaMixConfig
+from deltamix_hf import METHODS, DeltaMixConfig
 from deltamix_hf.compression import job, matrix_pipeline
 from deltamix_hf.nn.layers import weight_of
 from deltamix_hf.quantization.gptq import Rounded, gptq_rows
-from deltamix_hf.quantization.packed_delta import PackedFactors
+from deltamix_hf.quantization.packed_delta import PackedDelta
 
 PAIRS = ("pocket-shakespeare", "rxnfp")
 ARMS = {"as it is": "", "V rotated": "v", "V and U rotated": "vu"}
@@ -84,7 +84,7 @@ class Dense:
 
     @classmethod
     def pack(cls, v: Rounded, u: Rounded) -> "Dense":
-        packed = PackedFactors.pack(v, u)
+        packed = PackedDelta.pack(v, u)
         return cls(u.dequantize().T @ v.dequantize(), packed.nbytes, packed.rank)
 
     def dense(self) -> Tensor:
@@ -101,7 +101,7 @@ def attach_dense(self: job.Job, name: str) -> None:
 
 
 def kl(judge: Judge, share: int, sides: str) -> float:
-    plain = matrix_pipeline.gptq_rows, matrix_pipeline.round_rows, matrix_pipeline.PackedFactors
+    plain = matrix_pipeline.gptq_rows, matrix_pipeline.round_rows, matrix_pipeline.PackedDelta
     if "v" in sides:
         matrix_pipeline.gptq_rows = turned_rows
     if "u" in sides:
@@ -109,18 +109,18 @@ def kl(judge: Judge, share: int, sides: str) -> float:
             weight, None, *rest, **how
         )
     old_attach = job.Job._attach
-    matrix_pipeline.PackedFactors = Dense
+    matrix_pipeline.PackedDelta = Dense
     job.Job._attach = attach_dense
     try:
         config = DeltaMixConfig(
             base_model=str(judge.pair.base),
             ratio=1 / share,
             calibration=judge.pair.texts(),
-            tune_steps=0,
+            method=dataclasses.replace(METHODS["deltamix-kl"], tune_steps=0),
         )
         model = judge.load(judge.pair.finetuned, quantization_config=config)
     finally:
-        matrix_pipeline.gptq_rows, matrix_pipeline.round_rows, matrix_pipeline.PackedFactors = plain
+        matrix_pipeline.gptq_rows, matrix_pipeline.round_rows, matrix_pipeline.PackedDelta = plain
         job.Job._attach = old_attach
     return judge.figures(model)["kl"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from deltamix_hf import DeltaMixConfig
+from deltamix_hf import METHODS, DeltaMixConfig
 from deltamix_hf.evaluation.quality import Batch, compare, gain_kept, reference_logits
 from deltamix_hf.nn.experts import compressed_shapes
 from deltamix_hf.nn.layers import delta_modules, packed_shapes
@@ -89,12 +90,11 @@ def compress(run: Run, judge: Judge) -> dict[str, Any]:
     pair = judge.pair
     config = DeltaMixConfig(
         base_model=str(pair.base),
-        method=run.method,
+        method=replace(METHODS[run.method], **run.switches),
         ratio=None if run.share is None else 1 / run.share,
         calibration=calibration_data(pair, run.calibration),
         num_samples=run.samples,
         seed=run.seed,
-        **run.switches,
     )
     clock = [time.perf_counter()]
     with TemporaryDirectory() as folder:

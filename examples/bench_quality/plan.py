@@ -57,7 +57,7 @@ class Run:
         seed: draws the calibration texts.
         calibration: "matched" (the pair's own texts), "mismatched" or "none".
         samples: calibration texts at most.
-        switches: further arguments of `DeltaMixConfig`.
+        switches: of the method's, the ones that are changed.
     """
 
     pair: str

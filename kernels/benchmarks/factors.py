@@ -8,7 +8,8 @@ import torch
 from deltamix_kernels import Packed
 from torch import Tensor
 
-from deltamix_hf.quantization.packed_delta import PackedFactors, exponent_of, part_shapes
+from deltamix_hf.quantization.packed_delta import PackedDelta
+from deltamix_hf.quantization.packed_layout import exponent_of, part_shapes
 
 EVERY = [(3, bits, 9 - bits) for bits in range(8, 0, -1)]  # every width on either side
 MIXED = [(2, 8, 8), (3, 8, 4), (5, 4, 3), (9, 3, 2), (18, 2, 2)]
@@ -23,7 +24,7 @@ def random_factors(
     group_sizes: tuple[int, int] = (0, 0),
     gaussian: bool = True,
     size: float = 1.0,
-) -> PackedFactors:
+) -> PackedDelta:
     """Random codes and scales: a delta whose outputs are about `size` of a base's with std n^-1/2.
 
     Codes of padding are random too: nothing may depend on them.
@@ -45,15 +46,15 @@ def random_factors(
         scales /= 0.4 * 2.0 ** bits[:, None]
     stored = scales.bfloat16().view(torch.int16)
     ranks = torch.cat([widths.to(device)[:, None], stored], 1)
-    return PackedFactors(m, n, group_sizes, list(runs), ranks=ranks, **tensors)
+    return PackedDelta(m, n, group_sizes, list(runs), ranks=ranks, **tensors)
 
 
-def kernel_form(factors: PackedFactors) -> Packed:
+def kernel_form(factors: PackedDelta) -> Packed:
     tensors = factors.v, factors.u, factors.ranks, factors.zeros
     return Packed(*tensors, tuple(factors.runs), factors.m, factors.n, factors.group_sizes)
 
 
-def exact(factors: PackedFactors, x: Tensor, transposed: bool = False) -> Tensor:
+def exact(factors: PackedDelta, x: Tensor, transposed: bool = False) -> Tensor:
     """x times the delta in float64."""
     right, left = factors.right().double(), factors.left().double()
     if transposed:

@@ -41,7 +41,7 @@ from tiny_pairs import Pair, make_pair, quick, token_ids
 from deltamix_hf import DeltaMixError, DeltaMixHfQuantizer
 from deltamix_hf.checkpoint.base import BaseCheckpoint, KeyMap, resolve_base
 from deltamix_hf.checkpoint.delta_repo import check_finite, find_delta, read_delta
-from deltamix_hf.quantization.packed_delta import PackedFactors
+from deltamix_hf.quantization.packed_delta import PackedDelta
 from deltamix_hf.storage.headers import TensorInfo, check_base, fingerprints
 from deltamix_hf.storage.sizes import size_report
 
@@ -63,7 +63,7 @@ class Target:
     keys: KeyMap
     base: dict[str, TensorInfo]
     hashes: dict[str, str]
-    sound: dict[str, PackedFactors]
+    sound: dict[str, PackedDelta]
 
     @contextmanager
     def holding(self, name: str, content: bytes) -> Iterator[None]:
@@ -121,7 +121,7 @@ def read_everything(target: Target) -> tuple[Any, Any]:
     return stored, config
 
 
-def unchanged(packed: PackedFactors, sound: PackedFactors | None) -> bool:
+def unchanged(packed: PackedDelta, sound: PackedDelta | None) -> bool:
     """Whether it is known to decode already: most runs change one matrix at most."""
     if sound is None or packed.tensors.keys() != sound.tensors.keys():
         return False

@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from safetensors.torch import load_file
-from tiny_pairs import DECODER, fine_tune, relative, weight_bytes
+from tiny_pairs import DECODER, fine_tune, make_config, relative, weight_bytes
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -63,7 +63,7 @@ def made(request, tmp_path_factory) -> Any:
     fine_tune(model)
     change_buffers(model)
     model.save_pretrained(folder / "tuned")
-    config = DeltaMixConfig(
+    config = make_config(
         folder / "base", budget_bytes=2_000_000, method="delta-come", bf16_overlay=True
     )
     packed = type(model).from_pretrained(folder / "tuned", quantization_config=config)

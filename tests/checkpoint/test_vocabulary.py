@@ -11,6 +11,7 @@ from tiny_pairs import (
     FAMILIES,
     VOCAB,
     fine_tune,
+    make_config,
     quick,
     relative,
     snapshot,
@@ -55,7 +56,7 @@ class Made:
         model.save_pretrained(folder / "tuned")
         self.tuned_logits, self.rows = logits(model), model.get_input_embeddings().weight.detach()
         budget = budget or {"ratio": 0.35}
-        config = DeltaMixConfig(folder / "base", method=method, **budget, **quick(method))
+        config = make_config(folder / "base", method=method, **budget, **quick(method))
         self.packed = self.load("tuned", quantization_config=config)
         self.packed.save_pretrained(folder / "delta")
 

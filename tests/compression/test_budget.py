@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from matrix_cases import METHODS, bytes_of_rank, matrix, random_delta
+from tiny_pairs import make_config
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.compression.budget import plan_budget, rank_options
@@ -48,13 +49,13 @@ def test_the_suggested_budget_works(method, bits, overlay):
     """Too small a budget names a ratio and a number of bytes; both must then be accepted."""
     options = {"method": method, "bits": bits}
     with pytest.raises(DeltaMixError, match="too small") as error:
-        plan_budget(SHAPES, overlay, ["g:a"], DeltaMixConfig("b", budget_bytes=10, **options))
+        plan_budget(SHAPES, overlay, ["g:a"], make_config("b", budget_bytes=10, **options))
     message = str(error.value)
     ratio = float(re.search(r"ratio >= ([\d.]+)", message)[1])
     assert "\n" not in message
     enough = int(re.search(r"budget_bytes >= (\d+)", message)[1])
     for choice in ({"ratio": ratio}, {"budget_bytes": enough}):
-        config = DeltaMixConfig("b", **choice, **options)
+        config = make_config("b", **choice, **options)
         budget = plan_budget(SHAPES, overlay, ["g:a"], config)
         matrices = {name: matrix(random_delta(*shape)) for name, shape in SHAPES.items()}
         results = [result for _, result in compress_all(matrices, budget, config)]
@@ -62,7 +63,7 @@ def test_the_suggested_budget_works(method, bits, overlay):
         spent = sum(sum(r.packed.nbytes.values()) for r in results if r.packed)
         assert spent <= budget.ranks
     with pytest.raises(DeltaMixError, match="too small"):
-        too_few = DeltaMixConfig("b", budget_bytes=enough - 1, **options)
+        too_few = make_config("b", budget_bytes=enough - 1, **options)
         plan_budget(SHAPES, overlay, ["g:a"], too_few)
 
 
@@ -84,11 +85,11 @@ def test_an_overlay_alone_must_fit_too():
 @pytest.mark.parametrize("method", METHODS)
 def test_options_of_a_rank(method):
     config = DeltaMixConfig("b", method=method)
-    choices, pairs = rank_options((96, 64), config.group_sizes(False), config)
+    choices, pairs = rank_options((96, 64), config.method.group_sizes(False), config)
     assert pairs[0] == (0, 0) and choices.cost[0] == 0
-    assert float(choices.relative[0]) == config.drop_penalty
+    assert float(choices.relative[0]) == config.method.drop_penalty
     for (v, u), error, price in zip(pairs[1:], choices.relative[1:], choices.cost[1:], strict=True):
-        assert v and u and (config.split_widths or v == u) and 0 < float(error) < 1
+        assert v and u and (config.method.split_widths or v == u) and 0 < float(error) < 1
         if v == u:
             assert int(price) == bytes_of_rank(96, 64, v, config)
     widest = max(range(len(pairs)), key=lambda i: pairs[i])

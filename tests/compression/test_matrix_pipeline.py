@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrix_cases import METHODS, bytes_of_rank, matrix, random_delta, true_error
+from tiny_pairs import make_config
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.compression.budget import Budget, plan_budget
@@ -44,7 +45,7 @@ def test_bytes_stay_below_and_the_error_is_the_true_one(m, n, method, calibrated
     spent = sum(result.packed.nbytes.values())
     # within the cheapest rank of the promise, as long as ranks are left
     assert budget - bytes_of_rank(m, n, 2, config) < spent <= budget
-    assert result.packed.gaussian == (config.codebook == "gaussian")
+    assert result.packed.gaussian == (config.method.codebook == "gaussian")
     assert result.error == pytest.approx(true_error(delta, result.packed.dense(), gram), rel=1e-5)
     assert result.error < 0.2
 
@@ -95,7 +96,7 @@ def test_any_matrix_and_any_budget(m, n, rank, method, group_size, budget, calib
     random = torch.Generator().manual_seed(m * 41 + n)
     delta = torch.randn(m, rank, generator=random) @ torch.randn(rank, n, generator=random)
     gram, fisher = (random_gram(n), random_gram(m, 1)) if calibrated else (None, None)
-    config = DeltaMixConfig("b", method=method, group_size=group_size, bits=widths)
+    config = make_config("b", method=method, group_size=group_size, bits=widths)
     result = compress_matrix(matrix(delta, gram, fisher), budget, config)
     if result.packed is None:
         assert result.error == (0.0 if not delta.any() else pytest.approx(1.0))
@@ -112,7 +113,7 @@ def test_any_matrix_and_any_budget(m, n, rank, method, group_size, budget, calib
 @pytest.mark.parametrize("method", ["deltamix", "deltamix-kl"])
 def test_all_ranks_at_8_bit_are_nearly_exact(method):
     delta = random_delta(40, 30)
-    config = DeltaMixConfig("b", method=method, group_size=8)
+    config = make_config("b", method=method, group_size=8)
     result = compress_matrix(matrix(delta), 10**6, config)
     assert result.packed.rank == 30 and result.error < 1e-4
     assert sum(result.packed.nbytes.values()) <= 30 * bytes_of_rank(40, 30, 8, config)
@@ -140,12 +141,12 @@ def test_a_delta_says_without_data_which_inputs_it_was_trained_on():
     delta = torch.randn(64, 400, generator=random) @ inputs / 1e4
     gram, errors = inputs.T @ inputs / len(inputs), {}
     for share in (0.0, 0.3):
-        config = DeltaMixConfig("b", delta_metric=share)
+        config = make_config("b", delta_metric=share)
         packed = compress_matrix(matrix(delta), 2 * 64 * 96 // 8, config).packed
         errors[share] = true_error(delta, packed.dense(), gram)
     assert errors[0.3] < 0.7 * errors[0.0]
     for share in (0.0, 0.3):  # with text, what it says counts alone
-        config = DeltaMixConfig("b", delta_metric=share)
+        config = make_config("b", delta_metric=share)
         errors[share] = compress_matrix(matrix(delta, gram), 64 * 96 // 8, config).error
     assert errors[0.3] == errors[0.0]
 

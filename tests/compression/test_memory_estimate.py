@@ -1,45 +1,81 @@
-"""What a compression with one block in memory is said to take."""
+"""The estimate of a job bounds what the job takes; the process alone is most of it here."""
 
 from __future__ import annotations
 
-import pytest
+import json
+import subprocess
+import sys
 
-from deltamix_hf.compression.memory_estimate import Block, estimate_memory
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-ATTENTION, UP, DOWN, HEAD = (4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096)
-INSIDE = [ATTENTION] * 4 + [UP] * 2 + [DOWN]
-BLOCK = Block(405_000_000, INSIDE)
-LLAMA_7B = {"q": ATTENTION, "up": UP, "down": DOWN, "head": HEAD}
-GIVEN = {"blocks": [BLOCK] * 32, "batches": [2048] * 2, "logits": (32000, 4096), "itemsize": 2}
-GIVEN |= {"chained": True, "result": 840_000_000}
+from deltamix_hf.compression.memory_estimate import estimate_memory
+
+# Prints the estimate, and peaks of the process and of the work folder.
+JOB = r"""
+import json, re, sys
+from pathlib import Path
+import torch
+from deltamix_hf import DeltaMixConfig
+from deltamix_hf.compression import model as module
+from deltamix_hf.integration.compress_repo import compress_streaming
+from deltamix_hf.jobs.resume_store import ResumeStore
+
+torch.set_num_threads(1)
+folder, said, disk = Path(sys.argv[1]), [], [0]
+estimate, forget = module.estimate_memory, ResumeStore.forget
+
+def noted(*arguments):
+    said.append(estimate(*arguments))
+    return said[0]
+
+def measured(self, name):
+    disk.append(sum(file.stat().st_size for file in self.folder.iterdir()))
+    forget(self, name)
+
+module.estimate_memory, ResumeStore.forget = noted, measured
+ids = torch.randint(8000, (2, 512), generator=torch.Generator().manual_seed(0))
+config = DeltaMixConfig(folder / "base", calibration=ids, ratio=1 / 16)
+compress_streaming(folder / "tuned", folder / "out", config)
+peak = 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+print(json.dumps([said[0].memory, said[0].disk, peak, max(disk)]))
+"""
 
 
-@pytest.mark.parametrize(
-    ("measured", "shapes", "given"),
-    [
-        (2.84e9, {"head": HEAD}, {"blocks": [], "batches": [1]}),
-        (2.56e9, {"down": DOWN}, {"blocks": [], "batches": [1]}),
-        (2.44e9, {}, {"chained": False}),
-        (2.44e9, {}, {"blocks": [], "logits": (128256, 2048)}),
-    ],
-    ids=["compressing the head", "compressing down", "calibrating a block", "predicting"],
-)
-def test_what_was_measured(measured, shapes, given):
-    """Peaks of the process (docs/results)."""
-    said = estimate_memory(shapes, **GIVEN | given).memory
-    assert measured * 0.97 < said < measured * 1.15
+def model_of(blocks=1, hidden=128):
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": blocks}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=8000, **sizes, **heads, dtype="float32"))
+
+
+def test_it_bounds_a_real_job(tmp_path):
+    torch.manual_seed(0)
+    model = model_of()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "tuned")
+    command = [sys.executable, "-c", JOB, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    memory, disk, peak, most = json.loads(done.stdout.splitlines()[-1])
+    print(memory, peak, disk, most)
+    assert 0.6 * memory < peak < memory
+    assert most < disk
 
 
 def test_what_it_depends_on():
-    whole = estimate_memory(LLAMA_7B, **GIVEN)
-    free = estimate_memory(LLAMA_7B, **GIVEN | {"batches": []})
-    assert free.memory < whole.memory and free.disk == 2 * GIVEN["result"]
-    more = estimate_memory(LLAMA_7B, **GIVEN | {"batches": [2048] * 4})
+    model = model_of(2)
+    targets = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    batches = [torch.zeros(4, 512, dtype=torch.int64)] * 2
+    whole = estimate_memory(model, targets, batches, True, 10**6)
+    free = estimate_memory(model, targets, [], True, 10**6)
+    assert free.memory < whole.memory and free.disk == 2 * 10**6
+    more = estimate_memory(model, targets, batches * 2, True, 10**6)
     assert more.memory == whole.memory
-    states = 2 * 2048 * 4096 * 2
-    assert more.disk - whole.disk == states * (32 + 16)
-    longer = estimate_memory(LLAMA_7B, **GIVEN | {"batches": [4096]})
+    assert more.disk - whole.disk == 2 * 4 * 512 * 128 * 4 * (2 + 16)  # hidden states
+    longer = estimate_memory(model, targets, [torch.zeros(8, 512)], True, 10**6)
     assert longer.memory > whole.memory and longer.disk == whole.disk
-    deeper = estimate_memory(LLAMA_7B, **GIVEN | {"blocks": [BLOCK] * 320})
-    assert deeper.memory > whole.memory  # a step of tuning runs all of them
     assert str(whole).endswith("GB of disk") and "GB of memory" in str(whole)

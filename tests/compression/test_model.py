@@ -16,6 +16,7 @@ from tiny_pairs import (
     calibration_ids,
     fine_tune,
     logits,
+    make_config,
     make_tokenizer,
     quick,
     text_of,
@@ -25,14 +26,13 @@ from tiny_pairs import (
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from deltamix_hf import DeltaMixConfig, DeltaMixError
-from deltamix_hf.calibration import self_text
+from deltamix_hf import DeltaMixError
 from deltamix_hf.calibration.statistics import collect, metrics_of
 from deltamix_hf.checkpoint.base import BaseCheckpoint, resolve_base
 from deltamix_hf.checkpoint.tensor_diff import sort_tensors
 from deltamix_hf.compression.job import Job
+from deltamix_hf.method import SWITCHES
 from deltamix_hf.nn.layers import delta_modules, oriented, tied_modules
-from deltamix_hf.presets import SWITCHES
 from deltamix_hf.storage.names import is_guard
 
 BOTH = ["delta-come", "deltamix-kl"]  # min-max and Gaussian
@@ -276,7 +276,7 @@ def test_base_and_fine_tune_in_different_dtypes(pair, tmp_path, base_dtype, tune
     source = pair("llama")
     for kind, folder, dtype in (("b", source.base, base_dtype), ("t", source.tuned, tuned_dtype)):
         source.load(folder, dtype=getattr(torch, dtype)).save_pretrained(tmp_path / kind)
-    config = DeltaMixConfig(tmp_path / "b", ratio=0.2, method=method, **quick(method))
+    config = make_config(tmp_path / "b", ratio=0.2, method=method, **quick(method))
     model = source.load(tmp_path / "t", quantization_config=config)
     assert model.dtype == getattr(torch, tuned_dtype)
     model.save_pretrained(tmp_path / "delta")
@@ -348,10 +348,9 @@ def test_longer_than_the_model_has_positions(pair, name, method):
     assert_same_packed(model, cut)
 
 
-def test_calibration_on_text_of_its_own(pair, with_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(self_text, "SELF_LENGTH", 16)
-    source = pair("llama")
-    config = source.config(calibration="self", num_samples=4, tune_steps=0)
+def test_calibration_on_text_of_its_own(pair, with_tokenizer, tmp_path):
+    source, few = pair("llama"), {"num_samples": 4, "seq_length": 16, "tune_steps": 0}
+    config = source.config(calibration="self", **few)
     torch.manual_seed(1)
     one = source.load(with_tokenizer, quantization_config=config)
     torch.manual_seed(2)
@@ -361,11 +360,11 @@ def test_calibration_on_text_of_its_own(pair, with_tokenizer, tmp_path, monkeypa
     assert torch.equal(torch.get_rng_state(), state)
     records = one.config.quantization_config
     assert records.calibration_source == "4 texts written by the fine-tune"
-    config = source.config(num_samples=4, tune_steps=0)  # what is done without text anyway
+    config = source.config(**few)  # what is done without text anyway
     three = source.load(with_tokenizer, quantization_config=config)
     assert_same_packed(one, three)
     assert three.config.quantization_config.calibration_source == records.calibration_source
-    blind = source.compress(num_samples=4, tune_steps=0)
+    blind = source.compress(**few)
     assert records.errors != blind.config.quantization_config.errors
     one.save_pretrained(tmp_path / "delta")
     assert torch.equal(logits(source.load(tmp_path / "delta")), logits(one))

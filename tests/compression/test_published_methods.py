@@ -1,4 +1,4 @@
-"""Our Delta-CoMe and DeltaMix are faithful: the whole presets against the published equations.
+"""Our Delta-CoMe and DeltaMix are faithful: the whole methods against the published equations.
 
 The reference is written from the formulas of the papers (arXiv 2406.08903, 2506.11087; GPTQ:
 2210.17323): float64, a column at a time, explicit inverses, allocation by trying everything. It
@@ -19,8 +19,8 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from tiny_pairs import make_config
 
-from deltamix_hf import DeltaMixConfig
 from deltamix_hf.calibration.statistics import Metrics
 from deltamix_hf.compression.budget import Budget
 from deltamix_hf.compression.matrix_pipeline import Compressor, Matrix
@@ -194,7 +194,7 @@ def right_vectors(delta):
 
 
 def packaged(delta, gram, budget, group, **options):
-    config = DeltaMixConfig("b", group_size=group, **options)
+    config = make_config("b", group_size=group, **options)
     delta = torch.tensor(delta, dtype=torch.float32)
     calibrated = not np.array_equal(gram, np.eye(len(gram)))
     metrics = Metrics(inputs=torch.tensor(gram, dtype=torch.float32) if calibrated else None)

@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
-from tiny_pairs import fine_tune, logits, relative, token_ids
+from tiny_pairs import fine_tune, logits, make_config, relative, token_ids
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from deltamix_hf import DeltaMixConfig
 from deltamix_hf.compression import scale_tuning
 from deltamix_hf.compression.scale_tuning import TuningBatch, tune, tuning_batches
 from deltamix_hf.nn.layers import delta_modules
@@ -37,7 +36,7 @@ def pair(tmp_path_factory):
             model.save_pretrained(folder / "base")
             fine_tune(model)
             model.save_pretrained(folder / "tuned")
-            how = DeltaMixConfig(folder / "base", method="delta-come", ratio=0.2, **options)
+            how = make_config(folder / "base", method="delta-come", ratio=0.2, **options)
             made[key] = model, cls.from_pretrained(folder / "tuned", quantization_config=how)
         exact, packed = made[key]
         return exact, copy.deepcopy(packed)

@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
-from tiny_pairs import FAMILIES, fine_tune, logits, token_ids
+from tiny_pairs import FAMILIES, fine_tune, logits, make_config, token_ids
 from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from deltamix_hf import DeltaMixConfig
 from deltamix_hf.calibration.block_chain import BlockChain, find_blocks, tensor_of
 from deltamix_hf.calibration.statistics import inputs_of
 from deltamix_hf.compression.sequential import Stage, compress_blocks, find_stages
@@ -236,7 +235,7 @@ def test_the_whole_model_comes_closer_to_the_fine_tune(tmp_path):
     wanted = logits(model, ids).log_softmax(-1)
     lost = []
     for sequential in (False, True):
-        config = DeltaMixConfig(tmp_path / "base", sequential=sequential, **few)
+        config = make_config(tmp_path / "base", sequential=sequential, **few)
         near = LlamaForCausalLM.from_pretrained(tmp_path / "tuned", quantization_config=config)
         found = logits(near, ids).log_softmax(-1)
         lost.append(float((wanted.exp() * (wanted - found)).sum(-1).mean()))

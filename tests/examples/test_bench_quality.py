@@ -25,8 +25,7 @@ from bench_quality.report import write_report
 from bench_quality.run import Bench, run_all
 from pairs import tiny
 from pairs.pair import cache_root
-
-from deltamix_hf.config import DeltaMixConfig
+from tiny_pairs import make_config
 
 FIELDS = {
     *("id", "pair", "label", "method", "share", "seed", "calibration", "samples", "switches"),
@@ -71,7 +70,7 @@ def test_a_pair_asked_for_is_used_in_every_group_but_the_tails():
 
 @pytest.mark.parametrize("switches", PARTS.values(), ids=PARTS)
 def test_every_part_is_a_valid_config(switches):
-    DeltaMixConfig(method=OURS, **switches)
+    make_config(method=OURS, **switches)
 
 
 @pytest.fixture(scope="module")

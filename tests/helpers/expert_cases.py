@@ -5,24 +5,24 @@ from __future__ import annotations
 import torch
 
 from deltamix_hf.quantization.gptq import round_rows
-from deltamix_hf.quantization.packed_delta import PackedFactors
+from deltamix_hf.quantization.packed_delta import PackedDelta
 
 M, N = 24, 40
 
 
 def factors(
     v_bits: list[int], u_bits: list[int], gaussian: bool, seed: int = 0, group: int = 0
-) -> PackedFactors:
+) -> PackedDelta:
     """Random ranks of an [M, N] matrix with these widths."""
     random = torch.Generator().manual_seed(seed)
     right = torch.randn(len(v_bits), N, generator=random)
     left = torch.randn(len(u_bits), M, generator=random)
     v = round_rows(right, torch.tensor(v_bits), group, gaussian=gaussian)
     u = round_rows(left, torch.tensor(u_bits), group, gaussian=gaussian)
-    return PackedFactors.pack(v, u)
+    return PackedDelta.pack(v, u)
 
 
-def some_experts(gaussian: bool = True) -> list[PackedFactors | None]:
+def some_experts(gaussian: bool = True) -> list[PackedDelta | None]:
     """Five experts of unlike ranks and widths, one without any."""
     return [
         factors([8, 3, 2], [8, 2, 2], gaussian, 0),

@@ -7,10 +7,10 @@ import torch
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.calibration.statistics import Metrics
 from deltamix_hf.compression.matrix_pipeline import Matrix
-from deltamix_hf.presets import PRESETS
-from deltamix_hf.quantization.packed_delta import rank_bytes
+from deltamix_hf.method import METHODS as METHODS_BY_NAME
+from deltamix_hf.quantization.packed_layout import rank_bytes
 
-METHODS = list(PRESETS)
+METHODS = list(METHODS_BY_NAME)
 
 
 def random_delta(m, n, seed=0, decay=1.0) -> torch.Tensor:
@@ -25,7 +25,9 @@ def matrix(delta, gram=None, fisher=None) -> Matrix:
 
 
 def bytes_of_rank(m, n, bits, config: DeltaMixConfig) -> int:
-    return rank_bytes(m, n, bits, bits, config.group_sizes(False), config.codebook == "gaussian")
+    return rank_bytes(
+        m, n, bits, bits, config.method.group_sizes(False), config.method.codebook == "gaussian"
+    )
 
 
 def true_error(delta, approx, gram) -> float:

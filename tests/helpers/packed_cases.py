@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from deltamix_hf.quantization.gptq import round_rows
-from deltamix_hf.quantization.packed_delta import (
-    PackedFactors,
-)
+from deltamix_hf.quantization.packed_delta import PackedDelta
 
 each_codebook = pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
 
@@ -34,7 +32,7 @@ def random_factors(m, n, v_bits, u_bits, group_size, seed=0, gaussian=False):
 
 def pack(
     m, n, v_bits, u_bits, group_size, seed=0, gaussian=False
-) -> tuple[PackedFactors, torch.Tensor]:
+) -> tuple[PackedDelta, torch.Tensor]:
     """The packed factors and the delta [m, n] they must stand for, float64."""
     v, u = random_factors(m, n, v_bits, u_bits, group_size, seed, gaussian)
-    return PackedFactors.pack(v, u), u.dequantize().double().T @ v.dequantize().double()
+    return PackedDelta.pack(v, u), u.dequantize().double().T @ v.dequantize().double()

@@ -8,7 +8,7 @@ every vector a little: so nothing equals the base and no delta is exactly low-ra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from deltamix_hf import DeltaMixConfig
+from deltamix_hf.method import DEFAULT_METHOD, METHODS, SWITCHES
 
 VOCAB = 256
 EXPERTS = 4
@@ -151,7 +152,7 @@ class Pair:
     logits: Tensor
 
     def config(self, **options: Any) -> DeltaMixConfig:
-        return DeltaMixConfig(base_model=self.base, **{**self.family.budget, **options})
+        return make_config(self.base, **{**self.family.budget, **options})
 
     def compress(self, **options: Any) -> PreTrainedModel:
         """The fine-tune compressed on load; data-free unless `calibration` is given."""
@@ -160,6 +161,15 @@ class Pair:
 
     def load(self, folder: Path, **kwargs: Any) -> PreTrainedModel:
         return self.family.auto.from_pretrained(folder, **kwargs)
+
+
+def make_config(
+    base: str | Path | None = None, method: Any = DEFAULT_METHOD, **options: Any
+) -> DeltaMixConfig:
+    """A config of these options, among which switches of the method may be."""
+    switches = {name: options.pop(name) for name in SWITCHES if name in options}
+    chosen = replace(METHODS[method], **switches) if switches else method
+    return DeltaMixConfig(base, method=chosen, **options)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ def author(folder: Path) -> dict[str, Any]:
     """Pushes a base and a fine-tune, compresses, pushes deltas in both ways."""
     import torch
     from huggingface_hub import HfApi
+    from tiny_pairs import make_config
     from transformers import AutoModelForCausalLM
 
     from deltamix_hf import DeltaMixConfig
@@ -57,7 +58,7 @@ def author(folder: Path) -> dict[str, Any]:
 
     # A fine-tune and a base on the Hub, the fine-tune at a revision of its own.
     brief = {"num_samples": 8, "tune_steps": 3}
-    settings = DeltaMixConfig(base_model="me/base", ratio=RATIO, **brief)
+    settings = make_config("me/base", ratio=RATIO, **brief)
     model = AutoModelForCausalLM.from_pretrained(
         "me/tuned", revision=first.oid, quantization_config=settings
     )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, logits
-from tiny_pairs import fine_tune, quick, relative, weight_bytes
+from tiny_pairs import fine_tune, make_config, quick, relative, weight_bytes
 from torch import nn
 
 from deltamix_hf import DeltaMixConfig
@@ -46,7 +46,7 @@ def make(name: str, folder: Path, tokens: int = 0, **options: Any) -> Made:
         model.resize_token_embeddings(rows, mean_resizing=False)
     fine_tune(model)
     model.save_pretrained(folder / "tuned")
-    config = DeltaMixConfig(folder / "base", **options)
+    config = make_config(folder / "base", **options)
     packed = type(model).from_pretrained(folder / "tuned", quantization_config=config)
     packed.save_pretrained(folder / "delta")
     packed.save_pretrained(folder / "shards", max_shard_size="10KB")

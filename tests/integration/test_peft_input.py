@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_pairs import logits, make_tokenizer, relative
+from tiny_pairs import logits, make_config, make_tokenizer, relative
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -46,7 +46,7 @@ def expected(pair, adapter) -> torch.Tensor:
 def test_exact_at_its_rank(pair, adapter, expected, tmp_path):
     source = pair("llama")
     before = {p.name: p.read_bytes() for p in source.base.iterdir()}
-    config = DeltaMixConfig(source.base, ratio=0.5, num_samples=8, tune_steps=3)
+    config = make_config(source.base, ratio=0.5, num_samples=8, tune_steps=3)
     model = compress_adapter(str(adapter), config)
     model.save_pretrained(tmp_path / "delta")
     assert relative(logits(source.load(tmp_path / "delta")), expected) < 0.02  # 8 bits
@@ -73,7 +73,7 @@ def test_beside_the_base_and_in_a_smaller_budget(pair, adapter, expected, tmp_pa
 def test_half_precision_bases_do_not_round_the_adapter(pair, adapter, expected, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(pair("llama").base, dtype=torch.bfloat16)
     base.save_pretrained(tmp_path / "base")
-    config = DeltaMixConfig(tmp_path / "base", ratio=0.5, num_samples=8, tune_steps=0)
+    config = make_config(tmp_path / "base", ratio=0.5, num_samples=8, tune_steps=0)
     compress_adapter(str(adapter), config).save_pretrained(tmp_path / "delta")
     report = inspect_repo(tmp_path / "delta")
     assert {matrix.rank for matrix in report.matrices.values()} == {RANK}

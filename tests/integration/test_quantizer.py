@@ -14,6 +14,7 @@ from tiny_pairs import (
     generated,
     inputs_of,
     logits,
+    make_config,
     quick,
     relative,
     token_ids,
@@ -361,7 +362,7 @@ def mixtral(tmp_path_factory):
 def test_fused_experts_kept_whole_reload(mixtral, tmp_path, method):
     name = "model.layers.0.mlp.experts.gate_up_proj"
     options = {"method": method, "modules_to_not_convert": ["experts"], **quick(method)}
-    config = DeltaMixConfig(mixtral / "base", budget_bytes=400_000, **options)
+    config = make_config(mixtral / "base", budget_bytes=400_000, **options)
     load = MixtralForCausalLM.from_pretrained
     model, tuned = load(mixtral / "tuned", quantization_config=config), load(mixtral / "tuned")
     model.save_pretrained(tmp_path / "delta")
@@ -387,7 +388,7 @@ def test_experts_that_equal_the_base_are_read_from_it(mixtral, tmp_path, method)
                 parameter.copy_(base[name])
     model.save_pretrained(tmp_path / "tuned")
     options = {"method": method, **quick(method)}
-    config = DeltaMixConfig(mixtral / "base", ratio=0.3, **options)
+    config = make_config(mixtral / "base", ratio=0.3, **options)
     packed = load(tmp_path / "tuned", quantization_config=config)
     packed.save_pretrained(tmp_path / "delta")
     assert not any(
@@ -538,14 +539,14 @@ def test_base_that_moved(delta, copied):
 def test_other_options_at_load_do_not_change_the_repo(delta, method, given):
     """Those of a default config among them: what the files hold decides."""
     repo = delta("llama", method)
-    options = DeltaMixConfig(ratio=0.5, group_size=32, bits=(4,), **given)
+    options = make_config(ratio=0.5, group_size=32, bits=(4,), **given)
     model = repo.pair.load(repo.folder, quantization_config=options)
     assert torch.equal(logits(model), repo.logits)
     config = model.config.quantization_config
     stored = json.loads((repo.folder / "config.json").read_text())["quantization_config"]
     assert config.to_dict() == stored
-    assert (config.method, config.ratio) == (method, 0.2)
-    assert config.group_size == (128 if method == "delta-come" else 0)
+    assert (config.method.name, config.ratio) == (method, 0.2)
+    assert config.method.group_size == (128 if method == "delta-come" else 0)
 
 
 def test_repos_of_format_1_still_load(delta, copied):
@@ -564,7 +565,7 @@ def test_repos_of_format_1_still_load(delta, copied):
     (folder / "config.json").write_text(json.dumps(config))
     again = repo.pair.load(folder)
     assert torch.equal(logits(again), repo.logits)
-    assert again.config.quantization_config.codebook == "min-max"
+    assert again.config.quantization_config.method.codebook == "min-max"
     again.save_pretrained(folder)  # and can be saved again
     assert torch.equal(logits(repo.pair.load(folder)), repo.logits)
 

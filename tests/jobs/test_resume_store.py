@@ -18,7 +18,7 @@ from crashes import Crash, crash_at
 from tiny_pairs import Pair, calibration_ids, quick, snapshot
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
-from deltamix_hf.compression import job
+from deltamix_hf.compression import job, runs
 from deltamix_hf.jobs.resume_store import ResumeStore, TensorList, job_identity
 
 
@@ -63,7 +63,7 @@ def test_what_is_finished_is_not_done_again(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(
         job.Compressor, "_compress", lambda self, name, *rest: done.append(name) or 1 / 0
     )
-    monkeypatch.setattr(job, "collect", lambda *arguments: done.append("statistics") or 1 / 0)
+    monkeypatch.setattr(runs, "collect", lambda *arguments: done.append("statistics") or 1 / 0)
     source.compress(checkpoint_dir=work, **options)
     assert done == []
     with pytest.raises(ZeroDivisionError):  # other options: another job

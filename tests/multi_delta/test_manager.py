@@ -16,7 +16,7 @@ from transformers import pipeline
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta import manager
-from deltamix_hf.quantization.packed_delta import PackedFactors
+from deltamix_hf.quantization.packed_delta import PackedDelta
 
 
 @pytest.fixture(scope="module", params=["llama_tied", "qwen3", "bert", "gpt2"])
@@ -68,7 +68,7 @@ def test_a_load_cut_off_leaves_the_model_as_it_was(family, monkeypatch, error):
     model, ids = family.pair.load(family.pair.base), token_ids(3, 7)
     for name in ("one", "two"):
         model.load_delta(family.repos[name], name)
-    plain, calls = PackedFactors.to, []
+    plain, calls = PackedDelta.to, []
 
     def to(self, device):
         calls.append(device)
@@ -83,7 +83,7 @@ def test_a_load_cut_off_leaves_the_model_as_it_was(family, monkeypatch, error):
                 model.set_delta_memory(max(model.list_deltas().values()))
                 model.set_delta_memory(None)
             calls.clear()
-            patched.setattr(PackedFactors, "to", to)
+            patched.setattr(PackedDelta, "to", to)
             with pytest.raises(error):
                 if again:
                     logits(model, ids, delta_names=["two", "three", None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedd
 
 from deltamix_hf import DeltaEmbedding, DeltaLinear, DeltaMixError
 from deltamix_hf.nn.layers import attach, delta_class, delta_modules, detach
-from deltamix_hf.quantization.packed_delta import parts
+from deltamix_hf.quantization.packed_layout import parts
 
 # Relative RMS of packed against merged dense weights: base and delta are added after the product
 # instead of before it, so one more rounding in the dtype.
@@ -28,7 +29,7 @@ def linear(m=40, n=24, bias=True, gaussian=False) -> tuple[nn.Linear, torch.Tens
     module = nn.Linear(n, m, bias=bias)
     packed, delta = pack(m, n, [8, 3, 2, 2], [8, 4, 2, 2], 16, gaussian=gaussian)
     dense = module.weight.detach().double() + delta
-    attach(module, packed.runs, (16, 16), packed.tensors)
+    attach(module, packed)
     return module, dense
 
 
@@ -37,7 +38,7 @@ def embedding(module: nn.Embedding, gaussian=False) -> torch.Tensor:
     m, n = module.weight.shape
     packed, delta = pack(m, n, [8, 3, 2, 2], [8, 4, 2, 2], 16, gaussian=gaussian)
     dense = module.weight.detach().double() + delta
-    attach(module, packed.runs, (16, 16), packed.tensors)
+    attach(module, packed)
     return dense
 
 
@@ -157,7 +158,7 @@ def test_detach_restores_the_plain_module(gaussian):
     plain = nn.Linear(24, 40)
     module = copy.deepcopy(plain)
     packed, _ = pack(40, 24, [3], [3], 16, gaussian=gaussian)
-    attach(module, packed.runs, (16, 16), packed.tensors)
+    attach(module, packed)
     detach(module)
     x = torch.randn(2, 24)
     assert type(module) is nn.Linear and module.state_dict().keys() == plain.state_dict().keys()
@@ -169,7 +170,7 @@ def test_attach_keeps_identity_and_hooks():
     weight, seen = module.weight, []
     module.register_forward_hook(lambda *args: seen.append(True))
     packed, _ = pack(40, 24, [3], [3], 16)
-    attach(module, packed.runs, (16, 16), packed.tensors)
+    attach(module, packed)
     module(torch.randn(1, 24))
     assert module.weight is weight and seen == [True]
 
@@ -182,16 +183,16 @@ def test_attach_keeps_identity_and_hooks():
 def test_attach_refuses_what_does_not_fit(part, damage, gaussian):
     packed, _ = pack(40, 24, [3, 2], [3, 2], 16, gaussian=gaussian)
     module = nn.Linear(24, 40)
-    tensors = {**packed.tensors, part: damage(packed.tensors[part])}
+    damaged = replace(packed, **{part: damage(packed.tensors[part])})
     with pytest.raises(DeltaMixError, match=f"dm_{part} "):
-        attach(module, packed.runs, (16, 16), tensors)
+        attach(module, damaged)
     assert type(module) is nn.Linear and not hasattr(module, f"dm_{part}")
 
 
 def test_attach_refuses_the_wrong_matrix():
     packed, _ = pack(40, 24, [3], [3], 16)
     with pytest.raises(DeltaMixError, match=r"\[24, 40\]"):
-        attach(nn.Linear(40, 24), packed.runs, (16, 16), packed.tensors)
+        attach(nn.Linear(40, 24), packed)
 
 
 @pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.Bilinear(2, 3, 4), DeltaLinear(8, 8)])
@@ -199,13 +200,13 @@ def test_other_modules_cannot_carry_a_delta(module):
     assert delta_class(type(module)) is None
     packed, _ = pack(8, 8, [3], [3], 0)
     with pytest.raises(DeltaMixError, match=type(module).__name__):
-        attach(module, packed.runs, (0, 0), packed.tensors)
+        attach(module, packed)
 
 
 def test_delta_modules_lists_only_packed_ones():
     model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24), nn.Embedding(30, 24))
     packed, _ = pack(40, 24, [3], [3], 16)
-    attach(model[0], packed.runs, (16, 16), packed.tensors)
+    attach(model[0], packed)
     assert list(delta_modules(model)) == ["0"]
 
 

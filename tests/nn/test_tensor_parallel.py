@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, inputs_of, logits
-from tiny_pairs import DECODER, FAMILIES, fine_tune, quick, relative
+from tiny_pairs import DECODER, FAMILIES, fine_tune, make_config, quick, relative
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-
-from deltamix_hf import DeltaMixConfig
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "tensor_parallel_ranks.py"
 RANKS = 2
@@ -61,7 +59,7 @@ def make(folder: Path, build: Any, options: dict[str, Any], tokens: int | None) 
     fine_tune(model)
     model.save_pretrained(folder / "tuned")
     options = {**quick(options.get("method", "deltamix-kl")), **options}
-    config = DeltaMixConfig(folder / "base", **options)
+    config = make_config(folder / "base", **options)
     type(model).from_pretrained(folder / "tuned", quantization_config=config).save_pretrained(
         folder / "delta"
     )

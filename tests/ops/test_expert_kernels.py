@@ -13,7 +13,7 @@ from tiny_pairs import relative
 from deltamix_hf.ops import experts as expert_kernels
 from deltamix_hf.ops.dispatch import REFERENCE, TRITON, VARIABLE
 from deltamix_hf.ops.experts import add_by_kernels
-from deltamix_hf.quantization.packed_experts import PackedExperts
+from deltamix_hf.quantization.packed_delta import PackedDelta
 
 # Not under coverage, which makes Triton's interpreter three times slower.
 pytestmark = pytest.mark.interpreter
@@ -43,26 +43,26 @@ def call(packed, load, dtype=torch.float32):
 @pytest.mark.parametrize("load", [[3, 2, 1, 4, 0], [0, 3, 0, 0, 0], [0, 0, 0, 1, 0], [1] * 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_row_takes_its_experts_factors(load, dtype):
-    ran, found, expected = call(PackedExperts.join(some_experts()), load, dtype)
+    ran, found, expected = call(PackedDelta.join(some_experts()), load, dtype)
     assert ran
     assert relative(found, expected) < TOLERANCES[dtype]
 
 
 def test_what_the_kernels_do_not_know_is_left():
     for experts in (some_experts(gaussian=False), [factors([2], [2], True, group=16)]):
-        packed = PackedExperts.join(experts)
+        packed = PackedDelta.join(experts)
         x, y = torch.randn(2, N), torch.zeros(2, M)
         ends = torch.tensor([2] * len(experts), dtype=torch.int32)
         with torch.no_grad():
             assert not add_by_kernels(y, packed, x, ends)
         assert not y.any()
-    packed, x = PackedExperts.join(some_experts()), torch.randn(1, N)
+    packed, x = PackedDelta.join(some_experts()), torch.randn(1, N)
     ends = torch.ones(5, dtype=torch.int32)
     assert not add_by_kernels(torch.zeros(1, M), packed, x, ends)  # gradients are on
 
 
 def test_tables_follow_moved_tensors_and_go_with_them():
-    packed = PackedExperts.join(some_experts()).to(torch.device(DEVICE))
+    packed = PackedDelta.join(some_experts()).to(torch.device(DEVICE))
     x, ends = torch.randn(5, N, device=DEVICE), torch.arange(1, 6, device=DEVICE).int()
     tables = len(expert_kernels._tables)
     found = []

@@ -18,7 +18,7 @@ from deltamix_hf.ops.experts import (
     grouped_product,
     plain_expert_low_rank,
 )
-from deltamix_hf.quantization.packed_experts import PackedExperts
+from deltamix_hf.quantization.packed_delta import PackedDelta
 
 BOTH = pytest.mark.parametrize("gaussian", [True, False], ids=["gaussian", "min-max"])
 # Tokens of each of the five experts of `some_experts`, whose second has no rank.
@@ -47,7 +47,7 @@ def by_loops(x, load, experts, transposed=False):
 def test_each_row_takes_its_experts_factors(gaussian, load, transposed):
     experts = some_experts(gaussian)
     x = torch.randn(sum(load), M if transposed else N)
-    packed = PackedExperts.join(experts)
+    packed = PackedDelta.join(experts)
     found = plain_expert_low_rank(x, ends_of(load), *packed.op_arguments, transposed)
     expected = by_loops(x, load, experts, transposed)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
@@ -57,7 +57,7 @@ def test_each_row_takes_its_experts_factors(gaussian, load, transposed):
 def test_a_few_experts_at_a_time(monkeypatch, most):
     monkeypatch.setattr(expert_ops, "_ROWS", most)
     load, experts = LOADS[0], some_experts()
-    x, packed = torch.randn(10, N), PackedExperts.join(experts)
+    x, packed = torch.randn(10, N), PackedDelta.join(experts)
     found = delta_product(packed, x, ends_of(load))
     torch.testing.assert_close(found, by_loops(x, load, experts), rtol=1e-5, atol=1e-4)
 
@@ -65,7 +65,7 @@ def test_a_few_experts_at_a_time(monkeypatch, most):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype):
     load, experts = LOADS[0], some_experts()
-    x, packed = torch.randn(10, N, dtype=dtype), PackedExperts.join(experts)
+    x, packed = torch.randn(10, N, dtype=dtype), PackedDelta.join(experts)
     with torch.no_grad():
         found = delta_product(packed, x, ends_of(load))
     assert found.dtype == dtype
@@ -73,7 +73,7 @@ def test_dtypes(dtype):
 
 
 def test_gradients_reach_the_inputs():
-    load, packed = LOADS[0], PackedExperts.join(some_experts())
+    load, packed = LOADS[0], PackedDelta.join(some_experts())
     x = torch.randn(10, N, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: delta_product(packed, x, ends_of(load)), x)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from tiny_pairs import fine_tune, logits, token_ids, weight_bytes
+from tiny_pairs import fine_tune, logits, make_config, token_ids, weight_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deltamix_hf import DeltaMixConfig
-from deltamix_hf.presets import PRESETS, SWITCHES, resolve
+from deltamix_hf import METHODS, DeltaMixConfig, DeltaMixError, Method
+from deltamix_hf.method import SWITCHES
 
 PUBLISHED = {
     "whiten": False,
@@ -46,38 +46,26 @@ OURS = {
     "bf16_overlay": True,
 }
 IDS, BUDGET = token_ids() % 96, 14_000
-METHODS = {"delta-come": DELTA_COME, "deltamix": DELTAMIX, "deltamix-kl": OURS}
+EXPECTED = {"delta-come": DELTA_COME, "deltamix": DELTAMIX, "deltamix-kl": OURS}
 
 
 def test_the_methods_are_as_published():
-    assert {name: asdict(preset) for name, preset in PRESETS.items()} == METHODS
-    assert DeltaMixConfig("b").method == "deltamix-kl"
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_given_wins_and_the_preset_fills_in(method):
-    preset = METHODS[method]
-    assert resolve(method, {}) == resolve(method, dict.fromkeys(SWITCHES)) == preset
-    for name, value in METHODS["deltamix-kl" if method != "deltamix-kl" else "deltamix"].items():
-        expected = preset | {name: value}
-        if name == "allocation" and value != "global":
-            expected["split_widths"] = False  # they need the global one
-        assert resolve(method, {name: value}) == expected
-    falsy = {"group_size": 0, "tune_steps": 0, "whiten": False}  # given, not missing
-    assert resolve(method, falsy) == preset | falsy
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_config_holds_every_switch(method):
-    config = DeltaMixConfig("b", method=method)
-    values = METHODS[method]
-    assert {name: getattr(config, name) for name in SWITCHES} == values | {
-        "bits": list(values["bits"])
+    assert {name: vars(method) for name, method in METHODS.items()} == {
+        name: {"name": name, **switches} for name, switches in EXPECTED.items()
     }
-    again = DeltaMixConfig(**config.to_dict())
-    assert again.to_dict() == config.to_dict()
-    # later versions may change a preset, not what a repo says of itself
-    assert config.to_dict().items() >= {"method": method, "codebook": values["codebook"]}.items()
+    assert DeltaMixConfig("b").method is METHODS["deltamix-kl"]
+    assert all(f"        {name}: " in Method.__doc__ for name in ("name", *SWITCHES))
+
+
+def test_a_changed_method_keeps_its_name():
+    changed = replace(METHODS["deltamix-kl"], bits=[8, 2, 2, 0])
+    config = DeltaMixConfig("b", method=changed)
+    assert config.method is changed and changed.bits == (0, 2, 8)
+    assert config.to_dict()["method"] == "deltamix-kl"
+    with pytest.raises(FrozenInstanceError):
+        changed.fisher = False
+    with pytest.raises(DeltaMixError, match="method is 'mine'"):
+        DeltaMixConfig("b", method=Method(name="mine"))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +83,7 @@ def pair(tmp_path_factory):
 
 
 def compress(folder, **options):
-    config = DeltaMixConfig(folder / "base", budget_bytes=BUDGET, **options)
+    config = make_config(folder / "base", budget_bytes=BUDGET, **options)
     return LlamaForCausalLM.from_pretrained(folder / "tuned", quantization_config=config)
 
 
@@ -103,7 +91,7 @@ OFF = {
     "nothing": {},
     "whiten": {"whiten": False},
     "fisher": {"fisher": False},
-    "global": {"allocation": "matrix"},
+    "global": {"allocation": "matrix", "split_widths": False},
     "split_widths": {"split_widths": False},
     "gaussian": {"codebook": "min-max"},
     "one_scale": {"group_size": 32},
@@ -129,9 +117,7 @@ def test_each_part_can_be_switched_off(pair, part, tmp_path):
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again, IDS), found)
     stored = again.config.quantization_config
-    assert all(
-        getattr(stored, name) == value for name, value in OFF[part].items() if name != "bits"
-    )
+    assert all(getattr(stored.method, name) == value for name, value in OFF[part].items())
 
 
 @pytest.mark.parametrize("method", METHODS)

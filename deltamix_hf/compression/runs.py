@@ -1,0 +1,180 @@
+"""Where a job's weights, and runs of the fine-tune, come from: a loaded model, or its files.
+
+From files one block is in memory at a time. Statistics, hidden states and predictions are in the
+resume store, where an interrupted job finds them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..calibration.block_chain import BlockChain, find_blocks
+from ..calibration.blockwise import BlockwisePass, after_blocks
+from ..calibration.data import split_rows
+from ..calibration.statistics import LayerStatistics, collect
+from ..checkpoint.base import BaseCheckpoint
+from ..errors import DeltaMixError
+from ..jobs.resume_store import ResumeStore, TensorList
+from ..jobs.weight_access import LazyWeights, LoadedWeights
+from ..jobs.workers import Workers
+from ..quantization.packed_delta import PackedDelta
+from .scale_tuning import TOKENS_PER_STEP, TuningBatch, tuning_batches
+
+_ALONE = Workers()
+Statistics = tuple[Mapping[str, LayerStatistics], int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A fine-tune to compress: a model in memory, or its files.
+
+    Args:
+        model: loaded; if `files` are given, as `weight_access.unloaded` makes it.
+        commit: of its repo, for its tokenizer; None for a local folder.
+        files: where its weights are, if not in the model.
+        device: where a model from files runs.
+        workers: who compress a model from files together.
+    """
+
+    model: PreTrainedModel
+    commit: str | None = None
+    files: BaseCheckpoint | None = None
+    device: torch.device | str = "cpu"
+    workers: Workers = _ALONE
+
+    def runs(
+        self,
+        base: BaseCheckpoint,
+        overlay: Mapping[str, Tensor],
+        targets: Sequence[str],
+        store: ResumeStore,
+    ) -> Runs:
+        """Give access to weights and runs; `overlay` is what is stored whole.
+
+        Raises:
+            DeltaMixError: a parameter of the model is in no file.
+        """
+        if self.files is None:
+            return LoadedRuns(self.model, base, targets)
+        device = torch.device(self.device)
+        weights = LazyWeights(self.model, self.files, base, device, overlay)
+        return FileRuns(weights, targets, store, self.workers)
+
+
+class LoadedRuns:
+    """Weights and runs of a model in memory."""
+
+    workers = _ALONE
+    unpack_anew = False  # factors, whenever a module runs while its scales are tuned
+
+    def __init__(self, model: PreTrainedModel, base: BaseCheckpoint, targets: Sequence[str]):
+        self.model, self.weights, self.targets = model, LoadedWeights(model, base), targets
+
+    def statistics(
+        self, modules: Mapping[str, nn.Module], batches: Sequence[Tensor], fisher: bool, seed: int
+    ) -> Statistics:
+        """Measure modules, as `statistics.collect` does."""
+        return collect(self.model, modules, batches, fisher, seed)
+
+    def predictions(self, batches: Sequence[Tensor], seed: int) -> Sequence[TuningBatch]:
+        """Record what scales are tuned by."""
+        return tuning_batches(self.model, batches, seed)
+
+    def forget(self, batches: int) -> None:
+        """Drop what only `statistics` and `predictions` need."""
+
+    def chains(self, batches: Sequence[Tensor]) -> list[BlockChain]:
+        """Capture every chain of blocks that holds targets, with the weights as they are now."""
+        blocks = find_blocks(self.model, self.targets)
+        chains = [BlockChain(self.model, names, batches) for names in blocks]
+        return [chain for chain in chains if chain.capture()]
+
+    def placed(self, packed: PackedDelta, part: str) -> PackedDelta:
+        """Choose where packed tensors, a part of the resume store, lie from now on."""
+        return packed
+
+    def tuning(self) -> AbstractContextManager[None]:
+        """Context manager: allow backward passes."""
+        return nullcontext()
+
+
+class FileRuns:
+    """Weights and runs of a model in its files; see `LoadedRuns` for what each method is for."""
+
+    unpack_anew = True  # all of them take half as much memory as the model
+
+    def __init__(
+        self, weights: LazyWeights, targets: Sequence[str], store: ResumeStore, workers: Workers
+    ):
+        self.model, self.weights, self.targets = weights.model, weights, targets
+        self.store, self.workers = store, workers
+        self._passes: BlockwisePass | None = None
+
+    def statistics(
+        self, modules: Mapping[str, nn.Module], batches: Sequence[Tensor], fisher: bool, seed: int
+    ) -> Statistics:
+        """Measure modules block by block.
+
+        Raises:
+            DeltaMixError: the model is no single chain of blocks.
+        """
+        (chain,), device = self.chains(batches), self.weights.device
+        found = BlockwisePass(chain, modules, fisher, seed, self.store, device, self.workers)
+        self._passes = found
+        return found.found, found.scored
+
+    def predictions(self, batches: Sequence[Tensor], seed: int) -> Sequence[TuningBatch]:
+        if self.workers.rank:  # the first tunes
+            return []
+        places: list[tuple[int, int]] = []  # of each piece: its batch and first row
+        for b, ids in enumerate(batches):
+            pieces = split_rows(ids, TOKENS_PER_STEP)
+            places += [(b, i * len(pieces[0])) for i in range(len(pieces))]
+
+        def output(i: int, ids: Tensor) -> Any:
+            passes = self._passes
+            assert passes is not None  # statistics are measured in the same run
+            (b, start), last = places[i], len(passes.chain.blocks)
+            hidden = passes.get("level", last, b)[start : start + len(ids)]
+            return after_blocks(passes.chain, ids, hidden)
+
+        return tuning_batches(self.model, batches, seed, partial(TensorList, self.store), output)
+
+    def forget(self, batches: int) -> None:
+        if self._passes is not None and self.workers.rank == 0:  # nobody is in the passes any more
+            for i in range(len(self._passes.chain.blocks)):
+                self._passes.forget("level", i + 1, range(batches))
+
+    def chains(self, batches: Sequence[Tensor]) -> list[BlockChain]:
+        blocks = find_blocks(self.model, self.targets)
+        own, device = self.store.of(self.workers.rank), self.weights.device
+        tensor_list = partial(TensorList, own, device=device)
+        if len(blocks) == 1:
+            chain = BlockChain(self.model, blocks[0], batches, self.weights.hold, tensor_list)
+            if chain.capture() and chain.plain:
+                return [chain]
+        raise DeltaMixError(
+            f"a {type(self.model).__name__} is no single chain of blocks, so it cannot be run "
+            "block by block; compress it in memory, or without text by method='deltamix'"
+        )
+
+    def placed(self, packed: PackedDelta, part: str) -> PackedDelta:
+        found = self.store.read(part, mapped=True)
+        if found is None or self.weights.device.type != "cpu":
+            return packed
+        tensors: Any = found[0]  # on disk: the deltas of all matrices are a 16th of the model
+        return replace(packed, **tensors)
+
+    def tuning(self) -> AbstractContextManager[None]:
+        return self.weights.forgotten()
+
+
+Runs = LoadedRuns | FileRuns
