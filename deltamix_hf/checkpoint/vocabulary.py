@@ -19,7 +19,7 @@ from transformers.core_model_loading import ConversionOps
 
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
-from ..nn.layers import delta_class, weight_of
+from ..nn.layers import DeltaModule, delta_class, weight_of
 from ..storage.headers import TensorInfo
 from ..storage.names import ROWS
 from .base import BaseCheckpoint, KeyMap
@@ -64,8 +64,10 @@ def vocabulary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def is_resized(base: BaseCheckpoint, module: nn.Module | None, name: str) -> bool:
-    """Whether the weight `name` of an embedding or head has more or fewer rows than the base's."""
-    if module is None or delta_class(type(module)) is None or name not in base:
+    """Tell whether the weight `name` of an embedding or head has other rows than the base's."""
+    if module is None or name not in base:
+        return False
+    if delta_class(type(module)) is None and not isinstance(module, DeltaModule):
         return False
     rows, *rest = weight_of(module).shape
     shape = base.shape(name)

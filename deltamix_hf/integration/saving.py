@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..checkpoint.base import BaseCheckpoint, same, weights_from_base
+from ..checkpoint.base import BaseCheckpoint, weights_from_base
+from ..checkpoint.tensor_diff import differences
 from ..config import DeltaMixConfig, overlay_dtype
 from ..constants import NOTICE
 from ..errors import DeltaMixError
@@ -31,7 +32,7 @@ from ..hub.push import push_folder
 from ..nn.experts import delta_experts
 from ..nn.layers import delta_modules
 from ..nn.tensor_parallel import wanted, whole
-from ..storage.names import GUARD, ROWS, guard_names, packed_part
+from ..storage.names import GUARD, guard_names, packed_part
 
 # Files that make up tokenizers and processors on the Hub; copied as they are.
 COMPANIONS = (
@@ -78,38 +79,33 @@ def delta_state_dict(
     """
     quantizer: Any = model.hf_quantizer
     config = quantizer.quantization_config
-    state = model.state_dict()
-    tied = set(model.all_tied_weights_keys)
     stored: dict[str, Tensor] = {}
     frozen = {f"{module}.weight" for module in delta_modules(model)}
     for module, experts in delta_experts(model).items():
         frozen |= {f"{module}.{leaf}" for leaf in experts.dm_group_sizes}
-    for name, tensor in state.items():
-        module, _, leaf = name.rpartition(".")
-        if name in tied:
-            continue
-        if tensor.device.type == "meta":
-            raise DeltaMixError(
-                f"{name} is offloaded and cannot be saved from here; load without offload"
-            )
-        tensor = whole(tensor)
-        if packed_part(name):
-            stored[name] = factor(name, tensor)
-        elif name in base:
-            if leaf == "weight" and module in config.resized:  # a bias of that length is whole
-                base.resize(name, tensor)
-                if (added := base.added(name)) is not None:
-                    stored[f"{module}.{ROWS}"] = added.to(overlay_dtype(added.dtype, config))
-            unchanged = same(tensor, base.read(name))
-            if name in frozen and not unchanged:
+
+    def unpacked() -> Iterator[tuple[str, Tensor]]:
+        """What is to be compared with the base; packed tensors are stored on the way."""
+        for name, tensor in model.state_dict().items():
+            if name in model.all_tied_weights_keys:
+                continue
+            if tensor.device.type == "meta":
                 raise DeltaMixError(
-                    f"the frozen base weight {name} was edited (merged adapters?); save the dense "
-                    "model instead: model.dequantize(), then save_pretrained"
+                    f"{name} is offloaded and cannot be saved from here; load without offload"
                 )
-            if not unchanged:
-                stored[name] = tensor.to(overlay_dtype(tensor.dtype, config))
-        elif not base.supplies(name):
-            stored[name] = tensor.to(overlay_dtype(tensor.dtype, config))
+            if packed_part(name):
+                stored[name] = factor(name, whole(tensor))
+            elif name in base or not base.supplies(name):
+                yield name, whole(tensor)
+
+    for found in differences(model, base, unpacked()):
+        if found.kind != "same" and found.name in frozen:
+            raise DeltaMixError(
+                f"the frozen base weight {found.name} was edited (merged adapters?); save the "
+                "dense model instead: model.dequantize(), then save_pretrained"
+            )
+        if found.kind != "same":
+            stored[found.name] = found.ours.to(overlay_dtype(found.ours.dtype, config))
     return stored | _guards(model, base, stored)
 
 

@@ -20,6 +20,7 @@ from .gptq import Rounded
 from .packed_layout import (
     GroupSizes,
     Runs,
+    bytes_by_kind,
     checked_layouts,
     exponent_of,
     layout_of,
@@ -182,15 +183,9 @@ class PackedDelta:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Count bytes: codes ("payload"), scales and zero points ("scales"), widths and experts'
-        counts ("metadata")."""
-        size = {part: t.numel() * t.element_size() for part, t in self.tensors.items()}
-        widths = 2 * self.rank
-        return {
-            "payload": size["v"] + size["u"],
-            "scales": size["ranks"] - widths + size.get("zeros", 0),
-            "metadata": widths + size.get("counts", 0),
-        }
+        """Count the bytes by kind, as `bytes_by_kind`."""
+        sizes = {part: t.numel() * t.element_size() for part, t in self.tensors.items()}
+        return bytes_by_kind(sizes, self.rank)
 
     def _side(self, codes: Tensor, length: int, v_side: bool) -> Tensor:
         runs = [(c, v if v_side else u) for c, v, u in self.runs]

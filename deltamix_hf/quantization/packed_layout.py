@@ -80,6 +80,20 @@ def rank_bytes(
     return codes + 2 * (1 + scale_groups) + zeros
 
 
+def bytes_by_kind(part_bytes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Sum the bytes of parts by kind.
+
+    Codes are "payload", scales and zero points "scales", the widths of `ranks` and experts' counts
+    "metadata".
+    """
+    size, widths = {**dict.fromkeys((*PARTS, "counts"), 0), **part_bytes}, 2 * ranks
+    return {
+        "payload": size["v"] + size["u"],
+        "scales": size["ranks"] - widths + size["zeros"],
+        "metadata": widths + size["counts"],
+    }
+
+
 def part_shapes(
     m: int,
     n: int,
