@@ -8,8 +8,6 @@ Only safetensors are read.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Container, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -27,9 +25,19 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.hub import cached_file, cached_files
 
+from ..config import DeltaMixConfig
 from ..errors import DeltaMixError, first_line
 from ..storage.headers import TensorInfo, read_headers, read_tensor
-from ..storage.untrusted_paths import CONFIG, INDEX, WEIGHTS, read_index, read_object
+from ..storage.untrusted_paths import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    check_base_name,
+    commit_of,
+    is_from_hub,
+    read_index,
+    read_object,
+)
 
 
 def resolve_base(
@@ -59,6 +67,20 @@ def resolve_base(
     return files, commit
 
 
+def find_base(config: DeltaMixConfig, repo: str, file: str) -> tuple[list[str], str | None]:
+    """`resolve_base`, of what a delta repo names, or its user.
+
+    Args:
+        repo: the delta repo, a folder or Hub id; `file` is one of its weight files.
+
+    Raises:
+        DeltaMixError: as `resolve_base`, or a name that is not for the repo to give.
+    """
+    if not config.base_given:
+        check_base_name(config.base_model, config.base_revision, is_from_hub(repo, file))
+    return resolve_base(config.base_model, config.base_revision, config.base_kwargs)
+
+
 def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any], str | None]:
     """Weight files, config.json's content and the commit (None for a local folder) of a repo.
 
@@ -79,12 +101,6 @@ def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, 
         raise OSError(f"no file {WEIGHTS}")
     files = cached_files(repo, sorted(set(read_index(index).values())), **kwargs)
     return files or [], config, commit
-
-
-def commit_of(path: str) -> str | None:
-    """The commit a file of the Hub cache belongs to; None for any other file."""
-    found = re.search(r"snapshots/([0-9a-f]{40})/", path.replace(os.sep, "/"))
-    return found.group(1) if found else None
 
 
 def _required_file(base_model: str, name: str, kwargs: dict[str, Any]) -> str:

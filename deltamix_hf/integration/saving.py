@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -27,11 +27,12 @@ from ..checkpoint.base import BaseCheckpoint, weights_from_base
 from ..checkpoint.tensor_diff import differences
 from ..config import DeltaMixConfig, overlay_dtype
 from ..constants import NOTICE
-from ..errors import DeltaMixError
+from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
 from ..nn.experts import delta_experts
 from ..nn.layers import delta_modules
 from ..nn.tensor_parallel import wanted, whole
+from ..storage.headers import TensorInfo, read_tensor
 from ..storage.names import GUARD, guard_names, packed_part
 
 # Files that make up tokenizers and processors on the Hub; copied as they are.
@@ -63,19 +64,23 @@ HUB_OPTIONS = (
 )
 
 
+Places = dict[str, tuple[TensorInfo, str]]  # parameter -> its entry in a file, its name there
+
+
 @torch.no_grad()
 def delta_state_dict(
-    model: PreTrainedModel,
-    base: BaseCheckpoint,
-    factor: Callable[[str, Tensor], Tensor] = lambda name, held: held,
+    model: PreTrainedModel, base: BaseCheckpoint, places: Places
 ) -> dict[str, Tensor]:
-    """What a delta repo stores: packed tensors, overlay and guards, under model names.
+    """Collect what a delta repo stores: packed tensors, overlay and guards, under model names.
 
-    `factor` gives the whole of a packed tensor, from its name and what the model holds of it. Of
-    processes that share a model all must call this.
+    Of processes that share a model all must call this.
+
+    Args:
+        places: packed parameters of which this process holds a part, to be read again from there.
 
     Raises:
-        DeltaMixError: a base weight was edited (merged adapters), or weights are offloaded.
+        DeltaMixError: a base weight was edited (merged adapters), weights are offloaded, or the
+            delta repo to read from is gone.
     """
     quantizer: Any = model.hf_quantizer
     config = quantizer.quantization_config
@@ -94,7 +99,7 @@ def delta_state_dict(
                     f"{name} is offloaded and cannot be saved from here; load without offload"
                 )
             if packed_part(name):
-                stored[name] = factor(name, whole(tensor))
+                stored[name] = _read_whole(*places[name]) if name in places else whole(tensor)
             elif name in base or not base.supplies(name):
                 yield name, whole(tensor)
 
@@ -132,6 +137,16 @@ def _guards(
     dtype, shape = GUARD
     names = guard_names(weights_from_base(model, base, stored), model.base_model_prefix)
     return {name: torch.zeros(shape, dtype=dtype) for name in names}
+
+
+def _read_whole(info: TensorInfo, name: str) -> Tensor:
+    try:
+        return read_tensor(info, name)
+    except OSError as error:
+        raise DeltaMixError(
+            "a model shared out among processes is saved from the delta repo it was loaded "
+            f"from, which is gone: {first_line(error)}"
+        ) from error
 
 
 def install_save(model: PreTrainedModel) -> None:

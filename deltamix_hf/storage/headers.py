@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +133,20 @@ def _check_ranges(infos: Mapping[str, TensorInfo], start: int, end: int) -> None
         start = info.end
     if start != end:
         raise ValueError(f"{end - start} bytes at its end belong to no tensor")
+
+
+@contextmanager
+def opened(infos: Mapping[str, TensorInfo]) -> Iterator[Callable[[str], torch.Tensor]]:
+    """Context manager: gives a function that reads a tensor by name, each file opened once.
+
+    The tensors map their file, which stays mapped as long as they live.
+    """
+    with ExitStack() as stack:
+        handles: dict[str, Any] = {
+            file: stack.enter_context(safe_open(file, framework="pt"))
+            for file in {info.file: None for info in infos.values()}
+        }
+        yield lambda name: handles[infos[name].file].get_tensor(name)
 
 
 def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:

@@ -23,6 +23,22 @@ _MAX_JSON = 100_000_000  # bytes; a fingerprint of each of a million tensors
 _LONGEST_NAME = 4096  # of a path on Linux
 
 
+def commit_of(path: str) -> str | None:
+    """Read the commit from the path of a file in the Hub's cache; None for any other file."""
+    found = re.search(r"snapshots/([0-9a-f]{40})/", path.replace(os.sep, "/"))
+    return found.group(1) if found else None
+
+
+def is_from_hub(repo: str, file: str) -> bool:
+    """Tell whether a delta repo was fetched from the Hub: by its id, or into the Hub's cache.
+
+    Args:
+        repo: what the user named, a folder or Hub id.
+        file: one of its weight files.
+    """
+    return commit_of(file) is not None or not os.path.exists(repo)
+
+
 def check_base_name(name: str | None, revision: str | None, from_hub: bool) -> None:
     """Refuse a base that a repo's config.json may not name: its author chose it, not the user.
 

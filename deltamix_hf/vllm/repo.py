@@ -8,7 +8,6 @@ of its tensors, or beside it, takes that tensor's key.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +16,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..checkpoint.base import BaseCheckpoint, commit_of, resolve_base
+from ..checkpoint.base import BaseCheckpoint, find_base
 from ..checkpoint.delta_repo import StoredDelta, read_delta
+from ..checkpoint.validation import check_filled
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError, first_line
 from ..quantization.packed_layout import PREFIX
 from ..storage.headers import TensorInfo, check_base, fingerprints, read_tensor
-from ..storage.untrusted_paths import check_base_name
 from .layers import deltas_of
 
 Weights = list[tuple[str, Tensor]]
@@ -80,16 +79,12 @@ class BaseRepo:
 
     def _check_whole(self, delta: StoredDelta) -> None:
         """Refuse what base and delta do not make a whole model of."""
-        keys = self.checkpoint.keys
-        elsewhere = delta.overlay.keys() | keys.model.all_tied_weights_keys.keys()
-        for name in keys.state.keys() - elsewhere:
-            if name in self.checkpoint:
-                self.checkpoint.check(name, tuple(keys.state[name].shape), delta.fingerprints)
-            elif not self.checkpoint.supplies(name):
-                raise DeltaMixError(
-                    f"neither {delta.source!r} nor {self.where} holds {name!r}: the delta repo is "
-                    "incomplete"
-                )
+        base = self.checkpoint
+        for name in check_filled(base.keys, delta.overlay, base, delta.fingerprints, {}):
+            raise DeltaMixError(
+                f"neither {delta.source!r} nor {self.where} holds {name!r}: the delta repo is "
+                "incomplete"
+            )
 
     def _key(self, name: str) -> str:
         """The base's key for a tensor of the model; the tensor's own name if the base has none."""
@@ -109,10 +104,7 @@ def base_of(repo: str, settings: DeltaMixConfig, delta_files: list[str], config:
     Raises:
         DeltaMixError: it is not found, or is not for a delta repo to name.
     """
-    if not settings.base_given:
-        from_hub = commit_of(delta_files[0]) is not None or not os.path.exists(repo)
-        check_base_name(settings.base_model, settings.base_revision, from_hub)
-    files, _ = resolve_base(settings.base_model, settings.base_revision, settings.base_kwargs)
+    files, _ = find_base(settings, repo, delta_files[0])
     return BaseRepo(files, config, repr(settings.base_model))
 
 
