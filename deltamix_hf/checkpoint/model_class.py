@@ -13,7 +13,7 @@ from ..errors import DeltaMixError, first_line
 
 
 def read_config(repo: str) -> PreTrainedConfig:
-    """The transformers config of a repo, a folder or Hub id.
+    """Read the transformers config of a repo, a folder or Hub id.
 
     Raises:
         DeltaMixError: it cannot be found or read.
@@ -27,13 +27,13 @@ def read_config(repo: str) -> PreTrainedConfig:
 
 
 def is_delta(config: PreTrainedConfig) -> bool:
-    """Whether it is a delta repo's."""
+    """Tell whether a config is a delta repo's."""
     settings = getattr(config, "quantization_config", None) or {}
     return dict(settings).get("quant_method") == QUANT_METHOD
 
 
 def model_class(repo: str, config: PreTrainedConfig) -> Any:
-    """The class that `repo` was saved with.
+    """Look up the class that `repo` was saved with.
 
     Raises:
         DeltaMixError: this transformers has no such class.
@@ -49,7 +49,7 @@ def model_class(repo: str, config: PreTrainedConfig) -> Any:
 
 
 def empty_model(repo: str, config: PreTrainedConfig | None = None) -> PreTrainedModel:
-    """The model of a repo without memory for its weights: names and shapes alone.
+    """Build the model of a repo without memory for its weights: names and shapes alone.
 
     Raises:
         DeltaMixError: this transformers has no such class, or it refuses the config.

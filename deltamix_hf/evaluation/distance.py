@@ -97,7 +97,7 @@ class Distance:
         return min(safe, key=lambda b: b.bytes, default=None)
 
     def by_type(self) -> dict[str, list[MatrixDistance]]:
-        """The matrices by name without the numbers of layers."""
+        """Group the matrices by name without the numbers of layers."""
         groups: dict[str, list[MatrixDistance]] = {}
         for name, matrix in self.matrices.items():
             kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", fused_name(name) or name)
@@ -106,7 +106,7 @@ class Distance:
 
 
 def relative(matrices: Sequence[MatrixDistance]) -> float:
-    """|ΔW| / |W_base| of some matrices together; infinite over a base of zeros."""
+    """Divide |ΔW| by |W_base| of some matrices together; infinite over a base of zeros."""
     delta, base = (sum(getattr(m, part) for m in matrices) for part in ("delta", "base"))
     return (delta / base) ** 0.5 if base else (float("inf") if delta else 0.0)
 
@@ -118,7 +118,7 @@ def measure(
     config: DeltaMixConfig,
     ratios: Sequence[float] = RATIOS,
 ) -> Distance:
-    """The distance of two checkpoints of the architecture of `model`, whose weights may be meta.
+    """Measure the distance of two checkpoints of the architecture of `model`, which may be meta.
 
     Raises:
         DeltaMixError: they have no tensor in common or other shapes, or the fine-tune holds NaN.

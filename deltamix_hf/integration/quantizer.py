@@ -78,7 +78,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         return dtype
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The first hook that sees the model's config: take out what stops loading without us."""
+        """Take out of the model's config, in the first hook that sees it, what stops loading."""
         if getattr(config, "transformers_weights", None) == NOTICE:
             del config.transformers_weights
         return config

@@ -120,7 +120,7 @@ def stored_without_base(
     config: DeltaMixConfig,
     overlay: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Give `delta_state_dict` of a model compressed from files, whose base weights are nowhere."""
+    """Collect what `delta_state_dict` does of a model whose base weights are nowhere."""
     tied = set(model.all_tied_weights_keys)
     stored = {
         name: tensor
@@ -156,7 +156,7 @@ def install_save(model: PreTrainedModel) -> None:
 
 
 def uninstall_save(model: PreTrainedModel) -> None:
-    """Back to the class's own `save_pretrained` and `push_to_hub`."""
+    """Restore the class's own `save_pretrained` and `push_to_hub`."""
     for name in ("save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
 
@@ -167,7 +167,7 @@ def save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """`PreTrainedModel.save_pretrained`, complete and atomic.
+    """Save as `PreTrainedModel.save_pretrained`, complete and atomic.
 
     Raises:
         DeltaMixError: the folder cannot be written; nothing is left behind.
@@ -210,7 +210,7 @@ def push_to_hub(
     max_shard_size: int | str = "50GB",
     **options: Any,
 ) -> str:
-    """`PreTrainedModel.push_to_hub` with a model card made from what was measured.
+    """Push as `PreTrainedModel.push_to_hub`, with a model card made from what was measured.
 
     `options` are `push_folder`'s. With an adapter on top only that is pushed, as elsewhere.
 
@@ -241,7 +241,7 @@ def _adapter_alone(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A hidden sibling of `target` to write into; what is there at the end becomes `target`.
+    """Context manager: a hidden sibling of `target` to write into, which becomes `target`.
 
     Raises:
         DeltaMixError: the folder cannot be written; nothing is left behind.

@@ -127,7 +127,7 @@ class PackedDelta:
         gaussian: bool,
         experts: int | None = None,
     ) -> PackedDelta:
-        """`checked`, of tensors that `get` gives by name: those stored for `prefix`.
+        """Read the tensors stored for `prefix`, which `get` gives by name, as `checked` does.
 
         Raises:
             DeltaMixError: as `checked`.
@@ -162,7 +162,7 @@ class PackedDelta:
         return self._changed(lambda tensor: tensor.to(device, non_blocking=later))
 
     def move(self, device: torch.device) -> None:
-        """`to`, in place."""
+        """Move to `device`, in place."""
         vars(self).update(self.to(device).tensors)
 
     def pinned(self) -> PackedDelta:

@@ -102,7 +102,7 @@ def part_shapes(
     gaussian: bool = False,
     experts: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Shape every part that `runs` imply for an [m, n] matrix, or for `experts` of them."""
+    """Look up the shapes that `runs` imply for an [m, n] matrix, or for `experts` of them."""
     scale_groups = sum(scale_counts(m, n, group_sizes))
     shapes: dict[str, tuple[int, ...]] = {
         "v": (sum(c * v for c, v, _ in runs), -(-n // 8)),
@@ -117,7 +117,7 @@ def part_shapes(
 def largest_parts(
     m: int, n: int, group_sizes: GroupSizes, gaussian: bool, experts: int | None = None
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every part if all ranks were kept at 8 bits."""
+    """Bound every part, dtype and shape, by that of all ranks at 8 bits."""
     runs = [((1 if experts is None else experts) * min(m, n), 8, 8)]
     shapes = part_shapes(m, n, runs, group_sizes, gaussian, experts)
     return {part: (DTYPES[part], shape) for part, shape in shapes.items()}

@@ -26,13 +26,13 @@ def _counted(name: str, matrices: Container[str]) -> bool:
 def reference_bytes(
     matrices: Mapping[str, tuple[int, ...]], overlay: Mapping[str, tuple[int, ...]]
 ) -> int:
-    """bf16 bytes of every tensor that differs from the base, from the shapes of what is stored."""
+    """Count bf16 bytes of all that differs from the base, by the shapes of what is stored."""
     whole = [shape for name, shape in overlay.items() if not _counted(name, matrices)]
     return 2 * sum(math.prod(shape) for shape in [*matrices.values(), *whole])
 
 
 def header_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], total: int) -> int:
-    """Upper bound of a safetensors file's header for these tensors with `total` data bytes.
+    """Bound a safetensors file's header for these tensors with `total` data bytes.
 
     Shapes may be upper bounds too: more digits only make the header longer.
     """
@@ -46,7 +46,7 @@ def header_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tota
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """All safetensors files of a delta repo, sorted: what "bytes on disk" counts."""
+    """List all safetensors files of a delta repo, sorted: what "bytes on disk" counts."""
     return sorted(Path(folder).glob("*.safetensors"))
 
 

@@ -75,7 +75,7 @@ def check_base_name(name: str | None, revision: str | None, from_hub: bool) -> N
 
 
 def read_index(path: str) -> dict[str, str]:
-    """Tensor name -> shard, of a checkpoint's index.
+    """Read a checkpoint's index: tensor name -> shard.
 
     Raises:
         OSError, ValueError: it is not readable, or names what is no file beside it.
@@ -120,7 +120,11 @@ def check_weight_files(repo: str, files: list[str], infos: Iterable[str]) -> Non
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """A JSON object from a file; ValueError if it is none."""
+    """Read a JSON object from a file.
+
+    Raises:
+        ValueError: it holds none, or is longer than 100 MB.
+    """
     if os.path.getsize(path) > _MAX_JSON:
         raise ValueError(f"{os.path.basename(path)} is longer than {_MAX_JSON:,} bytes")
     try:
