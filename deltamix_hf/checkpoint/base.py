@@ -27,7 +27,7 @@ from transformers.utils.hub import cached_file, cached_files
 
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError, first_line
-from ..storage.headers import TensorInfo, read_headers, read_tensor
+from ..storage.headers import TensorInfo, fingerprints, read_headers, read_tensor
 from ..storage.untrusted_paths import (
     CONFIG,
     INDEX,
@@ -150,6 +150,7 @@ class BaseCheckpoint:
         self._group: dict[str, str] = {}  # model name -> first target of its converter
         self._resized: dict[str, Tensor] = {}  # model name -> the fine-tune's, of other rows
         self._fused: tuple[str, Tensor] | None = None  # read last by `read_expert`
+        self._fingerprints: dict[str, str] = {}  # of checkpoint keys, once asked for
         for key in sorted(self.infos, key=dot_natural_key):  # the order transformers fuses in
             name, pattern = self.keys.rename(key)
             if name not in self.keys.state:
@@ -197,6 +198,12 @@ class BaseCheckpoint:
                 f"the base holds {' and '.join(keys)} {list(self.infos[keys[0]].shape)} for "
                 f"{name}, the model needs {list(shape)}: config.json is of another model"
             )
+
+    def fingerprints(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+        """Fingerprint some of the base's tensors; each is hashed once for all deltas."""
+        missing = {key: info for key, info in infos.items() if key not in self._fingerprints}
+        self._fingerprints |= fingerprints(missing)
+        return {key: self._fingerprints[key] for key in infos}
 
     def is_plain(self, name: str) -> bool:
         """Tell whether the parameter is one stored tensor, untouched but for its name."""

@@ -33,13 +33,13 @@ def is_delta(config: PreTrainedConfig) -> bool:
 
 
 def model_class(repo: str, config: PreTrainedConfig) -> Any:
-    """Look up the class that `repo` was saved with.
+    """Look up the class that `repo` was saved with: the first that this transformers knows.
 
     Raises:
         DeltaMixError: this transformers has no such class.
     """
     names = config.architectures or []
-    cls = getattr(transformers, str(names[0]), None) if names else None
+    cls: Any = next((c for n in names if (c := getattr(transformers, str(n), None))), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise DeltaMixError(
             f"config.json of {repo!r} names {names or 'no architecture'}, which this transformers "

@@ -8,21 +8,20 @@ of its tensors, or beside it, takes that tensor's key.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor, nn
 
 from ..checkpoint.base import BaseCheckpoint, find_base
 from ..checkpoint.delta_repo import StoredDelta, read_delta
+from ..checkpoint.model_class import empty_model
 from ..checkpoint.validation import check_filled
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError, first_line
 from ..quantization.packed_layout import PREFIX
-from ..storage.headers import TensorInfo, check_base, fingerprints, read_tensor
+from ..storage.headers import check_base, read_tensor
 from .layers import deltas_of
 
 Weights = list[tuple[str, Tensor]]
@@ -34,13 +33,14 @@ class BaseRepo:
     Args:
         files: its safetensors files.
         config: transformers' config of the model, the base's or a delta repo's.
-        where: what to call it in errors.
+        name: a folder or Hub id, for errors.
     """
 
-    def __init__(self, files: list[str], config: Any, where: str):
-        self.where = where
-        self.checkpoint = BaseCheckpoint(files, _empty_model(config))
-        self._fingerprints: dict[str, str] = {}
+    def __init__(self, files: list[str], config: Any, name: str):
+        self.where = repr(name)
+        # Without weights; of a copy, because making a model writes into its config.
+        model = empty_model(name, copy.deepcopy(config))
+        self.checkpoint = BaseCheckpoint(files, model)
 
     def read(self, source: str, files: list[str], settings: DeltaMixConfig) -> StoredDelta:
         """A delta of this base.
@@ -49,14 +49,8 @@ class BaseRepo:
             DeltaMixError: it is of another base, damaged, incomplete, or of another model.
         """
         recorded = settings.base_fingerprints
-        check_base(recorded, self.checkpoint.infos, self.where, self._known)
+        check_base(recorded, self.checkpoint.infos, self.where, self.checkpoint.fingerprints)
         return read_delta(source, files, settings, self.checkpoint.keys)
-
-    def _known(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-        """Fingerprints of the base's tensors; each is hashed once for all deltas."""
-        missing = {key: info for key, info in infos.items() if key not in self._fingerprints}
-        self._fingerprints |= fingerprints(missing)
-        return {key: self._fingerprints[key] for key in infos}
 
     def changes(self, delta: StoredDelta) -> Weights:
         """Whole and packed tensors of a delta, under names of the base's checkpoint."""
@@ -105,17 +99,7 @@ def base_of(repo: str, settings: DeltaMixConfig, delta_files: list[str], config:
         DeltaMixError: it is not found, or is not for a delta repo to name.
     """
     files, _ = find_base(settings, repo, delta_files[0])
-    return BaseRepo(files, config, repr(settings.base_model))
-
-
-def _empty_model(config: Any) -> Any:
-    """transformers' model of this config, without weights: it knows names, ties and conversions."""
-    names = config.architectures or []
-    cls: Any = next((c for n in names if (c := getattr(transformers, n, None))), None)
-    if cls is None:
-        raise DeltaMixError(f"transformers knows no {names[0] if names else 'model class'!r}")
-    with torch.device("meta"):
-        return cls(copy.deepcopy(config))
+    return BaseRepo(files, config, str(settings.base_model))
 
 
 @contextmanager
