@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..allocation import per_matrix
-from ..allocation.whole_model import solve_global
+from ..allocation.whole_model import DEFAULT_GAP, solve_global
 from ..calibration.data import no_text_given
 from ..calibration.statistics import Metrics
 from ..config import DeltaMixConfig
@@ -150,7 +150,8 @@ class Compressor:
             for name, matrix in matrices.items()
         ]
         with self.watch.stage("HiGHS"):
-            found = solve_global(energies, [choices for choices, _ in options], budget)
+            gap = self.config.allocation_gap or DEFAULT_GAP
+            found = solve_global(energies, [choices for choices, _ in options], budget, gap)
         self.gap = found.gap
         for name, (_, pairs), picked in zip(matrices, options, found.choice, strict=True):
             widths = torch.tensor(pairs)[picked]
@@ -297,8 +298,8 @@ class Compressor:
             )
         prices = [cost[b] for b in method.bits]
         with self.watch.stage("HiGHS"):
-            bits = per_matrix.solve(table, prices, method.bits, share, f_max=self.config.f_max).bits
-        return factors, pick(candidates, bits)
+            (choice,) = per_matrix.solve(table, prices, share, self.config.f_max).choice
+        return factors, pick(candidates, torch.tensor(method.bits)[choice])
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..allocation.whole_model import solve_global
+from ..allocation.whole_model import DEFAULT_GAP, solve_global
 from ..checkpoint.base import BaseCheckpoint, same, weights_from_base
 from ..checkpoint.tensor_diff import Difference, differences
 from ..compression.budget import plan_budget, rank_options
@@ -140,8 +140,11 @@ def measure(
             overlay[found.name] = overlay_dtype(found.ours.dtype, config), tuple(found.ours.shape)
     guards = guard_names(weights_from_base(model, base, overlay), model.base_model_prefix)
     experts = fused_sizes(model, matrices)
+    gap = config.allocation_gap or DEFAULT_GAP
     losses = [
-        _loss(matrices, overlay, guards, experts, ratio) for ratio in ratios if matrices or overlay
+        _loss(matrices, overlay, guards, experts, ratio, gap)
+        for ratio in ratios
+        if matrices or overlay
     ]
     return Distance(matrices, overlay, identical, _reference(matrices, overlay), losses)
 
@@ -181,6 +184,7 @@ def _loss(
     guards: list[str],
     experts: dict[str, int],
     ratio: float,
+    gap: float,
 ) -> BudgetLoss:
     config = DeltaMixConfig(ratio=ratio, method=replace(METHODS[DEFAULT_METHOD], drop_penalty=1.0))
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
@@ -194,7 +198,7 @@ def _loss(
         rank_options(matrix.shape, config.method.group_sizes(matrix.embedding), config)[0]
         for matrix in matrices.values()
     ]
-    found = solve_global(energies, options, budget.ranks)
+    found = solve_global(energies, options, budget.ranks, gap)
     whole = sum(float(e.sum()) for e in energies)
     return BudgetLoss(ratio, budget.total, found.error / whole if whole else 0.0)
 
