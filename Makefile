@@ -34,8 +34,9 @@ test-vllm:
 	PYTHON=$(PYTHON) TORCH=$(TORCH) sh tests_vllm/install.sh $(VENV)-vllm && \
 	$(VENV)-vllm/bin/python -m pytest -q tests_vllm || [ $$? -eq 77 ]
 
-# The site into site/, with the command line's reference written anew.
+# The site into site/, the commands' reference and the picture of the packages made anew.
 docs: $(VENV)/.dev
+	$(PY) docs/architecture_picture.py
 	$(VENV)/bin/typer deltamix_hf.cli utils docs --name deltamix --title "Command line" --output docs/cli.md
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 

@@ -44,6 +44,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
         budget_bytes: the same budget in bytes. Give at most one of the three.
         f_max: at most this many distinct widths per matrix (`allocation="matrix"`; `None`: no
             limit).
+        allocation_gap: with `allocation="global"`, stop at this relative gap between the error and
+            a proven bound on the least possible (`None`: 1e-6).
         calibration: texts, token ids `[samples, length]`, the name of a data set (Hub id, or a
             local `.txt` / `.jsonl` file), or `"self"`: the fine-tune writes them. `None` is
             `"self"` for a causal language model and a method with `fisher`; else the weights alone
@@ -86,6 +88,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         bits_per_weight: float | None = None,
         budget_bytes: int | None = None,
         f_max: int | None = None,
+        allocation_gap: float | None = None,
         calibration: Sequence[str] | torch.Tensor | str | None = None,
         num_samples: int = 128,
         seq_length: int = 2048,
@@ -127,6 +130,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.bits_per_weight = bits_per_weight
         self.budget_bytes = budget_bytes
         self.f_max = f_max
+        self.allocation_gap = allocation_gap
         self.calibration = calibration
         self.num_samples = num_samples
         self.seq_length = seq_length
@@ -177,6 +181,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
                     "f_max limits the widths of allocation='matrix', "
                     f"this is {self.method.allocation!r}"
                 )
+        if (gap := self.allocation_gap) is not None and not (is_number(gap) and 0 < gap <= 1):
+            raise DeltaMixError(f"allocation_gap is {gap!r}; it must be above 0 and at most 1")
         for name, least in (("num_samples", 1), ("seq_length", 1), ("seed", 0)):
             check_int(name, getattr(self, name), least)
         check_int("format_version", self.format_version, 1)

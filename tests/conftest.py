@@ -17,7 +17,7 @@ if not os.path.exists("/dev/nvidiactl"):
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), "deltamix_datasets"))
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 from tiny_pairs import Pair, calibration_ids, logits, make_pair, quick, token_ids
-
-from deltamix_hf.allocation import whole_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -40,15 +38,6 @@ settings.register_profile(
     "deltamix", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("deltamix")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_allocation(request) -> Iterator[None]:
-    """HiGHS takes up to 2 s to prove the last 1e-4 of the optimum of a tiny model."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.path.stem != "test_whole_model":
-            patch.setattr(whole_model, "_WINDOWS", (16,))
-        yield
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,19 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     assert not [link for link in found if not (ROOT / link).exists()]
 
 
+def test_the_architecture_names_what_there_is() -> None:
+    """Paths, and beside the path of a module functions and classes that it defines."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    roots = (ROOT, ROOT / "deltamix_hf")
+    paths = set(re.findall(r"`([\w/.-]+(?:\.\w+|/))`", page)) - {"config.json"}  # a delta repo's
+    assert len(paths) > 40
+    assert not [p for p in paths if not any((root / p).exists() for root in roots)]
+    for path, first, second in re.findall(r"`([\w/]+\.py)`:\s+`(\w+)`(?:\s+and\s+`(\w+)`)?", page):
+        code = (ROOT / "deltamix_hf" / path).read_text()
+        for name in filter(None, (first, second)):
+            assert re.search(rf"^ *(class|def) {name}\b", code, re.MULTILINE), f"{path}: {name}"
+
+
 def test_every_command_and_option_is_in_the_reference() -> None:
     """docs/cli.md is written by `make docs`; this is where it is found stale."""
     import typer.main

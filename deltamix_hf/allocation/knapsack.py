@@ -2,15 +2,13 @@
 
     min  sum_ib E_ib f_ib    s.t.  sum_b f_ib = 1 for each i,   sum_ib price_ib f_ib <= budget
 
-Handing the 0/1 program to HiGHS as it stands takes from seconds to minutes for one matrix of 4096
-ranks, and its absolute tolerances do not suit error tables that span 12 orders of magnitude. Four
-exact steps avoid both:
+HiGHS alone takes from seconds to minutes for one matrix of 4096 ranks, and its absolute tolerances
+do not suit error tables that span 12 orders of magnitude. Four exact steps avoid both:
 
-1. The linear relaxation in closed form. Walk each rank's lower convex hull from its cheapest
-   choice; the hull steps of all ranks, by error saved per byte, are bought until the budget is
-   spent. The slope of the step that no longer fits is the multiplier L of the budget, and the
-   Lagrangian  sum_i min_b (E_ib + L price_ib) - L budget  bounds the optimum from below for ANY
-   L >= 0: the bound holds whatever rounding did to the sort.
+1. The linear relaxation in closed form: the steps of the ranks' lower convex hulls, by error saved
+   per byte, are bought until the budget is spent. The slope of the first that does not fit is the
+   multiplier L of the budget; the Lagrangian  sum_i min_b (E_ib + L price_ib) - L budget  bounds
+   the optimum from below for ANY L >= 0, so whatever rounding did to the sort.
 2. A good choice: the bought steps, then single improvements that still fit.
 3. Fixing by reduced cost, r_ib = E_ib + L price_ib - min_b'(E_ib' + L price_ib'). A solution with
    f_ib = 1 has at least the error bound + r_ib; if that exceeds the best known error, f_ib = 0.
@@ -18,28 +16,26 @@ exact steps avoid both:
    bound + sum r f + L * (unspent bytes), so that every term is at most the remaining gap.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
 import highspy
 import numpy as np
+import torch
 
 # HiGHS works on absolute tolerances; the gap between best and bound is scaled to this many units.
 _GAP_UNITS = 1e4
-
 # An error within this fraction of its bound counts as optimal.
 _PROVEN = 1e-10
-
 # Single improvements tried on the greedy choice; a handful use up the rest of the budget.
 _FILL_STEPS = 32
-
 # A first solve within a tenth of the gap nearly always finds the optimum; the second then proves it
 # over a gap that is several times smaller.
 _REACHES = (0.1, 1.0)
-
 # A deterministic stop for tables full of ties; the gap is then reported. Others needed <= 3025.
 _MOST_NODES = 20000
-
 _HIGHS_OPTIONS: dict[str, bool | int | float | str] = {
     "threads": 1,
     "random_seed": 0,
@@ -64,6 +60,82 @@ class Solver(highspy.Highs):
 
 
 @dataclass(frozen=True)
+class Allocation:
+    """The choice of each rank, int64 `[k]` per matrix, and the bytes they take together.
+
+    `error` is their total error, `bound` a proven lower bound on the least possible.
+    """
+
+    choice: list[torch.Tensor]
+    error: float
+    bound: float
+    spent: int
+
+    @property
+    def gap(self) -> float:
+        """The relative gap (error - bound) / error, not negative."""
+        return (self.error - self.bound) / self.error if self.error > self.bound else 0.0
+
+
+@dataclass(frozen=True)
+class Hull:
+    """Lower convex hulls of tables of choices: walks from the cheapest choice of each.
+
+    `cheapest` int64 `[tables]` is the price of the first choice, `path` int64 `[tables, B]` the
+    choices; `slopes` float64 and `steps` int64 `[tables, B - 1]` are the error saved per byte and
+    the bytes of each step. Slopes descend; 0 marks a finished walk.
+    """
+
+    cheapest: np.ndarray
+    path: np.ndarray
+    slopes: np.ndarray
+    steps: np.ndarray
+
+
+def hull(errors: np.ndarray, prices: np.ndarray) -> Hull:
+    """Walk the hulls of the rows of `errors` float64 and `prices` int64 `[tables, B]`."""
+    rows = np.arange(len(errors))
+    # The cheapest choice, of equally cheap ones the best.
+    path = [np.lexsort((errors, prices), axis=1)[:, 0]]
+    slopes = np.zeros((len(errors), errors.shape[1] - 1))
+    for step in range(slopes.shape[1]):
+        current = path[-1]
+        saved = errors[rows, current][:, None] - errors
+        added = prices - prices[rows, current][:, None]
+        valid = (saved > 0) & (added > 0)
+        slope = np.where(valid, saved / np.where(valid, added, 1), 0.0)
+        # The steepest step; of equal ones the longest, so that collinear points are one step.
+        steepest = np.lexsort((-added, -slope), axis=1)[:, 0]
+        gain = slope[rows, steepest]
+        path.append(np.where(gain > 0, steepest, current))
+        # Rounding may lift a later slope above an earlier one; the order in a rank must hold.
+        slopes[:, step] = np.minimum(gain, slopes[:, step - 1]) if step else gain
+    walk = np.stack(path, axis=1)
+    price = np.take_along_axis(prices, walk, axis=1)
+    return Hull(price[:, 0], walk, slopes, np.diff(price, axis=1))
+
+
+def buy(
+    hulls: Hull, energy: np.ndarray, table: np.ndarray, budget: int
+) -> tuple[np.ndarray, float]:
+    """Step 1: the choice of each rank, int64 `[k]`, and the multiplier of the budget.
+
+    Rank i walks the hull of row `table[i]`, its errors are `energy[i]` times those of the row.
+    The cheapest choices of all ranks must fit the budget.
+    """
+    budget = budget - int(hulls.cheapest[table].sum())
+    depth = int(hulls.slopes.any(axis=0).sum())
+    slope = (energy[:, None] * hulls.slopes[table, :depth]).ravel()
+    order = np.flatnonzero(slope > 0)
+    order = order[np.argsort(-slope[order], kind="stable")]
+    rank, step = np.divmod(order, max(depth, 1))
+    spent = np.cumsum(hulls.steps[table[rank], step])
+    count = int(np.searchsorted(spent, budget, side="right"))
+    choice = hulls.path[table, np.bincount(rank[:count], minlength=len(energy))]
+    return choice, float(slope[order[count]]) if count < len(order) else 0.0
+
+
+@dataclass(frozen=True)
 class Relaxed:
     """A solved relaxation: `choice` `[k]` keeps the budget and has `error`; `bound` is proven."""
 
@@ -80,20 +152,10 @@ class Relaxed:
 def relax(errors: np.ndarray, prices: np.ndarray, budget: int) -> Relaxed | None:
     """Steps 1 and 2 for `errors` and int64 `prices` `[k, B]`; None if nothing fits the budget."""
     rows = np.arange(len(errors))
-    # The cheapest choice, of equally cheap ones the best.
-    choice = np.lexsort((errors, prices), axis=1)[:, 0]
-    left = budget - int(prices[rows, choice].sum())
-    if left < 0:
+    if prices.min(axis=1).sum() > budget:
         return None
-    path, gains = hull(errors, prices, choice)
-    order = np.flatnonzero(gains.ravel() > 0)
-    order = order[np.argsort(-gains.ravel()[order], kind="stable")]
-    rank, depth = np.divmod(order, max(gains.shape[1], 1))
-    extra = prices[rank, path[rank, depth + 1]] - prices[rank, path[rank, depth]]
-    bought = int(np.searchsorted(np.cumsum(extra), left, side="right"))
-    choice = path[rows, np.bincount(rank[:bought], minlength=len(errors))]
-    left -= int(extra[:bought].sum())
-    multiplier = float(gains.ravel()[order[bought]]) if bought < len(order) else 0.0
+    choice, multiplier = buy(hull(errors, prices), np.ones(len(errors)), rows, budget)
+    left = budget - int(prices[rows, choice].sum())
     for _ in range(_FILL_STEPS if errors.size else 0):
         saved = errors[rows, choice][:, None] - errors
         saved[prices - prices[rows, choice][:, None] > left] = 0.0
@@ -133,31 +195,6 @@ def improve(
         if found is not None:
             choice, best = found
     return choice, best, bound
-
-
-def hull(
-    errors: np.ndarray, prices: np.ndarray, current: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hull walks from `current` `[k]`: choices `[k, B]` and the slopes of their steps `[k, B - 1]`.
-
-    Slopes descend along each row; 0 marks a finished walk.
-    """
-    rows = np.arange(len(errors))
-    path = [current]
-    gains = np.zeros((len(errors), errors.shape[1] - 1))
-    for step in range(gains.shape[1]):
-        saved = errors[rows, current][:, None] - errors
-        added = prices - prices[rows, current][:, None]
-        valid = (saved > 0) & (added > 0)
-        slope = np.where(valid, saved / np.where(valid, added, 1), 0.0)
-        # The steepest step; of equal ones the longest, so that collinear points are one step.
-        steepest = np.lexsort((-added, -slope), axis=1)[:, 0]
-        gain = slope[rows, steepest]
-        current = np.where(gain > 0, steepest, current)
-        path.append(current)
-        # Rounding may lift a later slope above an earlier one; the order in a rank must hold.
-        gains[:, step] = np.minimum(gain, gains[:, step - 1]) if step else gain
-    return np.stack(path, axis=1), gains
 
 
 def _solve_core(

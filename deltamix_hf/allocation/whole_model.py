@@ -7,10 +7,8 @@ Rank i has an energy h_i, and its matrix a table of choices shared by all ranks 
 A 7B model has 917 504 ranks, so 5 to 16 million 0/1 variables; its linear relaxation alone takes
 HiGHS 8-18 s and 2.7-3.3 GB. Four steps leave HiGHS the 0/1 program of a few dozen ranks:
 
-1. The linear relaxation in closed form. Errors factorise, so the lower convex hull of the choices
-   is the same for all ranks of a matrix: a hull step saves h_i gain for price bytes. The steps of
-   all ranks, by error saved per byte, are bought until the budget is spent; the first that does
-   not fit gives the multiplier L of the budget.
+1. The linear relaxation in closed form, as in `knapsack`. Errors factorise, so the hull of the
+   choices is the same for all ranks of a matrix, up to the factor h_i.
 2. The Lagrangian  sum_i min_b (h_i relative_b + L cost_b) - L budget  is a lower bound for any
    L >= 0. The margin of rank i is what the bound gains if i makes any choice but the one bought.
 3. A window: the ranks of least margin are open, all others keep the choice bought, and `knapsack`
@@ -19,27 +17,26 @@ HiGHS 8-18 s and 2.7-3.3 GB. Four steps leave HiGHS the 0/1 program of a few doz
    Lagrangian plus the least margin outside. The smaller of the two bounds the whole model. Windows
    grow until error and bound are within 1e-6.
 
-Up to a thousand ranks that is nearly always the proven optimum; in between, where the node limit
-ends the search, gaps of 5e-5 were met. Measured on two busy cores over
-four 7B models each (`examples/bench_quality/allocation_7b.py`): 6 choices 1.5-2.6 s, 0.7 GB and a
-gap of at most 1.3e-7; 17 choices 2.2-2.7 s, 0.8 GB, 5.6e-8; 50 choices 6-9 s, 1.2 GB, 2.8e-7.
+Up to a thousand ranks that is nearly always the proven optimum; above, where the node limit ends
+the search, gaps of 5e-5 were met. Two busy cores, four 7B models each
+(`examples/bench_quality/allocation_7b.py`): 6 choices 1.5-2.6 s, 0.7 GB, a gap of at most 1.3e-7;
+17 choices 2.2-2.7 s, 0.8 GB, 5.6e-8; 50 choices 6-9 s, 1.2 GB, 2.8e-7.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from . import knapsack
+from .knapsack import Allocation, buy, hull, improve, relax
 
 # Ranks left open. 16 of a 7B model spend the budget to its last 100 bytes and leave a gap of about
 # 1e-7 within 1 s (50 choices: 6 s); 32 take up to 15 s for 1e-9, and 4096 took 253 s. Wider windows
 # are for models of fewer ranks: fewer of their choices lie within the gap, so HiGHS proves more.
 _WINDOWS = (16, 32, 128, 1024)
-_ENOUGH = 1e-6
+DEFAULT_GAP = 1e-6
 # Of HiGHS's search in a window. 24 models of 300 to 900 ranks and 37 choices took at most 2.4 s and
 # had the errors of 20000 nodes (15.9 s); 500 nodes took 1.2 s and lost 6e-5 of one.
 _NODES = 2000
@@ -60,33 +57,23 @@ class Choices:
     cost: torch.Tensor
 
 
-@dataclass(frozen=True)
-class GlobalAllocation:
-    """The `choice` of every rank, int64 `[k]` per matrix, which together take `spent` bytes.
-
-    `error` is their total in the unit of the energies, `bound` a proven lower bound on the least
-    possible, `gap` the relative (error - bound) / error, `seconds` the time the solve took.
-    """
-
-    choice: list[torch.Tensor]
-    error: float
-    bound: float
-    gap: float
-    spent: int
-    seconds: float
-
-
 def solve_global(
-    energies: Sequence[torch.Tensor], choices: Sequence[Choices], budget: int
-) -> GlobalAllocation:
+    energies: Sequence[torch.Tensor],
+    choices: Sequence[Choices],
+    budget: int,
+    gap: float = DEFAULT_GAP,
+) -> Allocation:
     """Choices of least total error within `budget` bytes; deterministic.
 
-    `energies` are float `[k]` >= 0 per matrix, in any order and unit: the error (in nats, say) if
-    the rank is lost. `choices` has one table per matrix. Raises ValueError for a negative budget
-    and for shapes or values out of range.
+    Args:
+        energies: float `[k]` >= 0 per matrix, in any order and unit: the error (in nats, say) if
+            the rank is lost.
+        choices: one table per matrix.
+        gap: windows grow until the relative gap between error and bound is at most this.
+
+    Raises:
+        ValueError: the budget is negative; shapes or values out of range.
     """
-    started = time.perf_counter()
-    budget = int(budget)
     sizes, energy, relative, cost = _checked(energies, choices, budget)
     matrix = np.repeat(np.arange(len(sizes)), sizes)
     scale = float(energy.max(initial=0.0)) or 1.0
@@ -94,15 +81,15 @@ def solve_global(
     # The remainder can never be spent, and would loosen the bound.
     usable = budget - budget % (int(np.gcd.reduce(cost[cost < _NEVER])) or 1)
 
-    bought, multiplier = _relax(energy, matrix, relative, cost, usable)
+    choice, multiplier = buy(hull(relative, cost), energy, matrix, usable)
     priced = energy[:, None] * relative[matrix] + (multiplier * cost)[matrix]
     least = priced.min(axis=1)
     lagrangian = math.fsum(least) - multiplier * usable
-    priced[np.arange(len(energy)), bought] = np.inf
+    priced[np.arange(len(energy)), choice] = np.inf
     margin = priced.min(axis=1) - least
     del priced  # 125 MB for 7B and 17 choices
 
-    choice, error, bound = bought.copy(), math.inf, lagrangian
+    bought, error, bound = choice.copy(), math.inf, lagrangian
     order = np.argsort(margin, kind="stable")
     for size in _WINDOWS:
         window, outside = order[:size], order[size:]
@@ -113,51 +100,26 @@ def solve_global(
         errors[0], prices[0, 0] = math.fsum(energy[outside] * relative[held]), cost[held].sum()
         errors[1:] = energy[window, None] * relative[matrix[window]]
         prices[1:] = cost[matrix[window]]
-        relaxed = knapsack.relax(errors, prices, usable)
+        relaxed = relax(errors, prices, usable)
         if relaxed is None:
             raise RuntimeError(f"the choices bought exceed the budget of {budget} bytes")
         if relaxed.error < error:
             choice[window], error = relaxed.choice[1:], relaxed.error
-        better, error, proven = knapsack.improve(relaxed, error, _NODES)
+        better, error, proven = improve(relaxed, error, _NODES)
         if better is not None:
             choice[window] = better[1:]
         beyond = lagrangian + float(margin[outside].min(initial=math.inf))
         bound = max(bound, min(proven, beyond))
-        unproven = error - proven > _ENOUGH * error  # HiGHS met its node limit: wider is harder
-        if unproven or error - bound <= _ENOUGH * error or not len(outside):
+        unproven = error - proven > gap * error  # HiGHS met its node limit: wider is harder
+        if unproven or error - bound <= gap * error or not len(outside):
             break
 
+    error = scale * math.fsum(energy * relative[matrix, choice])
     spent = int(cost[matrix, choice].sum())
     if spent > budget:
         raise RuntimeError(f"allocation spends {spent} of {budget} bytes")
-    error = scale * math.fsum(energy * relative[matrix, choice])
-    bound = max(0.0, min(scale * bound, error))
-    return GlobalAllocation(
-        choice=list(torch.from_numpy(choice).split(sizes)) if sizes else [],
-        error=error,
-        bound=bound,
-        gap=(error - bound) / error if error > 0 else 0.0,
-        spent=spent,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _relax(
-    energy: np.ndarray, matrix: np.ndarray, relative: np.ndarray, cost: np.ndarray, budget: int
-) -> tuple[np.ndarray, float]:
-    """The choice bought for each rank, int64 `[N]`, and the multiplier of the budget."""
-    start = np.lexsort((relative, cost), axis=1)[:, 0]
-    path, slopes = knapsack.hull(relative, cost, start)
-    steps = np.diff(np.take_along_axis(cost, path, axis=1), axis=1)
-    depth = int(slopes.any(axis=0).sum())
-    slope = (energy[:, None] * slopes[matrix, :depth]).ravel()
-    order = np.flatnonzero(slope > 0)
-    order = order[np.argsort(-slope[order], kind="stable")]
-    rank, step = np.divmod(order, max(depth, 1))
-    spent = np.cumsum(steps[matrix[rank], step])
-    count = int(np.searchsorted(spent, budget, side="right"))
-    bought = path[matrix, np.bincount(rank[:count], minlength=len(energy))]
-    return bought, float(slope[order[count]]) if count < len(order) else 0.0
+    parts = list(torch.from_numpy(choice).split(sizes)) if sizes else []
+    return Allocation(parts, error, min(scale * max(bound, 0.0), error), spent)
 
 
 def _checked(

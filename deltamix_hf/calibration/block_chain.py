@@ -37,7 +37,7 @@ class Reached(Exception):
 
 
 def find_blocks(model: nn.Module, targets: Sequence[str]) -> list[list[str]]:
-    """Names of the blocks of every outermost `ModuleList` that holds targets."""
+    """Find the outermost `ModuleList`s that hold targets; the names of their blocks."""
     stacks: list[list[str]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{block}.") for chain in stacks for block in chain)
@@ -49,12 +49,26 @@ def find_blocks(model: nn.Module, targets: Sequence[str]) -> list[list[str]]:
 
 
 def tensor_of(output: Any) -> Tensor:
-    """Hidden states of a block's output, which may be a tuple."""
+    """Take the hidden states [rows, length, d] from a block's output, which may be a tuple."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 class BlockChain:
-    """One stack of blocks and the calibration batches that run through it."""
+    """A chain of blocks and the calibration batches that run through it.
+
+    Args:
+        model: in evaluation mode.
+        blocks: names of the blocks, in order.
+        batches: token ids int64 [rows, length].
+        hold: brings a block's weights into memory for a while.
+        tensor_list: makes a list of that name, for hidden states.
+
+    Attributes:
+        block_args: of every block, what its calls get besides hidden states.
+        reference: hidden states [rows, length, d] of the fine-tune, a batch each.
+        usable: the blocks are called once each, one on the other's output.
+        plain: they return hidden states and nothing else.
+    """
 
     def __init__(
         self,
@@ -68,19 +82,18 @@ class BlockChain:
         self.hold, self.tensor_list = hold, tensor_list
         self.blocks = [model.get_submodule(name) for name in blocks]
         self.block_args: list[BlockArgs] = [[] for _ in blocks]
-        self.reference = self.empty("exact")  # hidden states of the fine-tune
-        self.usable = True
-        self.plain = True  # blocks return hidden states and nothing else
+        self.reference = self.empty("reference")
+        self.usable = self.plain = True
 
     def empty(self, name: str) -> TensorList:
-        """A shelf of that name with nothing on it."""
+        """Make a list of that name and clear it."""
         found = self.tensor_list(name)
         found.clear()
         return found
 
     @torch.no_grad()
     def capture(self) -> bool:
-        """What enters the fine-tune's blocks; False if they are not a plain chain."""
+        """Record what enters the fine-tune's blocks; False if they are no chain."""
         self._capture_by_hooks(self.batches[0])
         for ids in self.batches[1:]:
             if not self.usable:
@@ -140,7 +153,7 @@ class BlockChain:
     def stubs(
         self, act: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
     ) -> Iterator[None]:
-        """Have `act(i, hidden, args, kwargs)` called in place of block i."""
+        """Context manager: call `act(i, hidden, args, kwargs)` in place of block i."""
         owner = self.model.get_submodule(self.names[0].rpartition(".")[0])
         for i, block in enumerate(self.blocks):
             owner._modules[str(i)] = _Stub(block, i, act)
@@ -152,13 +165,13 @@ class BlockChain:
 
     @torch.no_grad()
     def entry(self) -> tuple[TensorList, list[BlockArgs]]:
-        """What enters the blocks with the model's present weights.
+        """Record what enters the blocks with the model's present weights.
 
-        Hidden states of the first block, a batch each, and the other arguments of all blocks: as
-        the fine-tune's, but what the first block shares with later ones (the encoder's output in a
-        decoder, say) is present too.
+        Returns hidden states [rows, length, d] of the first block, a batch each, and the other
+        arguments of all blocks: as the fine-tune's, but what the first block shares with later ones
+        (the encoder's output in a decoder, say) is present too.
         """
-        hidden = self.empty("coarse")
+        hidden = self.empty("compressed")
         first: BlockArgs = []
 
         def enter(i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -208,9 +221,17 @@ def run(
     watched: Sequence[str] = (),
     stop: str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One batch through a block with some weights replaced; inputs of the watched modules.
+    """Run one batch through a block with some weights replaced.
 
-    Ends at the module `stop`, if given; the hidden states are then the block's input.
+    Args:
+        weights: new values of the block's parameters, by name.
+        hidden: what enters it, [rows, length, d].
+        block_args: the other arguments of its call.
+        watched: modules within; "" is the block.
+        stop: the module to end at.
+
+    Returns:
+        Inputs of the watched modules, and what leaves the block (its input if it was stopped).
     """
     seen: dict[str, Tensor] = {"": hidden} if "" in watched else {}
 

@@ -26,7 +26,7 @@ from .statistics_store import StatisticsStore
 
 
 class BlockwisePass:
-    """Fills `found`, and counts the `scored` predictions.
+    """Measure a chain block by block: statistics `found`, and how many predictions are `scored`.
 
     Args:
         chain: captured.
@@ -86,7 +86,10 @@ class BlockwisePass:
     # What waits between the blocks: hidden states ("level") and their gradients, by batch
 
     def get(self, kind: str, i: int, b: int) -> Tensor:
-        """Of batch b at the entrance of block i; gradients are [draws, rows, length, d]."""
+        """Read hidden states ("level", [rows, length, d]) or gradients ([draws, rows, length, d]).
+
+        They are those of batch b at the entrance of block i, on the device.
+        """
         if kind == "level" and i == 0:
             return self.chain.reference[b]
         found = self.store.read(f"{kind} {i} of batch {b}")
@@ -97,6 +100,7 @@ class BlockwisePass:
         self.store.write(f"{kind} {i} of batch {b}", {"item": item})
 
     def forget(self, kind: str, i: int, batches: range) -> None:
+        """Drop what `get` reads."""
         for b in batches:
             self.store.forget(f"{kind} {i} of batch {b}")
 
@@ -195,7 +199,7 @@ class BlockwisePass:
 
 
 def after_blocks(chain: BlockChain, ids: Tensor, hidden: Tensor) -> Any:
-    """The model's output where `hidden` [rows, length, d] leaves its last block."""
+    """Run what follows the blocks; the model's output for `hidden` [rows, length, d]."""
 
     def stub(i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return hidden

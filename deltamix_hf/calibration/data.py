@@ -28,7 +28,7 @@ _TOKENS_PER_FORWARD = 2048  # rows of a token tensor run together up to this man
 
 
 def no_text_given(config: DeltaMixConfig) -> bool:
-    """Whether what the fine-tune was made for is unknown: no data, or only what it wrote itself."""
+    """Tell whether nothing is known of what the fine-tune is for: no data, or what it writes."""
     data = config.calibration
     return data is None or (isinstance(data, str) and data == SELF)
 

@@ -43,9 +43,14 @@ def observed_experts(
     """
     experts = {name: m for name, m in modules.items() if isinstance(m, Expert)}
     seen: dict[nn.Module, _Observed] = {}
-    own = {name: _moments(expert, fisher, seed) for name, expert in experts.items()}
+    own: dict[str, Moments] = {}
     for name, expert in experts.items():
         fused = expert.fused
+        m, n = slice_shape(fused.module, fused.leaf)
+        inputs, gradients = expert_moment(n, fused.experts, seed), None
+        if fisher:
+            gradients = expert_moment(m, fused.experts, seed)
+        own[name] = inputs, gradients
         seen.setdefault(fused.module, {}).setdefault(fused.leaf, {})[expert.number] = own[name]
     try:
         for module, observed in seen.items():
@@ -56,12 +61,10 @@ def observed_experts(
             module.__dict__.pop("forward", None)
 
 
-def _moments(expert: Expert, fisher: bool, seed: int = 0) -> Moments:
-    m, n = slice_shape(expert.fused.module, expert.fused.leaf)
-    share = math.isqrt(expert.fused.experts)
-    limits = FULL // share, SKETCH // share
-    inputs = SecondMoment(n, *limits, seed=seed)
-    return inputs, SecondMoment(m, *limits, seed=seed) if fisher else None
+def expert_moment(dim: int, experts: int, seed: int = 0) -> SecondMoment:
+    """Make the moment of one expert's rows [N, dim] that leaves as much memory to all `experts`."""
+    share = math.isqrt(experts)
+    return SecondMoment(dim, FULL // share, SKETCH // share, seed=seed)
 
 
 def _measuring(observed: _Observed) -> Callable[..., Tensor]:

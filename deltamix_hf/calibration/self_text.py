@@ -26,7 +26,7 @@ _MARK = "\x00"
 
 
 def writes_text(model: PreTrainedModel) -> bool:
-    """Whether it is a causal language model."""
+    """Tell whether it is a causal language model."""
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 

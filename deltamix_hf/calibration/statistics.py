@@ -100,6 +100,7 @@ class Hooks:
         return LayerStatistics(SecondMoment(x.shape[-1], seed=self.seed), gradients)
 
     def close(self) -> dict[str, LayerStatistics]:
+        """Remove the hooks; the statistics of what was called."""
         for handle in self._handles:
             handle.remove()
         return self.found
@@ -147,7 +148,7 @@ def collect(
 
 
 def check_finite(found: Mapping[str, LayerStatistics]) -> None:
-    """Refuse what cannot have come from a sound model.
+    """Check that all moments are finite.
 
     Raises:
         DeltaMixError: names the first module with NaN.
@@ -165,7 +166,7 @@ def check_finite(found: Mapping[str, LayerStatistics]) -> None:
 
 @contextmanager
 def embeddings_need_gradients(model: nn.Module, needed: bool) -> Iterator[None]:
-    """Let gradients flow to the output of every embedding, though nothing before it has any."""
+    """Context manager: let gradients flow to the output of every embedding."""
     handles = [  # every one: encoder and decoder may each have their own
         module.register_forward_hook(lambda module, args, y: y.requires_grad_(needed))
         for module in model.modules()
@@ -180,7 +181,7 @@ def embeddings_need_gradients(model: nn.Module, needed: bool) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients of the model's own parameters; afterwards as before."""
+    """Context manager: no gradients of the model's own parameters."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
@@ -191,13 +192,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where the model runs; `weights.LazyWeights` says so, whose parameters are nowhere."""
+    """Find where the model runs; `LazyWeights` says so, whose parameters are nowhere."""
     device: torch.device = getattr(model, "dm_device", model.device)
     return device
 
 
 def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
-    """Keyword arguments of a forward pass over token ids [rows, length]."""
+    """Make the keyword arguments of a forward pass over token ids int64 [rows, length]."""
     ids = ids.to(device_of(model))
     inputs: dict[str, Any] = {"input_ids": ids}
     if hasattr(model.config, "use_cache"):
@@ -208,7 +209,7 @@ def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
 
 
 def prediction(output: Any) -> tuple[Tensor, bool]:
-    """Logits as [predictions, classes] and True, or hidden states [tokens, d] and False."""
+    """Take logits [predictions, classes] and True, or hidden states [tokens, d] and False."""
     logits = getattr(output, "logits", None)
     found = output[0] if logits is None else logits
     return found.reshape(-1, found.shape[-1]), logits is not None
@@ -224,7 +225,16 @@ def backward(
     random: torch.Generator,
     after: Callable[[], None] = lambda: None,
 ) -> int:
-    """A backward pass and a call of `after` per draw of ε; the draws of all predictions."""
+    """Run a backward pass for every draw of ε, each followed by `after`.
+
+    Args:
+        output: of `prediction`.
+        batches: how many there are in all, for fewer draws each.
+        random: draws ε.
+
+    Returns:
+        The draws of all predictions together.
+    """
     values, is_logits = output
     draws = min(_MOST_PER_PREDICTION, -(-_LEAST_DRAWS // (len(values) * batches)))
     for draw in range(draws):
@@ -250,9 +260,9 @@ def _drawn(
 
 
 def metrics_of(uses: list[LayerStatistics], scored: int, inputs: Metric = None) -> Metrics:
-    """The metric of one weight [m, n] from all its uses (two for a tied embedding).
+    """Combine the statistics of all uses of a weight [m, n] (two for a tied embedding).
 
-    `inputs` is its C, if that is known better.
+    `inputs` is its C [n, n], if that is known better.
 
     A₁⊗C₁ + A₂⊗C₂ has no exact Kronecker factors: each side becomes the sum of its parts, weighted
     by the trace of the other side. A use without gradients was measured on its inputs alone.

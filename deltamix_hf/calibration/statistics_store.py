@@ -37,7 +37,7 @@ class StatisticsStore(Mapping[str, LayerStatistics]):
         self.parts: dict[str, list[dict[str, str]]] = {}  # of each worker, by kind of statistic
 
     def done(self, place: str) -> bool:
-        """Whether this worker has measured its batches at a place."""
+        """Tell whether this worker has measured its batches at a place."""
         return self._place(place, self.workers.rank) in self.store
 
     @contextmanager

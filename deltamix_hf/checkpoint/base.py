@@ -8,8 +8,6 @@ Only safetensors are read.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Container, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -27,15 +25,25 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.hub import cached_file, cached_files
 
+from ..config import DeltaMixConfig
 from ..errors import DeltaMixError, first_line
-from ..storage.headers import TensorInfo, read_headers, read_tensor
-from ..storage.untrusted_paths import CONFIG, INDEX, WEIGHTS, read_index, read_object
+from ..storage.headers import TensorInfo, fingerprints, read_headers, read_tensor
+from ..storage.untrusted_paths import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    check_base_name,
+    commit_of,
+    is_from_hub,
+    read_index,
+    read_object,
+)
 
 
 def resolve_base(
     base_model: str | None, revision: str | None, base_kwargs: dict[str, Any]
 ) -> tuple[list[str], str | None]:
-    """Weight files of the base and the commit they come from (None for a local folder).
+    """Find the base's weight files and the commit they come from (None for a local folder).
 
     Raises:
         DeltaMixError: no base given, not found, without safetensors, or itself quantized.
@@ -59,8 +67,22 @@ def resolve_base(
     return files, commit
 
 
+def find_base(config: DeltaMixConfig, repo: str, file: str) -> tuple[list[str], str | None]:
+    """`resolve_base`, of what a delta repo names, or its user.
+
+    Args:
+        repo: the delta repo, a folder or Hub id; `file` is one of its weight files.
+
+    Raises:
+        DeltaMixError: as `resolve_base`, or a name that is not for the repo to give.
+    """
+    if not config.base_given:
+        check_base_name(config.base_model, config.base_revision, is_from_hub(repo, file))
+    return resolve_base(config.base_model, config.base_revision, config.base_kwargs)
+
+
 def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any], str | None]:
-    """Weight files, config.json's content and the commit (None for a local folder) of a repo.
+    """Find a repo's weight files, config.json's content and commit (None for a local folder).
 
     Where there are a whole file and shards, the whole file counts, as in transformers.
 
@@ -79,12 +101,6 @@ def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, 
         raise OSError(f"no file {WEIGHTS}")
     files = cached_files(repo, sorted(set(read_index(index).values())), **kwargs)
     return files or [], config, commit
-
-
-def commit_of(path: str) -> str | None:
-    """The commit a file of the Hub cache belongs to; None for any other file."""
-    found = re.search(r"snapshots/([0-9a-f]{40})/", path.replace(os.sep, "/"))
-    return found.group(1) if found else None
 
 
 def _required_file(base_model: str, name: str, kwargs: dict[str, Any]) -> str:
@@ -106,7 +122,7 @@ class KeyMap:
         self.state = {name: t.to("meta") for name, t in model.state_dict().items()}
 
     def rename(self, key: str) -> tuple[str, str | None]:
-        """Model name of a checkpoint key (or model-form name), and its converter's pattern."""
+        """Give a checkpoint key (or model name) its model name and its converter's pattern."""
         prefix = self.model.base_model_prefix
         name, pattern = rename_source_key(key, self.renamings, self.converters, prefix, self.state)
         if name not in self.state:
@@ -134,6 +150,7 @@ class BaseCheckpoint:
         self._group: dict[str, str] = {}  # model name -> first target of its converter
         self._resized: dict[str, Tensor] = {}  # model name -> the fine-tune's, of other rows
         self._fused: tuple[str, Tensor] | None = None  # read last by `read_expert`
+        self._fingerprints: dict[str, str] = {}  # of checkpoint keys, once asked for
         for key in sorted(self.infos, key=dot_natural_key):  # the order transformers fuses in
             name, pattern = self.keys.rename(key)
             if name not in self.keys.state:
@@ -152,12 +169,12 @@ class BaseCheckpoint:
         return name in self._group
 
     def supplies(self, name: str) -> bool:
-        """Whether the base holds the parameter, or one that the model ties to it."""
+        """Tell whether the base holds the parameter, or one that the model ties to it."""
         ties = self.keys.model.all_tied_weights_keys.items()
         return name in self or any(s == name and t in self for t, s in ties)
 
     def checkpoint_keys(self, name: str) -> list[str]:
-        """Checkpoint keys that feed the parameter `name` (several where experts are fused)."""
+        """List checkpoint keys that feed the parameter `name` (several where experts are fused)."""
         return [key for key, _ in self.sources[self._group[name]]]
 
     def check(self, name: str, shape: tuple[int, ...], recorded: Mapping[str, str]) -> None:
@@ -182,13 +199,19 @@ class BaseCheckpoint:
                 f"{name}, the model needs {list(shape)}: config.json is of another model"
             )
 
+    def fingerprints(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+        """Fingerprint some of the base's tensors; each is hashed once for all deltas."""
+        missing = {key: info for key, info in infos.items() if key not in self._fingerprints}
+        self._fingerprints |= fingerprints(missing)
+        return {key: self._fingerprints[key] for key in infos}
+
     def is_plain(self, name: str) -> bool:
-        """Whether the parameter is one stored tensor, untouched but for its name."""
+        """Tell whether the parameter is one stored tensor, untouched but for its name."""
         source = self.sources[self._group[name]]
         return len(source) == 1 and source[0][1] is None
 
     def read(self, name: str) -> Tensor:
-        """The base's value of the parameter `name`, in the base's dtype, on the CPU.
+        """Read the base's value of the parameter `name`, in the base's dtype, on the CPU.
 
         Raises:
             DeltaMixError: the base has no such tensor.
@@ -212,17 +235,17 @@ class BaseCheckpoint:
         return value[0] if isinstance(value, list) else value
 
     def read_expert(self, name: str, number: int) -> Tensor:
-        """One matrix of a 3-D parameter, as `read`; the parameter read last stays in memory."""
+        """Read a matrix of a 3-D parameter, as `read`; the parameter read last stays in memory."""
         if self._fused is None or self._fused[0] != name:
             self._fused = name, self.read(name)
         return self._fused[1][number]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a parameter in the base's files; None if it is made from several tensors."""
+        """Look up a parameter's shape in the files; None if it is made from several tensors."""
         return self.infos[self.checkpoint_keys(name)[0]].shape if self.is_plain(name) else None
 
     def rows(self, name: str) -> int:
-        """First dimension of a plain parameter in the base's files."""
+        """Look up the first dimension of a plain parameter in the base's files."""
         return self.infos[self.checkpoint_keys(name)[0]].shape[0]
 
     def resize(self, name: str, whole: Tensor) -> None:
@@ -241,20 +264,20 @@ class BaseCheckpoint:
         }
 
     def added(self, name: str) -> Tensor | None:
-        """Rows of a resized parameter that the base has not; None if there are none."""
+        """Cut out the rows of a resized parameter that the base has not; None if there are none."""
         if name not in self._resized:
             return None
         rows = self._resized[name][self.rows(name) :]
         return rows if len(rows) else None
 
     def first_row(self, name: str) -> Tensor:
-        """The first row of a plain, at least 1-d parameter."""
+        """Read the first row of a plain, at least 1-d parameter."""
         key = self.checkpoint_keys(name)[0]
         with safe_open(self.infos[key].file, framework="pt") as handle:
             return handle.get_slice(key)[:1]
 
     def hidden_keys(self, names: Iterable[str]) -> set[str]:
-        """Base keys to hide because a delta supplies the parameters `names` under other keys."""
+        """List base keys to hide because a delta has the parameters `names` under other keys."""
         return {key for name in names if name in self for key in self.checkpoint_keys(name)} - set(
             names
         )
@@ -263,7 +286,7 @@ class BaseCheckpoint:
 def weights_from_base(
     model: PreTrainedModel, base: BaseCheckpoint, stored: Container[str]
 ) -> list[str]:
-    """Matrices of the model that a delta repo leaves to the base: neither tied nor stored whole."""
+    """List the matrices that a delta repo leaves to the base: neither tied nor stored whole."""
     away = set(model.all_tied_weights_keys)
     return [
         name
@@ -274,7 +297,7 @@ def weights_from_base(
 
 @torch.no_grad()
 def same(tensor: Tensor, base: Tensor) -> bool:
-    """Whether a model tensor equals the base's value once that is cast to its dtype."""
+    """Tell whether a model tensor equals the base's value once that is cast to its dtype."""
     if tensor.shape != base.shape:
         return False
     return torch.equal(tensor, base.to(device=tensor.device, dtype=tensor.dtype))

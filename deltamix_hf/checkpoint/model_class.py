@@ -13,7 +13,7 @@ from ..errors import DeltaMixError, first_line
 
 
 def read_config(repo: str) -> PreTrainedConfig:
-    """The transformers config of a repo, a folder or Hub id.
+    """Read the transformers config of a repo, a folder or Hub id.
 
     Raises:
         DeltaMixError: it cannot be found or read.
@@ -27,19 +27,19 @@ def read_config(repo: str) -> PreTrainedConfig:
 
 
 def is_delta(config: PreTrainedConfig) -> bool:
-    """Whether it is a delta repo's."""
+    """Tell whether a config is a delta repo's."""
     settings = getattr(config, "quantization_config", None) or {}
     return dict(settings).get("quant_method") == QUANT_METHOD
 
 
 def model_class(repo: str, config: PreTrainedConfig) -> Any:
-    """The class that `repo` was saved with.
+    """Look up the class that `repo` was saved with: the first that this transformers knows.
 
     Raises:
         DeltaMixError: this transformers has no such class.
     """
     names = config.architectures or []
-    cls = getattr(transformers, str(names[0]), None) if names else None
+    cls: Any = next((c for n in names if (c := getattr(transformers, str(n), None))), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise DeltaMixError(
             f"config.json of {repo!r} names {names or 'no architecture'}, which this transformers "
@@ -49,7 +49,7 @@ def model_class(repo: str, config: PreTrainedConfig) -> Any:
 
 
 def empty_model(repo: str, config: PreTrainedConfig | None = None) -> PreTrainedModel:
-    """The model of a repo without memory for its weights: names and shapes alone.
+    """Build the model of a repo without memory for its weights: names and shapes alone.
 
     Raises:
         DeltaMixError: this transformers has no such class, or it refuses the config.

@@ -110,7 +110,7 @@ class RepoReport:
 
 
 def type_and_depth(name: str) -> tuple[str, int | None]:
-    """A module's name with its first number starred, and that number."""
+    """Star the first number in a module's name, and give that number."""
     number = re.search(r"(?<=\.)\d+(?=\.|$)", name)
     if number is None:
         return name, None
@@ -148,7 +148,7 @@ def inspect_repo(repo: str | Path) -> RepoReport:
 def stored_shapes(
     contents: Contents, config: DeltaMixConfig, keys: KeyMap
 ) -> dict[str, tuple[int, int]]:
-    """Module name -> [m, n] of every compressed matrix, in the model's order.
+    """Look up [m, n] of every compressed matrix by module name, in the model's order.
 
     Raises:
         DeltaMixError: the files hold what the model has not, or config.json names as dropped what
@@ -167,7 +167,7 @@ def stored_shapes(
 
 
 def rank_sizes(report: RepoReport, name: str) -> Tensor:
-    """|u_i|·|v_i| of every rank of a matrix, float32 [k] in stored order.
+    """Measure |u_i|·|v_i| of every rank of a matrix, float32 [k] in stored order.
 
     In the plain metric that is the singular value; in that of the layer it is what the rank adds to
     the weight all the same.

@@ -1,4 +1,4 @@
-"""Sort the tensors of a fine-tune by how they differ from the base.
+"""Compare the tensors of a fine-tune with the base's, and sort them by how they are stored.
 
 What is identical is not stored; matrices (linear layers, embeddings, experts) are packed as ranks;
 everything else that differs is stored whole.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,85 @@ from .vocabulary import is_resized, one_for_each_token, vocabulary_modules
 # At 64 x 64 the four header entries of a packed matrix (about 430 bytes) take most of a 1/16 share
 # (512 bytes); anything smaller is stored whole.
 _SMALLEST = 4096
-
-
 # |ΔW| / |W|: two models that share nothing but their sizes are 1.41 apart; the farthest fine-tune
 # met, trained long on other text, 0.62.
 _UNRELATED = 0.9
-
-
 _ROWS = 4096  # of a matrix in float32 at once
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor of the fine-tune against the base's.
+
+    Attributes:
+        name: of the tensor in the model.
+        kind: "same"; "matrix" or "experts", to be packed; "whole", to be stored as it is; or
+            "rows", those of a resized vocabulary that the base has not.
+        ours: the fine-tune's value.
+        base: the base's, of any dtype; None if it has none.
+    """
+
+    name: str
+    kind: str
+    ours: Tensor
+    base: Tensor | None
+
+
+def differences(
+    model: PreTrainedModel,
+    base: BaseCheckpoint,
+    tensors: Iterable[tuple[str, Tensor]],
+    skip: Sequence[str] = (),
+) -> Iterator[Difference]:
+    """Compare tensors of a fine-tune, by model name, with the base's; one pair is in memory.
+
+    Args:
+        base: learns of vocabularies with more or fewer rows.
+        skip: modules and parameters that are not packed.
+
+    Raises:
+        DeltaMixError: a tensor has another shape in the base, or is not finite.
+    """
+    ends = vocabulary_modules(model)
+    for name, ours in tensors:
+        owner, _, leaf = name.rpartition(".")
+        value = None
+        if name in base:
+            if leaf == "weight" and is_resized(base, ends.get(owner), name):
+                base.resize(name, ours)
+                if (added := base.added(name)) is not None:
+                    yield Difference(f"{owner}.{ROWS}", "rows", added, None)
+            value = base.read(name)
+            if value.shape != ours.shape and not one_for_each_token(ends.values(), ours):
+                raise DeltaMixError(
+                    f"{name} is {list(ours.shape)} in the fine-tune and {list(value.shape)} in "
+                    "the base: this is not the base it was fine-tuned from"
+                )
+            if same(ours, value):
+                yield Difference(name, "same", ours, value)
+                continue
+        if ours.is_floating_point() and not torch.isfinite(ours).all():
+            raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
+        kind = "whole" if value is None else _kind(model, name, skip)
+        yield Difference(name, kind, ours, value)
+
+
+def _kind(model: PreTrainedModel, name: str, skip: Sequence[str]) -> str:
+    """How a tensor that differs from the base's is stored."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if is_experts(module) and leaf in fused_weights(module):
+        kind, size = "experts", module.get_parameter(leaf)[0].numel()
+    elif leaf == "weight" and delta_class(type(module)) is not None:
+        kind, size = "matrix", weight_of(module).numel()
+    else:
+        return "whole"
+    skipped = _skipped(owner, skip) or (kind == "experts" and _skipped(name, skip))
+    return "whole" if skipped or size < _SMALLEST else kind
+
+
+def _skipped(name: str, skip: Sequence[str]) -> bool:
+    return any(name == s or name.endswith("." + s) or name.startswith(s + ".") for s in skip)
 
 
 def sort_tensors(
@@ -40,53 +112,34 @@ def sort_tensors(
     skip: Sequence[str],
     files: BaseCheckpoint | None = None,
 ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-    """Modules to pack and tensors to store whole, by name; what equals the base is in neither.
+    """Sort into modules to pack and tensors to store whole, by name; not what equals the base.
 
-    `files` has the model's tensors if they are not in memory.
+    Args:
+        skip: modules and parameters that are not packed.
+        files: has the model's tensors if they are not in memory.
 
     Raises:
         DeltaMixError: a tensor has another shape in the base, or is not finite.
     """
     targets: dict[str, nn.Module] = {}
     overlay: dict[str, Tensor] = {}
-    tied = set(model.all_tied_weights_keys)
-    ends = vocabulary_modules(model)
     moved = size = 0.0
-    for name, tensor in model.state_dict().items():
-        if name in tied:
+    for found in differences(model, base, _untied(model, files), skip):
+        name, ours, value = found.name, found.ours, found.base
+        if found.kind in ("whole", "rows"):
+            overlay[name] = ours
+        if found.kind not in ("matrix", "experts") or value is None:
             continue
-        if files is not None:
-            if name not in files:
-                raise DeltaMixError(f"the fine-tune's files hold no {name}: they are incomplete")
-            tensor = files.read(name).to(tensor.dtype)
-        module_name, _, leaf = name.rpartition(".")
-        if name in base:
-            value = base.read(name)
-            if leaf == "weight" and is_resized(base, ends.get(module_name), name):
-                base.resize(name, tensor)
-                value = base.read(name)
-                if (added := base.added(name)) is not None:
-                    overlay[f"{module_name}.{ROWS}"] = added
-            elif value.shape != tensor.shape and not one_for_each_token(ends.values(), tensor):
-                raise DeltaMixError(
-                    f"{name} is {list(tensor.shape)} in the fine-tune and {list(value.shape)} in "
-                    "the base: this is not the base it was fine-tuned from"
-                )
-            if same(tensor, value):
-                continue
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
-        module = model.get_submodule(module_name)
-        if name in base and packable_experts(module, name, skip):
-            targets |= differing_experts(model, name, tensor, value)
-        elif name in base and leaf == "weight" and packable(module, module_name, skip):
-            targets[module_name] = module
+        if found.kind == "experts":
+            fused, pairs = FusedWeight(model, name), zip(ours, value, strict=True)
+            changed = [i for i, (mine, its) in enumerate(pairs) if not same(mine, its)]
+            targets |= {f"{name}.{i}": fused.expert(i) for i in changed}
         else:
-            overlay[name] = tensor
-            continue
-        pairs = (t.flatten(0, -2).split(_ROWS) for t in (tensor, value))
-        for rows, other in zip(*pairs, strict=True):
-            other = other.to(tensor.device, torch.float32)
+            owner = name.removesuffix(".weight")
+            targets[owner] = model.get_submodule(owner)
+        both = (t.flatten(0, -2).split(_ROWS) for t in (ours, value))
+        for rows, other in zip(*both, strict=True):
+            other = other.to(ours.device, torch.float32)
             moved += float((rows.float() - other).square().sum())
             size += float(other.square().sum())
     if moved > _UNRELATED**2 * size:
@@ -100,35 +153,11 @@ def sort_tensors(
     return targets, overlay
 
 
-def packable(module: nn.Module, name: str, skip: Sequence[str]) -> bool:
-    """Whether the module's weight is stored as ranks, if it differs; `skip` names what is not."""
-    return (
-        delta_class(type(module)) is not None
-        and weight_of(module).numel() >= _SMALLEST
-        and not _skipped(name, skip)
-    )
-
-
-def packable_experts(module: nn.Module, name: str, skip: Sequence[str]) -> bool:
-    """Whether the tensor `name` of the module holds experts that are stored as ranks."""
-    owner, _, leaf = name.rpartition(".")
-    return (
-        is_experts(module)
-        and leaf in fused_weights(module)
-        and module.get_parameter(leaf)[0].numel() >= _SMALLEST
-        and not _skipped(owner, skip)
-        and not _skipped(name, skip)
-    )
-
-
-def differing_experts(
-    model: PreTrainedModel, name: str, tensor: Tensor, base: Tensor
-) -> dict[str, nn.Module]:
-    """The experts of a 3-D parameter whose matrix is not the base's, by name."""
-    fused = FusedWeight(model, name)
-    pairs = enumerate(zip(tensor, base, strict=True))
-    return {f"{name}.{i}": fused.expert(i) for i, (ours, its) in pairs if not same(ours, its)}
-
-
-def _skipped(name: str, skip: Sequence[str]) -> bool:
-    return any(name == s or name.endswith("." + s) or name.startswith(s + ".") for s in skip)
+def _untied(model: PreTrainedModel, files: BaseCheckpoint | None) -> Iterator[tuple[str, Tensor]]:
+    """The fine-tune's tensors that are not tied to others, in the model's dtypes."""
+    for name, tensor in model.state_dict().items():
+        if name in model.all_tied_weights_keys:
+            continue
+        if files is not None and name not in files:
+            raise DeltaMixError(f"the fine-tune's files hold no {name}: they are incomplete")
+        yield name, tensor if files is None else files.read(name).to(tensor.dtype)

@@ -1,35 +1,38 @@
 """Check that a delta repo is sound and that its base is the right one.
 
-`verify_repo` reports all that is wrong, without building a model. Loading makes the same checks of
-files, base and model (`checked_headers`, `check_parts_fit`, `check_base_was_read`) and stops at the
-first that fails.
+Checks come as streams. `verify_repo` lists all that is wrong, without building a model; loading
+asks the same of files, base and model and stops at the first problem (`require`).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..nn import tensor_parallel
-from ..storage.headers import TensorInfo, check_base, fingerprint, read_headers
+from ..storage.headers import (
+    TensorInfo,
+    check_base,
+    fingerprint,
+    fingerprints,
+    opened,
+    read_headers,
+)
 from ..storage.sizes import size_report
-from ..storage.untrusted_paths import WEIGHTS, check_base_name, check_weight_files
-from .base import BaseCheckpoint, KeyMap, resolve_base, same
+from ..storage.untrusted_paths import WEIGHTS, check_weight_files
+from .base import BaseCheckpoint, KeyMap, find_base, same
 from .delta_repo import Contents, check_finite, contents_of, find_delta, read_packed
 from .model_class import empty_model
 from .report import stored_shapes
+from .vocabulary import Resized
 
-Read = Callable[[str], Tensor]
+Measure = Callable[[Mapping[str, TensorInfo]], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,17 @@ class Check:
 
     what: str
     problem: str | None = None
+
+
+def require(checks: Iterable[Check]) -> None:
+    """Stop at the first problem.
+
+    Raises:
+        DeltaMixError: says what it is.
+    """
+    for check in checks:
+        if check.problem is not None:
+            raise DeltaMixError(check.problem)
 
 
 def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iterator[Check]:
@@ -58,45 +72,42 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
         yield Check("config.json and weight files", str(error))
         return
     yield Check(f"format {config.format_version}: {len(infos)} tensors, {len(files)} files")
-    with ExitStack() as stack:
-        handles = {f: stack.enter_context(safe_open(f, framework="pt")) for f in files}
+    with opened(infos) as read:
 
-        def read(name: str) -> Tensor:
-            tensor: Tensor = handles[infos[name].file].get_tensor(name)
-            return tensor
-
-        yield from _matrices(contents, config, keys, read)
-        yield from _overlay(contents, read)
-    yield _budget(files, config, shapes)
-    yield _base(repo, config, base, quick)
-
-
-def _matrices(
-    contents: Contents,
-    config: DeltaMixConfig,
-    keys: KeyMap,
-    read: Read,
-) -> Iterator[Check]:
-    sound = 0
-    bar = logging.tqdm(contents.packed.items(), desc="Reading matrices", unit="matrix")
-    for name, stored in bar:
-        try:
+        def matrices(name: str, stored: str) -> int:
             packed = read_packed(keys, name, stored, config, read)
-            sound += 1 if packed.counts is None else int((packed.counts > 0).sum())
-        except DeltaMixError as error:
-            yield Check(name, str(error))
-    yield Check(f"{sound} packed matrices: shapes, widths, scales")
+            return sum(one is not None for one in packed.split())
 
-
-def _overlay(contents: Contents, read: Read) -> Iterator[Check]:
-    sound = 0
-    for name, stored in contents.whole.items():
-        try:
+        def whole(name: str, stored: str) -> int:
             check_finite(stored, read(stored))
-            sound += 1
+            return 1
+
+        yield from _each("packed matrices: shapes, widths, scales", contents.packed, matrices)
+        yield from _each("tensors stored whole: shapes, finite values", contents.whole, whole)
+    yield _budget(files, config, shapes)
+    if base is not None:
+        config.base_model, config.base_revision, config.base_given = base, None, True
+    recorded = config.base_fingerprints
+    what = f"base {config.base_model!r}: {len(recorded)} tensors"
+    what += ", names alone" if quick else ""
+    try:
+        checkpoint = BaseCheckpoint(find_base(config, repo, files[0])[0], keys.model)
+        measure = (lambda infos: {name: recorded[name] for name in infos}) if quick else _hashed
+        checks = [*base_checks(keys, contents, checkpoint, config, measure)]
+        yield from checks or [Check(what)]
+    except DeltaMixError as error:
+        yield Check(what, str(error))
+
+
+def _each(what: str, names: Mapping[str, str], look: Callable[[str, str], int]) -> Iterator[Check]:
+    """Problems of tensors by their names in model and files, and how many are sound."""
+    sound = 0
+    for name, stored in logging.tqdm(names.items(), desc=f"Reading {what.partition(':')[0]}"):
+        try:
+            sound += look(name, stored)
         except DeltaMixError as error:
             yield Check(name, str(error))
-    yield Check(f"{sound} tensors stored whole: shapes, finite values")
+    yield Check(f"{sound} {what}")
 
 
 def _budget(
@@ -114,77 +125,49 @@ def _budget(
     return Check(what, f"config.json promises at most {promised:,}: the files were changed")
 
 
-def _base(repo: str, config: DeltaMixConfig, base: str | None, quick: bool) -> Check:
-    name, revision = (config.base_model, config.base_revision) if base is None else (base, None)
-    pinned = config.base_fingerprints
-    what = f"base {name!r}: {len(pinned)} tensors" + (", names alone" if quick else "")
-    try:
-        if base is None:
-            check_base_name(name, revision, from_hub=not os.path.isdir(repo))
-        files, _ = resolve_base(name, revision, {})
-        check_base(pinned, read_headers(files), repr(name), _recorded(pinned, quick))
-    except DeltaMixError as error:
-        return Check(what, str(error))
-    return Check(what)
-
-
-def _recorded(
-    pinned: Mapping[str, str], quick: bool
-) -> Callable[[Mapping[str, TensorInfo]], Mapping[str, str]]:
-    """How `check_base` gets the fingerprints of the base's tensors."""
-
-    def hashed(infos: Mapping[str, TensorInfo]) -> Mapping[str, str]:
-        whole = sum(info.end - info.start for info in infos.values())
-        bar = logging.tqdm(total=whole, desc="Hashing the base", unit="B", unit_scale=True)
-        found = {}
+def _hashed(infos: Mapping[str, TensorInfo]) -> Mapping[str, str]:
+    """`fingerprints`, with a bar."""
+    whole = sum(info.nbytes for info in infos.values())
+    found = {}
+    with logging.tqdm(total=whole, desc="Hashing the base", unit="B", unit_scale=True) as bar:
         for name, info in infos.items():
             found[name] = fingerprint(info)
-            bar.update(info.end - info.start)
-        bar.close()
-        return found
-
-    return (lambda infos: {name: pinned[name] for name in infos}) if quick else hashed
+            bar.update(info.nbytes)
+    return found
 
 
-def checked_headers(
-    model: PreTrainedModel, files: list[str], config: DeltaMixConfig, commit: str | None
-) -> dict[str, TensorInfo]:
-    """Headers of the repo's weight files, which are opened once they are known to be its own.
+def checked_headers(model: PreTrainedModel, files: list[str]) -> dict[str, TensorInfo]:
+    """Read the headers of a repo's weight files, once they are known to be its own.
 
     Raises:
-        DeltaMixError: weight files, or a base, that are not for this delta repo to name.
+        DeltaMixError: weight files that are not for this delta repo to name.
     """
-    repo = str(model.config.name_or_path)
     if named := getattr(model.config, "transformers_weights", None):
         raise DeltaMixError(f"config.json has its weights in {named!r}, not in {WEIGHTS}")
     infos = read_headers(files)
-    check_weight_files(repo, files, infos)
-    if not config.base_given:
-        from_hub = commit is not None or not os.path.exists(repo)
-        check_base_name(config.base_model, config.base_revision, from_hub)
+    check_weight_files(str(model.config.name_or_path), files, infos)
     return infos
 
 
-def check_parts_fit(
-    model: PreTrainedModel,
+def base_checks(
     keys: KeyMap,
     contents: Contents,
     base: BaseCheckpoint,
     config: DeltaMixConfig,
-) -> None:
-    """Refuse a base that is another one, and a model that base and delta do not fill."""
-    recorded = config.base_fingerprints
+    measure: Measure = fingerprints,
+) -> Iterator[Check]:
+    """Find what is wrong with a base: another one, or with the delta no whole model.
+
+    Args:
+        measure: gives the fingerprints of the base's tensors.
+
+    Raises:
+        DeltaMixError: it is another base; what else is wrong would say nothing.
+    """
+    recorded, model = config.base_fingerprints, keys.model
     where, kind = repr(config.base_model), type(model).__name__
-    check_base(recorded, base.infos, where)
-    elsewhere = contents.overlay.keys() | set(model.all_tied_weights_keys)
-    wanted = {name: tensor for name, tensor in keys.state.items() if name not in elsewhere}
-    for name, tensor in wanted.items():
-        if name in base:
-            shape = tuple(tensor.shape)
-            if resized := contents.resized.get(name.removesuffix(".weight")):
-                shape = resized.base, *shape[1:]
-            base.check(name, shape, recorded)
-    missing = [name for name in wanted if not base.supplies(name)]
+    check_base(recorded, base.infos, where, measure)
+    missing = check_filled(keys, contents.overlay, base, recorded, contents.resized)
     # Another class than the saved one may lack its head, or bring one of its own, which
     # transformers initialises and reports. Of the model inside every part must be complete.
     saved = model.config.architectures
@@ -192,26 +175,63 @@ def check_parts_fit(
     filled = {_part_inside(model, name) for name in keys.state.keys() - set(missing)} - {None}
     for name in contents.absent:
         if same_class or _part_inside(model, name) is not None:
-            raise DeltaMixError(
+            yield Check(
+                name,
                 f"the delta repo holds {name}, which this {kind} has not: weights and "
-                "config.json do not fit"
+                "config.json do not fit",
             )
     for name in missing:
         if same_class or _part_inside(model, name) in filled:
-            raise DeltaMixError(
+            yield Check(
+                name,
                 f"neither the delta repo nor the base {where} holds {name!r}: the delta repo "
-                "is incomplete"
+                "is incomplete",
             )
     made_up = sum(keys.state[name].numel() for name in missing)
     if 2 * made_up > sum(tensor.numel() for tensor in keys.state.values()):
-        raise DeltaMixError(
+        yield Check(
+            "config.json",
             f"most of this {kind} is neither in the delta repo nor in the base {where}: its "
-            "config.json is of another model"
+            "config.json is of another model",
         )
 
 
+def check_filled(
+    keys: KeyMap,
+    overlay: Collection[str],
+    base: BaseCheckpoint,
+    recorded: Mapping[str, str],
+    resized: Mapping[str, Resized],
+) -> list[str]:
+    """Check what of the model comes from the base, and list what neither that nor a delta gives.
+
+    Args:
+        overlay: tensors that the delta replaces.
+        recorded: the base's fingerprints.
+        resized: matrices with other rows than the base's, by module.
+
+    Raises:
+        DeltaMixError: a tensor of the base has another shape or no fingerprint.
+    """
+    missing = []
+    for name, tensor in keys.state.items():
+        if name in overlay or name in keys.model.all_tied_weights_keys:
+            continue
+        if name in base:
+            rows = resized.get(name.removesuffix(".weight"))
+            shape = tuple(tensor.shape) if rows is None else (rows.base, *tensor.shape[1:])
+            base.check(name, shape, recorded)
+        elif not base.supplies(name):
+            missing.append(name)
+    return missing
+
+
 def check_base_was_read(model: PreTrainedModel, base: BaseCheckpoint, names: Iterable[str]) -> None:
-    """The net under the splice: the weights `names` of the loaded model must be the base's."""
+    """Check that the weights `names` of the loaded model are the base's: the net under the splice.
+
+    Raises:
+        DeltaMixError: one is not.
+    """
     for name in names:
         tensor = model.get_parameter_or_buffer(name)
         info = base.infos[base.checkpoint_keys(name)[0]]

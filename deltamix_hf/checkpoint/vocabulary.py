@@ -19,7 +19,7 @@ from transformers.core_model_loading import ConversionOps
 
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
-from ..nn.layers import delta_class, weight_of
+from ..nn.layers import DeltaModule, delta_class, weight_of
 from ..storage.headers import TensorInfo
 from ..storage.names import ROWS
 from .base import BaseCheckpoint, KeyMap
@@ -48,14 +48,14 @@ class FitRows(ConversionOps):
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The sources in their order, one below the other."""
+        """Join the sources in their order, one below the other."""
         found = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
         tensors = [t for value in found for t in (value if isinstance(value, list) else [value])]
         return {target_patterns[0]: torch.cat(tensors)[: self.rows]}
 
 
 def vocabulary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The input embedding and the output head, by name: a row or an output for each token."""
+    """Find the input embedding and the output head, by name: a row or output for each token."""
     try:
         ends = [id(model.get_input_embeddings()), id(model.get_output_embeddings())]
     except NotImplementedError:  # a model of sound or pictures
@@ -64,8 +64,10 @@ def vocabulary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def is_resized(base: BaseCheckpoint, module: nn.Module | None, name: str) -> bool:
-    """Whether the weight `name` of an embedding or head has more or fewer rows than the base's."""
-    if module is None or delta_class(type(module)) is None or name not in base:
+    """Tell whether the weight `name` of an embedding or head has other rows than the base's."""
+    if module is None or name not in base:
+        return False
+    if delta_class(type(module)) is None and not isinstance(module, DeltaModule):
         return False
     rows, *rest = weight_of(module).shape
     shape = base.shape(name)
@@ -73,14 +75,14 @@ def is_resized(base: BaseCheckpoint, module: nn.Module | None, name: str) -> boo
 
 
 def one_for_each_token(ends: Collection[nn.Module], tensor: Tensor) -> bool:
-    """Whether it has a number for each token: the bias of a head, stored whole."""
+    """Tell whether a tensor has a number for each token: the bias of a head, stored whole."""
     return tensor.ndim == 1 and any(len(weight_of(end)) == len(tensor) for end in ends)
 
 
 def resized_in_repo(
     infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: KeyMap
 ) -> dict[str, Resized]:
-    """What config.json says of resized matrices, by the model's module name, checked.
+    """Read and check what config.json says of resized matrices, by the model's module name.
 
     A head that the class lacks is left out.
 

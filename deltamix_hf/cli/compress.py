@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DeltaMixError
-from .console import notes, out, size_table
+from .console import Overwrite, notes, out, refuse_existing, size_table
 
 
 def compress(
@@ -42,7 +42,7 @@ def compress(
             help="Have one block of the model in memory at a time, everything else on disk."
         ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compress a fine-tune against its base, to 1/16 of its bytes if nothing else is said.
 
@@ -59,10 +59,7 @@ def compress(
     --output my-delta --low-memory
     """
     work = output.absolute().with_name(f".{output.name}.unfinished")
-    if output.exists() and not work.exists() and not overwrite:
-        raise DeltaMixError(
-            f"{output} exists already; give another --output, or --overwrite to replace it"
-        )
+    refuse_existing(output, overwrite or work.exists())
     from .. import DeltaMixConfig
     from ..checkpoint.model_class import is_delta, read_config
     from ..integration.compress_repo import compress_adapter, compress_streaming, is_adapter
@@ -106,7 +103,7 @@ def compress(
 
 
 def parse_ratio(text: str) -> float:
-    """'1/16' or '0.0625' as a number.
+    """Read '1/16' or '0.0625' as a number.
 
     Raises:
         DeltaMixError: neither.

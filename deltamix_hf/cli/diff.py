@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .console import out
+from .console import AsJson, make_table, out
 
 if TYPE_CHECKING:
     from ..evaluation.distance import Distance
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def diff(
     finetuned: Annotated[str, typer.Argument(help="The fine-tune: a folder or Hub id.")],
     base: Annotated[str, typer.Option(help="Its base, or another model of the family.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """How far two models of a family are apart, and what a delta would lose at each budget.
+    """Say how far two models of a family are apart, and what a delta would lose at each budget.
 
     From the files alone: nothing is run, one matrix at a time is in memory.
 
@@ -72,18 +72,12 @@ def _figures(found: Distance) -> dict[str, Any]:
 def _types_table(found: Distance) -> Table:
     from ..evaluation.distance import relative
 
-    table = Table(
-        box=None,
-        title="how far",
-        title_justify="left",
-        caption=f"{found.same} tensors are identical, {len(found.overlay)} others differ and are "
-        "stored whole (norms, biases, tiny matrices); ranks: the median of those that hold 90 % "
-        "of |ΔW|²",
-        caption_justify="left",
+    caption = (
+        f"{found.same} tensors are identical, {len(found.overlay)} others differ and are stored "
+        "whole (norms, biases, tiny matrices); ranks: the median of those that hold 90 % of |ΔW|²"
     )
-    table.add_column("matrices", overflow="fold")
-    for name in ("count", "shape", "|ΔW|/|W|", "ranks"):
-        table.add_column(name, justify="right")
+    columns = ("count", "shape", "|ΔW|/|W|", "ranks")
+    table = make_table("matrices", *columns, title="how far", caption=caption)
     for name, group in found.by_type().items():
         shapes = {matrix.shape for matrix in group}
         ranks = sorted(matrix.ranks_for_90 for matrix in group)
@@ -100,13 +94,8 @@ def _types_table(found: Distance) -> Table:
 
 
 def _budget_table(found: Distance) -> Table:
-    table = Table(
-        box=None,
-        title="what a delta would lose",
-        title_justify="left",
-    )
-    for name in ("ratio", "MB", "bits a weight", "share of |ΔW|² lost"):
-        table.add_column(name, justify="right")
+    columns = ("MB", "bits a weight", "share of |ΔW|² lost")
+    table = make_table("ratio", *columns, title="what a delta would lose")
     for budget in found.budgets:
         lost = "too small" if budget.lost is None else f"{budget.lost:.1%}"
         table.add_row(

@@ -11,21 +11,13 @@ from rich.table import Table
 from .console import out
 
 PACKAGES = (
-    "deltamix-hf",
-    "transformers",
-    "torch",
-    "triton",
-    "accelerate",
-    "safetensors",
-    "huggingface-hub",
-    "highspy",
-    "peft",
-    "vllm",
+    *("deltamix-hf", "transformers", "torch", "triton", "accelerate"),
+    *("safetensors", "huggingface-hub", "highspy", "peft", "vllm"),
 )
 
 
 def env() -> None:
-    """Versions, devices, and which kernels run.
+    """Print versions, devices, and which kernels run.
 
     Example: deltamix env
     """

@@ -10,26 +10,24 @@ import typer
 from rich.table import Table
 
 from ..errors import DeltaMixError
-from .console import out
+from .console import AsJson, Base, DeltaRepo, make_table, out
 
 if TYPE_CHECKING:
     from ..evaluation.quality import Metrics
 
 
 def evaluate(
-    repo: Annotated[str, typer.Argument(help="The delta repo: a folder or Hub id.")],
+    repo: DeltaRepo,
     text: Annotated[
         str, typer.Option(help="Held-out text: a .txt file (a text a line), .jsonl, or a data set.")
     ],
     finetuned: Annotated[
         str | None, typer.Option(help="The fine-tune itself: gives KL to it and the gain kept.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Where the base is, if not where the delta repo says.")
-    ] = None,
+    base: Base = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts at most, drawn at random.")] = 128,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a text at most.")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Perplexity on held-out text; with --finetuned, KL to it and the share of its gain kept.
 
@@ -37,11 +35,9 @@ def evaluate(
 
     Example: deltamix eval my-delta --text heldout.txt --finetuned ./tuned
     """
-    from ..checkpoint.model_class import is_delta, read_config
-    from .models import load_model, load_tokenizer
+    from .models import load_model, load_tokenizer, require_delta
 
-    if not is_delta(read_config(repo)):
-        raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
+    require_delta(repo)
     batches = _batches(text, load_tokenizer(repo), samples, length)
     model = load_model(repo, base)
     _check_kind(model)
@@ -62,7 +58,7 @@ def _batches(text: str, tokenizer: Any, samples: int, length: int) -> list[dict[
 
 
 def _check_kind(model: Any) -> None:
-    """Masked and sequence-to-sequence models need more than plain text to be judged."""
+    """Refuse masked and sequence-to-sequence models: plain text is not enough to judge them."""
     from ..calibration.self_text import writes_text
 
     if not writes_text(model) and "Classification" not in type(model).__name__:
@@ -74,7 +70,7 @@ def _check_kind(model: Any) -> None:
 
 
 def _judge(model: Any, tuned: Any, batches: list[dict[str, Any]]) -> dict[str, Metrics]:
-    """Metrics of base, delta and, if given, fine-tune; without one, KL means nothing."""
+    """Judge base, delta and, if given, fine-tune; without one, KL means nothing."""
     from ..evaluation.quality import compare
 
     reference = model if tuned is None else tuned
@@ -86,7 +82,7 @@ def _judge(model: Any, tuned: Any, batches: list[dict[str, Any]]) -> dict[str, M
 
 
 def _figures(found: dict[str, Metrics]) -> dict[str, dict[str, float | None]]:
-    """What is worth saying of each model; None is what cannot be said."""
+    """Choose the figures of each model that mean something; None where there is no figure."""
     from ..evaluation.quality import gain_kept
 
     has_reference = "fine-tune" in found
@@ -111,17 +107,12 @@ def _table(figures: dict[str, dict[str, float | None]]) -> Table:
     }
     shown = [k for k in formats if any(row.get(k) is not None for row in figures.values())]
     tokens = next(iter(figures.values()))["tokens"]
-    table = Table(
-        box=None,
-        caption=f"{tokens} predictions; KL to the fine-tune in nats for each; share of first "
-        "choices that are the fine-tune's; share of its gain in nats over the base that is kept",
+    caption = (
+        f"{tokens} predictions; KL to the fine-tune in nats for each; share of first choices that "
+        "are the fine-tune's; share of its gain in nats over the base that is kept"
     )
-    table.add_column("")
-    for key in shown:
-        table.add_column(key.replace("_", " "), justify="right")
+    table = make_table("", *(key.replace("_", " ") for key in shown), caption=caption)
     for name, row in figures.items():
         cells = [(formats[key], row.get(key)) for key in shown]
-        table.add_row(
-            name, *(form.format(value) if value is not None else "" for form, value in cells)
-        )
+        table.add_row(name, *("" if value is None else form.format(value) for form, value in cells))
     return table

@@ -7,11 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DeltaMixError
+from .console import Base, Repo
 
-Repo = Annotated[str, typer.Argument(help="A delta repo or a whole model: a folder or Hub id.")]
-Base = Annotated[
-    str | None, typer.Option(help="Where the base is, if not where the delta repo says.")
-]
 MostTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 Sample = Annotated[bool, typer.Option(help="Draw tokens at random instead of the likeliest.")]
 
@@ -73,7 +70,7 @@ def _load(repo: str, base: str | None) -> tuple[Any, Any]:
 
 
 def _answer(model: Any, tokenizer: Any, inputs: Any, most: int, sample: bool) -> str:
-    """Print the answer as it comes; returns its text."""
+    """Print the answer as it comes and return its text."""
     from transformers import TextStreamer
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .console import out, size_table
+from .console import AsJson, DeltaRepo, make_table, out, size_table
 
 if TYPE_CHECKING:
     from ..checkpoint.report import MatrixReport, RepoReport
@@ -27,11 +27,11 @@ class Order(str, Enum):
 
 
 def inspect(
-    repo: Annotated[str, typer.Argument(help="The delta repo: a folder or Hub id.")],
+    repo: DeltaRepo,
     plot: Annotated[
         Path | None, typer.Option(help="Folder to write PNG plots into, made if need be.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     sort: Annotated[Order, typer.Option(help="Order of the layers.")] = Order.model,
 ) -> None:
     """Ranks, widths, bytes and error of every layer, from the files alone.
@@ -74,15 +74,12 @@ def _origin(report: RepoReport) -> list[str]:
 
 
 def _layers(report: RepoReport, sort: Order) -> Table:
-    table = Table(
-        box=None,
-        caption="Bits: stored for each weight. Error: |ΔW − Û·V̂|² / |ΔW|², in the metric of the "
-        "layer's inputs. Widths: ranks × bits of V / bits of U",
-        caption_justify="left",
+    caption = (
+        "Bits: stored for each weight. Error: |ΔW − Û·V̂|² / |ΔW|², in the metric of the layer's "
+        "inputs. Widths: ranks × bits of V / bits of U"
     )
-    table.add_column("layer")
-    for name in ("shape", "ranks", "kB", "scales", "bits", "error"):
-        table.add_column(name, justify="right")
+    columns = ("shape", "ranks", "kB", "scales", "bits", "error")
+    table = make_table("layer", *columns, caption=caption)
     table.add_column("widths")
     for name, matrix in _sorted(report, sort):
         widths = [f"{count}×{v}/{u}" for (v, u), count in matrix.widths.items()]
@@ -103,7 +100,7 @@ def _layers(report: RepoReport, sort: Order) -> Table:
 
 
 def _print_whole(table: Table) -> None:
-    """A matrix a line, however narrow the terminal: folded columns of 32 letters cannot be read.
+    """Print a matrix a line, however narrow the terminal.
 
     The widths come last, so that a terminal of 80 columns breaks the lines before them.
     """

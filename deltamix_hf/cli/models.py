@@ -10,8 +10,18 @@ from ..checkpoint.model_class import is_delta, model_class, read_config
 from ..errors import DeltaMixError, first_line
 
 
+def require_delta(repo: str) -> None:
+    """Check that a path or Hub id is a delta repo.
+
+    Raises:
+        DeltaMixError: it holds a whole model, or is not found.
+    """
+    if not is_delta(read_config(repo)):
+        raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
+
+
 def load_model(repo: str, base: str | None = None, dequantize: bool = False) -> Any:
-    """A whole model or a delta repo, ready to run.
+    """Load a whole model or a delta repo, ready to run.
 
     Args:
         repo: path or Hub id.
@@ -33,7 +43,7 @@ def load_model(repo: str, base: str | None = None, dequantize: bool = False) -> 
 
 
 def from_pretrained(repo: str, **given: Any) -> Any:
-    """`from_pretrained` of the class that `repo` was saved with."""
+    """Call `from_pretrained` of the class that `repo` was saved with."""
     cls = model_class(repo, read_config(repo))
     with warnings.catch_warnings():
         # That options of loading replace the repo's is what the caller wants.
@@ -42,14 +52,14 @@ def from_pretrained(repo: str, **given: Any) -> Any:
 
 
 def best_device() -> str | None:
-    """A GPU if there is one; of several processes by `torchrun`, each has its own."""
+    """Name a GPU if there is one; each of several processes by `torchrun` has its own."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else None
 
 
 def load_tokenizer(repo: str) -> Any:
-    """The tokenizer of a repo.
+    """Load the tokenizer of a repo.
 
     Raises:
         DeltaMixError: it has none.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
 from ..errors import DeltaMixError
+from .console import Repo
 
 # What is not for us is for transformers.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def serve(
-    context: typer.Context,
-    repo: Annotated[str, typer.Argument(help="A delta repo or a whole model: a folder or Hub id.")],
-) -> None:
+def serve(context: typer.Context, repo: Repo) -> None:
     """Answer over HTTP as OpenAI's API does, at http://localhost:8000/v1 unless told otherwise.
 
     All options are those of `transformers serve`, and passed on to it.

@@ -7,14 +7,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import FAILED, out
+from .console import FAILED, Base, DeltaRepo, out
 
 
 def verify(
-    repo: Annotated[str, typer.Argument(help="The delta repo: a folder or Hub id.")],
-    base: Annotated[
-        str | None, typer.Option(help="Where the base is, if not where the delta repo says.")
-    ] = None,
+    repo: DeltaRepo,
+    base: Base = None,
     quick: Annotated[
         bool, typer.Option(help="Compare only the names of the base's tensors, not their bytes.")
     ] = False,

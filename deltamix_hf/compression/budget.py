@@ -104,7 +104,7 @@ def plan_budget(
 def rank_options(
     shape: tuple[int, int], group_sizes: GroupSizes, config: DeltaMixConfig
 ) -> tuple[Choices, list[tuple[int, int]]]:
-    """Relative error and bytes of every pair of widths (V, U) of a rank of an [m, n] matrix."""
+    """List every pair of widths (V, U) of a rank of an [m, n] matrix, with its error and bytes."""
     gaussian = config.method.codebook == "gaussian"
     used = [b for b in config.method.bits if b > 0]
     pairs = [(v, u) for v in used for u in used if config.method.split_widths or v == u]

@@ -48,7 +48,7 @@ class _Watch(TorchFunctionMode):
 
 @torch.no_grad()
 def read_directly(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Which of the modules `names` have their weight read by others in a forward pass.
+    """Find which of the modules `names` have their weight read by others in a forward pass.
 
     Empty, with a note in the log, for a model whose inputs we cannot make up.
     """

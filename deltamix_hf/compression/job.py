@@ -9,7 +9,7 @@ the scales of all of them last. What an interrupted run has left in the store is
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -64,7 +64,7 @@ class Job:
         finished = {n for n in targets if store.read(f"matrix {n}") is not None}
         self.finished = self.workers.from_first(finished)
         self.batches: list[Tensor] = []
-        self.course: Sequence[scale_tuning.TuningBatch] = []
+        self.tuning_data: scale_tuning.TuningRows = []
         self.found: Mapping[str, LayerStatistics] = {}
         self.scored = 1
         self.watch = Stopwatch()
@@ -93,7 +93,7 @@ class Job:
                 )
         if self.config.method.tune_steps:
             with self.watch.stage("predictions"):
-                self.course = self.runs.predictions(batches, seed)
+                self.tuning_data = self.runs.predictions(batches, seed)
         self.runs.forget(len(batches))
 
     def _observed(self) -> dict[str, nn.Module]:
@@ -193,7 +193,7 @@ class Job:
                 )
         self._bar.close()
         self.workers.barrier()  # after it nobody reads the store
-        if self.course and self.workers.rank == 0:
+        if self.tuning_data and self.workers.rank == 0:
             with self.watch.stage("tuning"), self.runs.tuning():
                 self._tune()
 
@@ -218,8 +218,8 @@ class Job:
 
     def _tune(self) -> None:
         steps, anew = self.config.method.tune_steps, self.runs.unpack_anew
-        scale_tuning.tune(self.model, self.course, steps, self.store, anew)
-        self.config.measured = scale_tuning.validation_kl(self.model, self.course)
+        scale_tuning.tune(self.model, self.tuning_data, steps, self.store, anew)
+        self.config.measured = scale_tuning.validation_kl(self.model, self.tuning_data)
 
     def _fit(self, changes: dict[str, Tensor | None], inputs: Tensor | None) -> dict[str, Tensor]:
         """Compress the targets of a stage; their compressed weights [m, n]."""

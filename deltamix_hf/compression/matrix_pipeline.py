@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..allocation import per_matrix
-from ..allocation.whole_model import solve_global
+from ..allocation.whole_model import DEFAULT_GAP, solve_global
 from ..calibration.data import no_text_given
 from ..calibration.statistics import Metrics
 from ..config import DeltaMixConfig
@@ -71,7 +71,7 @@ class Compressed:
 
 
 class Compressor:
-    """Compresses one matrix after the other, in any order, within one budget.
+    """Compress one matrix after the other, in any order, within one budget.
 
     With a global allocation the widths of every rank are fixed at the start, from the spectra of
     all matrices. Otherwise every matrix gets the same share of the budget (its bf16 bytes times one
@@ -91,8 +91,8 @@ class Compressor:
     ):
         self.workers = workers or Workers()
         self.store, self.watch = store or ResumeStore(), watch or Stopwatch()
-        self.shapes = _shapes(matrices)
-        self.config = config
+        self.shapes = {name: matrix.shape for name, matrix in matrices.items()}
+        self.config, self.method = config, config.method
         self.gaussian = config.method.codebook == "gaussian"
         self.sizes = {name: m * n for name, (m, n) in self.shapes.items()}
         self.group_sizes = {n: config.method.group_sizes(m.embedding) for n, m in matrices.items()}
@@ -150,7 +150,8 @@ class Compressor:
             for name, matrix in matrices.items()
         ]
         with self.watch.stage("HiGHS"):
-            found = solve_global(energies, [choices for choices, _ in options], budget)
+            gap = self.config.allocation_gap or DEFAULT_GAP
+            found = solve_global(energies, [choices for choices, _ in options], budget, gap)
         self.gap = found.gap
         for name, (_, pairs), picked in zip(matrices, options, found.choice, strict=True):
             widths = torch.tensor(pairs)[picked]
@@ -166,9 +167,9 @@ class Compressor:
 
     def _whitening(self, metrics: Metrics) -> Metrics:
         """The metrics in which the SVD is taken."""
-        if not self.config.method.whiten:
+        if not self.method.whiten:
             return Metrics()
-        return metrics if self.config.method.fisher else Metrics(None, metrics.inputs)
+        return metrics if self.method.fisher else Metrics(None, metrics.inputs)
 
     def _informed(self, delta: Tensor, metrics: Metrics) -> Metrics:
         """The metrics, with what ΔW itself says of them if the user gave no text.
@@ -176,7 +177,7 @@ class Compressor:
         Training changes a weight by sums of g·xᵀ: the columns of ΔW are made of the gradients at
         its outputs, its rows of its inputs. So ΔW·ΔWᵀ stands in for G and ΔWᵀ·ΔW for C.
         """
-        share = self.config.method.delta_metric if no_text_given(self.config) else 0.0
+        share = self.method.delta_metric if no_text_given(self.config) else 0.0
         if not share:
             return metrics
         if not torch.isfinite(delta).all():
@@ -187,7 +188,7 @@ class Compressor:
 
     def _damped(self, metrics: Metrics) -> Metrics:
         return Metrics(
-            damped(metrics.outputs, OUTPUT_DAMPING) if self.config.method.fisher else None,
+            damped(metrics.outputs, OUTPUT_DAMPING) if self.method.fisher else None,
             damped(metrics.inputs, INPUT_DAMPING),
         )
 
@@ -204,14 +205,14 @@ class Compressor:
         return self._paid(name, result)
 
     def recall(self, name: str) -> Compressed | None:
-        """The result of an earlier run, on the CPU, if there is one."""
+        """Read the result of an earlier run, on the CPU; None if there is none."""
         found = self.store.read(f"matrix {name}")
         if found is None:
             return None
         tensors, error = found
         packed = None
         if tensors:
-            packed = PackedDelta.checked(*self.shapes[name], self.config.method.group_size, tensors)
+            packed = PackedDelta.checked(*self.shapes[name], self.method.group_size, tensors)
         return self._paid(name, Compressed(packed, error))
 
     def _paid(self, name: str, result: Compressed) -> Compressed:
@@ -221,7 +222,7 @@ class Compressor:
         return result
 
     def _compress(self, name: str, delta: Tensor, metrics: Metrics) -> Compressed:
-        config, group_sizes, measured = self.config, self.group_sizes[name], metrics.inputs
+        method, group_sizes, measured = self.method, self.group_sizes[name], metrics.inputs
         metrics = self._informed(delta, metrics)
         if name in self._plan:
             widths = self._plan[name]
@@ -240,7 +241,7 @@ class Compressor:
         if not len(sigma):
             return Compressed(None, metric_error(delta, left, right, measured))
         right_hat, u_bits = v.dequantize(), widths.u.to(delta.device)[kept_ranks]
-        if config.method.correct_target:
+        if method.correct_target:
             target, inner = corrected_left_factor(delta, metrics.inputs, right_hat, sigma)
         else:
             target, inner = plain_left_factor(left, metrics.inputs, right_hat, sigma)
@@ -253,7 +254,7 @@ class Compressor:
         else:
             u = gptq_columns(target, inner, u_bits, group_sizes[1])
         del target, inner
-        if config.method.unbiased_gains:
+        if method.unbiased_gains:
             rounded = u.dequantize().T
             u = u.scaled(
                 unbiased_gains(left, sigma, rounded, right, right_hat, near.outputs, near.inputs)
@@ -264,7 +265,7 @@ class Compressor:
         return Compressed(packed if packed.rank else None, error)
 
     def _round_v(self, right: Tensor, metrics: Metrics, bits: Tensor) -> Rounded:
-        inputs, group_size = dense(metrics.inputs), self.config.method.group_size
+        inputs, group_size = dense(metrics.inputs), self.method.group_size
         return gptq_rows(right, inputs, bits, group_size, self.gaussian, INPUT_DAMPING)
 
     def _within(
@@ -275,48 +276,30 @@ class Compressor:
         group_sizes: GroupSizes,
     ) -> tuple[Factors, Rounded]:
         """Widths that fit `share` bytes, and V rounded to them."""
-        config, (m, n) = self.config, tuple(delta.shape)
+        method, (m, n) = self.method, tuple(delta.shape)
         widths = range(9)
         cost = {b: rank_bytes(m, n, b, b, group_sizes, self.gaussian) for b in widths}
-        least = min(b for b in config.method.bits if b > 0)
-        if config.method.allocation == "bands":
+        least = min(b for b in method.bits if b > 0)
+        if method.allocation == "bands":
             factors = self._factors(delta, metrics, max(share // cost[least], 0))
             bits = per_matrix.bands(len(factors.sigma), cost, share)
             return factors, self._round_v(factors.right, metrics, bits)
         # All ranks are candidates: with C, a rank may be worth more than one of larger sigma.
-        rank = None if 0 in config.method.bits else max(share // cost[least], 0)
+        rank = None if 0 in method.bits else max(share // cost[least], 0)
         factors = self._factors(delta, metrics, rank)
         with self.watch.stage("error table"):
             table, candidates = error_table(
                 factors.right,
                 factors.sigma,
                 metrics.inputs,
-                config.method.bits,
-                config.method.group_size,
+                method.bits,
+                method.group_size,
                 self.gaussian,
             )
-        prices = [cost[b] for b in config.method.bits]
+        prices = [cost[b] for b in method.bits]
         with self.watch.stage("HiGHS"):
-            bits = per_matrix.solve(
-                table, prices, config.method.bits, share, f_max=config.f_max
-            ).bits
-        return factors, pick(candidates, bits)
-
-
-def compress_all(
-    matrices: Mapping[str, Matrix], budget: Budget, config: DeltaMixConfig
-) -> Iterator[tuple[str, Compressed]]:
-    """Yield (name, Compressed) for every matrix, largest ranks first so that slack fills up."""
-    compressor = Compressor(matrices, budget, config)
-    for name in sorted(matrices, key=lambda name: -sum(matrices[name].shape)):
-        matrix = matrices[name]
-        with _named(name):
-            delta = matrix.delta()
-        yield name, compressor.compress(name, delta, matrix.metrics())
-
-
-def _shapes(matrices: Mapping[str, Matrix]) -> dict[str, tuple[int, int]]:
-    return {name: matrix.shape for name, matrix in matrices.items()}
+            (choice,) = per_matrix.solve(table, prices, share, self.config.f_max).choice
+        return factors, pick(candidates, torch.tensor(method.bits)[choice])
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..jobs.resume_store import ResumeStore, TensorList
 from ..jobs.weight_access import LazyWeights, LoadedWeights
 from ..jobs.workers import Workers
 from ..quantization.packed_delta import PackedDelta
-from .scale_tuning import TOKENS_PER_STEP, TuningBatch, tuning_batches
+from .scale_tuning import TOKENS_PER_STEP, TuningRows, tuning_batches
 
 _ALONE = Workers()
 Statistics = tuple[Mapping[str, LayerStatistics], int]
@@ -84,7 +84,7 @@ class LoadedRuns:
         """Measure modules, as `statistics.collect` does."""
         return collect(self.model, modules, batches, fisher, seed)
 
-    def predictions(self, batches: Sequence[Tensor], seed: int) -> Sequence[TuningBatch]:
+    def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningRows:
         """Record what scales are tuned by."""
         return tuning_batches(self.model, batches, seed)
 
@@ -131,7 +131,7 @@ class FileRuns:
         self._passes = found
         return found.found, found.scored
 
-    def predictions(self, batches: Sequence[Tensor], seed: int) -> Sequence[TuningBatch]:
+    def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningRows:
         if self.workers.rank:  # the first tunes
             return []
         places: list[tuple[int, int]] = []  # of each piece: its batch and first row

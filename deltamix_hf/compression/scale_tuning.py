@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,6 @@ LEARNING_RATE = 0.01
 TOKENS_PER_STEP = 128
 _KEEP_OUT = 8
 _LEAST = -1e4  # log-probability of what a model rules out: finite, and exp of it is 0
-# Log-probabilities of the fine-tune that are kept, float16.
 _MOST_BYTES = 1_000_000_000
 
 
@@ -52,28 +51,24 @@ class TuningBatch:
     wanted: Tensor
 
 
-class TuningData(Sequence[TuningBatch]):
-    """The calibration text in steps, with what the fine-tune says to it."""
+@dataclass
+class TuningData:
+    """The calibration text in steps, with what the fine-tune says to it; a part may be on disk."""
 
-    def __init__(self, pieces: Sequence[Tensor], positions: TensorList, wanted: TensorList):
-        self.pieces, self.positions, self.wanted = pieces, positions, wanted
+    pieces: Sequence[Tensor]
+    positions: TensorList
+    wanted: TensorList
 
     def __len__(self) -> int:
         return len(self.wanted)
 
-    @overload
-    def __getitem__(self, i: int) -> TuningBatch: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[TuningBatch]: ...
-    def __getitem__(self, i: int | slice) -> TuningBatch | list[TuningBatch]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(len(self))[i]]
+    def __getitem__(self, i: int) -> TuningBatch:
+        if i >= len(self):
+            raise IndexError(i)
         return TuningBatch(self.pieces[i], self.positions[i], self.wanted[i])
 
 
-def pieces_of(batches: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of all batches, TOKENS_PER_STEP tokens together."""
-    return [piece for ids in batches for piece in split_rows(ids, TOKENS_PER_STEP)]
+TuningRows = TuningData | list[TuningBatch]
 
 
 @torch.no_grad()
@@ -83,33 +78,40 @@ def tuning_batches(
     seed: int,
     tensor_list: Callable[[str], TensorList] = lambda name: [],
     output: Callable[[int, Tensor], Any] | None = None,
+    most_bytes: int = _MOST_BYTES,
 ) -> TuningData:
     """Run the fine-tune over the batches and keep its predictions at random positions.
 
-    `output` is what gives the model's output for piece i, if running it would be slow.
+    Args:
+        batches: token ids int64 [rows, length].
+        seed: of the positions.
+        tensor_list: makes the lists that keep them.
+        output: gives the model's output for piece i, if running it would be slow.
+        most_bytes: of log-probabilities, float16, that are kept.
     """
     random = torch.Generator().manual_seed(seed)
-    course = TuningData(pieces_of(batches), tensor_list("positions"), tensor_list("wanted"))
-    if len(course) == len(course.pieces):
-        return course
-    course.positions.clear()
-    course.wanted.clear()
-    for i, ids in enumerate(course.pieces):
+    pieces = [piece for ids in batches for piece in split_rows(ids, TOKENS_PER_STEP)]
+    data = TuningData(pieces, tensor_list("positions"), tensor_list("wanted"))
+    if len(data) == len(data.pieces):
+        return data
+    data.positions.clear()
+    data.wanted.clear()
+    for i, ids in enumerate(data.pieces):
         found = output(i, ids) if output else model(**inputs_of(model, ids))
         values, is_logits = prediction(found)
         if not is_logits:
-            return course  # nothing to compare distributions of
-        most = max(1, _MOST_BYTES // (len(course.pieces) * values.shape[1] * 2))
+            return data  # nothing to compare distributions of
+        most = max(1, most_bytes // (len(data.pieces) * values.shape[1] * 2))
         chosen = torch.randperm(len(values), generator=random)[:most].sort().values
         logs = values[chosen.to(values.device)].float().log_softmax(-1)
-        course.positions.append(chosen)
-        course.wanted.append(logs.clamp(min=_LEAST).half().cpu())
-    return course
+        data.positions.append(chosen)
+        data.wanted.append(logs.clamp(min=_LEAST).half().cpu())
+    return data
 
 
 def tune(
     model: PreTrainedModel,
-    course: Sequence[TuningBatch],
+    data: TuningRows,
     steps: int,
     store: ResumeStore | None = None,
     small: bool = False,
@@ -120,7 +122,7 @@ def tune(
     module runs: unpacked, all of them take half as much memory as the model.
     """
     modules = _tunable(model)
-    if not course or not modules or not steps:
+    if not data or not modules or not steps:
         return []
     owners = {id(ranks_of(m)): m for m in modules.values()}  # tied modules share their gain
     gains = {
@@ -131,7 +133,7 @@ def tune(
         _open(module, gains[id(ranks_of(module))], small)
     try:
         with frozen(model):
-            losses = _train(model, list(gains.values()), course, steps, store or ResumeStore())
+            losses = _train(model, list(gains.values()), data, steps, store or ResumeStore())
     finally:
         for module in modules.values():
             _close(module)
@@ -143,18 +145,18 @@ def tune(
 def _train(
     model: PreTrainedModel,
     gains: list[Tensor],
-    course: Sequence[TuningBatch],
+    data: TuningRows,
     steps: int,
     store: ResumeStore,
 ) -> list[float]:
     """Adam on the gains; they end at 0 if they do not help on the texts kept out."""
     optimizer = torch.optim.Adam(gains, lr=LEARNING_RATE)
     losses: list[float] = []
-    validation = validation_rows(course)
-    train_ids = [i for i in range(len(course)) if i % _KEEP_OUT or not validation]
-    lesson = 0
+    validation = validation_rows(data)
+    train_ids = [i for i in range(len(data)) if i % _KEEP_OUT or not validation]
+    position = 0
     if found := store.read("tuning"):
-        tensors, (losses, lesson, before) = found
+        tensors, (losses, position, before) = found
         _restore(optimizer, gains, tensors)
     else:
         before = _mean(model, validation)
@@ -165,9 +167,9 @@ def _train(
         batch: list[TuningBatch] = []
         tokens = 0
         while tokens < TOKENS_PER_STEP and len(batch) < len(train_ids):
-            batch.append(course[train_ids[lesson % len(train_ids)]])
+            batch.append(data[train_ids[position % len(train_ids)]])
             tokens += batch[-1].ids.numel()
-            lesson += 1
+            position += 1
         scored = sum(len(item.positions) for item in batch)
         total = 0.0
         optimizer.zero_grad()
@@ -178,7 +180,7 @@ def _train(
             total += loss.item()
         optimizer.step()
         losses.append(total)
-        store.write("tuning", _state(optimizer, gains), [losses, lesson, before])
+        store.write("tuning", _state(optimizer, gains), [losses, position, before])
         bar.update()
     bar.close()
     if not _mean(model, validation) <= before:  # worse, or NaN
@@ -187,14 +189,14 @@ def _train(
     return losses
 
 
-def validation_rows(course: Sequence[TuningBatch]) -> Sequence[TuningBatch]:
-    """The texts that decide whether tuning helped, and are not trained on."""
-    return course[::_KEEP_OUT] if len(course) > 1 else []
+def validation_rows(data: TuningRows) -> list[TuningBatch]:
+    """Read the texts that decide whether tuning helped, and are not trained on."""
+    return [data[i] for i in range(0, len(data), _KEEP_OUT)] if len(data) > 1 else []
 
 
-def validation_kl(model: PreTrainedModel, course: Sequence[TuningBatch]) -> dict[str, float]:
-    """KL(fine-tune ‖ model), nats for each position of the texts kept out; empty without any."""
-    validation = validation_rows(course)
+def validation_kl(model: PreTrainedModel, data: TuningRows) -> dict[str, float]:
+    """Measure KL(fine-tune ‖ model) on the texts kept out, in nats per position; {} without any."""
+    validation = validation_rows(data)
     positions = sum(len(item.positions) for item in validation)
     if not positions:
         return {}
@@ -247,15 +249,15 @@ def _tunable(model: PreTrainedModel) -> dict[str, DeltaModule]:
 
 
 def ranks_of(module: DeltaModule) -> Tensor:
-    """The `dm_ranks` tensor int16 [k, 1 + groups], typed."""
+    """Return the `dm_ranks` tensor int16 [k, 1 + groups], typed."""
     return cast(Tensor, module.dm_ranks)
 
 
 @torch.no_grad()
-def _mean(model: PreTrainedModel, course: Sequence[TuningBatch]) -> float:
+def _mean(model: PreTrainedModel, data: Sequence[TuningBatch]) -> float:
     """KL(fine-tune ‖ model), nats per scored position."""
-    scored = sum(len(item.positions) for item in course)
-    return sum(_divergence(model, item).item() for item in course) / max(scored, 1)
+    scored = sum(len(item.positions) for item in data)
+    return sum(_divergence(model, item).item() for item in data) / max(scored, 1)
 
 
 def _divergence(model: PreTrainedModel, item: TuningBatch) -> Tensor:

@@ -10,7 +10,7 @@ docs/budget.md has them beside the measured KL of real pairs.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..allocation.whole_model import solve_global
+from ..allocation.whole_model import DEFAULT_GAP, solve_global
 from ..checkpoint.base import BaseCheckpoint, same, weights_from_base
-from ..checkpoint.tensor_diff import packable, packable_experts
-from ..checkpoint.vocabulary import is_resized, one_for_each_token, vocabulary_modules
+from ..checkpoint.tensor_diff import Difference, differences
 from ..compression.budget import plan_budget, rank_options
 from ..config import DeltaMixConfig, overlay_dtype
 from ..errors import DeltaMixError
@@ -29,7 +28,7 @@ from ..linalg.svd import singular_values
 from ..method import DEFAULT_METHOD, METHODS
 from ..nn.experts import fused_name, fused_sizes, slice_shape
 from ..nn.layers import shape_of
-from ..storage.names import ROWS, guard_names
+from ..storage.names import guard_names
 from ..storage.sizes import reference_bytes
 
 RATIOS = (1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128)
@@ -98,7 +97,7 @@ class Distance:
         return min(safe, key=lambda b: b.bytes, default=None)
 
     def by_type(self) -> dict[str, list[MatrixDistance]]:
-        """The matrices by name without the numbers of layers."""
+        """Group the matrices by name without the numbers of layers."""
         groups: dict[str, list[MatrixDistance]] = {}
         for name, matrix in self.matrices.items():
             kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", fused_name(name) or name)
@@ -107,7 +106,7 @@ class Distance:
 
 
 def relative(matrices: Sequence[MatrixDistance]) -> float:
-    """|ΔW| / |W_base| of some matrices together; infinite over a base of zeros."""
+    """Divide |ΔW| by |W_base| of some matrices together; infinite over a base of zeros."""
     delta, base = (sum(getattr(m, part) for m in matrices) for part in ("delta", "base"))
     return (delta / base) ** 0.5 if base else (float("inf") if delta else 0.0)
 
@@ -119,7 +118,7 @@ def measure(
     config: DeltaMixConfig,
     ratios: Sequence[float] = RATIOS,
 ) -> Distance:
-    """The distance of two checkpoints of the architecture of `model`, whose weights may be meta.
+    """Measure the distance of two checkpoints of the architecture of `model`, which may be meta.
 
     Raises:
         DeltaMixError: they have no tensor in common or other shapes, or the fine-tune holds NaN.
@@ -131,66 +130,39 @@ def measure(
     matrices: dict[str, MatrixDistance] = {}
     overlay: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     identical = 0
-    ends = list(vocabulary_modules(model).values())
-    bar = logging.tqdm(total=len(names), desc="Measuring ΔW", unit="tensor")
-    for name in names:
-        found = _compare(model, ends, tuned, base, name)
-        if found is None:
+    bar = logging.tqdm(names, desc="Measuring ΔW", unit="tensor")
+    for found in differences(model, base, ((name, tuned.read(name)) for name in bar)):
+        if found.kind == "same":
             identical += 1
-        elif isinstance(found, dict):
-            matrices |= found
+        elif found.kind in ("matrix", "experts"):
+            matrices |= _distances(model, found)
         else:
-            overlay[name] = overlay_dtype(found.dtype, config), tuple(found.shape)
-        added = base.added(name)
-        if added is not None:
-            rows = f"{name.removesuffix('.weight')}.{ROWS}"
-            overlay[rows] = overlay_dtype(added.dtype, config), tuple(added.shape)
-        bar.update()
-    bar.close()
+            overlay[found.name] = overlay_dtype(found.ours.dtype, config), tuple(found.ours.shape)
     guards = guard_names(weights_from_base(model, base, overlay), model.base_model_prefix)
     experts = fused_sizes(model, matrices)
+    gap = config.allocation_gap or DEFAULT_GAP
     losses = [
-        _loss(matrices, overlay, guards, experts, ratio) for ratio in ratios if matrices or overlay
+        _loss(matrices, overlay, guards, experts, ratio, gap)
+        for ratio in ratios
+        if matrices or overlay
     ]
     return Distance(matrices, overlay, identical, _reference(matrices, overlay), losses)
 
 
-def _compare(
-    model: PreTrainedModel,
-    ends: Collection[nn.Module],
-    tuned: BaseCheckpoint,
-    base: BaseCheckpoint,
-    name: str,
-) -> dict[str, MatrixDistance] | Tensor | None:
-    """Matrices to pack, by name; None: equal; a tensor: to be stored whole."""
-    value = tuned.read(name)
-    if value.is_floating_point() and not torch.isfinite(value).all():
-        raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
-    if name not in base:
-        return value
-    module_name, _, leaf = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    if module in ends and is_resized(base, module, name):
-        base.resize(name, value)  # added rows are stored, and are no part of ΔW
-    before = base.read(name)
-    if before.shape != value.shape and not one_for_each_token(ends, value):
-        raise DeltaMixError(
-            f"{name} is {list(value.shape)} in the fine-tune and {list(before.shape)} in the base: "
-            "this is not the base it was fine-tuned from"
-        )
-    if same(value, before):
-        return None
-    if packable_experts(module, name, ()):
-        shape, pairs = slice_shape(module, leaf), enumerate(zip(value, before, strict=True))
-        return {
-            f"{name}.{number}": _distance(shape, expert, its, False)
-            for number, (expert, its) in pairs
-            if not same(expert, its)
-        }
-    if leaf != "weight" or not packable(module, module_name, ()):
-        return value
-    embedding = isinstance(module, nn.Embedding)
-    return {module_name: _distance(shape_of(module), value, before, embedding)}
+def _distances(model: PreTrainedModel, found: Difference) -> dict[str, MatrixDistance]:
+    """The matrix, or those of the experts that differ, by name."""
+    assert found.base is not None
+    owner, _, leaf = found.name.rpartition(".")
+    module = model.get_submodule(owner)
+    if found.kind == "matrix":
+        embedding = isinstance(module, nn.Embedding)
+        return {owner: _distance(shape_of(module), found.ours, found.base, embedding)}
+    shape, pairs = slice_shape(module, leaf), enumerate(zip(found.ours, found.base, strict=True))
+    return {
+        f"{found.name}.{number}": _distance(shape, expert, its, False)
+        for number, (expert, its) in pairs
+        if not same(expert, its)
+    }
 
 
 def _distance(
@@ -212,6 +184,7 @@ def _loss(
     guards: list[str],
     experts: dict[str, int],
     ratio: float,
+    gap: float,
 ) -> BudgetLoss:
     config = DeltaMixConfig(ratio=ratio, method=replace(METHODS[DEFAULT_METHOD], drop_penalty=1.0))
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
@@ -225,7 +198,7 @@ def _loss(
         rank_options(matrix.shape, config.method.group_sizes(matrix.embedding), config)[0]
         for matrix in matrices.values()
     ]
-    found = solve_global(energies, options, budget.ranks)
+    found = solve_global(energies, options, budget.ranks, gap)
     whole = sum(float(e.sum()) for e in energies)
     return BudgetLoss(ratio, budget.total, found.error / whole if whole else 0.0)
 

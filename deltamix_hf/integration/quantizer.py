@@ -4,78 +4,38 @@ Compress on load: transformers loads the fine-tune as usual; the after-hook comp
 the base and turns the modules into their delta counterparts.
 
 Load a delta repo: the before-hook attaches empty packed parameters as the file headers say, checks
-the base, and splices the base's files into the very list transformers is about to read:
-[delta, base, delta]. So renames, expert fusion, dtype, device_map and offload stay transformers'
-own. The delta comes first because disk offload indexes the first file only, and last because the
-last copy of a key wins. Base keys that the delta supplies under another name, and the guards, are
-hidden by a renaming of our own.
+the base, and splices its files into what transformers is about to read (`load_plan`).
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import re
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-)
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint.base import BaseCheckpoint, KeyMap, commit_of, resolve_base
-from ..checkpoint.delta_repo import (
-    Contents,
-    check_finite,
-    contents_of,
-    read_packed,
-    without_codes,
-)
-from ..checkpoint.validation import check_base_was_read, check_parts_fit, checked_headers
-from ..checkpoint.vocabulary import FitRows
+from ..checkpoint.base import BaseCheckpoint, KeyMap, find_base, resolve_base
+from ..checkpoint.delta_repo import contents_of
+from ..checkpoint.validation import base_checks, checked_headers, require
 from ..compression.model import compress
 from ..compression.runs import Source
 from ..config import DeltaMixConfig
 from ..constants import NOTICE
-from ..errors import DeltaMixError, first_line
+from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore
 from ..nn import tensor_parallel
-from ..nn.experts import attach_experts, delta_experts
-from ..nn.layers import (
-    DeltaModule,
-    attach_with_ties,
-    delta_modules,
-    detach,
-    untie_packed,
-    weight_of,
-)
+from ..nn.experts import delta_experts
+from ..nn.layers import DeltaModule, delta_modules, detach, untie_packed, weight_of
 from ..nn.shared_input import link_shared_inputs
-from ..storage.headers import TensorInfo, read_tensor
-from ..storage.names import ROWS, is_guard, packed_part
-from .saving import delta_state_dict, install_save, stored_without_base, uninstall_save
-
-_HIDDEN = "deltamix.hidden."
-
-
-class _HideKeys(WeightRenaming):
-    """Renames the given checkpoint keys out of the model's sight."""
-
-    __slots__ = ("hidden",)
-
-    def __init__(self, hidden: set[str]):
-        super().__init__(source_patterns="^$", target_patterns=_HIDDEN)
-        self.hidden = hidden
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        if source_key in self.hidden:
-            return _HIDDEN + source_key.replace(".", "/"), None
-        return source_key, None
+from ..storage.names import is_guard, packed_part
+from ..storage.untrusted_paths import commit_of
+from .load_plan import LoadPlan, attach_packed
+from .saving import Places, delta_state_dict, install_save, stored_without_base, uninstall_save
 
 
 class DeltaMixHfQuantizer(HfQuantizer):
@@ -93,27 +53,21 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self.store = ResumeStore()  # of compression: removed when the delta is saved
         self.stored: dict[str, torch.Tensor] | None = None  # of a model without its base's weights
         self.commit: str | None = None  # of the repo being loaded; its tokenizer is saved along
-        self._hidden: set[str] = set()
-        self._base: BaseCheckpoint | None = None  # from the before-hook to the after-hook
-        self._from_base: list[str] = []
-        self._whole: list[str] = []  # what the delta repo replaces
-        # where packed tensors lie in the files, if processes share them: name -> name there
-        self._factors: dict[str, tuple[TensorInfo, str]] = {}
-        self._resized: list[WeightConverter] = []  # of matrices with more or fewer rows
+        self._plan: LoadPlan | None = None  # from the before-hook to the after-hook
+        self._places: Places = {}  # of packed parameters that processes share
         self._dtype = torch.get_default_dtype()  # the one asked for
-        self._dtypes: dict[str, torch.dtype] = {}  # what transformers should have cast to
 
     # What transformers asks before loading
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:  # else it depends on where the delta repo is: not known yet
-            self._find_base()
+            config = self.quantization_config
+            found = resolve_base(config.base_model, config.base_revision, config.base_kwargs)
+            self._use_base(*found)
 
-    def _find_base(self) -> None:
-        config = self.quantization_config
-        self.base_files, commit = resolve_base(
-            config.base_model, config.base_revision, config.base_kwargs
-        )
+    def _use_base(self, files: list[str], commit: str | None) -> None:
+        """Note where the base is, and its commit if it has one."""
+        config, self.base_files = self.quantization_config, files
         if commit is not None:
             config.base_revision = commit
         if config.base_model and os.path.isdir(config.base_model):
@@ -124,7 +78,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         return dtype
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The first hook that sees the model's config: take out what stops loading without us."""
+        """Take out of the model's config, in the first hook that sees it, what stops loading."""
         if getattr(config, "transformers_weights", None) == NOTICE:
             del config.transformers_weights
         return config
@@ -148,81 +102,28 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self.commit = commit_of(checkpoint_files[0]) if checkpoint_files else None
-        kinds = tensor_parallel.wanted(model)
-        tensor_parallel.check_wanted(kinds, self.quantization_config, not self.pre_quantized)
+        config, kinds = self.quantization_config, tensor_parallel.wanted(model)
+        tensor_parallel.check_wanted(kinds, config, not self.pre_quantized)
         if not self.pre_quantized:
             return
         if not checkpoint_files:
             raise DeltaMixError("a delta repo is loaded from its own files; no state_dict, please")
         delta_files = list(checkpoint_files)
-        infos = checked_headers(model, delta_files, self.quantization_config, self.commit)
+        infos = checked_headers(model, delta_files)
         keys = KeyMap(model)
-        contents = contents_of(infos, self.quantization_config, keys)
-        places: dict[str, tuple[TensorInfo, str]] = {}
-        for name, stored in contents.packed.items():
-            places |= self._attach_placeholders(keys, name, stored, infos)
-        if contents.absent and not contents.packed:
-            raise DeltaMixError(
-                f"none of the matrices of the delta repo belong to a {type(model).__name__}; load "
-                "it with the class it was made from"
-            )
-        self._find_base()
+        contents = contents_of(infos, config, keys)
+        places = attach_packed(keys, contents, config, infos)
+        self._use_base(*find_base(config, str(model.config.name_or_path), delta_files[0]))
         base = BaseCheckpoint(self.base_files, model)
-        check_parts_fit(model, keys, contents, base, self.quantization_config)
-        supplied, overlay = contents.overlay, set(contents.overlay.values())
-        self._hidden = contents.guards | (base.hidden_keys(supplied) - overlay)
-        self._resized = self._fitting_rows(contents, base, infos)
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            "^" + _HIDDEN.replace(".", r"\."),
-        }
+        require(base_checks(keys, contents, base, config))
         if kinds:
             tensor_parallel.plan_packed(model, set(contents.resized))
-            self._factors = places
-        self._base = base
-        self._from_base = [n for n in keys.state if n in base and n not in supplied]
-        self._whole = list(supplied)
-        self._dtypes = {n: t.dtype for n, t in keys.state.items() if t.is_floating_point()}
-        if plan := model._get_dtype_plan(self._dtype):  # parts that stay in float32
-            kept, _, _ = build_glob_alternation(list(plan))
-            self._dtypes = {n: d for n, d in self._dtypes.items() if not kept.search(n)}
+            self._places = places
+        self._plan = LoadPlan.of(keys, contents, base, infos, self._dtype)
         checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
 
-    def _attach_placeholders(
-        self, keys: KeyMap, name: str, stored: str, infos: dict[str, TensorInfo]
-    ) -> dict[str, tuple[TensorInfo, str]]:
-        """Give the module or 3-D parameter `name`, and what is tied to it, meta parameters.
-
-        Returns:
-            Where the files hold them: parameter name -> (info, name there).
-        """
-        packed = read_packed(keys, name, stored, self.quantization_config, without_codes(infos))
-        empty, names = packed.to(torch.device("meta")), packed.names(name)
-        if packed.counts is None:
-            attach_with_ties(keys.model, name, empty)
-        else:
-            owner, _, leaf = name.rpartition(".")
-            attach_experts(keys.model.get_submodule(owner), leaf, empty)
-        return {names[part]: (infos[key], key) for part, key in packed.names(stored).items()}
-
-    def _fitting_rows(
-        self, contents: Contents, base: BaseCheckpoint, infos: dict[str, TensorInfo]
-    ) -> list[WeightConverter]:
-        """How transformers makes a matrix whose rows are not all the base's."""
-        converters = []
-        for name, found in contents.resized.items():
-            weight = f"{name}.weight"
-            sources = [*base.checkpoint_keys(weight), weight, found.stored or f"{name}.{ROWS}"]
-            if found.stored is not None:
-                check_finite(found.stored, read_tensor(infos[found.stored], found.stored))
-            patterns = [f"^{re.escape(source)}$" for source in dict.fromkeys(sources)]
-            converters.append(WeightConverter(patterns, weight, [FitRows(found.rows)]))
-        return converters
-
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        if not (self._hidden or self._resized):
-            return weight_conversions
-        return [_HideKeys(self._hidden), *self._resized, *weight_conversions]
+        return self._plan.conversions(weight_conversions) if self._plan else weight_conversions
 
     # After loading, both ways
 
@@ -230,19 +131,9 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         if self.pre_quantized:
-            _complete_offload_index(model)
-            base, self._base = self._base, None
-            assert base is not None
-            check_base_was_read(model, base, self._from_base)
-            for name in self._whole:
-                tensor = model.get_parameter_or_buffer(name)
-                if tensor.device.type != "meta":
-                    check_finite(name, tensor_parallel.own(tensor))
-            self._cast_renamed(model)
-            conversions: Any = getattr(model, "_weight_conversions", None) or []
-            # they are undone on saving, which ours need not be
-            kept: Any = [c for c in conversions if c not in self._resized]
-            model._weight_conversions = kept
+            plan, self._plan = self._plan, None
+            assert plan is not None
+            plan.finish(model)
             if self.quantization_config.dequantize:
                 return self._dequantize(model)
         else:
@@ -265,13 +156,6 @@ class DeltaMixHfQuantizer(HfQuantizer):
         install_save(model)
         model.resize_token_embeddings = MethodType(_resize, model)  # type: ignore[method-assign]
         return model
-
-    def _cast_renamed(self, model: PreTrainedModel) -> None:
-        """Cast what transformers 5.16 to 5.19 leave as stored: renamed tensors of such repos."""
-        for name, dtype in self._dtypes.items():
-            tensor = model.get_parameter_or_buffer(name)
-            if tensor.device.type != "meta" and tensor.dtype != dtype:
-                tensor.data = tensor.data.to(dtype)
 
     def _compress(self, source: Source) -> None:
         base, config = BaseCheckpoint(self.base_files, source.model), self.quantization_config
@@ -324,22 +208,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
         stored = self.stored
         if stored is None:
             base = BaseCheckpoint(self.base_files, model)
-            stored = delta_state_dict(model, base, self._whole_factor)
+            stored = delta_state_dict(model, base, self._places)
         whole = [n for n in stored if not is_guard(n) and packed_part(n) is None]
         self.quantization_config.overlay = sorted(whole)
         return stored, {}
-
-    def _whole_factor(self, name: str, held: torch.Tensor) -> torch.Tensor:
-        """A packed tensor, read again from the delta repo if this process holds a part of it."""
-        if name not in self._factors:
-            return held
-        try:
-            return read_tensor(*self._factors[name])
-        except OSError as error:
-            raise DeltaMixError(
-                "a model shared out among processes is saved from the delta repo it was loaded "
-                f"from, which is gone: {first_line(error)}"
-            ) from error
 
 
 def _resize(
@@ -354,20 +226,3 @@ def _resize(
             "before compressing it, or call model.dequantize() first"
         )
     return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
-
-
-def _complete_offload_index(model: PreTrainedModel) -> None:
-    """Tell accelerate where tied weights lie on disk.
-
-    transformers looks for them in the first checkpoint file only; ours is the delta's, and the
-    weights are the base's.
-    """
-    if "disk" not in getattr(model, "hf_device_map", {}).values():
-        return
-    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
-    maps = [getattr(hook, "weights_map", None) for hook in hooks]
-    found = [weights_map.dataset.index for weights_map in maps if weights_map is not None]
-    for index in found[:1]:  # all hooks share one
-        for target, source in model.all_tied_weights_keys.items():
-            if source in index:
-                index.setdefault(target, index[source])

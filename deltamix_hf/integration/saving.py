@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -23,15 +23,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..checkpoint.base import BaseCheckpoint, same, weights_from_base
+from ..checkpoint.base import BaseCheckpoint, weights_from_base
+from ..checkpoint.tensor_diff import differences
 from ..config import DeltaMixConfig, overlay_dtype
 from ..constants import NOTICE
-from ..errors import DeltaMixError
+from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
 from ..nn.experts import delta_experts
 from ..nn.layers import delta_modules
 from ..nn.tensor_parallel import wanted, whole
-from ..storage.names import GUARD, ROWS, guard_names, packed_part
+from ..storage.headers import TensorInfo, read_tensor
+from ..storage.names import GUARD, guard_names, packed_part
 
 # Files that make up tokenizers and processors on the Hub; copied as they are.
 COMPANIONS = (
@@ -62,54 +64,53 @@ HUB_OPTIONS = (
 )
 
 
+Places = dict[str, tuple[TensorInfo, str]]  # parameter -> its entry in a file, its name there
+
+
 @torch.no_grad()
 def delta_state_dict(
-    model: PreTrainedModel,
-    base: BaseCheckpoint,
-    factor: Callable[[str, Tensor], Tensor] = lambda name, held: held,
+    model: PreTrainedModel, base: BaseCheckpoint, places: Places
 ) -> dict[str, Tensor]:
-    """What a delta repo stores: packed tensors, overlay and guards, under model names.
+    """Collect what a delta repo stores: packed tensors, overlay and guards, under model names.
 
-    `factor` gives the whole of a packed tensor, from its name and what the model holds of it. Of
-    processes that share a model all must call this.
+    Of processes that share a model all must call this.
+
+    Args:
+        places: packed parameters of which this process holds a part, to be read again from there.
 
     Raises:
-        DeltaMixError: a base weight was edited (merged adapters), or weights are offloaded.
+        DeltaMixError: a base weight was edited (merged adapters), weights are offloaded, or the
+            delta repo to read from is gone.
     """
     quantizer: Any = model.hf_quantizer
     config = quantizer.quantization_config
-    state = model.state_dict()
-    tied = set(model.all_tied_weights_keys)
     stored: dict[str, Tensor] = {}
     frozen = {f"{module}.weight" for module in delta_modules(model)}
     for module, experts in delta_experts(model).items():
         frozen |= {f"{module}.{leaf}" for leaf in experts.dm_group_sizes}
-    for name, tensor in state.items():
-        module, _, leaf = name.rpartition(".")
-        if name in tied:
-            continue
-        if tensor.device.type == "meta":
-            raise DeltaMixError(
-                f"{name} is offloaded and cannot be saved from here; load without offload"
-            )
-        tensor = whole(tensor)
-        if packed_part(name):
-            stored[name] = factor(name, tensor)
-        elif name in base:
-            if leaf == "weight" and module in config.resized:  # a bias of that length is whole
-                base.resize(name, tensor)
-                if (added := base.added(name)) is not None:
-                    stored[f"{module}.{ROWS}"] = added.to(overlay_dtype(added.dtype, config))
-            unchanged = same(tensor, base.read(name))
-            if name in frozen and not unchanged:
+
+    def unpacked() -> Iterator[tuple[str, Tensor]]:
+        """What is to be compared with the base; packed tensors are stored on the way."""
+        for name, tensor in model.state_dict().items():
+            if name in model.all_tied_weights_keys:
+                continue
+            if tensor.device.type == "meta":
                 raise DeltaMixError(
-                    f"the frozen base weight {name} was edited (merged adapters?); save the dense "
-                    "model instead: model.dequantize(), then save_pretrained"
+                    f"{name} is offloaded and cannot be saved from here; load without offload"
                 )
-            if not unchanged:
-                stored[name] = tensor.to(overlay_dtype(tensor.dtype, config))
-        elif not base.supplies(name):
-            stored[name] = tensor.to(overlay_dtype(tensor.dtype, config))
+            if packed_part(name):
+                stored[name] = _read_whole(*places[name]) if name in places else whole(tensor)
+            elif name in base or not base.supplies(name):
+                yield name, whole(tensor)
+
+    for found in differences(model, base, unpacked()):
+        if found.kind != "same" and found.name in frozen:
+            raise DeltaMixError(
+                f"the frozen base weight {found.name} was edited (merged adapters?); save the "
+                "dense model instead: model.dequantize(), then save_pretrained"
+            )
+        if found.kind != "same":
+            stored[found.name] = found.ours.to(overlay_dtype(found.ours.dtype, config))
     return stored | _guards(model, base, stored)
 
 
@@ -119,7 +120,7 @@ def stored_without_base(
     config: DeltaMixConfig,
     overlay: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Give `delta_state_dict` of a model compressed from files, whose base weights are nowhere."""
+    """Collect what `delta_state_dict` does of a model whose base weights are nowhere."""
     tied = set(model.all_tied_weights_keys)
     stored = {
         name: tensor
@@ -138,6 +139,16 @@ def _guards(
     return {name: torch.zeros(shape, dtype=dtype) for name in names}
 
 
+def _read_whole(info: TensorInfo, name: str) -> Tensor:
+    try:
+        return read_tensor(info, name)
+    except OSError as error:
+        raise DeltaMixError(
+            "a model shared out among processes is saved from the delta repo it was loaded "
+            f"from, which is gone: {first_line(error)}"
+        ) from error
+
+
 def install_save(model: PreTrainedModel) -> None:
     """Make `model.save_pretrained` and `push_to_hub` write a whole delta repo."""
     model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
@@ -145,7 +156,7 @@ def install_save(model: PreTrainedModel) -> None:
 
 
 def uninstall_save(model: PreTrainedModel) -> None:
-    """Back to the class's own `save_pretrained` and `push_to_hub`."""
+    """Restore the class's own `save_pretrained` and `push_to_hub`."""
     for name in ("save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
 
@@ -156,7 +167,7 @@ def save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """`PreTrainedModel.save_pretrained`, complete and atomic.
+    """Save as `PreTrainedModel.save_pretrained`, complete and atomic.
 
     Raises:
         DeltaMixError: the folder cannot be written; nothing is left behind.
@@ -199,7 +210,7 @@ def push_to_hub(
     max_shard_size: int | str = "50GB",
     **options: Any,
 ) -> str:
-    """`PreTrainedModel.push_to_hub` with a model card made from what was measured.
+    """Push as `PreTrainedModel.push_to_hub`, with a model card made from what was measured.
 
     `options` are `push_folder`'s. With an adapter on top only that is pushed, as elsewhere.
 
@@ -230,7 +241,7 @@ def _adapter_alone(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A hidden sibling of `target` to write into; what is there at the end becomes `target`.
+    """Context manager: a hidden sibling of `target` to write into, which becomes `target`.
 
     Raises:
         DeltaMixError: the folder cannot be written; nothing is left behind.

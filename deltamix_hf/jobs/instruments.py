@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Stopwatch:
-    """Attributes: seconds: of each stage so far, without the stages inside it."""
+    """Seconds of each stage so far, without the stages inside it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -25,7 +25,7 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time until the end as that of `name`."""
+        """Context manager: count the time as that of `name`."""
         self._count()
         self._running.append(name)
         try:

@@ -62,7 +62,7 @@ class ResumeStore:
         return path is not None and path.is_file()
 
     def read(self, name: str, mapped: bool = False) -> tuple[dict[str, Tensor], Any] | None:
-        """Tensors and facts of a finished part; None if there is none that can be read.
+        """Read tensors and facts of a finished part; None if there is none that can be read.
 
         `mapped` tensors lie in the file, and come into memory where they are looked at.
         """
@@ -104,7 +104,7 @@ class ResumeStore:
             ) from error
 
     def of(self, worker: int) -> ResumeStore:
-        """A journal of its own in the same folder, for what no other worker is to see."""
+        """Open a store in the same folder for what no other worker is to see."""
         if worker == 0:
             return self
         return ResumeStore(self.folder, job_identity([self.identity, worker], {}))
@@ -122,7 +122,7 @@ class ResumeStore:
 
 
 class TensorList:
-    """A list of tensors that a journal keeps on disk, in the order they came; they leave as copies.
+    """A list of tensors on disk, in the order they came; they are read as copies.
 
     What an earlier run has put there is there again; `clear` it to begin anew.
     """
@@ -149,17 +149,19 @@ class TensorList:
         self.store.write(self._key(range(self._length)[index]), {"item": value})
 
     def append(self, value: Tensor) -> None:
+        """Write a tensor to the end."""
         self.store.write(self._key(self._length), {"item": value})
         self._length += 1
 
     def clear(self) -> None:
+        """Forget all tensors."""
         while self._length:
             self._length -= 1
             self.store.forget(self._key(self._length))
 
 
 def job_identity(facts: Any, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of facts that JSON can hold and of named tensors: dtypes, shapes and values."""
+    """Hash facts that JSON can hold and named tensors (dtypes, shapes, values) by SHA-256."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -24,35 +24,23 @@ from ..errors import DeltaMixError, first_line
 from .instruments import trim_heap
 
 
-class Weights(Protocol):
-    """Attributes: device: where the model runs."""
-
-    device: torch.device
-
-    def read(self, name: str) -> Tensor:
-        """Read the fine-tune's value of a parameter."""
-
-    def read_expert(self, name: str, number: int) -> Tensor:
-        """Read one matrix of a 3-D parameter."""
-
-    def put_base(self, name: str, number: int | None = None) -> None:
-        """Let a parameter, or one matrix of a 3-D one, have the base's value from now on."""
-
-
 class LoadedWeights:
-    """Weights of a model in memory."""
+    """Weights of a model in memory; `device` is where it runs."""
 
     def __init__(self, model: PreTrainedModel, base: BaseCheckpoint):
         self.model, self.base, self.device = model, base, model.device
 
     def read(self, name: str) -> Tensor:
+        """Read the fine-tune's value of a parameter."""
         return self.model.get_parameter(name).detach()
 
     def read_expert(self, name: str, number: int) -> Tensor:
+        """Read one matrix of a 3-D parameter."""
         return self.read(name)[number]
 
     @torch.no_grad()
     def put_base(self, name: str, number: int | None = None) -> None:
+        """Give a parameter, or one matrix of a 3-D one, the base's value."""
         parameter = self.model.get_parameter(name)
         if number is None:
             parameter.copy_(self.base.read(name))
@@ -85,11 +73,12 @@ class _Part:
 
 
 class LazyWeights:
-    """Gives `model`, as `unloaded` makes it, its weights while it runs on `device`.
+    """Weights of a model, as `unloaded` makes it, which has them while its modules run.
 
     Args:
         tuned: where its weights are.
         base: where they are once `put_base` was called.
+        device: where it runs.
         overlay: what is in memory all the time, by name, and may be changed there.
 
     Raises:
@@ -215,3 +204,6 @@ class LazyWeights:
             self._addresses.pop(held.untyped_storage().data_ptr(), None)
             owner._parameters[leaf] = empty
         part.taken.clear()
+
+
+Weights = LoadedWeights | LazyWeights

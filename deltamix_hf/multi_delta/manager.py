@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ from ..nn.layers import (
 from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose
 from ..quantization.packed_delta import PackedDelta
-from ..storage.headers import TensorInfo, check_base, fingerprints
+from ..storage.headers import check_base
 from .config_mismatch import differing
 from .grouped import refresh
 from .layers import ExpertDeltas, RoutedModule, make_routed, routed_experts_class
@@ -59,7 +59,6 @@ class DeltaManager:
         self.active: str | None = None
         self.enabled = True
         self._modules: dict[str, set[str]] = {}  # resident delta -> modules it changes
-        self._fingerprints: dict[str, str] = {}  # of the base's tensors, once asked for
         self._base = _base_of(model)
         self._adopt_own()
         for module_name, module in model.named_modules():
@@ -81,8 +80,9 @@ class DeltaManager:
                 UserWarning,
                 stacklevel=3,
             )
-        check_base(config.base_fingerprints, self._base.infos, "the model's base", self._known)
-        read = partial(read_delta, repo, files, config, self._base.keys)
+        base, recorded = self._base, config.base_fingerprints
+        check_base(recorded, base.infos, "the model's base", base.fingerprints)
+        read = partial(read_delta, repo, files, config, base.keys)
         self.pool.add(name, read(), read)
 
     def _place(self, name: str, stored: StoredDelta) -> None:
@@ -214,12 +214,6 @@ class DeltaManager:
         return Route([row_delta(name) for name in rows])
 
     # What it needs to know
-
-    def _known(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-        """Fingerprints of the base's tensors; each is hashed once for all deltas."""
-        missing = {key: info for key, info in infos.items() if key not in self._fingerprints}
-        self._fingerprints |= fingerprints(missing)
-        return {key: self._fingerprints[key] for key in infos}
 
     @torch.no_grad()
     def _adopt_own(self) -> None:

@@ -20,6 +20,7 @@ from .gptq import Rounded
 from .packed_layout import (
     GroupSizes,
     Runs,
+    bytes_by_kind,
     checked_layouts,
     exponent_of,
     layout_of,
@@ -126,7 +127,7 @@ class PackedDelta:
         gaussian: bool,
         experts: int | None = None,
     ) -> PackedDelta:
-        """`checked`, of tensors that `get` gives by name: those stored for `prefix`.
+        """Read the tensors stored for `prefix`, which `get` gives by name, as `checked` does.
 
         Raises:
             DeltaMixError: as `checked`.
@@ -161,7 +162,7 @@ class PackedDelta:
         return self._changed(lambda tensor: tensor.to(device, non_blocking=later))
 
     def move(self, device: torch.device) -> None:
-        """`to`, in place."""
+        """Move to `device`, in place."""
         vars(self).update(self.to(device).tensors)
 
     def pinned(self) -> PackedDelta:
@@ -182,15 +183,9 @@ class PackedDelta:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Count bytes: codes ("payload"), scales and zero points ("scales"), widths and experts'
-        counts ("metadata")."""
-        size = {part: t.numel() * t.element_size() for part, t in self.tensors.items()}
-        widths = 2 * self.rank
-        return {
-            "payload": size["v"] + size["u"],
-            "scales": size["ranks"] - widths + size.get("zeros", 0),
-            "metadata": widths + size.get("counts", 0),
-        }
+        """Count the bytes by kind, as `bytes_by_kind`."""
+        sizes = {part: t.numel() * t.element_size() for part, t in self.tensors.items()}
+        return bytes_by_kind(sizes, self.rank)
 
     def _side(self, codes: Tensor, length: int, v_side: bool) -> Tensor:
         runs = [(c, v if v_side else u) for c, v, u in self.runs]

@@ -80,6 +80,20 @@ def rank_bytes(
     return codes + 2 * (1 + scale_groups) + zeros
 
 
+def bytes_by_kind(part_bytes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Sum the bytes of parts by kind.
+
+    Codes are "payload", scales and zero points "scales", the widths of `ranks` and experts' counts
+    "metadata".
+    """
+    size, widths = {**dict.fromkeys((*PARTS, "counts"), 0), **part_bytes}, 2 * ranks
+    return {
+        "payload": size["v"] + size["u"],
+        "scales": size["ranks"] - widths + size["zeros"],
+        "metadata": widths + size["counts"],
+    }
+
+
 def part_shapes(
     m: int,
     n: int,
@@ -88,7 +102,7 @@ def part_shapes(
     gaussian: bool = False,
     experts: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Shape every part that `runs` imply for an [m, n] matrix, or for `experts` of them."""
+    """Look up the shapes that `runs` imply for an [m, n] matrix, or for `experts` of them."""
     scale_groups = sum(scale_counts(m, n, group_sizes))
     shapes: dict[str, tuple[int, ...]] = {
         "v": (sum(c * v for c, v, _ in runs), -(-n // 8)),
@@ -103,7 +117,7 @@ def part_shapes(
 def largest_parts(
     m: int, n: int, group_sizes: GroupSizes, gaussian: bool, experts: int | None = None
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every part if all ranks were kept at 8 bits."""
+    """Bound every part, dtype and shape, by that of all ranks at 8 bits."""
     runs = [((1 if experts is None else experts) * min(m, n), 8, 8)]
     shapes = part_shapes(m, n, runs, group_sizes, gaussian, experts)
     return {part: (DTYPES[part], shape) for part, shape in shapes.items()}

@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ class TensorInfo:
         return self.end - self.start
 
     def placeholder(self) -> torch.Tensor:
-        """A meta tensor of this shape and dtype.
+        """Make a meta tensor of this shape and dtype.
 
         Raises:
             DeltaMixError: a dtype no tensor of ours has.
@@ -134,14 +135,28 @@ def _check_ranges(infos: Mapping[str, TensorInfo], start: int, end: int) -> None
         raise ValueError(f"{end - start} bytes at its end belong to no tensor")
 
 
+@contextmanager
+def opened(infos: Mapping[str, TensorInfo]) -> Iterator[Callable[[str], torch.Tensor]]:
+    """Context manager: gives a function that reads a tensor by name, each file opened once.
+
+    The tensors map their file, which stays mapped as long as they live.
+    """
+    with ExitStack() as stack:
+        handles: dict[str, Any] = {
+            file: stack.enter_context(safe_open(file, framework="pt"))
+            for file in {info.file: None for info in infos.values()}
+        }
+        yield lambda name: handles[infos[name].file].get_tensor(name)
+
+
 def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
-    """The tensor that is called `name` in its file, on the CPU."""
+    """Read the tensor that is called `name` in its file, onto the CPU."""
     with safe_open(info.file, framework="pt") as handle:
         return handle.get_tensor(name)
 
 
 def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, TensorInfo]:
-    """`read_header` over all shards of a checkpoint.
+    """Read the headers of all shards of a checkpoint, as `read_header`.
 
     Raises:
         DeltaMixError: a shard is not sound, or two hold the same tensor.
@@ -159,7 +174,7 @@ _READ = 1 << 18  # at once; of pieces of 4 MB the allocator kept 11 MB for good
 
 
 def fingerprint(info: TensorInfo) -> str:
-    """SHA-256 (first 32 hex digits) of a stored tensor: its dtype, shape and raw bytes."""
+    """Hash a stored tensor, dtype, shape and raw bytes: SHA-256, its first 32 hex digits."""
     digest = hashlib.sha256(f"{info.dtype}{list(info.shape)}".encode())
     with open(info.file, "rb") as handle:
         handle.seek(info.start)
@@ -171,7 +186,7 @@ def fingerprint(info: TensorInfo) -> str:
 
 
 def fingerprints(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Fingerprint of every tensor, in threads (hashing releases the GIL).
+    """Hash every tensor, in threads (hashing releases the GIL).
 
     About 0.9 CPU seconds per GB on an AMD EPYC core.
     """

@@ -81,7 +81,7 @@ def packed_names(
 
 
 def guard_names(weights: Sequence[str], base_model_prefix: str) -> list[str]:
-    """Names of the guards; `weights` are the matrices read from the base, in the model's order.
+    """Name the guards; `weights` are the matrices read from the base, in the model's order.
 
     transformers strips "<prefix><any character>" from a key when the rest is a model key, so stock
     loading maps "<prefix>:<weight>" onto the real weight and stops on the shape mismatch [1], while

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .headers import DTYPE_NAMES, read_headers
+from ..quantization.packed_layout import bytes_by_kind
+from .headers import DTYPE_NAMES, TensorInfo, read_headers
 from .names import ROWS, is_guard, packed_part
 
 
@@ -24,13 +26,13 @@ def _counted(name: str, matrices: Container[str]) -> bool:
 def reference_bytes(
     matrices: Mapping[str, tuple[int, ...]], overlay: Mapping[str, tuple[int, ...]]
 ) -> int:
-    """bf16 bytes of every tensor that differs from the base, from the shapes of what is stored."""
+    """Count bf16 bytes of all that differs from the base, by the shapes of what is stored."""
     whole = [shape for name, shape in overlay.items() if not _counted(name, matrices)]
     return 2 * sum(math.prod(shape) for shape in [*matrices.values(), *whole])
 
 
 def header_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], total: int) -> int:
-    """Upper bound of a safetensors file's header for these tensors with `total` data bytes.
+    """Bound a safetensors file's header for these tensors with `total` data bytes.
 
     Shapes may be upper bounds too: more digits only make the header longer.
     """
@@ -44,7 +46,7 @@ def header_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tota
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """All safetensors files of a delta repo, sorted: what "bytes on disk" counts."""
+    """List all safetensors files of a delta repo, sorted: what "bytes on disk" counts."""
     return sorted(Path(folder).glob("*.safetensors"))
 
 
@@ -85,30 +87,24 @@ def size_report(
 ) -> SizeReport:
     """Measure a delta repo on disk.
 
-    `weights`: name -> shape [m, n] of every compressed matrix, those too that kept no rank
-    (`experts.compressed_shapes`).
+    Args:
+        weights: name -> [m, n] of every compressed matrix, those too that kept no rank
+            (`nn.experts.compressed_shapes`).
+
+    Raises:
+        DeltaMixError: a weight file is not sound.
     """
-    files = weight_files(folder)
-    infos = read_headers(files)
-    kinds = dict.fromkeys(("payload", "scales", "overlay"), 0)
-    overlay: dict[str, tuple[int, ...]] = {}
-    widths = 0
-    for name, info in infos.items():
-        place, size = packed_part(name), info.end - info.start
-        part = place and place[2]
-        if part in ("v", "u"):
-            kinds["payload"] += size
-        elif part == "ranks":
-            widths += 2 * info.shape[0]
-            kinds["scales"] += size - 2 * info.shape[0]
-        elif part == "zeros":
-            kinds["scales"] += size
-        elif part == "counts":
-            widths += size
+    files, ranks = weight_files(folder), 0
+    parts: Counter[str] = Counter()
+    overlay: dict[str, TensorInfo] = {}
+    for name, info in read_headers(files).items():
+        if place := packed_part(name):
+            parts[place[2]] += info.nbytes
+            ranks += info.shape[0] if place[2] == "ranks" else 0
         elif not is_guard(name):
-            kinds["overlay"] += size
-            overlay[name] = info.shape
+            overlay[name] = info
+    kinds = bytes_by_kind(parts, ranks) | {"overlay": sum(i.nbytes for i in overlay.values())}
     on_disk = sum(file.stat().st_size for file in files)
-    headers = on_disk - sum(kinds.values()) - widths
-    reference = reference_bytes(weights, overlay)
-    return SizeReport(metadata=headers + widths, reference=reference, **kinds)
+    kinds["metadata"] = on_disk - kinds["payload"] - kinds["scales"] - kinds["overlay"]
+    reference = reference_bytes(weights, {name: info.shape for name, info in overlay.items()})
+    return SizeReport(reference=reference, **kinds)

@@ -23,6 +23,22 @@ _MAX_JSON = 100_000_000  # bytes; a fingerprint of each of a million tensors
 _LONGEST_NAME = 4096  # of a path on Linux
 
 
+def commit_of(path: str) -> str | None:
+    """Read the commit from the path of a file in the Hub's cache; None for any other file."""
+    found = re.search(r"snapshots/([0-9a-f]{40})/", path.replace(os.sep, "/"))
+    return found.group(1) if found else None
+
+
+def is_from_hub(repo: str, file: str) -> bool:
+    """Tell whether a delta repo was fetched from the Hub: by its id, or into the Hub's cache.
+
+    Args:
+        repo: what the user named, a folder or Hub id.
+        file: one of its weight files.
+    """
+    return commit_of(file) is not None or not os.path.exists(repo)
+
+
 def check_base_name(name: str | None, revision: str | None, from_hub: bool) -> None:
     """Refuse a base that a repo's config.json may not name: its author chose it, not the user.
 
@@ -59,7 +75,7 @@ def check_base_name(name: str | None, revision: str | None, from_hub: bool) -> N
 
 
 def read_index(path: str) -> dict[str, str]:
-    """Tensor name -> shard, of a checkpoint's index.
+    """Read a checkpoint's index: tensor name -> shard.
 
     Raises:
         OSError, ValueError: it is not readable, or names what is no file beside it.
@@ -104,7 +120,11 @@ def check_weight_files(repo: str, files: list[str], infos: Iterable[str]) -> Non
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """A JSON object from a file; ValueError if it is none."""
+    """Read a JSON object from a file.
+
+    Raises:
+        ValueError: it holds none, or is longer than 100 MB.
+    """
     if os.path.getsize(path) > _MAX_JSON:
         raise ValueError(f"{os.path.basename(path)} is longer than {_MAX_JSON:,} bytes")
     try:

@@ -60,7 +60,7 @@ class VllmDeltaManager:
         """Find the model's base on disk; the model stays as it is."""
         wanted, load = vllm_config.model_config, vllm_config.load_config
         files, _ = resolve_base(wanted.model, wanted.revision, {"cache_dir": load.download_dir})
-        self.base = BaseRepo(files, wanted.hf_config, repr(wanted.model))
+        self.base = BaseRepo(files, wanted.hf_config, wanted.model)
         self.model = model
         for _, deltas in deltas_of(model).values():
             deltas.batch = self.batch

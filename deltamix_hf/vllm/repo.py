@@ -8,22 +8,20 @@ of its tensors, or beside it, takes that tensor's key.
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor, nn
 
-from ..checkpoint.base import BaseCheckpoint, commit_of, resolve_base
+from ..checkpoint.base import BaseCheckpoint, find_base
 from ..checkpoint.delta_repo import StoredDelta, read_delta
+from ..checkpoint.model_class import empty_model
+from ..checkpoint.validation import check_filled
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError, first_line
 from ..quantization.packed_layout import PREFIX
-from ..storage.headers import TensorInfo, check_base, fingerprints, read_tensor
-from ..storage.untrusted_paths import check_base_name
+from ..storage.headers import check_base, read_tensor
 from .layers import deltas_of
 
 Weights = list[tuple[str, Tensor]]
@@ -35,13 +33,14 @@ class BaseRepo:
     Args:
         files: its safetensors files.
         config: transformers' config of the model, the base's or a delta repo's.
-        where: what to call it in errors.
+        name: a folder or Hub id, for errors.
     """
 
-    def __init__(self, files: list[str], config: Any, where: str):
-        self.where = where
-        self.checkpoint = BaseCheckpoint(files, _empty_model(config))
-        self._fingerprints: dict[str, str] = {}
+    def __init__(self, files: list[str], config: Any, name: str):
+        self.where = repr(name)
+        # Without weights; of a copy, because making a model writes into its config.
+        model = empty_model(name, copy.deepcopy(config))
+        self.checkpoint = BaseCheckpoint(files, model)
 
     def read(self, source: str, files: list[str], settings: DeltaMixConfig) -> StoredDelta:
         """A delta of this base.
@@ -50,14 +49,8 @@ class BaseRepo:
             DeltaMixError: it is of another base, damaged, incomplete, or of another model.
         """
         recorded = settings.base_fingerprints
-        check_base(recorded, self.checkpoint.infos, self.where, self._known)
+        check_base(recorded, self.checkpoint.infos, self.where, self.checkpoint.fingerprints)
         return read_delta(source, files, settings, self.checkpoint.keys)
-
-    def _known(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-        """Fingerprints of the base's tensors; each is hashed once for all deltas."""
-        missing = {key: info for key, info in infos.items() if key not in self._fingerprints}
-        self._fingerprints |= fingerprints(missing)
-        return {key: self._fingerprints[key] for key in infos}
 
     def changes(self, delta: StoredDelta) -> Weights:
         """Whole and packed tensors of a delta, under names of the base's checkpoint."""
@@ -80,16 +73,12 @@ class BaseRepo:
 
     def _check_whole(self, delta: StoredDelta) -> None:
         """Refuse what base and delta do not make a whole model of."""
-        keys = self.checkpoint.keys
-        elsewhere = delta.overlay.keys() | keys.model.all_tied_weights_keys.keys()
-        for name in keys.state.keys() - elsewhere:
-            if name in self.checkpoint:
-                self.checkpoint.check(name, tuple(keys.state[name].shape), delta.fingerprints)
-            elif not self.checkpoint.supplies(name):
-                raise DeltaMixError(
-                    f"neither {delta.source!r} nor {self.where} holds {name!r}: the delta repo is "
-                    "incomplete"
-                )
+        base = self.checkpoint
+        for name in check_filled(base.keys, delta.overlay, base, delta.fingerprints, {}):
+            raise DeltaMixError(
+                f"neither {delta.source!r} nor {self.where} holds {name!r}: the delta repo is "
+                "incomplete"
+            )
 
     def _key(self, name: str) -> str:
         """The base's key for a tensor of the model; the tensor's own name if the base has none."""
@@ -109,21 +98,8 @@ def base_of(repo: str, settings: DeltaMixConfig, delta_files: list[str], config:
     Raises:
         DeltaMixError: it is not found, or is not for a delta repo to name.
     """
-    if not settings.base_given:
-        from_hub = commit_of(delta_files[0]) is not None or not os.path.exists(repo)
-        check_base_name(settings.base_model, settings.base_revision, from_hub)
-    files, _ = resolve_base(settings.base_model, settings.base_revision, settings.base_kwargs)
-    return BaseRepo(files, config, repr(settings.base_model))
-
-
-def _empty_model(config: Any) -> Any:
-    """transformers' model of this config, without weights: it knows names, ties and conversions."""
-    names = config.architectures or []
-    cls: Any = next((c for n in names if (c := getattr(transformers, n, None))), None)
-    if cls is None:
-        raise DeltaMixError(f"transformers knows no {names[0] if names else 'model class'!r}")
-    with torch.device("meta"):
-        return cls(copy.deepcopy(config))
+    files, _ = find_base(settings, repo, delta_files[0])
+    return BaseRepo(files, config, str(settings.base_model))
 
 
 @contextmanager

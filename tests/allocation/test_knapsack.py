@@ -53,7 +53,7 @@ def test_equals_the_program_as_it_stands(seed):
 @pytest.mark.parametrize("f_max", [1, 2, 3])
 def test_enumerating_widths_equals_the_y_variables(f_max):
     errors, prices, budget = instance(3, k=15)
-    found = solve(errors, prices[0].tolist(), (0, 2, 3, 8), budget, f_max)
+    found = solve(errors, prices[0].tolist(), budget, f_max)
     assert found.error == pytest.approx(direct(errors, prices, budget, f_max), rel=1e-6)
 
 
@@ -82,7 +82,8 @@ def test_hull_is_the_lower_convex_one(seed, b, ties):
     errors = generator.integers(0, 5, (4, b)).astype(float) if ties else generator.random((4, b))
     prices = generator.integers(0, 9, (4, b))
     start = np.lexsort((errors, prices), axis=1)[:, 0]
-    path, slopes = knapsack.hull(errors, prices, start)
+    hull = knapsack.hull(errors, prices)
+    path, slopes = hull.path, hull.slopes
     assert path.shape == (4, b) and slopes.shape == (4, b - 1)
     assert (path[:, 0] == start).all() and (np.diff(slopes, axis=1) <= 0).all()
     for i in range(4):
@@ -90,6 +91,7 @@ def test_hull_is_the_lower_convex_one(seed, b, ties):
         walked = path[i, : steps + 1]
         assert (path[i, steps:] == walked[-1]).all()  # it stays where it ends
         price, error = prices[i, walked], errors[i, walked]
+        assert price[0] == hull.cheapest[i] and (np.diff(price) == hull.steps[i, :steps]).all()
         assert (np.diff(price) > 0).all() and error[-1] == errors[i].min()
         found = -np.diff(error) / np.diff(price)
         assert found == pytest.approx(slopes[i, :steps])
@@ -105,9 +107,9 @@ def equal_ranks():
     return errors, prices
 
 
-def optimum(errors, prices, budget):
+def optimum(errors, prices, budget, **how):
     relaxed = knapsack.relax(errors, prices, budget)
-    choice, best, bound = knapsack.improve(relaxed, relaxed.error)
+    choice, best, bound = knapsack.improve(relaxed, relaxed.error, **how)
     choice = relaxed.choice if choice is None else choice
     rows = np.arange(len(errors))
     assert prices[rows, choice].sum() <= budget
@@ -152,15 +154,14 @@ def test_a_fractional_optimum_is_moved_to_a_vertex(equal_ranks, monkeypatch):
     assert any((values % 1 > 0.01).any() for values in spread)
 
 
-def test_an_unfinished_search_reports_its_gap(monkeypatch):
-    monkeypatch.setitem(knapsack._HIGHS_OPTIONS, "mip_max_nodes", 1)
+def test_an_unfinished_search_reports_its_gap():
     generator = np.random.default_rng(5)
     errors = np.sort(generator.integers(0, 4, (300, 3)), axis=1)[:, ::-1].astype(float)
     prices = generator.integers(0, 40, (300, 3))
     gaps = []
     for share in (0.3, 0.4, 0.5, 0.6):
         low, high = prices.min(1).sum(), prices.max(1).sum()
-        best, bound = optimum(errors, prices, int(low + share * (high - low)))
+        best, bound = optimum(errors, prices, int(low + share * (high - low)), nodes=1)
         gaps.append(best - bound)
     assert max(gaps) > 0
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltamix_hf.allocation import knapsack, per_matrix
+from deltamix_hf.allocation import per_matrix, whole_model
 from deltamix_hf.allocation.whole_model import Choices, solve_global
 
 WIDTHS = (2, 3, 4, 8)
@@ -138,9 +138,7 @@ def test_lies_just_above_the_whole_relaxation_by_highs(seed):
 def test_agrees_with_the_program_of_one_matrix(ranks):
     (energy,), (table,), budget = model(1, ranks, seed=ranks)
     table = Choices(table.relative[:6], table.cost[:6])
-    single = per_matrix.solve(
-        energy[:, None] * table.relative, table.cost, range(len(table.cost)), budget
-    )
+    single = per_matrix.solve(energy[:, None] * table.relative, table.cost, budget)
     found = solve_global([energy], [table], budget)
     assert found.error == pytest.approx(single.error, rel=1e-9)
 
@@ -160,19 +158,22 @@ def test_is_deterministic_and_ignores_scale_and_order_of_energies():
 
 def test_a_wider_window_is_taken_when_the_first_does_not_prove_enough(monkeypatch):
     opened = []
-    improve = knapsack.improve
+    improve = whole_model.improve
 
     def recorded(relaxed, best, nodes):
         opened.append(len(relaxed.errors) - 1)
         return improve(relaxed, best, nodes)
 
-    monkeypatch.setattr(knapsack, "improve", recorded)
+    monkeypatch.setattr(whole_model, "improve", recorded)
     energies, choices, budget = model(2, 100)
     assert solve_global(energies, choices, budget).gap <= 1e-6
     assert opened[0] == 16 and opened == sorted(opened)
     opened.clear()
     solve_global([torch.ones(9)], choices[:1], budget)
     assert opened == [9]  # all ranks are open: nothing wider to try
+    opened.clear()
+    assert solve_global(energies, choices, budget, gap=1.0).gap <= 1e-3
+    assert opened == [16]
 
 
 def test_ranks_that_differ_by_fifteen_orders_of_magnitude():

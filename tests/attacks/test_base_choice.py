@@ -11,6 +11,7 @@ from hostile import edit_settings, edit_weights, refusal, untouched
 from tiny_pairs import fine_tune, logits
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
+from deltamix_hf.checkpoint.validation import verify_repo
 
 SHA, OTHER = "1" * 40, "2" * 40
 
@@ -103,6 +104,10 @@ def test_a_snapshot_of_the_cache_comes_from_the_hub(hub):
     refusal(lambda: hub(base), "is a path on this machine")
     snapshot = hub.cache / "models--me--delta" / "snapshots" / SHA
     refusal(lambda: hub.attack.pair.load(snapshot), "is a path on this machine")
+    *_, base = verify_repo(str(snapshot))
+    assert "is a path on this machine" in str(base.problem)
+    *_, base = verify_repo(str(hub.attack.folder))  # the same files, in a folder of the user's
+    assert base.problem is None
 
 
 @pytest.mark.parametrize("name", [*NETWORK, *UNREADABLE], ids=repr)

@@ -6,12 +6,11 @@ import re
 
 import pytest
 import torch
-from matrix_cases import METHODS, bytes_of_rank, matrix, random_delta
+from matrix_cases import METHODS, bytes_of_rank, compress_all, matrix, random_delta
 from tiny_pairs import make_config
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.compression.budget import plan_budget, rank_options
-from deltamix_hf.compression.matrix_pipeline import compress_all
 
 SHAPES = {"a": (96, 64), "b": (64, 128), "c": (40, 40)}
 OVERLAY = {"norm": (torch.float32, (64,)), "bias": (torch.bfloat16, (96,))}
@@ -35,7 +34,7 @@ def test_all_matrices_together_keep_the_budget(method):
     }
     config = DeltaMixConfig("b", ratio=0.25, method=method)
     budget = plan_budget(SHAPES, {}, [], config)
-    results = dict(compress_all(matrices, budget, config))
+    results = compress_all(matrices, budget, config)
     assert results.keys() == matrices.keys()
     spent = sum(sum(r.packed.nbytes.values()) for r in results.values())
     cheapest = max(bytes_of_rank(*shape, 2, config) for shape in SHAPES.values())
@@ -58,7 +57,7 @@ def test_the_suggested_budget_works(method, bits, overlay):
         config = make_config("b", **choice, **options)
         budget = plan_budget(SHAPES, overlay, ["g:a"], config)
         matrices = {name: matrix(random_delta(*shape)) for name, shape in SHAPES.items()}
-        results = [result for _, result in compress_all(matrices, budget, config)]
+        results = compress_all(matrices, budget, config).values()
         assert any(result.packed is not None for result in results)
         spent = sum(sum(r.packed.nbytes.values()) for r in results if r.packed)
         assert spent <= budget.ranks

@@ -8,12 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrix_cases import METHODS, bytes_of_rank, matrix, random_delta, true_error
+from matrix_cases import (
+    METHODS,
+    bytes_of_rank,
+    compress_all,
+    matrix,
+    random_delta,
+    true_error,
+)
 from tiny_pairs import make_config
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.compression.budget import Budget, plan_budget
-from deltamix_hf.compression.matrix_pipeline import Compressed, Compressor, Matrix, compress_all
+from deltamix_hf.compression.matrix_pipeline import Compressed, Compressor, Matrix
 
 
 def random_gram(n, seed=0) -> torch.Tensor:
@@ -173,7 +180,7 @@ def test_values_that_are_not_finite_are_named(where, value, method):
     shapes = dict.fromkeys(matrices, (96, 64))
     config = DeltaMixConfig("b", ratio=0.25, method=method)
     with pytest.raises(DeltaMixError, match=r"layer\.7: .*(NaN|infinity)"):
-        list(compress_all(matrices, plan_budget(shapes, {}, [], config), config))
+        compress_all(matrices, plan_budget(shapes, {}, [], config), config)
 
 
 @pytest.mark.parametrize(

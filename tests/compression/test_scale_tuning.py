@@ -140,7 +140,7 @@ def test_gains_that_do_not_help_on_other_text_are_dropped(pair):
         model, BATCHES[:1], 0
     )  # kept out: here nothing can be better than no change
     before = ranks(model)
-    assert len(tune(model, [*own, *course[1:]], 4)) == 4
+    assert len(tune(model, [*own, *list(course)[1:]], 4)) == 4
     assert all(torch.equal(before[name], now) for name, now in ranks(model).items())
 
 
@@ -168,7 +168,7 @@ def test_scaled_embeddings_keep_their_scales_and_so_do_their_heads(pair):
     assert kept == {"model.embed_tokens", "lm_head"}
 
 
-def test_lessons(pair, monkeypatch):
+def test_tuning_batches(pair):
     exact, _ = pair()
     course = tuning_batches(
         exact, [token_ids(24, 16), token_ids(1, 700)], 0
@@ -179,10 +179,8 @@ def test_lessons(pair, monkeypatch):
         wanted = logits(exact, item.ids).flatten(0, 1).log_softmax(-1)
         assert item.wanted.dtype == torch.float16
         torch.testing.assert_close(item.wanted.float(), wanted, rtol=1e-3, atol=1e-3)
-    monkeypatch.setattr(
-        scale_tuning, "_MOST_BYTES", 2 * 10 * 256 * 2
-    )  # ten predictions of each of two
-    short, again, other = (tuning_batches(exact, BATCHES[:2], seed) for seed in (0, 0, 1))
+    most = {"most_bytes": 2 * 10 * 256 * 2}  # ten predictions of each of two
+    short, again, other = (tuning_batches(exact, BATCHES[:2], seed, **most) for seed in (0, 0, 1))
     for item, same, unlike in zip(short, again, other, strict=True):
         assert len(item.positions) == 10 and item.positions.unique().equal(item.positions)
         assert torch.equal(item.positions, same.positions)

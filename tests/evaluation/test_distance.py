@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_pairs import make_config
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.checkpoint.model_class import empty_model
@@ -24,7 +25,7 @@ WEIGHTS_ALONE = {
 
 def distance(tuned, base, ratios=(1 / 4, 1 / 8)) -> Distance:
     model = empty_model(str(tuned))
-    return measure(model, [str(tuned / FILE)], [str(base / FILE)], DeltaMixConfig(), ratios)
+    return measure(model, [str(tuned / FILE)], [str(base / FILE)], make_config(), ratios)
 
 
 def test_figures_are_those_of_the_files(pair):
