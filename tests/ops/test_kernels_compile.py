@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 SCRIPT = """
+from deltamix_kernels.dequantize import dequantize_kernel
 from deltamix_kernels.expand import expand_kernel
 from deltamix_kernels.gather import gather_kernel
 from deltamix_kernels.grouped import (
@@ -48,7 +49,9 @@ for dtype, gaussian in (("bf16", True), ("bf16", False), ("fp16", False), ("fp32
         ZERO_WIDTHS=0 if gaussian else EVERY, WIDEN=False, M=16, R=16,
     )
     build(shrink_kernel, dtype, SIDE=0, SPLIT=128, C=16, **shared)
-    for base in (0, 1, 2):
+    quick = {k: v for k, v in shared.items() if k not in ("WIDEN", "M")}
+    build(dequantize_kernel, dtype, "out", SIDE=1, C=16, **quick)
+    for base in (False, True):
         build(expand_kernel, dtype, SIDE=1, BASE=base, BIAS=True, C=4, K=128, **shared)
 for dtype, group in (("bf16", 0), ("bf16", 128), ("fp32", 0)):
     shared = dict(GROUP=group, M=16, R=16)

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+
+if not hasattr(triton, "knobs"):
+    raise ImportError(f"deltamix_kernels needs triton 3.4 or newer, found {triton.__version__}")
 
 _FOLDER = Path(__file__).parent / "configs"
-# Above, the base product is the vendor's GEMM and codes are unpacked for many rows at once.
+# Above, the factors are unpacked into memory once and the products are the vendor's GEMM.
 DECODE_ROWS = 64
 
 
@@ -29,7 +33,10 @@ def read(device_name: str) -> dict[str, Any]:
 
 
 def config(device: torch.device, rows: int, kernel: str) -> dict[str, int]:
-    """Settings of "shrink" or "expand" for `rows` rows of x; M is filled in."""
+    """Settings of a kernel for `rows` rows of x; M is filled in.
+
+    Of one delta, few rows have "shrink" and "expand", many have "dequantize".
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     stage = "decode" if rows <= DECODE_ROWS else "prefill"
     found = dict(read(name)[stage][kernel])

@@ -1,9 +1,8 @@
 """y = base + h·Ûᵀ from packed codes: the second half of the delta product.
 
-One program makes a block of output columns: the base product x·Wᵀ (few rows: reading W is all the
-time there is, and the delta rides along), or nothing, or what y already holds (many rows, where the
-vendor's GEMM made it); then, rank tile by rank tile, the sum of `shrink`'s partial results times
-the codes of Û unpacked in registers; then the bias.
+One program makes a block of output columns: the base product x·Wᵀ (reading W is all the time there
+is, and the delta rides along) or nothing; then, rank tile by rank tile, the sum of `shrink`'s
+partial results times the codes of Û unpacked in registers; then the bias.
 """
 
 import triton
@@ -85,8 +84,8 @@ def add_tiles(
 
 @triton.jit
 def expand_kernel(
-    x,  # [rows, n]; read if BASE == 1
-    weight,  # [m, n]; read if BASE == 1
+    x,  # [rows, n]; read if BASE
+    weight,  # [m, n]; read if BASE
     bias,  # [m]
     h,  # float32 [splits, rows, total]
     y,  # [rows, m]
@@ -108,7 +107,7 @@ def expand_kernel(
     zero_columns,
     columns,  # byte columns of the codes; passed, so that Triton knows what divides it
     SIDE: tl.constexpr,  # 1: U, 0: V (backward)
-    BASE: tl.constexpr,  # 0: nothing, 1: x·weightᵀ, 2: what y holds
+    BASE: tl.constexpr,  # add x·weightᵀ
     BIAS: tl.constexpr,
     GROUP: tl.constexpr,
     GAUSSIAN: tl.constexpr,
@@ -126,7 +125,7 @@ def expand_kernel(
     live = (row < rows)[:, None] & (output < m)[None, :]
     y_at = y + row.to(tl.int64)[:, None] * m + output[None, :]
     sums = tl.zeros([M, 8 * C], tl.float32)
-    if BASE == 1:
+    if BASE:
         for start in range(0, n, K):
             k = start + tl.arange(0, K)
             x_at = x + row.to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -134,8 +133,6 @@ def expand_kernel(
             w_at = weight + output.to(tl.int64)[None, :] * weight_stride + k[:, None]
             w = tl.load(w_at, mask=(output < m)[None, :] & (k < n)[:, None], other=0.0)
             sums = dot(part, w, sums, WIDEN)
-    if BASE == 2:
-        sums = tl.load(y_at, mask=live, other=0.0).to(tl.float32)
     sums = add_tiles(
         sums,
         h,

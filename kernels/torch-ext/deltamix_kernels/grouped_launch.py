@@ -16,7 +16,7 @@ from .grouped import (
     grouped_rows_kernel,
     grouped_shrink_kernel,
 )
-from .launch import INTERPRETED, Packed, U, V, columns_at_once, flat, split_columns
+from .launch import INTERPRETED, Packed, U, V, columns_at_once, flat, launch, split_columns
 from .layout import tile_table
 
 TILE = 16  # ranks of a tile, for few rows and for many: a delta has one tile table
@@ -106,7 +106,9 @@ def grouped_add(y: Tensor, x: Tensor, table: Table, rows: Rows, bias: Tensor | N
     h = x.new_empty(splits, count, table.total, dtype=torch.float32)
     blocks = _row_programs(chosen, count)
     grid = _tile_programs(chosen, table), splits * blocks, len(rows.slots)
-    grouped_shrink_kernel[grid](
+    launch(
+        grouped_shrink_kernel,
+        grid,
         x,
         h,
         table.data,
@@ -141,7 +143,9 @@ def grouped_embed(y: Tensor, ids: Tensor, table: Table, rows: Rows) -> None:
     chosen = config(ids.device, count, "grouped_rows")
     h = ids.new_empty(1, count, table.total, dtype=torch.float32)
     grid = _tile_programs(chosen, table), _row_programs(chosen, count), len(rows.slots)
-    grouped_rows_kernel[grid](
+    launch(
+        grouped_rows_kernel,
+        grid,
         ids,
         h,
         table.data,
@@ -168,7 +172,9 @@ def _expand(
     outputs = table.m if side == U else table.n
     columns = triton.cdiv(outputs, 8)
     grid = triton.cdiv(columns, c), _row_programs(chosen, count), len(rows.slots)
-    grouped_expand_kernel[grid](
+    launch(
+        grouped_expand_kernel,
+        grid,
         h,
         y,
         y if bias is None else bias,
@@ -199,7 +205,7 @@ def gather(base: Tensor, addresses: Tensor, of_rows: Tensor) -> Tensor:
     out = base.new_empty(len(of_rows), len(base))
     block = min(1024, triton.next_power_of_2(len(base)))
     grid = len(of_rows), triton.cdiv(len(base), block)
-    gather_kernel[grid](base, out, addresses, of_rows, len(base), BLOCK=block)
+    launch(gather_kernel, grid, base, out, addresses, of_rows, len(base), BLOCK=block)
     return out
 
 

@@ -1,0 +1,89 @@
+"""No kernel reads or writes outside the tensors that it was given."""
+
+from __future__ import annotations
+
+import deltamix_kernels as dk
+import pytest
+import torch
+from deltamix_kernels.decode_plan import DecodePlan
+from kernel_bounds import bounds_checked
+from kernel_cases import DEVICE, EVERY, inputs, packed_of
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(DEVICE.type == "cuda", reason="needs the interpreter"),
+]
+
+M, N = 35, 75  # no multiples of a byte column, a tile or 16
+LAYOUTS = {
+    "every width": (EVERY, EVERY[::-1], 0, True),
+    "groups of U": ([8, 3, 2], [2, 3, 2], (0, 16), True),
+    "min-max": ([3, 3, 2], [3, 3, 2], 32, False),
+}
+
+
+def own_storage(tensor):
+    """A copy that ends where its storage does, so that a byte too far shows."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.mark.parametrize("rows", [1, 17, 65])
+def test_one_delta(layout, rows):
+    packed, _ = packed_of(M, N, *layout)
+    weight, bias = inputs(M, N, torch.float16, 1), inputs(1, M, torch.float16, 2)[0]
+    with bounds_checked() as checked:
+        dk.delta_linear(inputs(rows, N, torch.float16), weight, own_storage(bias), packed)
+        dk.low_rank(inputs(rows, M, torch.float16), packed, transposed=True)
+    assert checked.accesses
+
+
+def test_matrices_of_one_input():
+    group = [packed_of(m, N, [3, 2], [4, 2], 0, True)[0] for m in (M, 17, 9)]
+    with bounds_checked() as checked:
+        h = dk.shrink(inputs(3, N, torch.float16), group)
+        dk.expand(h, group[2], torch.float16, first=4)
+    assert checked.accesses
+
+
+@pytest.mark.parametrize("rows", [1, 17, 65])
+def test_many_deltas(rows):
+    table, made = dk.Table(3, M, N, DEVICE), []
+    for slot in (0, 2):
+        made.append(packed_of(M, N, *LAYOUTS["every width"])[0])
+        assert table.put(slot, made[-1])
+    order, half = torch.arange(rows, dtype=torch.int32), rows // 2
+    starts = torch.tensor([0, half, rows], dtype=torch.int32)
+    of_batch = dk.Rows(order, starts, torch.tensor([0, 2], dtype=torch.int32))
+    found_by_address = [tensor for kept in table._kept.values() for tensor in kept]
+    y, embedded = inputs(rows, M, torch.float16, 3), inputs(rows, N, torch.float16, 4)
+    with bounds_checked(*found_by_address) as checked:
+        dk.grouped_add(y, inputs(rows, N, torch.float16), table, of_batch)
+        dk.grouped_embed(embedded, torch.arange(rows) % M, table, of_batch)
+    assert checked.accesses
+
+
+def test_gather():
+    vectors = [inputs(1, N, torch.float16, seed)[0] for seed in range(2)]
+    base, own = (own_storage(vector) for vector in vectors)
+    of_rows = torch.tensor([0, -1], dtype=torch.int32)
+    with bounds_checked(own) as checked:
+        dk.gather(base, torch.tensor([own.data_ptr()]), of_rows)
+    assert checked.accesses
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_decode_kernels(rows):
+    packed = [packed_of(m, 72, [8, 3, 2], [2, 3, 2], 0, True)[0] for m in (40, 24)]
+    plan = DecodePlan(packed, torch.float16)
+    with bounds_checked() as checked:
+        plan.shrink(inputs(rows, 72, torch.float16))
+        plan.expand([inputs(rows, m, torch.float16) for m in (40, 24)])
+    assert checked.accesses
+
+
+def test_an_access_past_the_end_is_found():
+    packed, _ = packed_of(M, N, *LAYOUTS["every width"])
+    short = packed._replace(v=own_storage(packed.v[:-1]))
+    with bounds_checked(), pytest.raises(Exception, match="outside every tensor"):
+        dk.dequantize(short, 0, torch.float16)
