@@ -16,13 +16,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 from transformers.utils.hub import cached_file, cached_files
 
 from ..config import DeltaMixConfig
@@ -37,6 +30,13 @@ from ..storage.untrusted_paths import (
     is_from_hub,
     read_index,
     read_object,
+)
+from ..transformers_private import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    rename_source_key,
 )
 
 

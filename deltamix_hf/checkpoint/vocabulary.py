@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
 
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..nn.layers import DeltaModule, delta_class, weight_of
 from ..storage.headers import TensorInfo
 from ..storage.names import ROWS
+from ..transformers_private import ConversionOps
 from .base import BaseCheckpoint, KeyMap
 
 

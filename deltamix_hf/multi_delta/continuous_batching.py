@@ -27,13 +27,13 @@ from typing import Any, Protocol
 
 import transformers
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.continuous_api import (
-    ContinuousBatchingManager,
-    ContinuousBatchProcessor,
-)
 
 from ..errors import DeltaMixError
+from ..transformers_private import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    PagedAttentionCache,
+)
 from .pool import Pool
 from .routing import Names, PackedRoute, Route, Router, check_rows
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .. import transformers_private
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..quantization import bitpacking
@@ -87,11 +88,9 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
     Raises:
         DeltaMixError: the caller's own plan shares out such a matrix.
     """
-    from transformers.distributed import tensor_parallel
-
-    styles: Any = tensor_parallel.ALL_PARALLEL_STYLES  # type: ignore[attr-defined]
+    styles: Any = transformers_private.tensor_parallel.ALL_PARALLEL_STYLES
     if _WHOLE not in styles:  # before transformers 5.21
-        styles.register(_WHOLE, tensor_parallel.TensorParallelLayer())
+        styles.register(_WHOLE, transformers_private.tensor_parallel.TensorParallelLayer())
     plan = model.tp_plan
     users = getattr(model.config.distributed_config, "tp_plan", None)  # joined to it later
     users = users if isinstance(users, dict) else {}

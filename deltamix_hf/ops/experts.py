@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers.integrations import moe
 
 from ..errors import DeltaMixError
 from ..quantization import uniform
 from ..quantization.packed_delta import PackedDelta
+from ..transformers_private import moe
 from . import cpu
 from .dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
 
