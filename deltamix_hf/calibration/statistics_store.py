@@ -20,7 +20,7 @@ from ..jobs.resume_store import ResumeStore
 from ..jobs.workers import Workers
 from ..linalg.second_moments import SecondMoment
 from .expert_statistics import FEWEST, observed_experts
-from .statistics import Hooks, LayerStatistics, check_finite
+from .statistics import Hooks, LayerStatistics, attached, check_finite
 
 
 class StatisticsStore(Mapping[str, LayerStatistics]):
@@ -51,13 +51,11 @@ class StatisticsStore(Mapping[str, LayerStatistics]):
         """
         rank, counts = self.workers.rank, Counter[str]()
         hooks = Hooks(modules, fisher, seed=rank)
-        try:
-            with observed_experts(modules, fisher, seed=rank) as experts:
-                yield counts
-        finally:
-            found = hooks.close()
+        with attached(hooks.handles), observed_experts(modules, fisher, seed=rank) as experts:
+            yield counts
         tokens = {name: moments[0].count for name, moments in experts.items()}
-        found |= {n: LayerStatistics(*moments) for n, moments in experts.items() if tokens[n]}
+        called = {n: LayerStatistics(*moments) for n, moments in experts.items() if tokens[n]}
+        found = hooks.found | called
         check_finite(found)
         written: dict[int, str] = {}  # q/k/v share their inputs
         kept = {name: self._write(name, layer, written) for name, layer in found.items()}
