@@ -24,7 +24,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..linalg.second_moments import FULL, SKETCH, SecondMoment
-from ..nn.experts import Expert, slice_shape, weight_of
+from ..nn.experts import Expert, slice_shape
+from ..nn.layers import weight_of
 from ..ops.experts import base_product, experts_forward
 
 FEWEST = 32

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from ..config import DeltaMixConfig
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError, first_line
-from ..nn.experts import fused_weights, is_experts, slice_shape, weight_of
-from ..nn.layers import declared_shape
+from ..nn.experts import fused_weights, is_experts, slice_shape
+from ..nn.layers import declared_shape, weight_of
 from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import TensorInfo, opened, read_headers, read_tensor
 from ..storage.names import GUARD, ROWS, is_guard, packed_names, packed_part

@@ -31,7 +31,8 @@ from ..calibration.block_chain import TensorList
 from ..calibration.data import split_rows
 from ..calibration.statistics import frozen, inputs_of, prediction
 from ..jobs.resume_store import ResumeStore
-from ..nn.layers import DeltaEmbedding, DeltaModule, delta_modules, shape_of, weight_of
+from ..nn.delta_module import DeltaModule
+from ..nn.layers import DeltaEmbedding, delta_modules, shape_of, weight_of
 from ..quantization import uniform
 from ..quantization.packed_layout import scale_counts
 
@@ -309,7 +310,7 @@ def _close(module: DeltaModule) -> None:
 @torch.no_grad()
 def _fold(module: DeltaModule, gains: Tensor) -> None:
     """Multiply the stored scales of U by `gains` [k]."""
-    first = 1 + scale_counts(*shape_of(module), module.dm_group_sizes)[0]
+    first = 1 + scale_counts(*shape_of(module), module.packed().group_sizes)[0]
     ranks = ranks_of(module)
     scales = uniform.scales_from_bits(ranks[:, first:].contiguous()) * gains[:, None]
     ranks[:, first:] = uniform.scales_to_bits(scales)

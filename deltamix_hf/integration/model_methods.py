@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from ..multi_delta.manager import DEFAULT, DeltaManager, manager_of
 from ..multi_delta.pool import DeltaMemory
-from ..nn.experts import delta_experts
-from ..nn.layers import delta_modules
+from ..nn.delta_module import own_deltas
 
 
 def load_delta(self: PreTrainedModel, repo: Any, name: str = DEFAULT, **base_kwargs: Any) -> None:
@@ -126,4 +125,4 @@ def active_deltas(self: PreTrainedModel) -> list[str]:
 
 
 def _has_deltas(model: PreTrainedModel) -> bool:
-    return "dm_deltas" in model.__dict__ or bool(delta_modules(model) or delta_experts(model))
+    return "dm_deltas" in model.__dict__ or bool(own_deltas(model))

@@ -29,8 +29,9 @@ from ..constants import NOTICE
 from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore
 from ..nn import tensor_parallel
-from ..nn.experts import delta_experts
-from ..nn.layers import DeltaModule, delta_modules, detach, untie_packed, weight_of
+from ..nn.delta_module import DeltaModule, own_deltas
+from ..nn.layers import detach, untie_packed, weight_of
+from ..nn.merging import merged_weights
 from ..nn.shared_input import link_shared_inputs
 from ..storage.names import is_guard, packed_part
 from ..storage.untrusted_paths import commit_of
@@ -171,26 +172,14 @@ class DeltaMixHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         # save_pretrained leaves config.dtype a string
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        merged: dict[int, nn.Parameter] = {}
-        modules = delta_modules(model)
-        experts = delta_experts(model)
-        weights = {name: weight_of(module) for name, module in modules.items()}
-        for name, mixture in experts.items():
-            weights |= {f"{name}.{leaf}": w for leaf, w in mixture.frozen_weights().items()}
-        for name, weight in weights.items():
-            if weight.device.type == "meta":
-                raise DeltaMixError(
-                    f"{name} is offloaded; load the delta repo without offload to merge"
-                )
-        for module in modules.values():
-            # tied modules share one merged weight, as they shared the base's
-            key = id(module.weight)
-            if key not in merged:
-                merged[key] = nn.Parameter(module.merged_weight(), requires_grad=False)
-            module.weight = merged[key]
+        dense: dict[int, nn.Parameter] = {}
+        advice = "load the delta repo without offload to merge"
+        for module, leaf, merged in merged_weights(model, advice):
+            if id(merged) not in dense:
+                dense[id(merged)] = nn.Parameter(merged, requires_grad=False)
+            setattr(module, leaf, dense[id(merged)])
+        for module in own_deltas(model).values():
             detach(module)
-        for mixture in experts.values():
-            mixture.merge()
         untie_packed(model)
         if wanted is not None and wanted != model.dtype:
             nn.Module.to(model, dtype=wanted)

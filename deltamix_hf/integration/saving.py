@@ -29,8 +29,7 @@ from ..config import DeltaMixConfig, overlay_dtype
 from ..constants import NOTICE
 from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
-from ..nn.experts import delta_experts
-from ..nn.layers import delta_modules
+from ..nn.delta_module import own_deltas
 from ..nn.tensor_parallel import wanted, whole
 from ..storage.headers import TensorInfo, read_tensor
 from ..storage.names import GUARD, guard_names, packed_part
@@ -85,9 +84,7 @@ def delta_state_dict(
     quantizer: Any = model.hf_quantizer
     config = quantizer.quantization_config
     stored: dict[str, Tensor] = {}
-    frozen = {f"{module}.weight" for module in delta_modules(model)}
-    for module, experts in delta_experts(model).items():
-        frozen |= {f"{module}.{leaf}" for leaf in experts.dm_group_sizes}
+    frozen = {f"{n}.{leaf}" for n, m in own_deltas(model).items() for leaf in m.dm_own}
 
     def unpacked() -> Iterator[tuple[str, Tensor]]:
         """What is to be compared with the base; packed tensors are stored on the way."""

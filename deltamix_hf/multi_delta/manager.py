@@ -25,14 +25,14 @@ from transformers.utils import logging
 from ..checkpoint.base import BaseCheckpoint, resolve_base, same
 from ..checkpoint.delta_repo import StoredDelta, find_delta, find_delta_of, read_delta
 from ..errors import DeltaMixError
-from ..nn.experts import delta_experts, detach_experts, is_experts
+from ..nn.delta_module import DeltaModule, own_deltas
 from ..nn.layers import (
     change_class,
-    delta_modules,
     detach,
     tied_modules,
     tied_tensors,
     untie_packed,
+    weight_of,
 )
 from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose
@@ -40,7 +40,7 @@ from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import check_base
 from .config_mismatch import differing
 from .grouped import refresh
-from .layers import ExpertDeltas, RoutedModule, make_routed, routed_experts_class
+from .layers import ExpertDeltas, LayerDeltas, make_routed, row_deltas
 from .model import routed_model_class
 from .pool import Pool
 from .routing import BASE, SLOTS, Names, Route, Router, row_delta
@@ -63,7 +63,9 @@ class DeltaManager:
         self._adopt_own()
         for module_name, module in model.named_modules():
             if _maps_one_tensor(module):  # now, not with the first delta that changes it: what
-                self._tenant(module_name)  # torch.compile has seen must not change its class
+                self._routed(
+                    module_name, set()
+                )  # what torch.compile has seen must not change its class
 
     # Loading and deleting
 
@@ -92,38 +94,32 @@ class DeltaManager:
         matrices: Iterable[tuple[str, PackedDelta]] = stored.packed.items()
         if stored.nbytes >= _WORTH_A_BAR:
             matrices = logging.tqdm(matrices, desc=f"Loading delta {name}", unit="matrix")
-        for module_name, packed in matrices:
+        for weight, packed in matrices:
             if packed.counts is not None:  # a 3-D parameter of experts
-                owner, _, leaf = module_name.rpartition(".")
-                module = self._tenant(owner)
-                touched.add(owner)
-                deltas: Any = module.dm_packed.setdefault(name, ExpertDeltas())  # type: ignore[arg-type]
-                deltas[leaf] = packed.to(getattr(module, leaf).device)
+                owner, _, leaf = weight.rpartition(".")
+                experts: Any = self._routed(owner, touched).packed.setdefault(name, ExpertDeltas())
+                experts[leaf] = packed.to(weight_of(self.model.get_submodule(owner), leaf).device)
                 continue
             placed: dict[torch.device, PackedDelta] = {}  # twins share it
-            for twin in tied_modules(self.model, module_name):
-                module = self._tenant(twin)
-                touched.add(twin)
-                device = _weight(module).device
+            for twin, module in tied_modules(self.model, weight).items():
+                device = weight_of(module).device
                 if device not in placed:
                     placed[device] = packed.to(device)
-                module.dm_packed[name] = placed[device]
+                self._routed(twin, touched).packed[name] = placed[device]
         for tensor_name, value in stored.overlay.items():
             for twin in tied_tensors(self.model, tensor_name):
                 owner, _, leaf = twin.rpartition(".")
-                module = self._tenant(owner)
-                touched.add(owner)
-                own = getattr(module, leaf)
-                module.dm_overlay.setdefault(name, {})[leaf] = value.to(own.device, own.dtype)
+                overlay = self._routed(owner, touched).overlay.setdefault(name, {})
+                own = weight_of(self.model.get_submodule(owner), leaf)
+                overlay[leaf] = value.to(own.device, own.dtype)
         self._refresh_tables(name, touched)
 
     def _remove(self, name: str) -> None:
         touched = self._modules.pop(name, set())
         for module_name in touched:
-            module = self.model.get_submodule(module_name)
-            assert isinstance(module, RoutedModule)
-            module.dm_packed.pop(name, None)
-            module.dm_overlay.pop(name, None)
+            deltas = row_deltas(self.model.get_submodule(module_name))
+            deltas.packed.pop(name, None)
+            deltas.overlay.pop(name, None)
         self._refresh_tables(name, touched)
         self.router.slots.pop(name, None)
 
@@ -138,16 +134,15 @@ class DeltaManager:
         for module_name in touched:
             refresh(self.model.get_submodule(module_name), name)
 
-    def _tenant(self, name: str) -> RoutedModule:
+    def _routed(self, name: str, touched: set[str]) -> LayerDeltas:
+        """Return the named deltas of a module, which is noted in `touched`."""
         module = self.model.get_submodule(name)
-        if isinstance(module, RoutedModule):
-            return module
-        plain: Any = type(module)
-        kind = routed_experts_class(plain) if is_experts(module) else None
-        made = make_routed(module, self.router, kind)
-        if isinstance(made, nn.Embedding) and made is not self.model.get_input_embeddings():
-            made.dm_has_batch = self._looked_up_by_row(made)
-        return made
+        if not isinstance(module, DeltaModule):
+            deltas = row_deltas(make_routed(module, self.router))
+            if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
+                deltas.has_batch = self._looked_up_by_row(module)
+        touched.add(name)
+        return row_deltas(module)
 
     @torch.no_grad()
     def _looked_up_by_row(self, module: nn.Module) -> bool:
@@ -222,18 +217,15 @@ class DeltaManager:
         quantizer: Any = getattr(model, "hf_quantizer", None)
         if not hasattr(quantizer, "base_files"):
             return
-        own, mixtures = delta_modules(model), delta_experts(model)
         tied = set(model.all_tied_weights_keys)
-        packed = {n: m.packed() for n, m in own.items() if f"{n}.weight" not in tied}
-        packed |= {
-            f"{name}.{leaf}": mixture.packed(leaf)
-            for name, mixture in mixtures.items()
-            for leaf in mixture.dm_group_sizes
+        packed = {
+            name if leaf == "weight" else f"{name}.{leaf}": module.packed(leaf)
+            for name, module in own_deltas(model).items()
+            for leaf in module.dm_own
+            if f"{name}.{leaf}" not in tied
         }
-        for module in own.values():
+        for module in own_deltas(model).values():
             detach(module)
-        for mixture in mixtures.values():
-            detach_experts(mixture)
         untie_packed(model)
         overlay: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
@@ -283,12 +275,6 @@ def _maps_one_tensor(module: nn.Module) -> bool:
         return False
     _, *taken = inspect.signature(type(module).forward).parameters.values()
     return sum(parameter.default is parameter.empty for parameter in taken) == 1
-
-
-def _weight(module: RoutedModule) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _base_of(model: PreTrainedModel) -> BaseCheckpoint:

@@ -51,7 +51,8 @@ class SharedInput:
         self.members = members
         self.misses = 0
         self._quick = all(
-            cpu.supported(tuple(m.dm_runs), m.dm_gaussian, m.dm_group_sizes) for m in members
+            cpu.supported(tuple(p.runs), p.gaussian, p.group_sizes)
+            for p in (member.packed() for member in members)
         )
         self._running: dict[int, _Shared] = {}  # by thread
 
@@ -97,8 +98,9 @@ def link_shared_inputs(model: nn.Module) -> None:
             continue
         children = dict(parent.named_children())
         for names in NAMES:
-            members = [c for n in names if isinstance(c := children.get(n), DeltaLinear)]
-            alike = [m for m in members if m.dm_gaussian and not any(m.dm_group_sizes)]
+            found = [c for n in names if isinstance(c := children.get(n), DeltaLinear)]
+            members = [m for m in found if "dm_own" in m.__dict__]
+            alike = [m for m in members if (p := m.packed()).gaussian and not any(p.group_sizes)]
             alike = [m for m in alike if weight_of(m).shape[1] == weight_of(alike[0]).shape[1]]
             for member in members:
                 member.dm_siblings = None
@@ -109,12 +111,12 @@ def link_shared_inputs(model: nn.Module) -> None:
 
 
 def _rank(member: DeltaLinear) -> int:
-    return sum(count for count, _, _ in member.dm_runs)
+    return sum(count for count, _, _ in member.dm_own["weight"].runs)
 
 
 def _arguments(members: list[DeltaLinear]) -> tuple[Any, ...]:
     """The lists that `ops.shrink` takes."""
-    flat = [[number for run in m.dm_runs for number in run] for m in members]
+    flat = [[number for run in m.dm_own["weight"].runs for number in run] for m in members]
     return (
         [m.dm_v for m in members],
         [m.dm_u for m in members],

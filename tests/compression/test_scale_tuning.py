@@ -53,7 +53,7 @@ def ranks(model):
 
 def left_scales(module):
     """Scales of U [k, groups], float32."""
-    first = 1 + uniform.group_count(module.in_features, module.dm_group_sizes[0])
+    first = 1 + uniform.group_count(module.in_features, module.packed().group_sizes[0])
     return uniform.scales_from_bits(module.dm_ranks[:, first:].contiguous())
 
 
@@ -104,7 +104,7 @@ def test_folded_gains_are_the_gains(pair, options):
     lost, moved = relative(logits(model), wanted), relative(logits(plain), wanted)
     assert lost < 0.02 * moved
     for name, module in modules.items():
-        first = 1 + uniform.group_count(module.weight.shape[1], module.dm_group_sizes[0])
+        first = 1 + uniform.group_count(module.weight.shape[1], module.packed().group_sizes[0])
         assert torch.equal(module.dm_ranks[:, :first], before[name][:, :first])
 
 

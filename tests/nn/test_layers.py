@@ -162,7 +162,7 @@ def test_detach_restores_the_plain_module(gaussian):
     detach(module)
     x = torch.randn(2, 24)
     assert type(module) is nn.Linear and module.state_dict().keys() == plain.state_dict().keys()
-    assert torch.equal(module(x), plain(x)) and not hasattr(module, "dm_runs")
+    assert torch.equal(module(x), plain(x)) and not hasattr(module, "dm_own")
 
 
 def test_attach_keeps_identity_and_hooks():
