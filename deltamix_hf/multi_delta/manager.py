@@ -62,10 +62,10 @@ class DeltaManager:
         self._base = _base_of(model)
         self._adopt_own()
         for module_name, module in model.named_modules():
-            if _maps_one_tensor(module):  # now, not with the first delta that changes it: what
-                self._routed(
-                    module_name, set()
-                )  # what torch.compile has seen must not change its class
+            # Now, not with the first delta that changes it: what torch.compile has seen must keep
+            # its class.
+            if _maps_one_tensor(module):
+                self._routed(module_name, set())
 
     # Loading and deleting
 

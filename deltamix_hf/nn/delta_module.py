@@ -100,9 +100,10 @@ class DeltaModule(nn.Module):
         own = OwnDelta(packed.m, packed.n, packed.group_sizes, packed.runs, names)
         self.__dict__.setdefault("dm_own", {})[leaf] = own
         for part, tensor in packed.tensors.items():
-            parameter = isinstance(tensor, nn.Parameter)
-            frozen = tensor if parameter else nn.Parameter(tensor, requires_grad=False)
-            self.register_parameter(names[part], frozen)
+            parameter: Any = tensor
+            if not isinstance(tensor, nn.Parameter):
+                parameter = nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(names[part], parameter)
         self.register_buffer(merged_name(leaf), None, persistent=False)
         getattr(self, leaf).requires_grad_(False)
 
