@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from ..errors import DeltaMixError
 from ..nn.layers import DeltaEmbedding
 from ..ops.dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
-from .routing import SLOTS, RowSlots
+from .routing import RowSlots
 
 
-class Table(Protocol):
+class LayerTable(Protocol):
     """A module's deltas on the device.
 
     Attributes:
@@ -38,13 +38,13 @@ class Table(Protocol):
         """The module's output, each row by its own delta."""
 
 
-class Factors:
+class FactorTable:
     """Packed factors and biases of a linear layer, or packed rows of an embedding."""
 
     def __init__(self, module: Any, device: torch.device):
         m, n = module.weight.shape
         self.names: set[str] = set()
-        self.table = triton_kernels().Table(SLOTS, m, n, device)
+        self.table = triton_kernels().Table(module.dm_row_deltas.router.slots.size, m, n, device)
         self.linear = isinstance(module, nn.Linear)
 
     @property
@@ -81,14 +81,15 @@ class Factors:
         return y
 
 
-class Vectors:
+class VectorTable:
     """Vectors [n] of a norm, which multiplies or adds them to its rows of n."""
 
     def __init__(self, module: Any, device: torch.device):
         self.names: set[str] = set()
         self.captured = False
+        size = module.dm_row_deltas.router.slots.size
         self.addresses = {
-            key: torch.zeros(SLOTS, dtype=torch.int64, device=device) for key in _tensors(module)
+            key: torch.zeros(size, dtype=torch.int64, device=device) for key in _tensors(module)
         }
 
     def refresh(self, module: Any, name: str) -> None:
@@ -137,7 +138,7 @@ def refresh(module: Any, name: str) -> None:
         DeltaMixError: a CUDA graph was recorded, and it cannot run this delta.
     """
     deltas = module.dm_row_deltas
-    table: Table | None = deltas.table
+    table: LayerTable | None = deltas.table
     if table is not None:
         table.refresh(module, name)
     if deltas.touched(name) and deltas.captured and (table is None or name not in table.names):
@@ -168,16 +169,16 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
     return table.run(module, x, plan)
 
 
-def _table(module: Any, x: Tensor, recording: bool) -> Table | None:
+def _table(module: Any, x: Tensor, recording: bool) -> LayerTable | None:
     """The module's table, made when it first runs: trying out what a norm does takes a while."""
     deltas = module.dm_row_deltas
     if not deltas.tried and not recording:
         weights = _tensors(module)
         plain = all(t.dtype in TRITON_DTYPES and t.device == x.device for t in weights.values())
         if plain and (isinstance(module, DeltaEmbedding) or module.dm_plain_class is nn.Linear):
-            deltas.table = Factors(module, x.device)
+            deltas.table = FactorTable(module, x.device)
         elif plain and x.dim() > 1 and _multiplies_rows(module, x):
-            deltas.table = Vectors(module, x.device)
+            deltas.table = VectorTable(module, x.device)
         deltas.tried = True
         if deltas.table is not None:
             for name in {*deltas.packed, *deltas.overlay}:

@@ -49,7 +49,7 @@ class LayerDeltas:
         number: its module's number among those that compiled code asks for.
         has_batch: whether the first dimension of the input is the batch, or 1 for all rows alike.
             (T5's table of relative positions is looked up without one.)
-        table: a `grouped.Table`, once `tried` what the kernels can do for it.
+        table: a `grouped.LayerTable`, once `tried` what the kernels can do for it.
         captured: a CUDA graph was recorded with it.
     """
 

@@ -43,14 +43,19 @@ from .grouped import refresh
 from .layers import ExpertDeltas, LayerDeltas, make_routed, row_deltas
 from .model import routed_model_class
 from .pool import Pool
-from .routing import BASE, SLOTS, Names, Route, Router, row_delta
+from .routing import BASE, Names, Route, Router, row_delta
 
 DEFAULT = "default"  # what PEFT calls the first one
-_WORTH_A_BAR = 100_000_000  # bytes; a second or two from a disk
 
 
 class DeltaManager:
-    """The deltas of one model."""
+    """The deltas of one model.
+
+    Attributes:
+        progress_bytes: loading a delta as large as this shows a progress bar.
+    """
+
+    progress_bytes = 100_000_000  # a second or two from a disk
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -92,7 +97,7 @@ class DeltaManager:
         touched = self._modules.setdefault(name, set())
         self._take_slot(name)
         matrices: Iterable[tuple[str, PackedDelta]] = stored.packed.items()
-        if stored.nbytes >= _WORTH_A_BAR:
+        if stored.nbytes >= self.progress_bytes:
             matrices = logging.tqdm(matrices, desc=f"Loading delta {name}", unit="matrix")
         for weight, packed in matrices:
             if packed.counts is not None:  # a 3-D parameter of experts
@@ -126,8 +131,8 @@ class DeltaManager:
     def _take_slot(self, name: str) -> None:
         if not self.router.slots.take(name) and choose(self.model.device) == TRITON:
             raise DeltaMixError(
-                f"the kernels' tables hold {SLOTS} deltas on the device at a time: delete some, or "
-                "bound them with set_delta_memory"
+                f"the kernels' tables hold {self.router.slots.size} deltas on the device at a "
+                "time: delete some, or bound them with set_delta_memory"
             )
 
     def _refresh_tables(self, name: str, touched: set[str]) -> None:

@@ -222,7 +222,7 @@ class Router:
             idle = [key for key, plan in self._fixed.items() if not plan.captured]
             for key in idle[: max(0, len(idle) + 1 - _MOST_PLANS)]:
                 del self._fixed[key]
-            plan = self._fixed[rows, device] = RowSlots(rows, min(rows, SLOTS), device)
+            plan = self._fixed[rows, device] = RowSlots(rows, min(rows, self.slots.size), device)
             self._load(plan)
 
     def _load_fixed(self) -> None:
@@ -247,15 +247,18 @@ def check_rows(names: int, rows: int) -> None:
         )
 
 
-SLOTS = 256  # deltas the kernels' tables can hold
-
-
 class Slots(dict[str, int]):
-    """Resident delta -> its slot. Deltas beyond the last slot have none."""
+    """Resident delta -> its slot in the kernels' tables. Deltas beyond the last slot have none.
+
+    Attributes:
+        size: deltas that the tables can hold.
+    """
+
+    size = 256
 
     def take(self, name: str) -> bool:
         """Give a delta a slot; False if all are taken."""
-        free = set(range(SLOTS)) - set(self.values())
+        free = set(range(self.size)) - set(self.values())
         if name not in self and free:
             self[name] = min(free)
         return name in self

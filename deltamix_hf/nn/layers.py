@@ -66,7 +66,7 @@ class DeltaLinear(DeltaModule, nn.Linear):
 
     dm_plain_class = nn.Linear
     dm_merged: Tensor | None  # see `merging.py`
-    dm_siblings: Any = None  # a `shared_input.SharedInput`, if h is shared with other layers
+    dm_shared_input: Any = None  # a `shared_input.SharedInput`, if h is shared with other layers
 
     def straight(self, x: Tensor) -> Tensor:
         if self.dm_merged is not None:
@@ -75,8 +75,8 @@ class DeltaLinear(DeltaModule, nn.Linear):
         if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
             return self.with_delta(packed, None, (x,), {})
         *tensors, runs, _, _, group_sizes = packed.op_arguments
-        if self.dm_siblings is not None and self.dm_siblings.usable(x):
-            h, first = self.dm_siblings.down_project(self, x)
+        if self.dm_shared_input is not None and self.dm_shared_input.usable(x):
+            h, first = self.dm_shared_input.down_project(self, x)
             return cheapest(expand_linear)(x, self.weight, self.bias, h, first, *tensors[:3], runs)
         linear = cheapest(delta_linear)
         return linear(x, self.weight, self.bias, *tensors, runs, group_sizes)
@@ -201,7 +201,7 @@ def detach(module: DeltaModule) -> None:
     """Drop the layer's own delta and restore the plain class (weights untouched)."""
     for name in [*module.delta_parameters(), *map(merged_name, module.dm_own)]:
         delattr(module, name)
-    for name in ("dm_own", "dm_siblings"):
+    for name in ("dm_own", "dm_shared_input"):
         module.__dict__.pop(name, None)
     change_class(module, module.dm_plain_class)
 

@@ -29,15 +29,23 @@ TRITON, REFERENCE = "triton", "reference"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x and the base weight
 
 
-def choose(device: torch.device, wanted: str | None = None) -> str:
-    """The implementation for tensors on `device`.
+_passed: dict[int | None, bool] = {}
+
+
+def choose(
+    device: torch.device, wanted: str | None = None, passed: dict[int | None, bool] = _passed
+) -> str:
+    """Return the implementation for tensors on `device`.
+
+    Args:
+        passed: GPU -> whether the kernels work there, as far as it has been tried.
 
     Raises:
         DeltaMixError: an unknown name, or Triton asked for where it cannot run.
     """
     name = wanted or os.environ.get(VARIABLE)
     if name is None:
-        return TRITON if _trusted(device) else REFERENCE
+        return TRITON if _trusted(device, passed) else REFERENCE
     if name not in (TRITON, REFERENCE):
         raise DeltaMixError(
             f"kernel {name!r} ({VARIABLE} or an argument): choose {TRITON!r} or {REFERENCE!r}"
@@ -73,19 +81,15 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-_passed: dict[int | None, bool] = {}  # GPU -> whether the kernels work there
-
-
-def _trusted(device: torch.device) -> bool:
+def _trusted(device: torch.device, passed: dict[int | None, bool]) -> bool:
     """Whether the kernels work on this GPU; tried the first time that it can be."""
     if device.type != "cuda" or not _runs_triton(device):
         return False
-    if device.index not in _passed:
+    if device.index not in passed:
         if not _can_launch():
             return False
-
-        _passed[device.index] = kernels_work(device)
-    return _passed[device.index]
+        passed[device.index] = kernels_work(device)
+    return passed[device.index]
 
 
 def _can_launch() -> bool:

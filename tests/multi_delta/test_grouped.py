@@ -15,7 +15,6 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta import grouped, routing
-from deltamix_hf.multi_delta import routing as plans
 from deltamix_hf.multi_delta.layers import LayerDeltas
 from deltamix_hf.nn.delta_module import DeltaModule
 from deltamix_hf.ops.dispatch import TRITON, VARIABLE
@@ -198,8 +197,8 @@ def test_deltas_come_and_go_in_the_tables(family, model, launched):
 
 
 def test_more_deltas_than_slots(family, model, launched, monkeypatch):
-    monkeypatch.setattr(plans, "SLOTS", 3)
-    with pytest.raises(DeltaMixError, match="tables hold 256 deltas"):
+    model.dm_deltas.router.slots.size = 3
+    with pytest.raises(DeltaMixError, match="tables hold 3 deltas"):
         model.load_delta(family.repos["one"], "four")
     assert "four" not in model.list_deltas()
     monkeypatch.delenv(VARIABLE)
@@ -216,7 +215,7 @@ def recording(monkeypatch):
     """Pretend to record a CUDA graph: launches then read what a replay would."""
 
     def record(on):
-        for module in (plans, routing, grouped):
+        for module in (routing, grouped):
             monkeypatch.setattr(module, "capturing", lambda _: on)
 
     return record

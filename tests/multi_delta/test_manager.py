@@ -106,7 +106,7 @@ def test_a_long_load_shows_its_progress(family, monkeypatch):
     monkeypatch.setattr(manager.logging, "tqdm", tqdm)
     model = loaded(family)
     assert bars == []  # these are small
-    monkeypatch.setattr(manager, "_WORTH_A_BAR", 0)
+    model.dm_deltas.progress_bytes = 0
     model.load_delta(family.repos["one"], "again")
     assert bars == [{"desc": "Loading delta again", "unit": "matrix"}]
 
