@@ -1,4 +1,4 @@
-"""What `registration.register` makes methods of every `PreTrainedModel`; see `tenants.py`."""
+"""Methods that `registration.register` gives every `PreTrainedModel`; see `multi_delta.manager`."""
 
 from __future__ import annotations
 

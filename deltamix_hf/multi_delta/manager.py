@@ -245,19 +245,14 @@ class DeltaManager:
             read = partial(read_delta, source, *find_delta(source, {}), base.keys)
         self.pool.add(DEFAULT, stored, read)
         self.choose(DEFAULT)
-        for method in ("save_pretrained", "dequantize"):  # they would take the base for the delta
-            model.__dict__[method] = partial(_refuse, method)
-
-
-def _refuse(method: str, *args: Any, **kwargs: Any) -> None:
-    raise DeltaMixError(
-        f"{method} is for a model with one delta, and this one took several in: load the delta "
-        "repo you mean once more, without load_delta"
-    )
 
 
 def manager_of(model: PreTrainedModel) -> DeltaManager:
-    """The model's tenants; the first call makes the model ready for them."""
+    """Return the deltas of a model; the first call makes the model ready for them.
+
+    Raises:
+        DeltaMixError: parts of the model are offloaded or in other processes.
+    """
     if "dm_deltas" not in model.__dict__:
         if is_sharded(model):
             raise DeltaMixError(
@@ -268,8 +263,8 @@ def manager_of(model: PreTrainedModel) -> DeltaManager:
             raise DeltaMixError(
                 "parts of the model are offloaded; load it whole to serve several deltas from it"
             )
-        model.__dict__["dm_deltas"] = DeltaManager(model)
-        change_class(model, routed_model_class(type(model)))
+        deltas = model.__dict__["dm_deltas"] = DeltaManager(model)
+        change_class(model, routed_model_class(type(model), DEFAULT in deltas.pool.entries))
     return model.__dict__["dm_deltas"]
 
 

@@ -144,10 +144,11 @@ class DeltaModule(nn.Module):
         return self
 
 
-def joined_class(plain: type[nn.Module], bases: tuple[type[nn.Module], ...]) -> Any:
+def joined_class(plain: type[nn.Module], bases: tuple[type, ...]) -> Any:
     """Return the counterpart of a class: a class of its name with these bases, made once."""
     if bases not in _joined:
-        _joined[bases] = type(plain.__name__, bases, {"dm_plain_class": plain})
+        own = {"dm_plain_class": plain, "__module__": plain.__module__}
+        _joined[bases] = type(plain.__name__, bases, own)
     return _joined[bases]
 
 

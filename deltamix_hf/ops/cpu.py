@@ -79,14 +79,7 @@ def supported(runs: Widths, gaussian: bool, group_sizes: tuple[int, int]) -> boo
 
 
 def low_rank(
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    ranks: Tensor,
-    runs: Widths,
-    m: int,
-    n: int,
-    u_group: int = 0,
+    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, n: int, u_group: int = 0
 ) -> Tensor:
     """x [M, n] -> (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype; `u_group`: U's group size."""
     right, left, scales = _sides(v, u, ranks, m, n, u_group)
@@ -94,14 +87,7 @@ def low_rank(
 
 
 def low_rank_transposed(
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    ranks: Tensor,
-    runs: Widths,
-    m: int,
-    n: int,
-    u_group: int = 0,
+    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, n: int, u_group: int = 0
 ) -> Tensor:
     """x [M, m] -> (x·Û)·V̂ [M, n] in x's dtype."""
     right, left, scales = _sides(v, u, ranks, m, n, u_group)
