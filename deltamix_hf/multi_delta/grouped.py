@@ -35,7 +35,7 @@ class LayerTable(Protocol):
         """Enter delta `name` as it now is, or clear its slot."""
 
     def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
-        """The module's output, each row by its own delta."""
+        """Return the module's output, each row by its own delta."""
 
 
 class FactorTable:
@@ -113,7 +113,7 @@ class VectorTable:
 
 
 def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The output by launches that serve all rows together; None: take the loop.
+    """Return the output by launches that serve all rows together; None: take the loop.
 
     Raises:
         DeltaMixError: a CUDA graph is being recorded, and it would keep its deltas.

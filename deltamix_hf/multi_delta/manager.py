@@ -193,7 +193,7 @@ class DeltaManager:
 
     @contextmanager
     def using(self, names: str | Sequence[str | None]) -> Iterator[None]:
-        """Within, calls that name no deltas use these, compiled or in a captured graph too."""
+        """Context manager: calls that name no deltas use these, in captured graphs too."""
         route = self.route(names)
         assert route is not None
         router = self.router  # its turn first: who waits for it must not hold deltas
@@ -201,7 +201,7 @@ class DeltaManager:
             yield
 
     def route(self, names: Names) -> Route | None:
-        """The route of one call; None if it names no deltas.
+        """Return the route of one call; None if it names no deltas.
 
         Raises:
             DeltaMixError: an empty list, or several names for one row.

@@ -30,7 +30,7 @@ _EXPERT = re.compile(rf"(.+\.(?:{'|'.join(_NAMES)}))\.\d+")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether it has the experts interface of transformers, and so computes what we know."""
+    """Tell whether a module has the experts interface of transformers, whose product we know."""
     plain: Any = getattr(module, "dm_plain_class", type(module))
     forward = getattr(plain.forward, "__code__", None)
     return (
@@ -41,13 +41,13 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def fused_weights(module: nn.Module) -> list[str]:
-    """Names of the 3-D parameters that such a module multiplies by."""
+    """List the 3-D parameters that such a module multiplies by."""
     own = module._parameters
     return [n for n in _NAMES if (weight := own.get(n)) is not None and weight.dim() == 3]
 
 
 def slice_shape(module: nn.Module, name: str) -> tuple[int, int]:
-    """[m, n] of every expert's matrix in the parameter `name`."""
+    """Return [m, n] of every expert's matrix in the parameter `name`."""
     m, n = weight_of(module, name).shape[1:]
     return (n, m) if module.is_transposed else (m, n)
 
@@ -65,7 +65,7 @@ class Expert(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The slice itself: writing to it changes the model."""
+        """Return the slice itself, [m, n] or its transpose: writing to it changes the model."""
         return weight_of(self.fused.module, self.fused.leaf).detach()[self.number]
 
 
@@ -83,7 +83,7 @@ class FusedWeight:
         return len(weight_of(self.module, self.leaf))
 
     def expert(self, number: int) -> Expert:
-        """A matrix to compress; `finish` must be called for each."""
+        """Return a matrix to compress; `finish` must be called for each."""
         self.waiting.add(number)
         return Expert(self, number)
 
@@ -138,7 +138,7 @@ def delta_experts(model: nn.Module) -> dict[str, DeltaExperts]:
 
 
 def expert_place(model: nn.Module, name: str) -> tuple[nn.Module, str, int] | None:
-    """Module, parameter and number of the expert's matrix `name`; None if it is none."""
+    """Find module, parameter and number of the expert's matrix `name`; None if it is none."""
     fused, _, number = name.rpartition(".")
     owner, _, leaf = fused.rpartition(".")
     try:
@@ -152,13 +152,13 @@ def expert_place(model: nn.Module, name: str) -> tuple[nn.Module, str, int] | No
 
 
 def fused_name(name: str) -> str | None:
-    """The 3-D parameter an expert's matrix belongs to, by its name alone; None for other names."""
+    """Return the 3-D parameter of an expert's matrix by its name alone; None for other names."""
     found = _EXPERT.fullmatch(name)
     return found[1] if found else None
 
 
 def fused_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """3-D parameter -> its number of experts, of all experts' matrices among `names`."""
+    """Count the experts of every 3-D parameter that has a matrix among `names`."""
     places = {name: expert_place(model, name) for name in names if fused_name(name)}
     return {
         name.rpartition(".")[0]: len(weight_of(*place[:2]))
@@ -179,13 +179,13 @@ def replace_expert(weights: dict[str, Tensor], model: nn.Module, name: str, matr
 
 
 def matrix_shape(model: nn.Module, name: str) -> tuple[int, int]:
-    """[m, n] of a layer's matrix or an expert's, by the name the compressor has for it."""
+    """Return [m, n] of a layer's matrix or an expert's, by the compressor's name for it."""
     place = expert_place(model, name)
     return shape_of(model.get_submodule(name)) if place is None else slice_shape(*place[:2])
 
 
 def compressed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Name -> [m, n] of every matrix that differs from the base and is not stored whole.
+    """Return [m, n] of every matrix that differs from the base and is not stored whole, by name.
 
     Those too that were not worth a rank.
     """

@@ -32,31 +32,31 @@ def weight_of(module: nn.Module, leaf: str = "weight") -> Tensor:
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """`module.weight` as the matrix [m outputs, n inputs] that a delta is added to."""
+    """Return `module.weight` as the matrix [m outputs, n inputs] that a delta is added to."""
     return oriented(module, weight_of(module))
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """[m, n] of a module's matrix: outputs and inputs."""
+    """Return [m, n] of a module's matrix: outputs and inputs."""
     m, n = matrix_of(module).shape
     return m, n
 
 
 def declared_shape(module: nn.Module) -> tuple[int, int]:
-    """`shape_of`, also where bitsandbytes keeps the weight in a form of its own."""
+    """Return [m, n], also where bitsandbytes keeps the weight in a form of its own."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return shape_of(module)
 
 
 def tied_tensors(model: PreTrainedModel, name: str) -> list[str]:
-    """The tensor's own name and those of the tensors tied to it."""
+    """List the tensor's own name and those of the tensors tied to it."""
     ties = model.all_tied_weights_keys.items()
     return [name, *(target for target, source in ties if source == name)]
 
 
 def tied_modules(model: PreTrainedModel, name: str) -> dict[str, nn.Module]:
-    """The module itself and every module whose weight is tied to its weight, by name."""
+    """Return the module and every module whose weight is tied to its weight, by name."""
     names = [tensor.removesuffix(".weight") for tensor in tied_tensors(model, f"{name}.weight")]
     return {n: model.get_submodule(n) for n in names}
 
@@ -151,7 +151,7 @@ def routable_class(cls: type[nn.Module]) -> type[DeltaModule]:
 
 
 def reads_weight_itself(cls: type[nn.Embedding]) -> bool:
-    """Whether a subclass's forward looks its rows up past `nn.Embedding.forward` (Whisper's)."""
+    """Tell whether a subclass looks its rows up past `nn.Embedding.forward` (Whisper's)."""
     own = inspect.unwrap(cls.forward)
     return own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars
 
@@ -179,7 +179,7 @@ def attach(module: nn.Module, packed: PackedDelta) -> None:
 
 
 def attach_with_ties(model: PreTrainedModel, name: str, packed: PackedDelta) -> None:
-    """`attach` to the module `name` and to every module tied to its weight (lm_head, say).
+    """Attach a delta to the module `name` and all modules tied to its weight (lm_head, say).
 
     The twins share the very same parameters, and `model.all_tied_weights_keys` learns so: then
     transformers loads, offloads and saves one copy, as it does for the tied weight itself.
@@ -219,7 +219,7 @@ def delta_modules(model: nn.Module) -> dict[str, DeltaModule]:
 
 
 def packed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Name -> [m, n] of every packed matrix; tied twins are not listed again."""
+    """Return [m, n] of every packed matrix by name; tied twins are not listed again."""
     tied = model.all_tied_weights_keys
     modules = delta_modules(model).items()
     return {name: shape_of(module) for name, module in modules if f"{name}.weight" not in tied}

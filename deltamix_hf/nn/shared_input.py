@@ -62,7 +62,7 @@ class SharedInput:
         self._running: dict[int, _Shared] = {}  # by thread
 
     def usable(self, x: Tensor) -> bool:
-        """Triton or look-up runs, nothing needs gradients, and all members lie where x does."""
+        """Tell whether Triton or look-up runs, without gradients, on all members where x is."""
         if torch.is_grad_enabled() and x.requires_grad:
             return False
         if choose(x.device) != TRITON and not (
@@ -75,7 +75,10 @@ class SharedInput:
         return all(member.dm_v.device == x.device for member in self.members)
 
     def down_project(self, member: DeltaLinear, x: Tensor) -> tuple[Tensor, int]:
-        """Partial sums of all members for x, and the column where this member's begin."""
+        """Return h of all members for x [..., n], and the column where this member's ranks begin.
+
+        h is float32 [splits, rows, all ranks], partial sums.
+        """
         index = self.members.index(member)
         thread = 0 if torch.compiler.is_compiling() else get_ident()
         shared = self._running.get(thread)

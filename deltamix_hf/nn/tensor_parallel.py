@@ -33,33 +33,33 @@ _WHOLE = "replicate"  # transformers' own name for it, from some version on
 
 
 def is_shard(tensor: Any) -> TypeGuard[Any]:
-    """Whether a tensor is this process's part of one that several share (a DTensor)."""
+    """Tell whether a tensor is this process's part of one that several share (a DTensor)."""
     return hasattr(tensor, "device_mesh")
 
 
 def own(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+    """Return this process's part of a tensor."""
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, put together from all processes' parts; all of them must ask for it."""
+    """Return the tensor from all processes' parts; all of them must ask for it."""
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether several processes share the model's weights."""
+    """Tell whether several processes share the model's weights."""
     return any(is_shard(parameter) for parameter in model.parameters())
 
 
 def wanted(model: PreTrainedModel) -> list[str]:
-    """How transformers is about to share the model out among processes: `tp_size`, ..."""
+    """List how transformers is about to share the model out among processes: `tp_size`, ..."""
     config: Any = getattr(model.config, "distributed_config", None)
     return [name for name in _SIZES if (getattr(config, name, None) or 1) > 1]
 
 
 def check_wanted(kinds: list[str], config: DeltaMixConfig, compressing: bool) -> None:
-    """Raises DeltaMixError if it cannot be done with models shared out in these ways."""
+    """Raise DeltaMixError if it cannot be done with models shared out in these ways."""
     if not kinds:
         return
     if compressing:
@@ -168,7 +168,7 @@ def _own(weight: Any, dim: int) -> Tensor:
 
 
 def part_of(factors: PackedDelta, rows: Tensor, columns: Tensor) -> PackedDelta:
-    """The factors of (Û·V̂)[rows][:, columns]; both int64 and rising, no index twice."""
+    """Cut out the factors of (Û·V̂)[rows][:, columns]; both int64 and rising, no index twice."""
     if (len(rows), len(columns)) == (factors.m, factors.n):
         return factors
     device, runs = factors.v.device, factors.runs

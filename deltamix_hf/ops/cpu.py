@@ -81,7 +81,7 @@ def supported(runs: Widths, gaussian: bool, group_sizes: tuple[int, int]) -> boo
 def low_rank(
     x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, n: int, u_group: int = 0
 ) -> Tensor:
-    """x [M, n] -> (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype; `u_group`: U's group size."""
+    """Multiply x [M, n]: (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype; `u_group`: U's group size."""
     right, left, scales = _sides(v, u, ranks, m, n, u_group)
     return _product(x, right, left, scales, runs)
 
@@ -89,7 +89,7 @@ def low_rank(
 def low_rank_transposed(
     x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, n: int, u_group: int = 0
 ) -> Tensor:
-    """x [M, m] -> (x·Û)·V̂ [M, n] in x's dtype."""
+    """Multiply x [M, m] the other way: (x·Û)·V̂ [M, n] in x's dtype."""
     right, left, scales = _sides(v, u, ranks, m, n, u_group)
     return _product(x, left, right, scales, runs)
 
@@ -97,7 +97,7 @@ def low_rank_transposed(
 def down_project(
     x: Tensor, v: Sequence[Tensor], ranks: Sequence[Tensor], runs: Sequence[Widths], n: int
 ) -> Tensor:
-    """x [M, n] -> x·V̂ᵀ of several matrices, float32 [M, all ranks]; one scale a vector."""
+    """Multiply x [M, n] by V̂ᵀ of several matrices: float32 [M, all ranks]; one scale a vector."""
     h = _enter(x, _Side(torch.cat(list(v)), 1, n), sum(runs, ()))
     return h * uniform.scales_from_bits(torch.cat([r[:, 1] for r in ranks]))
 
@@ -105,18 +105,18 @@ def down_project(
 def up_project(
     h: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, dtype: torch.dtype
 ) -> Tensor:
-    """h float32 [M, k], one matrix's part of `down_project`, -> h·Ûᵀ [M, m] in `dtype`."""
+    """Multiply h float32 [M, k], one matrix's part of `down_project`: h·Ûᵀ [M, m] in `dtype`."""
     scales = uniform.scales_from_bits(ranks[:, 2].contiguous())
     return _leave(h * scales, _Side(u, 2, m), runs).to(dtype)
 
 
 def times_right(h: Tensor, v: Tensor, runs: Widths, n: int) -> Tensor:
-    """h float32 [M, k], V's scales included, -> h·V̂ [M, n]."""
+    """Multiply h float32 [M, k], V's scales included: h·V̂, float32 [M, n]."""
     return _leave(h, _Side(v, 1, n), runs)
 
 
 def levels(packed: Tensor, runs: Sequence[tuple[int, int]], length: int) -> Tensor:
-    """Levels float32 [k, length] of (count, width) runs, without scales, in the elements' order.
+    """Decode (count, width) runs to levels float32 [k, length], without scales, in order.
 
     For ranks that are not the same from call to call, whose `parts` are not worth working out.
     Bytes are put in order before they are looked up, which is four times less to move.
@@ -185,7 +185,7 @@ def _leave(h: Tensor, leave: _Side, runs: Widths) -> Tensor:
 
 @lru_cache(maxsize=8192)
 def parts(runs: Widths, side: int) -> tuple[OrderedRanks, ...]:
-    """The ranks of `runs` by the order of their levels on one side (1: V, 2: U)."""
+    """Group the ranks of `runs` by the order of their levels on one side (1: V, 2: U)."""
     rows: dict[int, list[int]] = {}
     ranks: dict[int, list[int]] = {}
     row = rank = 0

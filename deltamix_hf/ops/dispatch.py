@@ -65,19 +65,19 @@ except ImportError:  # no Triton
 
 
 def triton_kernels() -> Any:
-    """The package `deltamix_kernels`, or None without Triton."""
+    """Return the package `deltamix_kernels`, or None without Triton."""
     return _kernels
 
 
 def kernel_packed(packed: PackedDelta) -> Any:
-    """The same factors as the kernels take them."""
+    """Wrap packed factors as the kernels take them; the tensors are shared."""
     tensors = packed.v, packed.u, packed.ranks, packed.zeros
     layout = tuple(packed.runs), packed.m, packed.n, packed.group_sizes
     return triton_kernels().Packed(*tensors, *layout)
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being recorded."""
+    """Tell whether a CUDA graph is being recorded."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -114,7 +114,7 @@ TOLERANCE = 0.02
 
 
 def kernels_work(device: torch.device) -> bool:
-    """Whether they run on this GPU and are right there; logs a warning if not."""
+    """Try the kernels on this GPU: whether they run and are right; log a warning if not."""
     try:
         error = max(_errors(device))
     except Exception as failure:  # whatever a driver or compiler may raise

@@ -39,7 +39,7 @@ def experts_forward(
     top_k_weights: Tensor,
     project: Project,
 ) -> Tensor:
-    """What `module` makes of tokens [T, h] and their experts [T, k], by way of `project`.
+    """Run `module` on tokens [T, h] and their experts [T, k], by way of `project`: [T, h].
 
     The steps are those of transformers' `grouped_mm_experts_forward`.
 
@@ -65,7 +65,7 @@ def experts_forward(
 
 
 def base_product(module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """The frozen part of a projection: x [S, n] -> [S, m], with the bias the module has for it."""
+    """Multiply x [S, n] by the frozen weights, with the module's bias if it has one: [S, m]."""
     y = grouped_product(x, weight if module.is_transposed else weight.mT, ends)
     if not module.has_bias:
         return y
@@ -74,7 +74,7 @@ def base_product(module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor
 
 
 def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Rows ends[e − 1] to ends[e] of x [S, n] times weights [E, n, m] of e; [S, m]."""
+    """Multiply rows ends[e − 1] to ends[e] of x [S, n] by weights [E, n, m] of e: [S, m]."""
     wide = x.dtype == torch.float64 or any(
         size * x.element_size() % _ALIGNED for size in weights.shape[1:]
     )
@@ -97,7 +97,7 @@ def plain_expert_low_rank(
     transposed: bool,
     masked_rows: int = 16,
 ) -> Tensor:
-    """x [S, n] -> [S, m] in x's dtype, each row by its expert; `transposed` maps m to n instead.
+    """Multiply each row of x [S, n] by its expert: [S, m] in x's dtype; `transposed`: m to n.
 
     Args:
         masked_rows: multiply up to this many rows by the ranks of all their experts, then mask;
@@ -176,7 +176,7 @@ expert_low_rank.register_autograd(_backward, setup_context=_context)
 
 
 def add_delta(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> Tensor:
-    """y [S, m], a frozen projection of x [S, n], with the packed part added; may change y."""
+    """Add the packed part to y [S, m], a frozen projection of x [S, n]; may change y."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return y + expert_low_rank(x.to(y.dtype), ends, *packed.op_arguments, False)
     if not add_by_kernels(y, packed, x, ends):
@@ -203,7 +203,7 @@ _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which li
 
 
 def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> bool:
-    """y [S, m] += what the experts' factors make of x [S, n], in place; False: nothing was done.
+    """Add x [S, n] times the experts' factors to y [S, m] in place; False: nothing was done.
 
     Rows and `ends` as for `Project`. Not for min-max grids, gradients or autocast.
     """

@@ -50,7 +50,7 @@ def plain_low_rank(
     transposed: bool,
     kernel: str | None = None,
 ) -> Tensor:
-    """x [..., n] -> [..., m] in x's dtype; `transposed` maps [..., m] -> [..., n] instead.
+    """Multiply x [..., n]: [..., m] in x's dtype; `transposed` maps [..., m] to [..., n].
 
     `runs` is the flattened list of (count, v_bits, u_bits); for the tensors see `packed_layout`.
     """
@@ -108,7 +108,7 @@ def plain_delta_linear(
     group_sizes: list[int],
     kernel: str | None = None,
 ) -> Tensor:
-    """x [..., n], weight [m, n] and bias [m] of one dtype -> [..., m] in it."""
+    """Run a linear layer with its delta: x [..., n], weight [m, n], bias [m] -> [..., m]."""
     m, n = weight.shape
     if _by_triton(x, group_sizes, kernel):
         k = triton_kernels()
@@ -161,7 +161,7 @@ def plain_down_project(
     run_lengths: list[int],
     m: list[int],
 ) -> Tensor:
-    """h = x·V̂ᵀ of several matrices at once, as partial sums float32 [splits, rows, all ranks].
+    """Multiply x [..., n] by V̂ᵀ of several matrices: partial sums float32 [splits, rows, ranks].
 
     Of Gaussian codebooks with one scale a vector; without Triton, of what `cpu` supports.
     `runs` are the flattened runs of all matrices, `run_lengths` how many numbers belong to each.
@@ -207,7 +207,7 @@ def plain_expand_linear(
     ranks: Tensor,
     runs: list[int],
 ) -> Tensor:
-    """`delta_linear` whose h was made by `down_project`; its ranks begin at column `first`."""
+    """Run `delta_linear` with h of `down_project`; its ranks begin at column `first`."""
     m, n = weight.shape
     if choose(x.device) != TRITON:
         y = F.linear(x, weight, bias)
@@ -249,7 +249,7 @@ def plain_low_rank_rows(
     n: int,
     group_sizes: list[int],
 ) -> Tensor:
-    """Rows `index` (int64, any shape, values below m) of Û·V̂: float32 [*index.shape, n]."""
+    """Decode rows `index` (int64, any shape, below m) of Û·V̂: float32 [*index.shape, n]."""
     triples = _unflatten(runs)
     sides = [(c, b) for c, _, b in triples]
     flat = index.reshape(-1)
@@ -293,7 +293,7 @@ _PLAIN: dict[Any, Any] = {
 
 
 def cheapest(op: Any) -> Any:
-    """The op where autograd or a compiler must see it, else its plain function.
+    """Return the op where autograd or a compiler must see it, else its plain function.
 
     Dispatching a custom op takes 0.1 ms, a third of all that a small layer's delta takes on a CPU.
     """
