@@ -9,7 +9,7 @@ a graph cannot, because it would keep the deltas it was recorded with.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,59 +20,56 @@ from ..ops.dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_pack
 from .routing import RowSlots
 
 
-class LayerTable(Protocol):
-    """A module's deltas on the device.
+class LayerTable:
+    """A layer's deltas on the device.
 
     Attributes:
         names: the deltas that are in it.
-        captured: a CUDA graph reads it.
     """
 
-    names: set[str]
-    captured: bool
+    def __init__(self) -> None:
+        self.names: set[str] = set()
 
     def refresh(self, module: Any, name: str) -> None:
         """Enter delta `name` as it now is, or clear its slot."""
-
-    def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
-        """Return the module's output, each row by its own delta."""
-
-
-class FactorTable:
-    """Packed factors and biases of a linear layer, or packed rows of an embedding."""
-
-    def __init__(self, module: Any, device: torch.device):
-        m, n = module.weight.shape
-        self.names: set[str] = set()
-        self.table = triton_kernels().Table(module.dm_row_deltas.router.slots.size, m, n, device)
-        self.linear = isinstance(module, nn.Linear)
-
-    @property
-    def captured(self) -> bool:
-        return self.table.captured
-
-    @captured.setter
-    def captured(self, value: bool) -> None:
-        self.table.captured = value
-
-    def refresh(self, module: Any, name: str) -> None:
-        slot = module.dm_row_deltas.router.slots.get(name)
+        deltas = module.dm_row_deltas
+        slot = deltas.router.slots.get(name)
         if slot is None:  # more deltas than slots
             return
         self.names.discard(name)
+        if self._enter(slot, deltas.packed.get(name), deltas.overlay.get(name, {})):
+            self.names.add(name)
+
+    def _enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
+        """Fill a slot and return True, or clear it if there is nothing, or nothing known."""
+        raise NotImplementedError
+
+    def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
+        """Return the module's output, each row by its own delta."""
+        raise NotImplementedError
+
+
+class FactorTable(LayerTable):
+    """Packed factors and biases of a linear layer, or packed rows of an embedding."""
+
+    def __init__(self, module: Any, device: torch.device):
+        super().__init__()
+        m, n = module.weight.shape
+        self.table = triton_kernels().Table(module.dm_row_deltas.router.slots.size, m, n, device)
+        self.linear = isinstance(module, nn.Linear)
+
+    def _enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
         self.table.clear(slot)
-        deltas = module.dm_row_deltas
-        packed, overlay = deltas.packed.get(name), deltas.overlay.get(name, {})
         known = not overlay or (self.linear and overlay.keys() == {"bias"})
         if (packed is None and not overlay) or not known:
-            return
+            return False
         factors = None if packed is None else kernel_packed(packed)
-        if self.table.put(slot, factors, overlay.get("bias")):
-            self.names.add(name)
+        return self.table.put(slot, factors, overlay.get("bias"))
 
     def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
         y = module.plain((x,), {}).contiguous()
         k = triton_kernels()
+        self.table.captured |= capturing(x.device)
         rows = k.Rows(plan.order, plan.starts, plan.slots)
         if self.linear:
             k.grouped_add(y, x, self.table, rows, module.bias)
@@ -81,27 +78,20 @@ class FactorTable:
         return y
 
 
-class VectorTable:
+class VectorTable(LayerTable):
     """Vectors [n] of a norm, which multiplies or adds them to its rows of n."""
 
     def __init__(self, module: Any, device: torch.device):
-        self.names: set[str] = set()
-        self.captured = False
+        super().__init__()
         size = module.dm_row_deltas.router.slots.size
         self.addresses = {
             key: torch.zeros(size, dtype=torch.int64, device=device) for key in _tensors(module)
         }
 
-    def refresh(self, module: Any, name: str) -> None:
-        slot = module.dm_row_deltas.router.slots.get(name)
-        if slot is None:
-            return
-        self.names.discard(name)
-        overlay = module.dm_row_deltas.overlay.get(name, {})
+    def _enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
         for key, addresses in self.addresses.items():
             addresses[slot] = overlay[key].data_ptr() if key in overlay else 0
-        if overlay:
-            self.names.add(name)
+        return bool(overlay)
 
     def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
         shape = plan.rows, *[1] * (x.dim() - 2), x.shape[-1]
@@ -165,7 +155,6 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
             return None
     if rows == 0 or not here <= table.names:
         return None
-    table.captured |= recording
     return table.run(module, x, plan)
 
 
