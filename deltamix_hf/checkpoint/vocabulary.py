@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
-from ..nn.layers import DeltaModule, delta_class, weight_of
+from ..nn.delta_module import DeltaModule
+from ..nn.layers import delta_class, weight_of
 from ..storage.headers import TensorInfo
 from ..storage.names import ROWS
 from ..transformers_private import ConversionOps
