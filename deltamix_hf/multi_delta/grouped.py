@@ -3,8 +3,8 @@
 A layer has a table of addresses by slot (`routing.py`): of packed factors and biases, or, for
 norms, of the vectors that a delta puts in place of the base's. The launches read the table and the
 plan of the batch on the device, so a captured CUDA graph follows when either changes. Deltas the
-kernels do not know (min-max grids, whole weights) and gradients take the loop of `LayerDeltas.run`;
-a graph cannot, because it would keep the deltas it was recorded with.
+kernels do not know (min-max grids, whole weights) and gradients take the loop of `RoutedDeltas`; a
+graph cannot, because it would keep the deltas it was recorded with.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class ExpertDeltas(dict[str, PackedDelta]):
             packed.move(device)
 
 
-class LayerDeltas:
+class RoutedDeltas:
     """What each delta puts beside one layer's base weights or in their place.
 
     Attributes:
@@ -164,13 +164,13 @@ def make_routed(module: nn.Module, router: Router) -> DeltaModule:
     experts = is_experts(module)
     change_class(module, joined_class(cls, (DeltaExperts, cls)) if experts else routable_class(cls))
     assert isinstance(module, DeltaModule)
-    module.dm_row_deltas = LayerDeltas(router, compiled.register(module))
+    module.dm_row_deltas = RoutedDeltas(router, compiled.register(module))
     return module
 
 
-def row_deltas(module: nn.Module) -> LayerDeltas:
+def row_deltas(module: nn.Module) -> RoutedDeltas:
     """Return the named deltas of a module that `make_routed` has made."""
-    assert isinstance(module, DeltaModule) and isinstance(module.dm_row_deltas, LayerDeltas)
+    assert isinstance(module, DeltaModule) and isinstance(module.dm_row_deltas, RoutedDeltas)
     return module.dm_row_deltas
 
 

@@ -40,7 +40,7 @@ from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import check_base
 from .config_mismatch import differing
 from .grouped import refresh
-from .layers import ExpertDeltas, LayerDeltas, make_routed, row_deltas
+from .layers import ExpertDeltas, RoutedDeltas, make_routed, row_deltas
 from .model import routed_model_class
 from .pool import Pool
 from .routing import BASE, Names, Route, Router, row_delta
@@ -139,7 +139,7 @@ class DeltaManager:
         for module_name in touched:
             refresh(self.model.get_submodule(module_name), name)
 
-    def _routed(self, name: str, touched: set[str]) -> LayerDeltas:
+    def _routed(self, name: str, touched: set[str]) -> RoutedDeltas:
         """Return the named deltas of a module, which is noted in `touched`."""
         module = self.model.get_submodule(name)
         if not isinstance(module, DeltaModule):

@@ -25,7 +25,7 @@ def oriented(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 class RowDeltas(Protocol):
-    """Named deltas of a layer, one for each row of a call (`multi_delta.layers.LayerDeltas`)."""
+    """Named deltas of a layer, one for each row of a call (`multi_delta.layers.RoutedDeltas`)."""
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the output of `module`, each row with its own delta."""

@@ -15,7 +15,7 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta import grouped, routing
-from deltamix_hf.multi_delta.layers import LayerDeltas
+from deltamix_hf.multi_delta.layers import RoutedDeltas
 from deltamix_hf.nn.delta_module import DeltaModule
 from deltamix_hf.ops.dispatch import TRITON, VARIABLE
 
@@ -161,13 +161,13 @@ def launched(model, monkeypatch):
         }
         monkeypatch.setattr(dk.config, "read", lambda _: large)
     looped = []
-    plain = LayerDeltas.output
+    plain = RoutedDeltas.output
 
     def output(self, module, *args):
         looped.append(module)
         return plain(self, module, *args)
 
-    monkeypatch.setattr(LayerDeltas, "output", output)
+    monkeypatch.setattr(RoutedDeltas, "output", output)
     return looped
 
 
