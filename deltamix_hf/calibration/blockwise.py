@@ -92,9 +92,7 @@ class BlockwisePass:
         """
         if kind == "level" and i == 0:
             return self.chain.reference[b]
-        found = self.store.read(f"{kind} {i} of batch {b}")
-        assert found is not None
-        return found[0]["item"].to(self.device)
+        return self.store.load(f"{kind} {i} of batch {b}", self.device)[0]["item"]
 
     def _put(self, kind: str, i: int, b: int, item: Tensor) -> None:
         self.store.write(f"{kind} {i} of batch {b}", {"item": item})

@@ -139,9 +139,7 @@ class Compressor:
             self.store.write(f"spectrum of {name}", {"energies": measured[name]})
         for name in matrices.keys() - measured.keys() if self.workers.rank == 0 else ():
             self.workers.wait(self.store, f"spectrum of {name}")
-            found = self.store.read(f"spectrum of {name}")
-            assert found is not None
-            measured[name] = found[0]["energies"]
+            measured[name] = self.store.load(f"spectrum of {name}")[0]["energies"]
         return [measured[name] for name in matrices if name in measured]
 
     def _solve(self, matrices: Mapping[str, Matrix], energies: list[Tensor], budget: int) -> None:
