@@ -15,7 +15,7 @@ base is stored. This is the only module that knows these names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import torch
 
@@ -78,6 +78,18 @@ def packed_names(
                     "config.json do not fit"
                 )
     return list(found[False]), list(found[True])
+
+
+def check_listed(stored: Set[str], listed: Set[str]) -> None:
+    """Compare names in the files with those that config.json lists.
+
+    Raises:
+        DeltaMixError: names the first that is missing, or not listed.
+    """
+    if missing := sorted(listed - stored):
+        raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
+    if more := sorted(stored - listed):
+        raise DeltaMixError(f"the delta repo holds {more[0]}, which its config.json does not list")
 
 
 def guard_names(weights: Sequence[str], base_model_prefix: str) -> list[str]:
