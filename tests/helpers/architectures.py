@@ -7,6 +7,7 @@ experts, vision towers, speech.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import tiny_pairs
 import torch
@@ -83,7 +84,7 @@ def _others(cls: type, ratio: float, build: Callable[[], PreTrainedModel]) -> Fa
 
 ARCHITECTURES = {
     **FAMILIES,
-    "mixtral": MIXTURES["mixtral"],
+    "mixtral": replace(MIXTURES["mixtral"], packed=None, generates=False),
     "gemma3": _others(Gemma3ForCausalLM, 0.25, _gemma3),
     "phi": _others(PhiForCausalLM, 0.25, _phi),
     "gpt_neox": _others(GPTNeoXForCausalLM, 0.25, _gpt_neox),
