@@ -112,8 +112,7 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
     Raises:
         DeltaMixError: incomplete, of other shapes or kinds than the model's, or two for one place.
     """
-    gaussian = config.method.codebook == "gaussian"
-    modules, fused = packed_names(infos, gaussian, config.errors)
+    modules, fused = packed_names(infos, config.method.quantizer, config.errors)
     others = {name for name in infos if packed_part(name) is None}
     guards = {name for name in others if is_guard(name)}
     for name in guards:
@@ -191,7 +190,7 @@ def read_packed(
         DeltaMixError: not the tensors of such a matrix, values no compressor writes, or other
             experts than config.json lists.
     """
-    gaussian, experts = config.method.codebook == "gaussian", None
+    method, experts = config.method, None
     if name in keys.state:
         owner, _, leaf = name.rpartition(".")
         module = keys.model.get_submodule(owner)
@@ -199,7 +198,9 @@ def read_packed(
     else:
         shape = declared_shape(keys.model.get_submodule(name))
     try:
-        packed = PackedDelta.read(stored, read, *shape, config.method.group_size, gaussian, experts)
+        packed = PackedDelta.read(
+            stored, read, *shape, method.group_size, method.quantizer, experts
+        )
     except DeltaMixError as error:
         raise DeltaMixError(f"{name}: {error}") from None
     if packed.counts is not None:

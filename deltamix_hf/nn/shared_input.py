@@ -56,7 +56,7 @@ class SharedInput:
         self.members = members
         self.misses = 0
         self._quick = all(
-            cpu.supported(tuple(p.runs), p.gaussian, p.group_sizes)
+            cpu.supported(tuple(p.runs), p.zeros is None, p.group_sizes)
             for p in (member.packed() for member in members)
         )
         self._running: dict[int, _Shared] = {}  # by thread
@@ -108,7 +108,8 @@ def link_shared_inputs(model: nn.Module) -> None:
         for names in NAMES:
             found = [c for n in names if isinstance(c := children.get(n), DeltaLinear)]
             members = [m for m in found if "dm_own" in m.__dict__]
-            alike = [m for m in members if (p := m.packed()).gaussian and not any(p.group_sizes)]
+            packed = {m: m.packed() for m in members}
+            alike = [m for m, p in packed.items() if p.zeros is None and not any(p.group_sizes)]
             alike = [m for m in alike if weight_of(m).shape[1] == weight_of(alike[0]).shape[1]]
             for member in members:
                 member.dm_shared_input = None

@@ -140,7 +140,7 @@ def _decoded(factors: PackedDelta, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     """V̂ [K, n], Ûᵀ [K, m] and what each rank is yet to be multiplied by, [K]; see `cpu.py`."""
     quick = factors.v.device.type == "cpu" and dtype != torch.float64
     runs, whole = tuple(factors.runs), factors.group_sizes == (0, 0)
-    if quick and whole and cpu.supported(runs, factors.gaussian, factors.group_sizes):
+    if quick and whole and cpu.supported(runs, factors.zeros is None, factors.group_sizes):
         sides = [(factors.v, 1, factors.n), (factors.u, 2, factors.m)]
         right, left = (
             cpu.levels(codes, [(run[0], run[side]) for run in runs], length)

@@ -28,6 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from ..errors import DeltaMixError
 from ..ops.low_rank import cheapest, low_rank, low_rank_rows
 from ..quantization.packed_layout import DTYPES, part_names
+from ..quantization.uniform import MIN_MAX
 from .batch import Batch, Groups
 from .partition import Piece, Shard, pieces
 
@@ -128,7 +129,7 @@ def _make_place(layer: nn.Module) -> None:
     deltas = LayerDeltas(f"deltamix.{len(layers)}")
     layers[deltas.name] = deltas
     layer.deltas = deltas  # type: ignore[assignment]
-    for part, name in part_names("", gaussian=False).items():
+    for part, name in part_names("", MIN_MAX).items():
         empty = nn.Parameter(torch.empty(0, dtype=DTYPES[part]), requires_grad=False)
         empty.weight_loader = partial(deltas.receive, part)  # type: ignore[attr-defined]
         layer.register_parameter(name, empty)
@@ -195,6 +196,6 @@ class DeltaMixEmbeddingMethod(_Method):
         """The head takes the embedding's weight and its deltas."""
         layer = self.plain.tie_weights(layer, embed_tokens)
         layer.deltas = embed_tokens.deltas
-        for name in part_names("", gaussian=False).values():
+        for name in part_names("", MIN_MAX).values():
             setattr(layer, name, getattr(embed_tokens, name))
         return layer

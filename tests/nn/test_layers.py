@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed_cases import each_codebook, pack
+from packed_cases import each_codebook, pack, quantizer
 from torch import nn
 from transformers import Gemma3TextConfig, OPTConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -177,7 +177,7 @@ def test_attach_keeps_identity_and_hooks():
 
 @pytest.mark.parametrize(
     ("part", "gaussian"),
-    [(part, gaussian) for gaussian in (False, True) for part in parts(gaussian)],
+    [(part, gaussian) for gaussian in (False, True) for part in parts(quantizer(gaussian))],
 )
 @pytest.mark.parametrize("damage", [lambda t: t[:, :-1], lambda t: t[1:], lambda t: t.int()])
 def test_attach_refuses_what_does_not_fit(part, damage, gaussian):
