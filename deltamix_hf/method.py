@@ -14,9 +14,9 @@ from typing import Any
 
 from .errors import DeltaMixError
 from .quantization.packed_layout import GROUP_EXPONENTS, GroupSizes
+from .quantization.quantizer import QUANTIZERS, Quantizer
 
 ALLOCATIONS = ("bands", "matrix", "global")
-CODEBOOKS = ("min-max", "gaussian")
 DEFAULT_METHOD = "deltamix-kl"
 WIDTHS = tuple(range(9))
 _LONGEST_GROUP = 2**30
@@ -104,7 +104,7 @@ class Method:
             value = getattr(self, field.name)
             if isinstance(field.default, bool) and not isinstance(value, bool):
                 raise DeltaMixError(f"{field.name} is {value!r}; it must be True or False")
-        for name, choices in (("allocation", ALLOCATIONS), ("codebook", CODEBOOKS)):
+        for name, choices in (("allocation", ALLOCATIONS), ("codebook", tuple(QUANTIZERS))):
             if getattr(self, name) not in choices:
                 raise DeltaMixError(
                     f"{name} is {getattr(self, name)!r}; choose one of {list(choices)}"
@@ -130,6 +130,11 @@ class Method:
             raise DeltaMixError('split_widths=True needs allocation="global"')
         if self.allocation == "bands" and self.codebook != "min-max":
             raise DeltaMixError('allocation="bands" needs codebook="min-max"')
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """What rounds the rank vectors: that of `codebook`."""
+        return QUANTIZERS[self.codebook]
 
     def group_sizes(self, embedding: bool) -> GroupSizes:
         """Elements of V and of U that share a scale, in an embedding or any other matrix."""

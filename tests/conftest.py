@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import ARCHITECTURES
 from hypothesis import HealthCheck, settings
 from tiny_pairs import Pair, calibration_ids, logits, make_pair, quick, token_ids
 
@@ -54,12 +55,12 @@ class Delta:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory) -> Callable[[str], Pair]:
-    """`pair(name)`: the base and fine-tune of a family, see `tiny_pairs.FAMILIES`."""
+    """`pair(name)`: the base and fine-tune of a family, see `architectures.ARCHITECTURES`."""
     made: dict[str, Pair] = {}
 
     def get(name: str) -> Pair:
         if name not in made:
-            made[name] = make_pair(name, tmp_path_factory.mktemp(name))
+            made[name] = make_pair(name, tmp_path_factory.mktemp(name), ARCHITECTURES.get(name))
         return made[name]
 
     return get

@@ -14,7 +14,8 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.config import FORMAT_VERSION, overlay_dtype
-from deltamix_hf.method import ALLOCATIONS, CODEBOOKS, DEFAULT_METHOD, METHODS, SWITCHES
+from deltamix_hf.method import ALLOCATIONS, DEFAULT_METHOD, METHODS, SWITCHES
+from deltamix_hf.quantization.quantizer import QUANTIZERS
 
 budgets = st.one_of(
     st.just({}),
@@ -46,7 +47,7 @@ switches = st.fixed_dictionaries(
         "method": st.sampled_from(list(METHODS)),
         "bits": st.sets(st.integers(0, 8)).filter(any).map(sorted).map(tuple),
         "allocation": st.sampled_from(ALLOCATIONS),
-        "codebook": st.sampled_from(CODEBOOKS),
+        "codebook": st.sampled_from(list(QUANTIZERS)),
         "group_size": st.integers(0, 4096),
         "embedding_group_size": st.sampled_from([0, 16, 128, 2**15]),
         "drop_penalty": st.floats(1, 1e6) | st.integers(1, 9),

@@ -178,6 +178,15 @@ def test_the_architecture_names_what_there_is() -> None:
             assert re.search(rf"^ *(class|def) {name}\b", code, re.MULTILINE), f"{path}: {name}"
 
 
+def test_packages_name_what_they_have() -> None:
+    """`module.function` in the paragraph at the top of a package."""
+    for path in (ROOT / "deltamix_hf").glob("*/__init__.py"):
+        paragraph = path.read_text().split('"""')[1]
+        for module, name in re.findall(r"`(\w+)\.(?!py)(\w+)`", paragraph):
+            code = path.with_name(f"{module}.py").read_text()
+            assert re.search(rf"^(class|def) {name}\b", code, re.MULTILINE), f"{path}: {name}"
+
+
 def test_every_command_and_option_is_in_the_reference() -> None:
     """docs/cli.md is written by `make docs`; this is where it is found stale."""
     import typer.main

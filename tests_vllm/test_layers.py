@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from deltamix_hf import DeltaMixError
+from deltamix_hf.quantization.gaussian import GAUSSIAN
 from deltamix_hf.quantization.gptq import round_rows
 from deltamix_hf.quantization.packed_delta import PackedDelta
 from deltamix_hf.vllm import register
@@ -40,7 +41,7 @@ def packed(m: int, n: int = INPUTS) -> PackedDelta:
     random = torch.Generator().manual_seed(m)
     widths = [torch.tensor(bits) for bits in ((8, 3, 2), (4, 3, 2))]
     sides = [
-        round_rows(torch.randn(3, length, generator=random), bits, 0, gaussian=True)
+        round_rows(torch.randn(3, length, generator=random), bits, 0, GAUSSIAN)
         for length, bits in zip((n, m), widths, strict=True)
     ]
     return PackedDelta.pack(*sides)

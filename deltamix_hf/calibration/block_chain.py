@@ -23,7 +23,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..jobs import resume_store
-from .statistics import inputs_of
+from .statistics import attached, inputs_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # a call's
 BlockArgs = list[Arguments]
@@ -127,11 +127,8 @@ class BlockChain:
             for i, b in enumerate(self.blocks)
         ]
         handles += [b.register_forward_hook(after) for b in self.blocks]
-        try:
+        with attached(handles):
             self.forward(ids)
-        finally:
-            for handle in handles:
-                handle.remove()
         self.usable = self.usable and all(
             len(block_args) == batch + 1 for block_args in self.block_args
         )
@@ -246,14 +243,10 @@ def run(
     handles = [
         block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watched if name
     ]
-    try:
+    with attached(handles), contextlib.suppress(Reached):
         output = functional_call(block, dict(weights), (hidden, *block_args[0]), block_args[1])
         return seen, tensor_of(output)
-    except Reached:
-        return seen, hidden
-    finally:
-        for handle in handles:
-            handle.remove()
+    return seen, hidden
 
 
 def _shared(old: Arguments, first: Arguments, new: Arguments) -> Arguments:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..jobs.resume_store import ResumeStore
 from ..jobs.workers import Workers
 from .block_chain import BlockChain, Reached, run
-from .statistics import backward, embeddings_need_gradients, frozen, inputs_of, prediction
+from .statistics import attached, backward, embeddings_need_gradients, frozen, inputs_of, prediction
 from .statistics_store import StatisticsStore
 
 
@@ -92,9 +92,7 @@ class BlockwisePass:
         """
         if kind == "level" and i == 0:
             return self.chain.reference[b]
-        found = self.store.read(f"{kind} {i} of batch {b}")
-        assert found is not None
-        return found[0]["item"].to(self.device)
+        return self.store.load(f"{kind} {i} of batch {b}", self.device)[0]["item"]
 
     def _put(self, kind: str, i: int, b: int, item: Tensor) -> None:
         self.store.write(f"{kind} {i} of batch {b}", {"item": item})
@@ -134,12 +132,8 @@ class BlockwisePass:
             return lambda module, args: found.add(name)
 
         handles = [m.register_forward_pre_hook(note(n)) for n, m in outside.items()]
-        try:
-            with torch.no_grad(), self.chain.stubs(_stop):
-                self.chain.forward(self.chain.batches[0])
-        finally:
-            for handle in handles:
-                handle.remove()
+        with attached(handles), torch.no_grad(), self.chain.stubs(_stop):
+            self.chain.forward(self.chain.batches[0])
         return found
 
     def _exit(self, modules: dict[str, nn.Module]) -> None:

@@ -1,16 +1,17 @@
 """Input and output moments of every expert, from the tokens that the router sent to it.
 
-While the model runs, the experts compute as they always do when sorted by expert (`expert_ops.py`),
-and each projection's rows and gradients are added up for each expert apart. G is the sum over an
-expert's tokens divided by all predictions, so an expert that is seldom chosen weighs little.
+While the model runs, the experts compute as they always do when sorted by expert
+(`ops/experts.py`), and each projection's rows and gradients are added up for each expert apart. G
+is the sum over an expert's tokens divided by all predictions, so an expert that is seldom chosen
+weighs little.
 
 An expert that saw fewer than `FEWEST` tokens is left out: a metric of a handful of directions says
 that all others are free, which they are not. It gets the mean weight, as layers do that are never
 called.
 
 Exact moments of 128 experts would take 45 MB each in Qwen3-30B-A3B, 279 GB in all. So an expert's
-moments are sketched (`metric.py`) from such a size on, and with so few rows, that all experts of a
-layer together take what one wide layer may.
+moments are sketched (`linalg/second_moments.py`) from such a size on, and with so few rows, that
+all experts of a layer together take what one wide layer may.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..linalg.second_moments import FULL, SKETCH, SecondMoment
-from ..nn.experts import Expert, slice_shape, weight_of
+from ..nn.experts import Expert, slice_shape
+from ..nn.layers import weight_of
 from ..ops.experts import base_product, experts_forward
 
 FEWEST = 32

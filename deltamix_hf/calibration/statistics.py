@@ -17,13 +17,14 @@ its columns by G of its output. Where it is tied to an output layer, the two use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -67,7 +68,7 @@ class Hooks:
         self.fisher, self.seed = fisher, seed
         self._last: tuple[Tensor | None, str] = (None, "")
         self._owner: dict[str, str] = {}  # the first of the modules that share their inputs
-        self._handles = [
+        self.handles = [
             module.register_forward_hook(self._hook(name)) for name, module in modules.items()
         ]
 
@@ -99,12 +100,6 @@ class Hooks:
             return LayerStatistics(self.found[owner].inputs, gradients)
         return LayerStatistics(SecondMoment(x.shape[-1], seed=self.seed), gradients)
 
-    def close(self) -> dict[str, LayerStatistics]:
-        """Remove the hooks; the statistics of what was called."""
-        for handle in self._handles:
-            handle.remove()
-        return self.found
-
 
 def collect(
     model: PreTrainedModel,
@@ -134,15 +129,14 @@ def collect(
         embeddings_need_gradients(model, fisher),
         torch.set_grad_enabled(fisher),
     ):
-        hooks = Hooks(modules, fisher)
-        try:
+        hooks = Hooks(modules, fisher)  # after those that ask embeddings for gradients
+        with attached(hooks.handles):
             for ids in logging.tqdm(batches, desc="Calibrating", unit="batch"):
-                output = _predict(model, ids)
+                output = prediction(model(**inputs_of(model, ids)))
                 if fisher:
                     scored += backward(output, len(batches), random)
-        finally:
-            found = hooks.close()
-    found |= {n: LayerStatistics(*m) for n, m in experts.items() if m[0].count >= fewest}
+    enough = {n: LayerStatistics(*m) for n, m in experts.items() if m[0].count >= fewest}
+    found = hooks.found | enough
     check_finite(found)
     return found, scored
 
@@ -165,6 +159,16 @@ def check_finite(found: Mapping[str, LayerStatistics]) -> None:
 
 
 @contextmanager
+def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Context manager: remove hooks at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def embeddings_need_gradients(model: nn.Module, needed: bool) -> Iterator[None]:
     """Context manager: let gradients flow to the output of every embedding."""
     handles = [  # every one: encoder and decoder may each have their own
@@ -172,11 +176,8 @@ def embeddings_need_gradients(model: nn.Module, needed: bool) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, nn.Embedding)
     ]
-    try:
+    with attached(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -213,10 +214,6 @@ def prediction(output: Any) -> tuple[Tensor, bool]:
     logits = getattr(output, "logits", None)
     found = output[0] if logits is None else logits
     return found.reshape(-1, found.shape[-1]), logits is not None
-
-
-def _predict(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, bool]:
-    return prediction(model(**inputs_of(model, ids)))
 
 
 def backward(

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore
 from ..jobs.workers import Workers
 from ..linalg.second_moments import SecondMoment
 from .expert_statistics import FEWEST, observed_experts
-from .statistics import Hooks, LayerStatistics, check_finite
+from .statistics import Hooks, LayerStatistics, attached, check_finite
 
 
 class StatisticsStore(Mapping[str, LayerStatistics]):
@@ -51,13 +49,11 @@ class StatisticsStore(Mapping[str, LayerStatistics]):
         """
         rank, counts = self.workers.rank, Counter[str]()
         hooks = Hooks(modules, fisher, seed=rank)
-        try:
-            with observed_experts(modules, fisher, seed=rank) as experts:
-                yield counts
-        finally:
-            found = hooks.close()
+        with attached(hooks.handles), observed_experts(modules, fisher, seed=rank) as experts:
+            yield counts
         tokens = {name: moments[0].count for name, moments in experts.items()}
-        found |= {n: LayerStatistics(*moments) for n, moments in experts.items() if tokens[n]}
+        called = {n: LayerStatistics(*moments) for n, moments in experts.items() if tokens[n]}
+        found = hooks.found | called
         check_finite(found)
         written: dict[int, str] = {}  # q/k/v share their inputs
         kept = {name: self._write(name, layer, written) for name, layer in found.items()}
@@ -70,7 +66,7 @@ class StatisticsStore(Mapping[str, LayerStatistics]):
         for rank in range(self.workers.size):
             part = self._place(place, rank)
             self.workers.wait(self.store, part)
-            facts = self._read(part)[1]
+            facts = self.store.load(part)[1]
             for name, kept in facts["modules"].items():
                 self.parts.setdefault(name, []).append(kept)
             experts.update(facts["experts"])
@@ -98,15 +94,9 @@ class StatisticsStore(Mapping[str, LayerStatistics]):
             self.store.write(kept["tokens"], {"tokens": layer.tokens})
         return kept
 
-    def _read(self, part: str) -> tuple[dict[str, Tensor], Any]:
-        found = self.store.read(part)
-        if found is None:
-            raise DeltaMixError(f"{self.store.folder} was changed while it was in use")
-        return {key: tensor.to(self.device) for key, tensor in found[0].items()}, found[1]
-
     def _merged(self, name: str, side: str) -> SecondMoment | None:
         parts = [kept[side] for kept in self.parts[name] if side in kept]
-        moments = (SecondMoment.restored(*self._read(part)) for part in parts)
+        moments = (SecondMoment.restored(*self.store.load(part, self.device)) for part in parts)
         if (first := next(moments, None)) is not None:
             for other in moments:
                 first.merge(other)
@@ -115,14 +105,11 @@ class StatisticsStore(Mapping[str, LayerStatistics]):
     # As a mapping
 
     def __getitem__(self, name: str) -> LayerStatistics:
-        tokens = [
-            self._read(kept["tokens"])[0]["tokens"] for kept in self.parts[name] if "tokens" in kept
-        ]
-        inputs = self._merged(name, "inputs")
+        parts = [kept["tokens"] for kept in self.parts[name] if "tokens" in kept]
+        tokens = [self.store.load(part, self.device)[0]["tokens"] for part in parts]
+        inputs, gradients = self._merged(name, "inputs"), self._merged(name, "gradients")
         assert inputs is not None
-        return LayerStatistics(
-            inputs, self._merged(name, "gradients"), sum(tokens[1:], tokens[0]) if tokens else None
-        )
+        return LayerStatistics(inputs, gradients, sum(tokens[1:], tokens[0]) if tokens else None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)

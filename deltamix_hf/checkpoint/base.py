@@ -16,13 +16,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 from transformers.utils.hub import cached_file, cached_files
 
 from ..config import DeltaMixConfig
@@ -37,6 +30,13 @@ from ..storage.untrusted_paths import (
     is_from_hub,
     read_index,
     read_object,
+)
+from ..transformers_private import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    rename_source_key,
 )
 
 
@@ -89,7 +89,9 @@ def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, 
     Raises:
         OSError, ValueError: not found, or not readable.
     """
-    path = _required_file(repo, CONFIG, kwargs)
+    path = cached_file(repo, CONFIG, **kwargs)
+    if path is None:
+        raise OSError(f"no file {CONFIG}")
     commit = commit_of(path)
     kwargs = kwargs | {"revision": commit or kwargs.get("revision")}  # the rest from this very one
     config = read_object(path)
@@ -101,13 +103,6 @@ def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, 
         raise OSError(f"no file {WEIGHTS}")
     files = cached_files(repo, sorted(set(read_index(index).values())), **kwargs)
     return files or [], config, commit
-
-
-def _required_file(base_model: str, name: str, kwargs: dict[str, Any]) -> str:
-    path = cached_file(base_model, name, **kwargs)
-    if path is None:
-        raise OSError(f"no file {name}")
-    return path
 
 
 class KeyMap:

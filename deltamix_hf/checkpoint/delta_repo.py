@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from ..config import DeltaMixConfig
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError, first_line
-from ..nn.experts import fused_weights, is_experts, slice_shape, weight_of
-from ..nn.layers import declared_shape
+from ..nn.experts import fused_weights, is_experts, slice_shape
+from ..nn.layers import declared_shape, weight_of
 from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import TensorInfo, opened, read_headers, read_tensor
-from ..storage.names import GUARD, ROWS, is_guard, packed_names, packed_part
+from ..storage.names import GUARD, ROWS, check_listed, is_guard, packed_names, packed_part
 from ..storage.untrusted_paths import check_weight_files
 from .base import KeyMap, repo_files
 from .vocabulary import Resized, resized_in_repo
@@ -112,14 +112,17 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
     Raises:
         DeltaMixError: incomplete, of other shapes or kinds than the model's, or two for one place.
     """
-    gaussian = config.method.codebook == "gaussian"
-    modules, fused = packed_names(infos, gaussian, config.errors)
+    modules, fused = packed_names(infos, config.method.quantizer, config.errors)
     others = {name for name in infos if packed_part(name) is None}
     guards = {name for name in others if is_guard(name)}
     for name in guards:
         if infos[name].placeholder().dtype != GUARD[0] or infos[name].shape != GUARD[1]:
             raise DeltaMixError(f"the delta repo holds {name}, which is no guard: it is damaged")
-    _check_listed(config, {*modules}, {*fused}, others - guards)
+    # old repos have shorter lists
+    unlisted = {*fused} - {name.rpartition(".")[0] for name in config.errors}
+    check_listed(unlisted | ({*modules} - config.errors.keys() if config.errors else set()), set())
+    if config.overlay is not None:
+        check_listed(others - guards, {*config.overlay})
     packed: dict[str, str] = {}
     overlay: dict[str, str] = {}
     absent: list[str] = []
@@ -137,50 +140,25 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
         if name in taken:
             raise DeltaMixError(f"the delta repo holds {taken[name]} and {stored} for one weight")
         taken[name] = stored
-        if key != stored:
-            _check_module(keys, stored, name)
-            packed[name.removesuffix(".weight")] = stored
-        elif stored in fused:
-            _check_fused(keys, stored, name)
-            packed[name] = stored
+        if key != stored or stored in fused:
+            _check_carrier(keys, stored, name, experts=key == stored)
+            packed[name if key == stored else name.removesuffix(".weight")] = stored
         else:
             _check_whole(keys.state[name], infos[stored], stored)
             overlay[name] = stored
     return Contents(packed, overlay, guards, resized, absent)
 
 
-def _check_listed(
-    config: DeltaMixConfig, modules: Set[str], fused: Set[str], whole: Set[str]
-) -> None:
-    """Refuse what config.json does not list, and too little; old repos have shorter lists."""
-    unlisted = fused - {name.rpartition(".")[0] for name in config.errors}
-    if config.errors:
-        unlisted |= modules - config.errors.keys()
-    if more := sorted(unlisted):
-        raise DeltaMixError(f"the delta repo holds {more[0]}, which its config.json does not list")
-    if config.overlay is None:
-        return
-    if missing := sorted(set(config.overlay) - whole):
-        raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
-    if more := sorted(whole - set(config.overlay)):
-        raise DeltaMixError(f"the delta repo holds {more[0]}, which its config.json does not list")
-
-
-def _check_module(keys: KeyMap, stored: str, weight: str) -> None:
-    layer, dot, leaf = weight.rpartition(".")
-    module = keys.model.get_submodule(layer)
-    kinds = nn.Linear | nn.Embedding | Conv1D
-    if (dot, leaf) != (".", "weight") or not isinstance(module, kinds):
-        raise DeltaMixError(f"{stored}: a {type(module).__name__} cannot carry a packed delta")
-
-
-def _check_fused(keys: KeyMap, stored: str, name: str) -> None:
+def _check_carrier(keys: KeyMap, stored: str, name: str, experts: bool) -> None:
+    """Refuse a packed delta to what is no matrix, or no 3-D parameter of experts."""
     owner, _, leaf = name.rpartition(".")
     module = keys.model.get_submodule(owner)
-    if not is_experts(module) or leaf not in fused_weights(module):
-        raise DeltaMixError(
-            f"{stored}: the {leaf} of a {type(module).__name__} cannot carry packed experts"
-        )
+    if experts:
+        fits = is_experts(module) and leaf in fused_weights(module)
+    else:
+        fits = leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+    if not fits:
+        raise DeltaMixError(f"{stored}: a {type(module).__name__} cannot carry a packed delta")
 
 
 def without_codes(infos: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
@@ -212,7 +190,7 @@ def read_packed(
         DeltaMixError: not the tensors of such a matrix, values no compressor writes, or other
             experts than config.json lists.
     """
-    gaussian, experts = config.method.codebook == "gaussian", None
+    method, experts = config.method, None
     if name in keys.state:
         owner, _, leaf = name.rpartition(".")
         module = keys.model.get_submodule(owner)
@@ -220,7 +198,9 @@ def read_packed(
     else:
         shape = declared_shape(keys.model.get_submodule(name))
     try:
-        packed = PackedDelta.read(stored, read, *shape, config.method.group_size, gaussian, experts)
+        packed = PackedDelta.read(
+            stored, read, *shape, method.group_size, method.quantizer, experts
+        )
     except DeltaMixError as error:
         raise DeltaMixError(f"{name}: {error}") from None
     if packed.counts is not None:

@@ -176,15 +176,15 @@ def rank_sizes(report: RepoReport, name: str) -> Tensor:
     if matrix.stored is None:
         return torch.zeros(0)
     infos = read_headers(report.files)
-    gaussian, stored = config.method.codebook == "gaussian", matrix.stored
+    quantizer, stored = config.method.quantizer, matrix.stored
     fused, _, number = stored.rpartition(".")
-    counts = infos.get(part_names(fused, gaussian, experts=True)["counts"])
+    counts = infos.get(part_names(fused, quantizer, experts=True)["counts"])
     packed = PackedDelta.read(
         stored if counts is None else fused,
         lambda name: read_tensor(infos[name], name),
         *matrix.shape,
         config.method.group_size,
-        gaussian,
+        quantizer,
         experts=None if counts is None else counts.shape[0],
     )
     factors = packed.split()[0 if counts is None else int(number)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -19,7 +20,6 @@ from ..nn import tensor_parallel
 from ..storage.headers import (
     TensorInfo,
     check_base,
-    fingerprint,
     fingerprints,
     opened,
     read_headers,
@@ -92,7 +92,8 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
     what += ", names alone" if quick else ""
     try:
         checkpoint = BaseCheckpoint(find_base(config, repo, files[0])[0], keys.model)
-        measure = (lambda infos: {name: recorded[name] for name in infos}) if quick else _hashed
+        named = lambda infos: {name: recorded[name] for name in infos}  # noqa: E731
+        measure = named if quick else partial(fingerprints, show=True)
         checks = [*base_checks(keys, contents, checkpoint, config, measure)]
         yield from checks or [Check(what)]
     except DeltaMixError as error:
@@ -123,17 +124,6 @@ def _budget(
     if size.total <= promised:
         return Check(what)
     return Check(what, f"config.json promises at most {promised:,}: the files were changed")
-
-
-def _hashed(infos: Mapping[str, TensorInfo]) -> Mapping[str, str]:
-    """`fingerprints`, with a bar."""
-    whole = sum(info.nbytes for info in infos.values())
-    found = {}
-    with logging.tqdm(total=whole, desc="Hashing the base", unit="B", unit_scale=True) as bar:
-        for name, info in infos.items():
-            found[name] = fingerprint(info)
-            bar.update(info.nbytes)
-    return found
 
 
 def checked_headers(model: PreTrainedModel, files: list[str]) -> dict[str, TensorInfo]:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
 
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
-from ..nn.layers import DeltaModule, delta_class, weight_of
+from ..nn.delta_module import DeltaModule
+from ..nn.layers import delta_class, weight_of
 from ..storage.headers import TensorInfo
-from ..storage.names import ROWS
+from ..storage.names import ROWS, check_listed
+from ..transformers_private import ConversionOps
 from .base import BaseCheckpoint, KeyMap
 
 
@@ -93,10 +94,7 @@ def resized_in_repo(
     ends = vocabulary_modules(keys.model)
     announced = {f"{name}.{ROWS}" for name, (old, new) in config.resized.items() if new > old}
     stored = {name for name in infos if name.endswith(f".{ROWS}")}
-    if missing := sorted(announced - stored):
-        raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
-    if more := sorted(stored - announced):
-        raise DeltaMixError(f"the delta repo holds {more[0]}, which its config.json does not list")
+    check_listed(stored, announced)
     for listed, (old, new) in config.resized.items():
         weight = keys.rename(f"{listed}.weight")[0]
         if weight not in keys.state:

@@ -112,18 +112,15 @@ def _sorted(report: RepoReport, sort: Order) -> list[tuple[str, MatrixReport]]:
     rows = list(report.matrices.items())
     if sort is Order.model:
         return rows
-    keys: dict[Order, Any] = {
-        Order.bytes: lambda row: -row[1].bytes,
-        Order.bits: lambda row: -row[1].bits_per_weight,
-        Order.error: lambda row: -(row[1].error or 0),
-    }
-    return sorted(rows, key=keys[sort])
+    key = "bits_per_weight" if sort is Order.bits else sort.value
+    return sorted(rows, key=lambda row: -(getattr(row[1], key) or 0))
 
 
 def _figures(report: RepoReport) -> dict[str, Any]:
     from ..storage.sizes import KINDS
 
     config, size = report.config, report.size
+    keys = ("rank", "payload", "scales", "metadata", "error")
     return {
         "base_model": config.base_model,
         "base_revision": config.base_revision,
@@ -136,12 +133,8 @@ def _figures(report: RepoReport) -> dict[str, Any]:
         "matrices": {
             name: {
                 "shape": list(matrix.shape),
-                "rank": matrix.rank,
                 "widths": [[v, u, count] for (v, u), count in matrix.widths.items()],
-                "payload": matrix.payload,
-                "scales": matrix.scales,
-                "metadata": matrix.metadata,
-                "error": matrix.error,
+                **{key: getattr(matrix, key) for key in keys},
             }
             for name, matrix in report.matrices.items()
         },

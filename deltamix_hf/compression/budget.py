@@ -16,13 +16,10 @@ import torch
 from ..allocation.whole_model import Choices
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
-from ..quantization import gaussian as codebook
 from ..quantization.packed_layout import GroupSizes, largest_parts, part_names, rank_bytes
 from ..storage.names import GUARD
 from ..storage.sizes import header_bytes, reference_bytes
 
-# Mean squared error of the min-max grid, groups of 128, on a normal variable, by width.
-_MIN_MAX = (1.0, 0.979, 0.2533, 0.0466, 0.01014, 0.002376, 5.75e-4, 1.42e-4, 3.53e-5)
 # What GPTQ leaves of V's rounding error in C, from rxnfp and SmolLM2 at 1/16.
 _V_GPTQ = 0.35
 
@@ -62,7 +59,7 @@ def plan_budget(
         DeltaMixError: the overlay and headers alone exceed the budget, or no matrix could keep
             even one rank; names the smallest budget that works.
     """
-    gaussian = config.method.codebook == "gaussian"
+    quantizer = config.method.quantizer
     numel = {name: torch.Size(shape).numel() for name, (_, shape) in overlay.items()}
     reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})
     total = config.budget(reference)
@@ -73,15 +70,15 @@ def plan_budget(
     for name, (m, n) in shapes.items():
         fused = name.rpartition(".")[0]
         number = experts.get(fused)
-        names = part_names(name if number is None else fused, gaussian, number is not None)
-        largest = largest_parts(m, n, group_sizes[name], gaussian, number)
+        names = part_names(name if number is None else fused, quantizer, number is not None)
+        largest = largest_parts(m, n, group_sizes[name], quantizer, number)
         entries |= {names[part]: entry for part, entry in largest.items()}
     whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
     whole += len(guards)  # a byte each
     whole += torch.int32.itemsize * sum(experts.values())  # counts of their ranks
     least = min(b for b in config.method.bits if b > 0)
     one_rank = sum(
-        rank_bytes(m, n, least, least, group_sizes[name], gaussian)
+        rank_bytes(m, n, least, least, group_sizes[name], quantizer)
         for name, (m, n) in shapes.items()
     )
     if config.method.allocation == "global":  # some matrix can keep one
@@ -105,12 +102,12 @@ def rank_options(
     shape: tuple[int, int], group_sizes: GroupSizes, config: DeltaMixConfig
 ) -> tuple[Choices, list[tuple[int, int]]]:
     """List every pair of widths (V, U) of a rank of an [m, n] matrix, with its error and bytes."""
-    gaussian = config.method.codebook == "gaussian"
+    quantizer = config.method.quantizer
     used = [b for b in config.method.bits if b > 0]
     pairs = [(v, u) for v in used for u in used if config.method.split_widths or v == u]
-    left = codebook.DISTORTION if gaussian else _MIN_MAX
+    left = quantizer.distortion
     error = [1 - (1 - _V_GPTQ * left[v]) * (1 - left[u]) for v, u in pairs]
-    bytes_ = [rank_bytes(*shape, v, u, group_sizes, gaussian) for v, u in pairs]
+    bytes_ = [rank_bytes(*shape, v, u, group_sizes, quantizer) for v, u in pairs]
     choices = Choices(
         torch.tensor([config.method.drop_penalty, *error], dtype=torch.float64),
         torch.tensor([0, *bytes_], dtype=torch.int64),

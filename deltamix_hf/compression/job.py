@@ -26,8 +26,9 @@ from ..jobs.resume_store import ResumeStore
 from ..jobs.weight_access import Weights
 from ..jobs.workers import cost
 from ..linalg.second_moments import diagonal
+from ..nn.delta_module import oriented
 from ..nn.experts import Expert
-from ..nn.layers import attach_with_ties, oriented, shape_of, tied_modules
+from ..nn.layers import attach_with_ties, shape_of, tied_modules
 from . import scale_tuning
 from .budget import Budget
 from .matrix_pipeline import Compressed, Compressor, Matrix

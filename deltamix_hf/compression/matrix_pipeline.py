@@ -93,7 +93,7 @@ class Compressor:
         self.store, self.watch = store or ResumeStore(), watch or Stopwatch()
         self.shapes = {name: matrix.shape for name, matrix in matrices.items()}
         self.config, self.method = config, config.method
-        self.gaussian = config.method.codebook == "gaussian"
+        self.quantizer = config.method.quantizer
         self.sizes = {name: m * n for name, (m, n) in self.shapes.items()}
         self.group_sizes = {n: config.method.group_sizes(m.embedding) for n, m in matrices.items()}
         self.gap = 0.0
@@ -139,9 +139,7 @@ class Compressor:
             self.store.write(f"spectrum of {name}", {"energies": measured[name]})
         for name in matrices.keys() - measured.keys() if self.workers.rank == 0 else ():
             self.workers.wait(self.store, f"spectrum of {name}")
-            found = self.store.read(f"spectrum of {name}")
-            assert found is not None
-            measured[name] = found[0]["energies"]
+            measured[name] = self.store.load(f"spectrum of {name}")[0]["energies"]
         return [measured[name] for name in matrices if name in measured]
 
     def _solve(self, matrices: Mapping[str, Matrix], energies: list[Tensor], budget: int) -> None:
@@ -246,11 +244,11 @@ class Compressor:
         else:
             target, inner = plain_left_factor(left, metrics.inputs, right_hat, sigma)
         near = self._damped(metrics)
-        if self.gaussian:
+        if not self.quantizer.zero_points:
             # GPTQ in A is no better here: KL at 1/16 and 1/64 0.00041 and 0.0229 on
             # pocket-shakespeare, 0.00042 and 0.0229 without it. The gains make up for it.
             costs = diagonal(near.outputs)
-            u = round_rows(target.T, u_bits, group_sizes[1], gaussian=True, weights=costs)
+            u = round_rows(target.T, u_bits, group_sizes[1], self.quantizer, costs)
         else:
             u = gptq_columns(target, inner, u_bits, group_sizes[1])
         del target, inner
@@ -266,7 +264,7 @@ class Compressor:
 
     def _round_v(self, right: Tensor, metrics: Metrics, bits: Tensor) -> Rounded:
         inputs, group_size = dense(metrics.inputs), self.method.group_size
-        return gptq_rows(right, inputs, bits, group_size, self.gaussian, INPUT_DAMPING)
+        return gptq_rows(right, inputs, bits, group_size, self.quantizer, INPUT_DAMPING)
 
     def _within(
         self,
@@ -278,7 +276,7 @@ class Compressor:
         """Widths that fit `share` bytes, and V rounded to them."""
         method, (m, n) = self.method, tuple(delta.shape)
         widths = range(9)
-        cost = {b: rank_bytes(m, n, b, b, group_sizes, self.gaussian) for b in widths}
+        cost = {b: rank_bytes(m, n, b, b, group_sizes, self.quantizer) for b in widths}
         least = min(b for b in method.bits if b > 0)
         if method.allocation == "bands":
             factors = self._factors(delta, metrics, max(share // cost[least], 0))
@@ -294,7 +292,7 @@ class Compressor:
                 metrics.inputs,
                 method.bits,
                 method.group_size,
-                self.gaussian,
+                self.quantizer,
             )
         prices = [cost[b] for b in method.bits]
         with self.watch.stage("HiGHS"):

@@ -31,7 +31,8 @@ from ..calibration.block_chain import TensorList
 from ..calibration.data import split_rows
 from ..calibration.statistics import frozen, inputs_of, prediction
 from ..jobs.resume_store import ResumeStore
-from ..nn.layers import DeltaEmbedding, DeltaModule, delta_modules, shape_of, weight_of
+from ..nn.delta_module import DeltaModule
+from ..nn.layers import DeltaEmbedding, delta_modules, shape_of, weight_of
 from ..quantization import uniform
 from ..quantization.packed_layout import scale_counts
 
@@ -216,25 +217,20 @@ def _exact(model: PreTrainedModel, item: TuningBatch) -> float:
 
 
 def _state(optimizer: torch.optim.Optimizer, gains: list[Tensor]) -> dict[str, Tensor]:
-    state = {f"{i}.gain": gain for i, gain in enumerate(gains)}
-    for i, moments in optimizer.state_dict()["state"].items():
-        state |= {f"{i}.{name}": value for name, value in moments.items()}
-    return state
+    kept = [{"gain": gain, **optimizer.state[gain]} for gain in gains]
+    return {f"{i}.{name}": value for i, state in enumerate(kept) for name, value in state.items()}
 
 
 @torch.no_grad()
 def _restore(
     optimizer: torch.optim.Optimizer, gains: list[Tensor], state: dict[str, Tensor]
 ) -> None:
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        i, _, name = key.partition(".")
-        if name == "gain":
-            gains[int(i)].copy_(value)
-        else:
-            moments.setdefault(int(i), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for i, gain in enumerate(gains):
+        prefix = f"{i}."
+        found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        gain.copy_(found.pop("gain"))
+        step = {"step": found.pop("step")} if found else {}  # stays on the CPU
+        optimizer.state[gain] = {name: value.to(gain) for name, value in found.items()} | step
 
 
 def _tunable(model: PreTrainedModel) -> dict[str, DeltaModule]:
@@ -309,7 +305,7 @@ def _close(module: DeltaModule) -> None:
 @torch.no_grad()
 def _fold(module: DeltaModule, gains: Tensor) -> None:
     """Multiply the stored scales of U by `gains` [k]."""
-    first = 1 + scale_counts(*shape_of(module), module.dm_group_sizes)[0]
+    first = 1 + scale_counts(*shape_of(module), module.packed().group_sizes)[0]
     ranks = ranks_of(module)
     scales = uniform.scales_from_bits(ranks[:, first:].contiguous()) * gains[:, None]
     ranks[:, first:] = uniform.scales_to_bits(scales)

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.block_chain import Arguments, BlockArgs, BlockChain, TensorList, run, tensor_of
+from ..calibration.statistics import attached
 from ..jobs.workers import Workers
+from ..nn.delta_module import oriented
 from ..nn.experts import expert_place, replace_expert
-from ..nn.layers import matrix_of, oriented, shape_of, weight_of
+from ..nn.layers import matrix_of, shape_of, weight_of
 from .sequential_sums import StageSums, moved_targets, target_shift
 
 Finish = Callable[[dict[str, Tensor | None], Tensor | None], dict[str, Tensor]]
@@ -262,11 +264,8 @@ def _capture(
     modules = {n: m for n, m in block.named_modules() if n}
     handles = [m.register_forward_pre_hook(before(n)) for n, m in modules.items()]
     handles += [modules[t].register_forward_hook(after(t)) for t in targets if t in modules]
-    try:
+    with attached(handles):
         calls.result = tensor_of(block(hidden, *block_args[0], **block_args[1]))
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

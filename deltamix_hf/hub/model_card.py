@@ -72,13 +72,6 @@ def task_of(architectures: list[str]) -> tuple[str | None, str]:
     return None, "AutoModel"
 
 
-def picture(report: RepoReport) -> bytes:
-    """Draw where the bits went, as PNG."""
-    from .plots import allocation_figure, png
-
-    return png(allocation_figure(report))
-
-
 def _metadata(
     data: Any, name: str, settings: dict[str, Any], task: str | None, tags: list[str]
 ) -> ModelCardData:

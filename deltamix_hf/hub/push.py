@@ -123,7 +123,8 @@ def _operations(
     tags: list[str],
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     from ..checkpoint.report import inspect_repo
-    from .model_card import PICTURE, model_card, picture
+    from .model_card import PICTURE, model_card
+    from .plots import allocation_figure, png
 
     report = inspect_repo(folder)
     card = model_card(report, repo_id, config, _earlier_card(repo_id, api.token), tags)
@@ -134,7 +135,7 @@ def _operations(
         if not any(part.startswith(".") for part in name.parts)
     }
     contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    contents |= {CARD: str(card).encode(), PICTURE: picture(report)}
+    contents |= {CARD: str(card).encode(), PICTURE: png(allocation_figure(report))}
     # What an earlier push left would be read instead: a whole file wins over shards.
     there = api.list_repo_files(repo_id, revision=revision)
     stale = set(filter_repo_objects(there, allow_patterns=WEIGHTS)) - contents.keys()

@@ -1,4 +1,4 @@
-"""What `registration.register` makes methods of every `PreTrainedModel`; see `tenants.py`."""
+"""Methods that `registration.register` gives every `PreTrainedModel`; see `multi_delta.manager`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from ..multi_delta.manager import DEFAULT, DeltaManager, manager_of
 from ..multi_delta.pool import DeltaMemory
-from ..nn.experts import delta_experts
-from ..nn.layers import delta_modules
+from ..nn.delta_module import own_deltas
 
 
 def load_delta(self: PreTrainedModel, repo: Any, name: str = DEFAULT, **base_kwargs: Any) -> None:
@@ -44,7 +43,7 @@ def set_delta(self: PreTrainedModel, name: str | None) -> None:
 
 @contextmanager
 def use_deltas(self: PreTrainedModel, names: str | Sequence[str | None]) -> Iterator[None]:
-    """Use these deltas in all calls within that name none; for compiled models and CUDA graphs.
+    """Context manager: use these deltas in calls that name none, compiled ones and graphs too.
 
     A compiled model takes its rows' deltas from here, and so does a captured graph that is replayed
     within. Only one thread can be within at a time.
@@ -93,7 +92,7 @@ def delete_delta(self: PreTrainedModel, name: str) -> None:
 
 
 def list_deltas(self: PreTrainedModel) -> dict[str, int]:
-    """Name -> bytes of every loaded delta, wherever it is now."""
+    """Count the bytes of every loaded delta by name, wherever it is now."""
     if not _has_deltas(self):
         return {}
     return {name: entry.nbytes for name, entry in manager_of(self).pool.entries.items()}
@@ -113,7 +112,7 @@ def set_delta_memory(self: PreTrainedModel, budget_bytes: int | None, host_bytes
 
 
 def delta_memory(self: PreTrainedModel) -> DeltaMemory:
-    """Bytes of every delta by where it is, and their budget."""
+    """Count the bytes of every delta by where it is; with their budget."""
     return manager_of(self).pool.memory()
 
 
@@ -126,4 +125,4 @@ def active_deltas(self: PreTrainedModel) -> list[str]:
 
 
 def _has_deltas(model: PreTrainedModel) -> bool:
-    return "dm_deltas" in model.__dict__ or bool(delta_modules(model) or delta_experts(model))
+    return "dm_deltas" in model.__dict__ or bool(own_deltas(model))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import os
-from types import MethodType
 from typing import Any
 
 import torch
@@ -29,13 +28,20 @@ from ..constants import NOTICE
 from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore
 from ..nn import tensor_parallel
-from ..nn.experts import delta_experts
-from ..nn.layers import DeltaModule, delta_modules, detach, untie_packed, weight_of
+from ..nn.delta_module import own_deltas
+from ..nn.layers import detach, untie_packed
+from ..nn.merging import merged_weights
 from ..nn.shared_input import link_shared_inputs
 from ..storage.names import is_guard, packed_part
 from ..storage.untrusted_paths import commit_of
 from .load_plan import LoadPlan, attach_packed
-from .saving import Places, delta_state_dict, install_save, stored_without_base, uninstall_save
+from .saving import (
+    Places,
+    delta_state_dict,
+    install_methods,
+    stored_without_base,
+    uninstall_methods,
+)
 
 
 class DeltaMixHfQuantizer(HfQuantizer):
@@ -153,8 +159,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         model.requires_grad_(False)
         # what we save is in model form already
         model._weight_conversions = []  # type: ignore[assignment]
-        install_save(model)
-        model.resize_token_embeddings = MethodType(_resize, model)  # type: ignore[method-assign]
+        install_methods(model)
         return model
 
     def _compress(self, source: Source) -> None:
@@ -171,31 +176,18 @@ class DeltaMixHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         # save_pretrained leaves config.dtype a string
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        merged: dict[int, nn.Parameter] = {}
-        modules = delta_modules(model)
-        experts = delta_experts(model)
-        weights = {name: weight_of(module) for name, module in modules.items()}
-        for name, mixture in experts.items():
-            weights |= {f"{name}.{leaf}": w for leaf, w in mixture.frozen_weights().items()}
-        for name, weight in weights.items():
-            if weight.device.type == "meta":
-                raise DeltaMixError(
-                    f"{name} is offloaded; load the delta repo without offload to merge"
-                )
-        for module in modules.values():
-            # tied modules share one merged weight, as they shared the base's
-            key = id(module.weight)
-            if key not in merged:
-                merged[key] = nn.Parameter(module.merged_weight(), requires_grad=False)
-            module.weight = merged[key]
+        dense: dict[int, nn.Parameter] = {}
+        advice = "load the delta repo without offload to merge"
+        for module, leaf, merged in merged_weights(model, advice):
+            if id(merged) not in dense:
+                dense[id(merged)] = nn.Parameter(merged, requires_grad=False)
+            setattr(module, leaf, dense[id(merged)])
+        for module in own_deltas(model).values():
             detach(module)
-        for mixture in experts.values():
-            mixture.merge()
         untie_packed(model)
         if wanted is not None and wanted != model.dtype:
             nn.Module.to(model, dtype=wanted)
-        uninstall_save(model)
-        model.__dict__.pop("resize_token_embeddings", None)
+        uninstall_methods(model)
         return model
 
     # Saving
@@ -212,17 +204,3 @@ class DeltaMixHfQuantizer(HfQuantizer):
         whole = [n for n in stored if not is_guard(n) and packed_part(n) is None]
         self.quantization_config.overlay = sorted(whole)
         return stored, {}
-
-
-def _resize(
-    self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-) -> Any:
-    """`resize_token_embeddings`, which makes new modules and so would drop the delta unseen."""
-    ends = (self.get_input_embeddings(), self.get_output_embeddings())
-    same_size = new_num_tokens in (None, weight_of(ends[0]).shape[0]) and not (args or kwargs)
-    if any(isinstance(module, DeltaModule) for module in ends) and not same_size:
-        raise DeltaMixError(
-            "the embeddings carry a packed delta and cannot be resized; resize the fine-tune "
-            "before compressing it, or call model.dequantize() first"
-        )
-    return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..constants import QUANT_METHOD
 
-METHODS = (  # of every PreTrainedModel, see `tenant_methods.py`
+METHODS = (  # of every PreTrainedModel, see `model_methods.py`
     "load_delta",
     "set_delta",
     "use_deltas",

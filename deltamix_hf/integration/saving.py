@@ -15,8 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +28,8 @@ from ..config import DeltaMixConfig, overlay_dtype
 from ..constants import NOTICE
 from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
-from ..nn.experts import delta_experts
-from ..nn.layers import delta_modules
+from ..nn.delta_module import DeltaModule, joined_class, own_deltas
+from ..nn.layers import change_class, weight_of
 from ..nn.tensor_parallel import wanted, whole
 from ..storage.headers import TensorInfo, read_tensor
 from ..storage.names import GUARD, guard_names, packed_part
@@ -85,9 +84,7 @@ def delta_state_dict(
     quantizer: Any = model.hf_quantizer
     config = quantizer.quantization_config
     stored: dict[str, Tensor] = {}
-    frozen = {f"{module}.weight" for module in delta_modules(model)}
-    for module, experts in delta_experts(model).items():
-        frozen |= {f"{module}.{leaf}" for leaf in experts.dm_group_sizes}
+    frozen = {f"{n}.{leaf}" for n, m in own_deltas(model).items() for leaf in m.dm_own}
 
     def unpacked() -> Iterator[tuple[str, Tensor]]:
         """What is to be compared with the base; packed tensors are stored on the way."""
@@ -149,82 +146,100 @@ def _read_whole(info: TensorInfo, name: str) -> Tensor:
         ) from error
 
 
-def install_save(model: PreTrainedModel) -> None:
-    """Make `model.save_pretrained` and `push_to_hub` write a whole delta repo."""
-    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
-    model.push_to_hub = MethodType(push_to_hub, model)  # type: ignore[assignment]
+class DeltaModel:
+    """What a model with a delta of its own does in another way than its class, which comes next."""
 
+    @classmethod
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as `PreTrainedModel.from_pretrained` of the class without these methods."""
+        return cls.dm_plain_class.from_pretrained(*args, **kwargs)
 
-def uninstall_save(model: PreTrainedModel) -> None:
-    """Restore the class's own `save_pretrained` and `push_to_hub`."""
-    for name in ("save_pretrained", "push_to_hub"):
-        model.__dict__.pop(name, None)
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as `PreTrainedModel.save_pretrained`, complete and atomic.
 
+        Raises:
+            DeltaMixError: the folder cannot be written; nothing is left behind.
+        """
+        target = Path(save_directory).absolute()
+        hub = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
+        alone = _adapter_alone(self)
+        quantizer: Any = self.hf_quantizer
+        with written_whole(target) as staging:
+            cast(Any, super()).save_pretrained(staging, **kwargs)
+            if (staging / "config.json").exists() and not alone:  # one process of several writes it
+                source = self.config.name_or_path
+                copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
+                _add_notice(staging / "config.json")
+        if shared := wanted(self):
+            torch.distributed.barrier()  # what the others read next is there
+        if not alone:
+            quantizer.store.remove()
+        if push_to_hub:
+            if shared:
+                raise _cannot_push()
+            repo_id = hub.pop("repo_id", target.name)
+            if alone:
+                self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
+            else:
+                push_folder(target, repo_id, token=kwargs.get("token"), **hub)
 
-def save_pretrained(
-    self: PreTrainedModel,
-    save_directory: str | os.PathLike[str],
-    push_to_hub: bool = False,
-    **kwargs: Any,
-) -> None:
-    """Save as `PreTrainedModel.save_pretrained`, complete and atomic.
+    def push_to_hub(
+        self: Any, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any
+    ) -> str:
+        """Push as `PreTrainedModel.push_to_hub`, with a model card made from what was measured.
 
-    Raises:
-        DeltaMixError: the folder cannot be written; nothing is left behind.
-    """
-    target = Path(save_directory).absolute()
-    plain_save = type(self).save_pretrained
-    hub = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
-    alone = _adapter_alone(self)
-    quantizer: Any = self.hf_quantizer
-    with written_whole(target) as staging:
-        plain_save(self, staging, **kwargs)
-        if (staging / "config.json").exists() and not alone:  # one process of several writes it
-            source = self.config.name_or_path
-            copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
-            _add_notice(staging / "config.json")
-    if shared := wanted(self):
-        torch.distributed.barrier()  # what the others read next is there
-    if not alone:
-        quantizer.store.remove()
-    if push_to_hub:
-        if shared:
+        `options` are `push_folder`'s. With an adapter on top only that is pushed, as elsewhere.
+
+        Raises:
+            DeltaMixError: the base is a local folder, which nobody else could load.
+        """
+        if _adapter_alone(self):
+            return cast(Any, super()).push_to_hub(repo_id, max_shard_size=max_shard_size, **options)
+        if wanted(self):
             raise _cannot_push()
-        repo_id = hub.pop("repo_id", target.name)
-        if alone:
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
-        else:
-            push_folder(target, repo_id, token=kwargs.get("token"), **hub)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(Path(folder), repo_id, **options)
+
+    def resize_token_embeddings(
+        self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Refuse to resize, which makes new modules and so would drop the delta unseen.
+
+        Raises:
+            DeltaMixError: the embeddings carry a packed delta.
+        """
+        ends = (self.get_input_embeddings(), self.get_output_embeddings())
+        same_size = new_num_tokens in (None, weight_of(ends[0]).shape[0]) and not (args or kwargs)
+        if any(isinstance(module, DeltaModule) for module in ends) and not same_size:
+            raise DeltaMixError(
+                "the embeddings carry a packed delta and cannot be resized; resize the fine-tune "
+                "before compressing it, or call model.dequantize() first"
+            )
+        return cast(Any, super()).resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+
+def install_methods(model: PreTrainedModel) -> None:
+    """Put `DeltaModel` before the model's class."""
+    if not isinstance(model, DeltaModel):
+        change_class(model, joined_class(type(model), (DeltaModel, type(model))))
+
+
+def uninstall_methods(model: PreTrainedModel) -> None:
+    """Restore the model's class."""
+    if isinstance(model, DeltaModel):
+        change_class(model, cast(Any, model).dm_plain_class)
 
 
 def _add_notice(path: Path) -> None:
     """Have transformers stop with a line that names this package, where it is not installed."""
     config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": NOTICE}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def push_to_hub(
-    self: PreTrainedModel,
-    repo_id: str,
-    *,
-    max_shard_size: int | str = "50GB",
-    **options: Any,
-) -> str:
-    """Push as `PreTrainedModel.push_to_hub`, with a model card made from what was measured.
-
-    `options` are `push_folder`'s. With an adapter on top only that is pushed, as elsewhere.
-
-    Raises:
-        DeltaMixError: the base is a local folder, which nobody else could load.
-    """
-    if _adapter_alone(self):
-        plain_push: Any = type(self).push_to_hub
-        return plain_push(self, repo_id, max_shard_size=max_shard_size, **options)
-    if wanted(self):
-        raise _cannot_push()
-    with tempfile.TemporaryDirectory() as folder:
-        self.save_pretrained(folder, max_shard_size=max_shard_size)
-        return push_folder(Path(folder), repo_id, **options)
 
 
 def _cannot_push() -> DeltaMixError:

@@ -79,6 +79,17 @@ class ResumeStore:
             path.unlink(missing_ok=True)  # a power cut can leave a torn file: do that part again
             return None
 
+    def load(self, name: str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Any]:
+        """Read a part that this job has written, onto a device.
+
+        Raises:
+            DeltaMixError: it is gone.
+        """
+        found = self.read(name)
+        if found is None:
+            raise DeltaMixError(f"{self.folder} was changed while it was in use")
+        return {key: tensor.to(device) for key, tensor in found[0].items()}, found[1]
+
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Any = None) -> None:
         """Keep a finished part: tensors, and facts that JSON can hold.
 
@@ -140,10 +151,7 @@ class TensorList:
         return self._length
 
     def __getitem__(self, index: int) -> Tensor:
-        found = self.store.read(self._key(range(self._length)[index]))
-        if found is None:
-            raise DeltaMixError(f"{self.store.folder} was changed while it was in use")
-        return found[0]["item"].to(self.device)
+        return self.store.load(self._key(range(self._length)[index]), self.device)[0]["item"]
 
     def __setitem__(self, index: int, value: Tensor) -> None:
         self.store.write(self._key(range(self._length)[index]), {"item": value})

@@ -97,7 +97,7 @@ class SecondMoment:
         self.total: Tensor | None = None  # Σ x·xᵀ [d, d], or the sketch [rows, d]
         self.squares: Tensor | None = None  # Σ x² [d]
         self.count = 0
-        self._random = torch.Generator().manual_seed(dim + (seed << 32))
+        self._random = torch.Generator().manual_seed(dim + 1_000_003 * seed)
 
     def add(self, rows: Tensor) -> None:
         """Add rows `[N, d]`."""

@@ -1,8 +1,8 @@
-"""Tenant modules under `torch.compile`: one opaque op each, which asks for the rows when it runs.
+"""Layers with named deltas under `torch.compile`: one opaque op each.
 
 The compiler sees the op's input, the module's number and the shape that comes out. Which deltas
 there are and which rows take them is looked up while the compiled code runs, so nothing it could
-guard on changes when tenants do.
+guard on changes when deltas do.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _numbers = count()
 
 
 def register(module: nn.Module) -> int:
-    """The number under which the op finds a tenant module."""
+    """Return the number under which the op finds a module."""
     number = next(_numbers)
     _modules[number] = module
     return number
 
 
 def opaque(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The module's output as one node of a compiled graph.
+    """Return the module's output as one node of a compiled graph.
 
     Raises:
         DeltaMixError: gradients are on, or the module takes more than one tensor.
@@ -41,18 +41,19 @@ def opaque(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
             f"a {module.dm_plain_class.__name__} with deltas takes more than one tensor and "
             "cannot be compiled"
         )
-    return tenant(values[0], module.dm_number)
+    return routed(values[0], module.dm_row_deltas.number)
 
 
-@torch.library.custom_op("deltamix::tenant", mutates_args=())
-def tenant(x: Tensor, number: int) -> Tensor:
-    """What module `number` makes of x, by the route in force; contiguous."""
+@torch.library.custom_op("deltamix::routed", mutates_args=())
+def routed(x: Tensor, number: int) -> Tensor:
+    """Return what module `number` makes of x, by the route in force; contiguous."""
     module = _modules[number]
-    router = module.dm_router
+    deltas = module.dm_row_deltas
+    router = deltas.router
     route = router.route
     fits = x.dim() > 0 and x.shape[0] % len(route.rows) == 0  # rows repeated since they were named
     with router.using(route.of_batch(x.shape[0]) if fits else route):
-        y = module.run(x)
+        y = deltas.run(module, (x,), {})
     if y.shape[:1] != x.shape[:1]:
         raise DeltaMixError(
             f"a {module.dm_plain_class.__name__} sees one row for the whole batch, which a "
@@ -61,13 +62,13 @@ def tenant(x: Tensor, number: int) -> Tensor:
     return y.contiguous()
 
 
-@tenant.register_fake
+@routed.register_fake
 def _(x: Tensor, number: int) -> Tensor:
     module = _modules[number]
     tensors = {**module._parameters, **module._buffers}
     like = {key: _fake(t, x) for key, t in tensors.items() if t is not None}
     try:
-        y = module._plain(module._with(like), (x,), {})
+        y = module.with_tensors(like).plain((x,), {})
         return x.new_empty(y.shape, dtype=y.dtype)
     except Exception as error:
         raise DeltaMixError(

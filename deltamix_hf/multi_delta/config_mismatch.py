@@ -20,7 +20,7 @@ _OF_NO_EFFECT = (
 
 
 def differing(ours: PreTrainedConfig, theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings of the model that `ours` is of and of a delta repo's config.json, where they differ.
+    """Compare the settings of a model, `ours`, with a delta repo's config.json.
 
     Empty where config.json is of another kind of model or unreadable, which other checks refuse.
     """

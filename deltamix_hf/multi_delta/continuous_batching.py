@@ -27,13 +27,13 @@ from typing import Any, Protocol
 
 import transformers
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.continuous_api import (
-    ContinuousBatchingManager,
-    ContinuousBatchProcessor,
-)
 
 from ..errors import DeltaMixError
+from ..transformers_private import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    PagedAttentionCache,
+)
 from .pool import Pool
 from .routing import Names, PackedRoute, Route, Router, check_rows
 
@@ -50,7 +50,7 @@ HOOKS = {
 def init_continuous_batching(
     plain: Callable[..., Any], model: Any, deltas: Deltas, *args: Any, **kwargs: Any
 ) -> RoutedBatchingManager:
-    """What `plain` makes, routed among the model's `deltas`.
+    """Make what `plain` makes, routed among the model's `deltas`.
 
     Raises:
         DeltaMixError: CUDA graphs or `torch.compile` asked for, or an unknown transformers.
@@ -90,7 +90,7 @@ def generate_batch(
     delta_names: Names = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """`plain` with a delta for each request; all of them stay resident until the last has ended.
+    """Run `plain` with a delta for each request; all stay resident until the last has ended.
 
     Raises:
         DeltaMixError: an unknown name, a wrong number of names, or no room for all deltas at once.
@@ -159,7 +159,7 @@ class RoutedBatchingManager(ContinuousBatchingManager):
             self.dm_deltas.pool.check_possible([*names_of(self.dm_requests), *names])
 
     def release(self, requests: set[RequestDelta]) -> None:
-        """Let go of the deltas of requests that have ended."""
+        """Release the deltas of requests that have ended."""
         processor = self.batch_processor
         if requests and processor is not None and processor.inputs_and_outputs.compute_stream:
             processor.inputs_and_outputs.compute_stream.synchronize()  # it may still read them
@@ -265,7 +265,7 @@ class Deltas(Protocol):
     router: Router
 
     def route(self, names: Names) -> Route | None:
-        """The rows of a call that names its deltas, None if it does not."""
+        """Return the rows of a call that names its deltas, None if it does not."""
 
 
 class RequestDelta:
@@ -299,7 +299,7 @@ class RequestDelta:
         self._hold.close()
 
     def with_cache_salt(self, tokens: list[int]) -> list[int]:
-        """Other first tokens: that is enough where a block's hash covers all blocks before it."""
+        """Change the first tokens: enough, as a block's hash covers all blocks before it."""
         changed = [token ^ salt for token, salt in zip(tokens, self.salt, strict=False)]
         return changed + tokens[len(changed) :]
 

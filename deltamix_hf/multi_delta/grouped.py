@@ -1,76 +1,75 @@
-"""All rows' deltas at once: what a tenant module runs by the grouped kernels instead of a loop.
+"""All rows' deltas at once: what a layer runs by the grouped kernels instead of a loop.
 
-A module has a table of addresses by slot (`plans.py`): of packed factors and biases, or, for norms,
-of the vectors that a delta puts in place of the base's. The launches read the table and the plan of
-the batch on the device, so a captured CUDA graph follows when either changes. Deltas the kernels do
-not know (min-max grids, whole weights) and gradients take the
-loop of `TenantModule.run`; a graph cannot, because it would keep the deltas it was recorded with.
+A layer has a table of addresses by slot (`routing.py`): of packed factors and biases, or, for
+norms, of the vectors that a delta puts in place of the base's. The launches read the table and the
+plan of the batch on the device, so a captured CUDA graph follows when either changes. Deltas the
+kernels do not know (min-max grids, whole weights) and gradients take the loop of `RoutedDeltas`; a
+graph cannot, because it would keep the deltas it was recorded with.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DeltaMixError
+from ..nn.layers import DeltaEmbedding
 from ..ops.dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
-from .routing import SLOTS, RowSlots
+from .routing import RowSlots
 
 
-class Table(Protocol):
-    """A module's deltas on the device.
+class LayerTable:
+    """A layer's deltas on the device.
 
     Attributes:
         names: the deltas that are in it.
-        captured: a CUDA graph reads it.
     """
 
-    names: set[str]
-    captured: bool
+    def __init__(self) -> None:
+        self.names: set[str] = set()
 
     def refresh(self, module: Any, name: str) -> None:
         """Enter delta `name` as it now is, or clear its slot."""
-
-    def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
-        """The module's output, each row by its own delta."""
-
-
-class Factors:
-    """Packed factors and biases of a linear layer, or packed rows of an embedding."""
-
-    def __init__(self, module: Any, device: torch.device):
-        m, n = module.weight.shape
-        self.names: set[str] = set()
-        self.table = triton_kernels().Table(SLOTS, m, n, device)
-        self.linear = module.dm_plain_class is nn.Linear
-
-    @property
-    def captured(self) -> bool:
-        return self.table.captured
-
-    @captured.setter
-    def captured(self, value: bool) -> None:
-        self.table.captured = value
-
-    def refresh(self, module: Any, name: str) -> None:
-        slot = module.dm_router.slots.get(name)
+        deltas = module.dm_row_deltas
+        slot = deltas.router.slots.get(name)
         if slot is None:  # more deltas than slots
             return
         self.names.discard(name)
-        self.table.clear(slot)
-        packed, overlay = module.dm_packed.get(name), module.dm_overlay.get(name, {})
-        known = not overlay or (self.linear and overlay.keys() == {"bias"})
-        if (packed is None and not overlay) or not known:
-            return
-        factors = None if packed is None else kernel_packed(packed)
-        if self.table.put(slot, factors, overlay.get("bias")):
+        if self._enter(slot, deltas.packed.get(name), deltas.overlay.get(name, {})):
             self.names.add(name)
 
+    def _enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
+        """Fill a slot and return True, or clear it if there is nothing, or nothing known."""
+        raise NotImplementedError
+
     def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
-        y = module._plain(module, (x,), {}).contiguous()
+        """Return the module's output, each row by its own delta."""
+        raise NotImplementedError
+
+
+class FactorTable(LayerTable):
+    """Packed factors and biases of a linear layer, or packed rows of an embedding."""
+
+    def __init__(self, module: Any, device: torch.device):
+        super().__init__()
+        m, n = module.weight.shape
+        self.table = triton_kernels().Table(module.dm_row_deltas.router.slots.size, m, n, device)
+        self.linear = isinstance(module, nn.Linear)
+
+    def _enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
+        self.table.clear(slot)
+        known = not overlay or (self.linear and overlay.keys() == {"bias"})
+        if (packed is None and not overlay) or not known:
+            return False
+        factors = None if packed is None else kernel_packed(packed)
+        return self.table.put(slot, factors, overlay.get("bias"))
+
+    def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
+        y = module.plain((x,), {}).contiguous()
         k = triton_kernels()
+        self.table.captured |= capturing(x.device)
         rows = k.Rows(plan.order, plan.starts, plan.slots)
         if self.linear:
             k.grouped_add(y, x, self.table, rows, module.bias)
@@ -79,26 +78,20 @@ class Factors:
         return y
 
 
-class Vectors:
+class VectorTable(LayerTable):
     """Vectors [n] of a norm, which multiplies or adds them to its rows of n."""
 
     def __init__(self, module: Any, device: torch.device):
-        self.names: set[str] = set()
-        self.captured = False
+        super().__init__()
+        size = module.dm_row_deltas.router.slots.size
         self.addresses = {
-            key: torch.zeros(SLOTS, dtype=torch.int64, device=device) for key in _tensors(module)
+            key: torch.zeros(size, dtype=torch.int64, device=device) for key in _tensors(module)
         }
 
-    def refresh(self, module: Any, name: str) -> None:
-        slot = module.dm_router.slots.get(name)
-        if slot is None:
-            return
-        self.names.discard(name)
-        overlay = module.dm_overlay.get(name, {})
+    def _enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
         for key, addresses in self.addresses.items():
             addresses[slot] = overlay[key].data_ptr() if key in overlay else 0
-        if overlay:
-            self.names.add(name)
+        return bool(overlay)
 
     def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
         shape = plan.rows, *[1] * (x.dim() - 2), x.shape[-1]
@@ -106,11 +99,11 @@ class Vectors:
             key: triton_kernels().gather(getattr(module, key), addresses, plan.of_rows).view(shape)
             for key, addresses in self.addresses.items()
         }
-        return module._plain(module._with(own), (x,), {})
+        return module.with_tensors(own).plain((x,), {})
 
 
 def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The output by launches that serve all rows together; None: take the loop.
+    """Return the output by launches that serve all rows together; None: take the loop.
 
     Raises:
         DeltaMixError: a CUDA graph is being recorded, and it would keep its deltas.
@@ -121,8 +114,9 @@ def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     alone = len(args) == 1 and not kwargs
     found = _run_grouped(module, x) if alone else None
     if capturing(x.device):
-        module.dm_captured = True
-        if found is None and (module.dm_packed or module.dm_overlay):
+        deltas = module.dm_row_deltas
+        deltas.captured = True
+        if found is None and (deltas.packed or deltas.overlay):
             raise _not_in_a_graph(module)
     return found
 
@@ -133,11 +127,11 @@ def refresh(module: Any, name: str) -> None:
     Raises:
         DeltaMixError: a CUDA graph was recorded, and it cannot run this delta.
     """
-    table: Table | None = module.dm_table
+    deltas = module.dm_row_deltas
+    table: LayerTable | None = deltas.table
     if table is not None:
         table.refresh(module, name)
-    here = name in module.dm_packed or name in module.dm_overlay
-    if here and module.dm_captured and (table is None or name not in table.names):
+    if deltas.touched(name) and deltas.captured and (table is None or name not in table.names):
         raise _not_in_a_graph(module)
 
 
@@ -146,13 +140,14 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
-    recording, router = capturing(x.device), module.dm_router
+    deltas, recording = module.dm_row_deltas, capturing(x.device)
+    router = deltas.router
     table = _table(module, x, recording)
     route, rows = router.route, x.shape[0]
-    by_row = module.dm_has_batch and rows % len(route.rows) == 0
+    by_row = deltas.has_batch and rows % len(route.rows) == 0
     if table is None or not (by_row or (route.alike and not recording)):
         return None
-    here = {*module.dm_packed, *module.dm_overlay}
+    here = {*deltas.packed, *deltas.overlay}
     plan = router.plan(rows, x.device)
     if not recording:
         here &= set(route.names)
@@ -160,24 +155,24 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
             return None
     if rows == 0 or not here <= table.names:
         return None
-    table.captured |= recording
     return table.run(module, x, plan)
 
 
-def _table(module: Any, x: Tensor, recording: bool) -> Table | None:
+def _table(module: Any, x: Tensor, recording: bool) -> LayerTable | None:
     """The module's table, made when it first runs: trying out what a norm does takes a while."""
-    if not module.dm_tried and not recording:
+    deltas = module.dm_row_deltas
+    if not deltas.tried and not recording:
         weights = _tensors(module)
         plain = all(t.dtype in TRITON_DTYPES and t.device == x.device for t in weights.values())
-        if plain and module.dm_plain_class in (nn.Linear, nn.Embedding):
-            module.dm_table = Factors(module, x.device)
+        if plain and (isinstance(module, DeltaEmbedding) or module.dm_plain_class is nn.Linear):
+            deltas.table = FactorTable(module, x.device)
         elif plain and x.dim() > 1 and _multiplies_rows(module, x):
-            module.dm_table = Vectors(module, x.device)
-        module.dm_tried = True
-        if module.dm_table is not None:
-            for name in {*module.dm_packed, *module.dm_overlay}:
-                module.dm_table.refresh(module, name)
-    return module.dm_table
+            deltas.table = VectorTable(module, x.device)
+        deltas.tried = True
+        if deltas.table is not None:
+            for name in {*deltas.packed, *deltas.overlay}:
+                deltas.table.refresh(module, name)
+    return deltas.table
 
 
 def _tensors(module: Any) -> dict[str, Tensor]:
@@ -194,9 +189,9 @@ def _multiplies_rows(module: Any, x: Tensor) -> bool:
     other = {key: t.flip(0) + 0.37 for key, t in own.items()}
     both = {key: torch.stack([t, other[key]])[:, None] for key, t in own.items()}
     try:
-        found = module._plain(module._with(both), (probe,), {})
+        found = module.with_tensors(both).plain((probe,), {})
         one, two = (
-            module._plain(module._with(tensors), (row[None],), {})
+            module.with_tensors(tensors).plain((row[None],), {})
             for tensors, row in zip((own, other), probe, strict=True)
         )
         return torch.equal(found, torch.cat([one, two]))

@@ -1,29 +1,26 @@
-"""Layers that apply a different delta to each row of a batch.
+"""Named deltas of one layer, and which rows of a call take which.
 
 The base's product is made for the whole batch, as the plain base makes it, and each delta adds its
 part to its rows: rows of the base stay what they are, bit for bit. Whatever a delta stores whole
 (norms, biases, heads) is routed the same way: the module is run once more on that delta's rows with
 that delta's tensors in place of the base's.
 
-Of fused experts, rows that take the same deltas are computed together. Not all of them at once: the
+Of fused experts, rows that take the same delta are computed together. Not all of them at once: the
 kernels' tables tell rows apart by one number, here the expert, and these rows differ by delta too.
 """
 
 from __future__ import annotations
 
-import copy
-from functools import cache, partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaMixError
-from ..nn.experts import weight_of
-from ..nn.layers import change_class, reads_weight_itself
-from ..ops.experts import add_delta, base_product, experts_forward
-from ..ops.low_rank import cheapest, low_rank, low_rank_rows
+from ..nn.delta_module import DeltaModule, first_tensor, joined_class
+from ..nn.experts import DeltaExperts, is_experts
+from ..nn.layers import change_class, routable_class
 from ..quantization.packed_delta import PackedDelta
 from . import compiled
 from .grouped import run_grouped
@@ -32,64 +29,86 @@ from .routing import PackedRoute, Route, Router
 Overlay = dict[str, Tensor]  # name of a parameter or buffer of one module -> its value
 
 
-class RoutedModule(nn.Module):
-    """Base weights and, by name, what each delta puts beside them or in their place.
+class ExpertDeltas(dict[str, PackedDelta]):
+    """The packed part of one delta for one module of experts, by 3-D parameter."""
+
+    def move(self, device: torch.device) -> None:
+        """Move all of it to `device`, in place."""
+        for packed in self.values():
+            packed.move(device)
+
+
+class RoutedDeltas:
+    """What each delta puts beside one layer's base weights or in their place.
 
     Attributes:
-        dm_router: says which rows take which deltas.
-        dm_packed: delta name -> its packed factors for this weight.
-        dm_overlay: delta name -> tensors in place of the base's; the weight is never among them if
+        router: says which rows take which delta.
+        packed: delta name -> its packed form for this layer's weight, or for experts.
+        overlay: delta name -> tensors in place of the base's; the weight is never among them if
             the delta packs it.
-        dm_plain_class: whose forward makes the base's output.
-        dm_has_batch: whether the first dimension of its input is the batch, or 1 for all rows
-            alike. (T5's table of relative positions is looked up without one.)
-        dm_number: its number among the modules that compiled code asks for.
-        dm_table: a `grouped.Table`, once `dm_tried` what the kernels can do for it.
-        dm_captured: a CUDA graph was recorded with it.
+        number: its module's number among those that compiled code asks for.
+        has_batch: whether the first dimension of the input is the batch, or 1 for all rows alike.
+            (T5's table of relative positions is looked up without one.)
+        table: a `grouped.LayerTable`, once `tried` what the kernels can do for it.
+        captured: a CUDA graph was recorded with it.
     """
 
-    dm_router: Router
-    dm_packed: dict[str, PackedDelta]
-    dm_overlay: dict[str, Overlay]
-    dm_plain_class: type[nn.Module]
-    dm_number: int
-    dm_has_batch: bool = True
-    dm_table: Any = None
-    dm_tried: bool = False
-    dm_captured: bool = False
+    def __init__(self, router: Router, number: int):
+        self.router, self.number = router, number
+        self.packed: dict[str, PackedDelta | ExpertDeltas] = {}
+        self.overlay: dict[str, Overlay] = {}
+        self.has_batch = True
+        self.table: Any = None
+        self.tried = self.captured = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: DeltaModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the output of `module` by the route now in force."""
         if torch.compiler.is_compiling():
-            return compiled.opaque(self, args, kwargs)
-        return self.run(*args, **kwargs)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward`, by the route now in force."""
-        route = self.dm_router.route
+            return compiled.opaque(module, args, kwargs)
+        route = self.router.route
         if isinstance(route, PackedRoute) and not route.alike:
-            return self._unpacked(route.seen_by(self), args, kwargs)
-        together = run_grouped(self, args, kwargs)
+            return self._by_token(module, route.seen_by(module), args, kwargs)
+        together = run_grouped(module, args, kwargs)
         if together is not None:
             return together
+        if not any(map(self.touched, route.names)):
+            return module.plain(args, kwargs)
         if route.alike:
-            delta = route.rows[0]
-            if delta is None or not self._touched(delta):
-                return self._plain(self, args, kwargs)
-            return self._with_delta(delta, args, kwargs, None)
-        y = self._plain(self, args, kwargs)
-        if not any(map(self._touched, route.names)):
-            return y
-        x, batch = _first_tensor(args, kwargs), len(route.rows)
+            return self.output(module, route.names[0], None, args, kwargs)
+        return self._by_row(module, route, args, kwargs)
+
+    def touched(self, delta: str) -> bool:
+        """Whether a delta changes this layer."""
+        return delta in self.packed or delta in self.overlay
+
+    def output(
+        self,
+        module: DeltaModule,
+        delta: str,
+        base: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Return the output with one delta; `base`, if known, is that of the base's tensors."""
+        overlay = self.overlay.get(delta, {})
+        with self.router.using(Route([delta])):  # children see these rows alone
+            return module.with_tensors(overlay).with_delta(
+                self.packed.get(delta), None if overlay else base, args, kwargs
+            )
+
+    def _by_row(
+        self, module: DeltaModule, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the output for rows with different deltas, one after the other."""
+        y = module.plain(args, kwargs)
+        x, batch = first_tensor(args, kwargs), len(route.rows)
         length = x.shape[0]
         flat = x.dim() == 2 and length % batch == 0
-        router = len(args) == 1 and not kwargs and not any(self.children()) and _has_rows(y, batch)
-        if not (
-            (isinstance(y, Tensor) or router)
-            and self.dm_has_batch
-            and (length in (1, batch) or flat)
-        ):
+        router = len(args) == 1 and not kwargs and not any(module.children())
+        known = isinstance(y, Tensor) or (router and _has_rows(y, batch))
+        if not (known and self.has_batch and (length in (1, batch) or flat)):
             raise DeltaMixError(
-                f"a {self.dm_plain_class.__name__} that maps {list(x.shape)} to a "
+                f"a {module.dm_plain_class.__name__} that maps {list(x.shape)} to a "
                 f"{type(y).__name__} does not see the {batch} rows of the batch apart; give all "
                 "rows the same delta"
             )
@@ -98,153 +117,61 @@ class RoutedModule(nn.Module):
         size = (y if isinstance(y, Tensor) else y[0]).shape[0]
         taken, given = (route.groups(n, x.device) for n in (max(length, batch), size))
         for (delta, rows), (_, places) in zip(taken, given, strict=True):
-            if self._touched(delta):
+            if self.touched(delta):
                 chosen = tuple(_pick(value, rows, length) for value in args)
                 named = {key: _pick(value, rows, length) for key, value in kwargs.items()}
                 base = y[places] if isinstance(y, Tensor) else None
-                y = _placed(y, places, self._with_delta(delta, chosen, named, base))
+                y = _placed(y, places, self.output(module, delta, base, chosen, named))
         return y
 
-    def _unpacked(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output for one row of many tokens, as if each token were a row of its own."""
-        if not any(map(self._touched, route.names)):
-            return self._plain(self, args, kwargs)
-        x, length = _first_tensor(args, kwargs), len(route.rows)
+    def _by_token(
+        self, module: DeltaModule, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the output for one row of many tokens, as if each token were a row of its own."""
+        if not any(map(self.touched, route.names)):
+            return module.plain(args, kwargs)
+        x, length = first_tensor(args, kwargs), len(route.rows)
         found = [dim for dim, size in enumerate(x.shape) if size == length]
-        with self.dm_router.using(route):
+        with self.router.using(route):
             if route.alike or x.shape[0] > 1:  # alike, or flattened: rows already
-                return self.run(*args, **kwargs)
+                return self.run(module, args, kwargs)
             if not found:
                 raise DeltaMixError(
-                    f"a {self.dm_plain_class.__name__} that sees {list(x.shape)} does not see the "
-                    f"{length} tokens of the batch apart; give all requests the same delta"
+                    f"a {module.dm_plain_class.__name__} that sees {list(x.shape)} does not see "
+                    f"the {length} tokens of the batch apart; give all requests the same delta"
                 )
             # [1, tokens, heads, ...] and [1, heads, tokens, ...] both have the tokens outermost
             # in memory, which tells them apart where there are as many heads as tokens.
             dim = max(found, key=x.stride)
-            chosen = [_to_front(value, dim, length) for value in args]
+            chosen = tuple(_to_front(value, dim, length) for value in args)
             named = {key: _to_front(value, dim, length) for key, value in kwargs.items()}
-            return self.run(*chosen, **named).movedim(0, dim)
+            return self.run(module, chosen, named).movedim(0, dim)
 
-    def _touched(self, delta: str) -> bool:
-        return delta in self.dm_packed or delta in self.dm_overlay
-
-    def _with_delta(
-        self,
-        delta: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        base: Tensor | None,
-    ) -> Any:
-        """The output with a delta; `base`, if known, is that of the base's tensors."""
-        overlay = self.dm_overlay.get(delta, {})
-        if overlay or base is None:
-            with self.dm_router.using(Route([delta])):  # children see these rows alone
-                base = self._plain(self._with(overlay), args, kwargs)
-        if delta in self.dm_packed:
-            x = _first_tensor(args, kwargs)
-            base = base + self._delta(self.dm_packed[delta], x).to(base.dtype)
-        return base
-
-    def _with(self, overlay: Overlay) -> nn.Module:
-        """This module with other tensors; it shares everything else."""
-        if not overlay:
-            return self
-        shadow = copy.copy(self)
-        for kind in ("_parameters", "_buffers"):
-            own = {key: overlay.get(key, value) for key, value in getattr(self, kind).items()}
-            shadow.__dict__[kind] = own
-        return shadow
-
-    def _plain(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.dm_plain_class.forward(module, *args, **kwargs)
-
-    def _delta(self, packed: PackedDelta, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self.dm_table, self.dm_tried, self.dm_captured = None, False, False  # new addresses
-        tensors = [
-            t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None
-        ]
-        for overlay in self.dm_overlay.values():
+    def moved(self, module: DeltaModule, fn: Callable[[Tensor], Tensor]) -> None:
+        """Send everything through `fn`, or after the module's tensors, which went through it."""
+        self.table, self.tried, self.captured = None, False, False  # new addresses
+        for overlay in self.overlay.values():
             overlay.update({key: fn(value) for key, value in overlay.items()})
-        if tensors:
-            device = tensors[0].device
-            for packed in self.dm_packed.values():
-                packed.move(device)  # in place: tied modules share it
-        return self
+        own = (*module._parameters.values(), *module._buffers.values())
+        devices = [tensor.device for tensor in own if tensor is not None]
+        for packed in self.packed.values() if devices else ():
+            packed.move(devices[0])  # in place: tied modules share it
 
 
-class RoutedLinear(RoutedModule, nn.Linear):
-    """y = x·W_baseᵀ + bias + (x·V̂ᵀ)·Ûᵀ with the row's own factors."""
-
-    def _delta(self, packed: PackedDelta, x: Tensor) -> Tensor:
-        return cheapest(low_rank)(x, *packed.op_arguments, transposed=False)
-
-
-class RoutedConv1D(RoutedModule, Conv1D):
-    """y = x·W_base + bias + (x·V̂ᵀ)·Ûᵀ with the row's own factors."""
-
-    _delta = RoutedLinear._delta
-
-
-class RoutedEmbedding(RoutedModule, nn.Embedding):
-    """y = W_base[ids] + Û[ids]·V̂ with the row's own factors."""
-
-    def _delta(self, packed: PackedDelta, x: Tensor) -> Tensor:
-        return cheapest(low_rank_rows)(x.long(), *packed.op_arguments)
-
-
-def make_routed(
-    module: nn.Module, router: Router, kind: type[nn.Module] | None = None
-) -> RoutedModule:
-    """Change `module`'s class in place, so that deltas can be added to it; once is enough.
-
-    The class is `kind`, or found by what the module is.
-
-    A subclass of `nn.Embedding` keeps its own forward, whose `super().forward` meets ours: what it
-    does to the rows (Gemma scales them) is done to the delta's too.
-    """
-    if isinstance(module, RoutedModule):
-        return module
-    cls: Any = type(module)
-    plain: type[nn.Module] = cls
-    tenant: type[nn.Module]
-    if kind is not None:
-        tenant = kind
-    elif cls is nn.Linear:
-        tenant = RoutedLinear
-    elif cls is Conv1D:
-        tenant = RoutedConv1D
-    elif cls is nn.Embedding:
-        tenant = RoutedEmbedding
-    elif isinstance(module, nn.Embedding) and not reads_weight_itself(cls):
-        tenant, plain = type(cls.__name__, (cls, RoutedEmbedding), {}), nn.Embedding
-    elif isinstance(module, nn.Linear):  # quantized: it makes the base's product in its own way
-        tenant, plain = _routed_linear(cls), cls
-    else:
-        tenant = _other_tenant(cls)
-    change_class(module, tenant)
-    assert isinstance(module, RoutedModule)
-    module.dm_router, module.dm_packed, module.dm_overlay = router, {}, {}
-    module.dm_plain_class, module.dm_number = plain, compiled.register(module)
+def make_routed(module: nn.Module, router: Router) -> DeltaModule:
+    """Change the class of a module of the base in place, so that it takes named deltas."""
+    cls = type(module)
+    experts = is_experts(module)
+    change_class(module, joined_class(cls, (DeltaExperts, cls)) if experts else routable_class(cls))
+    assert isinstance(module, DeltaModule)
+    module.dm_row_deltas = RoutedDeltas(router, compiled.register(module))
     return module
 
 
-@cache
-def _routed_linear(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (RoutedLinear, cls), {})
-
-
-@cache
-def _other_tenant(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (RoutedModule, cls), {})
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+def row_deltas(module: nn.Module) -> RoutedDeltas:
+    """Return the named deltas of a module that `make_routed` has made."""
+    assert isinstance(module, DeltaModule) and isinstance(module.dm_row_deltas, RoutedDeltas)
+    return module.dm_row_deltas
 
 
 def _has_rows(y: Any, batch: int) -> bool:
@@ -273,40 +200,3 @@ def _pick(value: Any, rows: Tensor, length: int) -> Any:
     if length > 1 and isinstance(value, Tensor) and value.dim() and value.shape[0] == length:
         return value[rows]
     return value
-
-
-class ExpertDeltas(dict[str, PackedDelta]):
-    """What one delta has for one module, by 3-D parameter."""
-
-    def move(self, device: torch.device) -> None:
-        """To `device`, in place."""
-        for packed in self.values():
-            packed.move(device)
-
-
-class RoutedExperts(RoutedModule):
-    """Experts whose projections have the row's own deltas; `dm_packed` holds `ExpertDeltas`."""
-
-    def _with_delta(
-        self,
-        delta: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        base: Tensor | None,
-    ) -> Any:
-        module: Any = self._with(self.dm_overlay.get(delta, {}))
-        packed: Any = self.dm_packed.get(delta, {})
-
-        def project(name: str, x: Tensor, ends: Tensor) -> Tensor:
-            y = base_product(module, name, weight_of(module, name), x, ends)
-            return add_delta(y, packed[name], x, ends) if name in packed else y
-
-        compute: Any = partial(experts_forward, module, project=project)
-        with self.dm_router.using(Route([delta])):  # children see these rows alone
-            return compute(*args, **kwargs)
-
-
-@cache
-def routed_experts_class(plain: Any) -> type[nn.Module]:
-    """The tenant of an experts class."""
-    return type(plain.__name__, (RoutedExperts, plain), {})

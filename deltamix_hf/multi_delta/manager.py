@@ -25,14 +25,14 @@ from transformers.utils import logging
 from ..checkpoint.base import BaseCheckpoint, resolve_base, same
 from ..checkpoint.delta_repo import StoredDelta, find_delta, find_delta_of, read_delta
 from ..errors import DeltaMixError
-from ..nn.experts import delta_experts, detach_experts, is_experts
+from ..nn.delta_module import DeltaModule, own_deltas
 from ..nn.layers import (
     change_class,
-    delta_modules,
     detach,
     tied_modules,
     tied_tensors,
     untie_packed,
+    weight_of,
 )
 from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose
@@ -40,17 +40,22 @@ from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import check_base
 from .config_mismatch import differing
 from .grouped import refresh
-from .layers import ExpertDeltas, RoutedModule, make_routed, routed_experts_class
+from .layers import ExpertDeltas, RoutedDeltas, make_routed, row_deltas
 from .model import routed_model_class
 from .pool import Pool
-from .routing import BASE, SLOTS, Names, Route, Router, row_delta
+from .routing import BASE, Names, Route, Router, row_delta
 
 DEFAULT = "default"  # what PEFT calls the first one
-_WORTH_A_BAR = 100_000_000  # bytes; a second or two from a disk
 
 
 class DeltaManager:
-    """The deltas of one model."""
+    """The deltas of one model.
+
+    Attributes:
+        progress_bytes: loading a delta as large as this shows a progress bar.
+    """
+
+    progress_bytes = 100_000_000  # a second or two from a disk
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -62,8 +67,10 @@ class DeltaManager:
         self._base = _base_of(model)
         self._adopt_own()
         for module_name, module in model.named_modules():
-            if _maps_one_tensor(module):  # now, not with the first delta that changes it: what
-                self._tenant(module_name)  # torch.compile has seen must not change its class
+            # Now, not with the first delta that changes it: what torch.compile has seen must keep
+            # its class.
+            if _maps_one_tensor(module):
+                self._routed(module_name, set())
 
     # Loading and deleting
 
@@ -90,64 +97,57 @@ class DeltaManager:
         touched = self._modules.setdefault(name, set())
         self._take_slot(name)
         matrices: Iterable[tuple[str, PackedDelta]] = stored.packed.items()
-        if stored.nbytes >= _WORTH_A_BAR:
+        if stored.nbytes >= self.progress_bytes:
             matrices = logging.tqdm(matrices, desc=f"Loading delta {name}", unit="matrix")
-        for module_name, packed in matrices:
+        for weight, packed in matrices:
             if packed.counts is not None:  # a 3-D parameter of experts
-                owner, _, leaf = module_name.rpartition(".")
-                module = self._tenant(owner)
-                touched.add(owner)
-                deltas: Any = module.dm_packed.setdefault(name, ExpertDeltas())  # type: ignore[arg-type]
-                deltas[leaf] = packed.to(getattr(module, leaf).device)
+                owner, _, leaf = weight.rpartition(".")
+                experts: Any = self._routed(owner, touched).packed.setdefault(name, ExpertDeltas())
+                experts[leaf] = packed.to(weight_of(self.model.get_submodule(owner), leaf).device)
                 continue
             placed: dict[torch.device, PackedDelta] = {}  # twins share it
-            for twin in tied_modules(self.model, module_name):
-                module = self._tenant(twin)
-                touched.add(twin)
-                device = _weight(module).device
+            for twin, module in tied_modules(self.model, weight).items():
+                device = weight_of(module).device
                 if device not in placed:
                     placed[device] = packed.to(device)
-                module.dm_packed[name] = placed[device]
+                self._routed(twin, touched).packed[name] = placed[device]
         for tensor_name, value in stored.overlay.items():
             for twin in tied_tensors(self.model, tensor_name):
                 owner, _, leaf = twin.rpartition(".")
-                module = self._tenant(owner)
-                touched.add(owner)
-                own = getattr(module, leaf)
-                module.dm_overlay.setdefault(name, {})[leaf] = value.to(own.device, own.dtype)
+                overlay = self._routed(owner, touched).overlay.setdefault(name, {})
+                own = weight_of(self.model.get_submodule(owner), leaf)
+                overlay[leaf] = value.to(own.device, own.dtype)
         self._refresh_tables(name, touched)
 
     def _remove(self, name: str) -> None:
         touched = self._modules.pop(name, set())
         for module_name in touched:
-            module = self.model.get_submodule(module_name)
-            assert isinstance(module, RoutedModule)
-            module.dm_packed.pop(name, None)
-            module.dm_overlay.pop(name, None)
+            deltas = row_deltas(self.model.get_submodule(module_name))
+            deltas.packed.pop(name, None)
+            deltas.overlay.pop(name, None)
         self._refresh_tables(name, touched)
         self.router.slots.pop(name, None)
 
     def _take_slot(self, name: str) -> None:
         if not self.router.slots.take(name) and choose(self.model.device) == TRITON:
             raise DeltaMixError(
-                f"the kernels' tables hold {SLOTS} deltas on the device at a time: delete some, or "
-                "bound them with set_delta_memory"
+                f"the kernels' tables hold {self.router.slots.size} deltas on the device at a "
+                "time: delete some, or bound them with set_delta_memory"
             )
 
     def _refresh_tables(self, name: str, touched: set[str]) -> None:
         for module_name in touched:
             refresh(self.model.get_submodule(module_name), name)
 
-    def _tenant(self, name: str) -> RoutedModule:
+    def _routed(self, name: str, touched: set[str]) -> RoutedDeltas:
+        """Return the named deltas of a module, which is noted in `touched`."""
         module = self.model.get_submodule(name)
-        if isinstance(module, RoutedModule):
-            return module
-        plain: Any = type(module)
-        kind = routed_experts_class(plain) if is_experts(module) else None
-        made = make_routed(module, self.router, kind)
-        if isinstance(made, nn.Embedding) and made is not self.model.get_input_embeddings():
-            made.dm_has_batch = self._looked_up_by_row(made)
-        return made
+        if not isinstance(module, DeltaModule):
+            deltas = row_deltas(make_routed(module, self.router))
+            if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
+                deltas.has_batch = self._looked_up_by_row(module)
+        touched.add(name)
+        return row_deltas(module)
 
     @torch.no_grad()
     def _looked_up_by_row(self, module: nn.Module) -> bool:
@@ -193,7 +193,7 @@ class DeltaManager:
 
     @contextmanager
     def using(self, names: str | Sequence[str | None]) -> Iterator[None]:
-        """Within, calls that name no deltas use these, compiled or in a captured graph too."""
+        """Context manager: calls that name no deltas use these, in captured graphs too."""
         route = self.route(names)
         assert route is not None
         router = self.router  # its turn first: who waits for it must not hold deltas
@@ -201,7 +201,7 @@ class DeltaManager:
             yield
 
     def route(self, names: Names) -> Route | None:
-        """The route of one call; None if it names no deltas.
+        """Return the route of one call; None if it names no deltas.
 
         Raises:
             DeltaMixError: an empty list, or several names for one row.
@@ -222,18 +222,15 @@ class DeltaManager:
         quantizer: Any = getattr(model, "hf_quantizer", None)
         if not hasattr(quantizer, "base_files"):
             return
-        own, mixtures = delta_modules(model), delta_experts(model)
         tied = set(model.all_tied_weights_keys)
-        packed = {n: m.packed() for n, m in own.items() if f"{n}.weight" not in tied}
-        packed |= {
-            f"{name}.{leaf}": mixture.packed(leaf)
-            for name, mixture in mixtures.items()
-            for leaf in mixture.dm_group_sizes
+        packed = {
+            name if leaf == "weight" else f"{name}.{leaf}": module.packed(leaf)
+            for name, module in own_deltas(model).items()
+            for leaf in module.dm_own
+            if f"{name}.{leaf}" not in tied
         }
-        for module in own.values():
+        for module in own_deltas(model).values():
             detach(module)
-        for mixture in mixtures.values():
-            detach_experts(mixture)
         untie_packed(model)
         overlay: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
@@ -248,19 +245,14 @@ class DeltaManager:
             read = partial(read_delta, source, *find_delta(source, {}), base.keys)
         self.pool.add(DEFAULT, stored, read)
         self.choose(DEFAULT)
-        for method in ("save_pretrained", "dequantize"):  # they would take the base for the delta
-            model.__dict__[method] = partial(_refuse, method)
-
-
-def _refuse(method: str, *args: Any, **kwargs: Any) -> None:
-    raise DeltaMixError(
-        f"{method} is for a model with one delta, and this one took several in: load the delta "
-        "repo you mean once more, without load_delta"
-    )
 
 
 def manager_of(model: PreTrainedModel) -> DeltaManager:
-    """The model's tenants; the first call makes the model ready for them."""
+    """Return the deltas of a model; the first call makes the model ready for them.
+
+    Raises:
+        DeltaMixError: parts of the model are offloaded or in other processes.
+    """
     if "dm_deltas" not in model.__dict__:
         if is_sharded(model):
             raise DeltaMixError(
@@ -271,8 +263,8 @@ def manager_of(model: PreTrainedModel) -> DeltaManager:
             raise DeltaMixError(
                 "parts of the model are offloaded; load it whole to serve several deltas from it"
             )
-        model.__dict__["dm_deltas"] = DeltaManager(model)
-        change_class(model, routed_model_class(type(model)))
+        deltas = model.__dict__["dm_deltas"] = DeltaManager(model)
+        change_class(model, routed_model_class(type(model), DEFAULT in deltas.pool.entries))
     return model.__dict__["dm_deltas"]
 
 
@@ -283,12 +275,6 @@ def _maps_one_tensor(module: nn.Module) -> bool:
         return False
     _, *taken = inspect.signature(type(module).forward).parameters.values()
     return sum(parameter.default is parameter.empty for parameter in taken) == 1
-
-
-def _weight(module: RoutedModule) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _base_of(model: PreTrainedModel) -> BaseCheckpoint:

@@ -1,6 +1,6 @@
-"""What a model with tenants does at a call: it finds the rows' deltas and holds them meanwhile.
+"""What a model with named deltas does at a call: find the rows' deltas and hold them meanwhile.
 
-`tenants.py` makes a model an instance of a class made here, whose `forward`, `generate` and
+`manager_of` makes a model an instance of a class made here, whose `forward`, `generate` and
 continuous batching take `delta_names`.
 """
 
@@ -17,8 +17,13 @@ from ..errors import DeltaMixError
 from .routing import Names, check_rows
 
 
-def routed_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`cls` whose `forward` and `generate` take `delta_names`."""
+def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTrainedModel]:
+    """Return `cls` whose `forward` and `generate` take `delta_names`.
+
+    Args:
+        adopted: the model had a delta of its own: methods that would now take the base for the
+            delta raise DeltaMixError.
+    """
 
     def naming(method: Any, forward: bool) -> Any:
         @wraps(method)  # transformers looks at the signature
@@ -44,13 +49,25 @@ def routed_model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
         return named
 
-    methods = {"forward": naming(cls.forward, forward=True)}
+    methods: dict[str, Any] = {"forward": naming(cls.forward, forward=True)}
     if hasattr(cls, "generate"):
         methods["generate"] = naming(cls.generate, forward=False)
     for name in ("init_continuous_batching", "generate_batch"):
         if hasattr(cls, name):
             methods[name] = _continuous(name, getattr(cls, name))
+    if adopted:
+        methods |= {name: _refused(name) for name in ("save_pretrained", "dequantize")}
     return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+
+
+def _refused(name: str) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise DeltaMixError(
+            f"{name} is for a model with one delta, and this one took several in: load the delta "
+            "repo you mean once more, without load_delta"
+        )
+
+    return method
 
 
 def _continuous(name: str, plain: Any) -> Any:

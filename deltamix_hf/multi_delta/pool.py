@@ -43,12 +43,12 @@ class Entry:
 
     @property
     def fixed(self) -> bool:
-        """Whether it stays resident however long one waits."""
+        """Tell whether it stays resident however long one waits."""
         return self.resident and (self.active or self.read is None)
 
     @property
     def movable(self) -> bool:
-        """Whether it may be moved out now."""
+        """Tell whether it may be moved out now."""
         return not (self.users or self.active or self.read is None)
 
 
@@ -98,7 +98,7 @@ class Pool:
                 raise
 
     def check_new(self, name: str) -> None:
-        """Raises DeltaMixError if the name is taken."""
+        """Raise DeltaMixError if the name is taken."""
         if name in self.entries:
             raise DeltaMixError(f"a delta called {name!r} is loaded already; delete it first")
 
@@ -153,7 +153,7 @@ class Pool:
 
     @contextmanager
     def holding(self, names: Sequence[str]) -> Iterator[None]:
-        """Have these deltas resident, and keep them so, within.
+        """Context manager: load these deltas and protect them from eviction.
 
         Raises:
             DeltaMixError: an unknown name, no room for them all, or one cannot be read again.
@@ -192,7 +192,7 @@ class Pool:
             return entries
 
     def check_possible(self, names: Sequence[str]) -> None:
-        """Raises DeltaMixError: an unknown name, or these can never be resident at once."""
+        """Raise DeltaMixError for an unknown name, or if these can never be resident at once."""
         with self._changed:
             for name in names:
                 self._entry(name)

@@ -68,7 +68,7 @@ class Route:
         self._plans: dict[tuple[int, torch.device], RowSlots] = {}
 
     def of_batch(self, rows: int) -> Route:
-        """The same for a batch in which each row is repeated in place.
+        """Return the route of a batch in which each row is repeated in place.
 
         Raises:
             DeltaMixError: `rows` is no multiple of the rows named.
@@ -85,13 +85,13 @@ class Route:
         return self._batches[rows]
 
     def of_rows(self, rows: int) -> Sequence[str | None]:
-        """The delta of each of `rows` rows, a multiple of those named if these differ."""
+        """List the delta of each of `rows` rows, a multiple of those named if these differ."""
         if self.alike:
             return [self.rows[0]] * rows
         return [row for row in self.rows for _ in range(rows // len(self.rows))]
 
     def plan(self, rows: int, device: torch.device, slots: Slots) -> RowSlots:
-        """Slots of `rows` rows, for as long as the route's deltas stay resident."""
+        """Return the slots of `rows` rows, while the route's deltas stay resident."""
         key = rows, device
         if key not in self._plans:
             plan = RowSlots(rows, len(self.names), device)
@@ -100,7 +100,7 @@ class Route:
         return self._plans[key]
 
     def groups(self, length: int, device: torch.device) -> list[tuple[str, Tensor]]:
-        """Row numbers int64 of every delta in use, among `length` rows."""
+        """Return the row numbers, int64, of every delta in use, among `length` rows."""
         key = length, device
         if key not in self._index:
             numbers = torch.arange(length, device=device).view(len(self.rows), -1)
@@ -135,7 +135,7 @@ class PackedRoute(Route):
         return self
 
     def seen_by(self, module: nn.Module) -> Route:
-        """The route of what `module` sees, a row for each token."""
+        """Return the route of what `module` sees, a row for each token."""
         return self._kept if module is self._head else self._tokens
 
 
@@ -165,7 +165,7 @@ class Router:
 
     @contextmanager
     def using(self, route: Route | None) -> Iterator[None]:
-        """Use `route` within; None leaves it as it is. Other threads keep theirs."""
+        """Context manager: use `route`; None leaves it as it is. Other threads keep theirs."""
         if route is None:
             yield
             return
@@ -182,7 +182,7 @@ class Router:
 
     @contextmanager
     def announcing(self, route: Route) -> Iterator[None]:
-        """Use `route` within, in captured graphs too; the thread has its turn."""
+        """Context manager: use `route` in captured graphs too; the thread has its turn."""
         self._announced.append(route)
         try:
             self._load_fixed()
@@ -193,7 +193,7 @@ class Router:
             self._load_fixed()
 
     def plan(self, rows: int, device: torch.device) -> RowSlots:
-        """Slots of the rows of a batch; while a CUDA graph is recorded, in memory that stays.
+        """Return the slots of a batch; while a CUDA graph is recorded, in memory that stays.
 
         Raises:
             DeltaMixError: a graph is recorded, but no call like it ran before, or its deltas were
@@ -222,7 +222,7 @@ class Router:
             idle = [key for key, plan in self._fixed.items() if not plan.captured]
             for key in idle[: max(0, len(idle) + 1 - _MOST_PLANS)]:
                 del self._fixed[key]
-            plan = self._fixed[rows, device] = RowSlots(rows, min(rows, SLOTS), device)
+            plan = self._fixed[rows, device] = RowSlots(rows, min(rows, self.slots.size), device)
             self._load(plan)
 
     def _load_fixed(self) -> None:
@@ -239,7 +239,7 @@ class Router:
 
 
 def check_rows(names: int, rows: int) -> None:
-    """Raises DeltaMixError unless there is a name for each row."""
+    """Raise DeltaMixError unless there is a name for each row."""
     if rows != names:
         raise DeltaMixError(
             f"delta_names has {names} names for a batch of {rows} rows; give one name for each "
@@ -247,15 +247,18 @@ def check_rows(names: int, rows: int) -> None:
         )
 
 
-SLOTS = 256  # deltas the kernels' tables can hold
-
-
 class Slots(dict[str, int]):
-    """Resident delta -> its slot. Deltas beyond the last slot have none."""
+    """Resident delta -> its slot in the kernels' tables. Deltas beyond the last slot have none.
+
+    Attributes:
+        size: deltas that the tables can hold.
+    """
+
+    size = 256
 
     def take(self, name: str) -> bool:
         """Give a delta a slot; False if all are taken."""
-        free = set(range(SLOTS)) - set(self.values())
+        free = set(range(self.size)) - set(self.values())
         if name not in self and free:
             self[name] = min(free)
         return name in self

@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
 from ..ops.experts import add_delta, base_product, experts_forward
 from ..quantization.packed_delta import PackedDelta
-from ..quantization.packed_layout import PREFIX, GroupSizes, part_names
-from .layers import change_class, packed_shapes, shape_of
+from .delta_module import DeltaModule, joined_class, merged_name, own_deltas
+from .layers import change_class, packed_shapes, shape_of, weight_of
 
 _NAMES = ("gate_up_proj", "up_proj", "down_proj")
 _EXPERT = re.compile(rf"(.+\.(?:{'|'.join(_NAMES)}))\.\d+")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether it has the experts interface of transformers, and so computes what we know."""
+    """Tell whether a module has the experts interface of transformers, whose product we know."""
     plain: Any = getattr(module, "dm_plain_class", type(module))
     forward = getattr(plain.forward, "__code__", None)
     return (
@@ -42,20 +41,15 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def fused_weights(module: nn.Module) -> list[str]:
-    """Names of the 3-D parameters that such a module multiplies by."""
+    """List the 3-D parameters that such a module multiplies by."""
     own = module._parameters
     return [n for n in _NAMES if (weight := own.get(n)) is not None and weight.dim() == 3]
 
 
 def slice_shape(module: nn.Module, name: str) -> tuple[int, int]:
-    """[m, n] of every expert's matrix in the parameter `name`."""
+    """Return [m, n] of every expert's matrix in the parameter `name`."""
     m, n = weight_of(module, name).shape[1:]
     return (n, m) if module.is_transposed else (m, n)
-
-
-def weight_of(module: nn.Module, name: str) -> Tensor:
-    """The 3-D parameter, typed."""
-    return cast(Tensor, getattr(module, name))
 
 
 class Expert(nn.Module):
@@ -71,7 +65,7 @@ class Expert(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The slice itself: writing to it changes the model."""
+        """Return the slice itself, [m, n] or its transpose: writing to it changes the model."""
         return weight_of(self.fused.module, self.fused.leaf).detach()[self.number]
 
 
@@ -89,7 +83,7 @@ class FusedWeight:
         return len(weight_of(self.module, self.leaf))
 
     def expert(self, number: int) -> Expert:
-        """A matrix to compress; `finish` must be called for each."""
+        """Return a matrix to compress; `finish` must be called for each."""
         self.waiting.add(number)
         return Expert(self, number)
 
@@ -102,76 +96,27 @@ class FusedWeight:
             self._packed = []
 
 
-class DeltaExperts(nn.Module):
-    """Experts with frozen 3-D base weights and packed deltas.
+class DeltaExperts(DeltaModule):
+    """Experts with frozen 3-D base weights; their deltas are `PackedDelta`s by 3-D parameter."""
 
-    Merged weights (`merged.py`) are buffers `<parameter>_dm_merged` that are not saved.
+    def straight(self, *args: Any, **kwargs: Any) -> Tensor:
+        own = {leaf: self.packed(leaf) for leaf in self.dm_own}
+        return self.with_delta(own, None, args, kwargs)
 
-    Attributes:
-        dm_group_sizes: of every parameter with a delta, by its name.
-    """
+    def with_delta(
+        self, packed: Any, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        deltas = packed or {}
 
-    dm_group_sizes: dict[str, GroupSizes]
-    dm_gaussian: bool
-    dm_plain_class: type[nn.Module]
+        def project(leaf: str, x: Tensor, ends: Tensor) -> Tensor:
+            merged = getattr(self, merged_name(leaf), None)
+            if merged is not None:
+                return base_product(self, leaf, merged, x, ends)
+            y = base_product(self, leaf, weight_of(self, leaf), x, ends)
+            return add_delta(y, deltas[leaf], x, ends) if leaf in deltas else y
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return experts_forward(self, hidden_states, top_k_index, top_k_weights, self._project)
-
-    def _project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
-        merged = getattr(self, f"{name}_{PREFIX}merged", None)
-        if merged is not None:
-            return base_product(self, name, merged, x, ends)
-        y = base_product(self, name, weight_of(self, name), x, ends)
-        if name not in self.dm_group_sizes:
-            return y
-        return add_delta(y, self.packed(name), x, ends)
-
-    def packed(self, name: str) -> PackedDelta:
-        """The deltas of one 3-D parameter."""
-        names = part_names(name, self.dm_gaussian, experts=True)
-        own: Any = {part: getattr(self, attribute) for part, attribute in names.items()}
-        return PackedDelta(*slice_shape(self, name), self.dm_group_sizes[name], [], **own)
-
-    def frozen_weights(self) -> dict[str, Tensor]:
-        """The base's 3-D weights that have a delta, by the parameter's name."""
-        return {name: weight_of(self, name) for name in self.dm_group_sizes}
-
-    def keep_merged(self) -> list[Tensor]:
-        """Run by merged weights from now on; returns them."""
-        made = {name: self.merged_weight(name) for name in self.dm_group_sizes}
-        for name, merged in made.items():
-            setattr(self, f"{name}_{PREFIX}merged", merged)
-        return [*made.values()]
-
-    def merge(self) -> None:
-        """Take the deltas into the weights: a module like any other."""
-        for name in self.dm_group_sizes:
-            merged = nn.Parameter(self.merged_weight(name), requires_grad=False)
-            setattr(self, name, merged)
-        detach_experts(self)
-
-    def drop_merged(self) -> None:
-        """Undo `keep_merged`."""
-        for name in self.dm_group_sizes:
-            setattr(self, f"{name}_{PREFIX}merged", None)
-
-    @torch.no_grad()
-    def merged_weight(self, name: str) -> Tensor:
-        """W_base + Û·V̂ of every expert, added in float32, in the base weight's dtype."""
-        weight = weight_of(self, name)
-        merged = weight.detach().clone()
-        for number, packed in enumerate(self.packed(name).split()):
-            if packed is not None:
-                dense = packed.dense()
-                dense = dense.mT if self.is_transposed else dense
-                merged[number] = (weight[number].float() + dense.to(weight.device)).to(weight.dtype)
-        return merged
-
-
-@cache
-def _delta_class(plain: Any) -> type[DeltaExperts]:
-    return type(plain.__name__, (DeltaExperts, plain), {"dm_plain_class": plain})
+        forward: Any = partial(experts_forward, self, project=project)
+        return forward(*args, **kwargs)
 
 
 def attach_experts(module: nn.Module, name: str, packed: PackedDelta) -> None:
@@ -183,36 +128,17 @@ def attach_experts(module: nn.Module, name: str, packed: PackedDelta) -> None:
     if not isinstance(module, DeltaExperts):
         if not is_experts(module):
             raise DeltaMixError(f"a {type(module).__name__} cannot carry packed experts")
-        plain: Any = type(module)
-        change_class(module, _delta_class(plain))
-        assert isinstance(module, DeltaExperts)
-        module.dm_group_sizes = {}
-    module.dm_group_sizes[name], module.dm_gaussian = packed.group_sizes, packed.gaussian
-    for part, attribute in packed.names(name).items():
-        frozen = nn.Parameter(packed.tensors[part], requires_grad=False)
-        module.register_parameter(attribute, frozen)
-    module.register_buffer(f"{name}_{PREFIX}merged", None, persistent=False)
-    weight_of(module, name).requires_grad_(False)
-
-
-def detach_experts(module: DeltaExperts) -> None:
-    """The inverse of `attach_experts` for all parameters of a module (weights untouched)."""
-    for name in module.dm_group_sizes:
-        names = part_names(name, module.dm_gaussian, experts=True).values()
-        for attribute in (*names, f"{name}_{PREFIX}merged"):
-            delattr(module, attribute)
-    plain = module.dm_plain_class
-    del module.dm_group_sizes, module.dm_gaussian
-    change_class(module, plain)
+        change_class(module, joined_class(type(module), (DeltaExperts, type(module))))
+    cast(DeltaExperts, module).hold(packed, name)
 
 
 def delta_experts(model: nn.Module) -> dict[str, DeltaExperts]:
-    """Name -> module of all experts that carry packed deltas, in the model's order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, DeltaExperts)}
+    """Return all experts with deltas of their own, by name in the model's order."""
+    return {name: m for name, m in own_deltas(model).items() if isinstance(m, DeltaExperts)}
 
 
 def expert_place(model: nn.Module, name: str) -> tuple[nn.Module, str, int] | None:
-    """Module, parameter and number of the expert's matrix `name`; None if it is none."""
+    """Find module, parameter and number of the expert's matrix `name`; None if it is none."""
     fused, _, number = name.rpartition(".")
     owner, _, leaf = fused.rpartition(".")
     try:
@@ -226,13 +152,13 @@ def expert_place(model: nn.Module, name: str) -> tuple[nn.Module, str, int] | No
 
 
 def fused_name(name: str) -> str | None:
-    """The 3-D parameter an expert's matrix belongs to, by its name alone; None for other names."""
+    """Return the 3-D parameter of an expert's matrix by its name alone; None for other names."""
     found = _EXPERT.fullmatch(name)
     return found[1] if found else None
 
 
 def fused_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """3-D parameter -> its number of experts, of all experts' matrices among `names`."""
+    """Count the experts of every 3-D parameter that has a matrix among `names`."""
     places = {name: expert_place(model, name) for name in names if fused_name(name)}
     return {
         name.rpartition(".")[0]: len(weight_of(*place[:2]))
@@ -253,19 +179,19 @@ def replace_expert(weights: dict[str, Tensor], model: nn.Module, name: str, matr
 
 
 def matrix_shape(model: nn.Module, name: str) -> tuple[int, int]:
-    """[m, n] of a layer's matrix or an expert's, by the name the compressor has for it."""
+    """Return [m, n] of a layer's matrix or an expert's, by the compressor's name for it."""
     place = expert_place(model, name)
     return shape_of(model.get_submodule(name)) if place is None else slice_shape(*place[:2])
 
 
 def compressed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Name -> [m, n] of every matrix that differs from the base and is not stored whole.
+    """Return [m, n] of every matrix that differs from the base and is not stored whole, by name.
 
     Those too that were not worth a rank.
     """
     found = packed_shapes(model)
     for name, module in delta_experts(model).items():
-        for leaf in module.dm_group_sizes:
+        for leaf in module.dm_own:
             experts = enumerate(module.packed(leaf).split())
             kept = [f"{name}.{leaf}.{number}" for number, packed in experts if packed]
             found |= dict.fromkeys(kept, slice_shape(module, leaf))

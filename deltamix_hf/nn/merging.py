@@ -8,11 +8,13 @@ is freed either.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from ..errors import DeltaMixError
-from .experts import delta_experts
-from .layers import delta_modules, weight_of
+from .delta_module import DeltaModule, merged_name, own_deltas
+from .layers import weight_of
 
 
 def cache_merged(model: nn.Module, enabled: bool = True) -> int:
@@ -27,29 +29,32 @@ def cache_merged(model: nn.Module, enabled: bool = True) -> int:
     Raises:
         DeltaMixError: a matrix is offloaded; nothing is cached then.
     """
-    modules = delta_modules(model)
-    experts = delta_experts(model)
     if not enabled:
-        for module in modules.values():
-            module.dm_merged = None
-        for mixture in experts.values():
-            mixture.drop_merged()
+        for module in own_deltas(model).values():
+            for leaf in module.dm_own:
+                setattr(module, merged_name(leaf), None)
         return 0
-    weights = {name: weight_of(module) for name, module in modules.items()}
-    for name, mixture in experts.items():
-        weights |= {f"{name}.{leaf}": weight for leaf, weight in mixture.frozen_weights().items()}
-    for name, weight in weights.items():
-        if weight.device.type == "meta":
-            raise DeltaMixError(
-                f"{name} is offloaded; merged weights are cached for models that are in memory"
-            )
     made: dict[int, Tensor] = {}
-    for module in modules.values():
-        key = id(weight_of(module))
-        if key not in made:
-            made[key] = module.merged_weight()
-        module.dm_merged = made[key]
-    kept = [*made.values()]
-    for mixture in experts.values():
-        kept += mixture.keep_merged()
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    advice = "merged weights are cached for models that are in memory"
+    for module, leaf, merged in merged_weights(model, advice):
+        setattr(module, merged_name(leaf), merged)
+        made[id(merged)] = merged
+    return sum(tensor.numel() * tensor.element_size() for tensor in made.values())
+
+
+def merged_weights(model: nn.Module, advice: str) -> Iterator[tuple[DeltaModule, str, Tensor]]:
+    """Yield every module, weight name and merged weight of a model; tied ones share one tensor.
+
+    Raises:
+        DeltaMixError: a weight is offloaded; the message ends in `advice`.
+    """
+    weights = [(n, m, leaf) for n, m in own_deltas(model).items() for leaf in m.dm_own]
+    for name, module, leaf in weights:
+        if weight_of(module, leaf).device.type == "meta":
+            whole = name if leaf == "weight" else f"{name}.{leaf}"
+            raise DeltaMixError(f"{whole} is offloaded; {advice}")
+    made: dict[int, Tensor] = {}
+    for _, module, leaf in weights:
+        if (key := id(weight_of(module, leaf))) not in made:
+            made[key] = module.merged_weight(leaf=leaf)
+        yield module, leaf, made[key]

@@ -13,52 +13,53 @@ With p processes, a matrix [m, n] of k ranks takes k·(m/p + n) or k·(m + n/p) 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .. import transformers_private
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..quantization import bitpacking
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import PREFIX, scale_counts, zero_points
-from .experts import DeltaExperts, delta_experts
-from .layers import DeltaEmbedding, delta_modules, weight_of
+from .delta_module import own_deltas
+from .layers import DeltaEmbedding, weight_of
 
 _SIZES = ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size", "pp_size")
 _WHOLE = "replicate"  # transformers' own name for it, from some version on
 
 
 def is_shard(tensor: Any) -> TypeGuard[Any]:
-    """Whether a tensor is this process's part of one that several share (a DTensor)."""
+    """Tell whether a tensor is this process's part of one that several share (a DTensor)."""
     return hasattr(tensor, "device_mesh")
 
 
 def own(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+    """Return this process's part of a tensor."""
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, put together from all processes' parts; all of them must ask for it."""
+    """Return the tensor from all processes' parts; all of them must ask for it."""
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether several processes share the model's weights."""
+    """Tell whether several processes share the model's weights."""
     return any(is_shard(parameter) for parameter in model.parameters())
 
 
 def wanted(model: PreTrainedModel) -> list[str]:
-    """How transformers is about to share the model out among processes: `tp_size`, ..."""
+    """List how transformers is about to share the model out among processes: `tp_size`, ..."""
     config: Any = getattr(model.config, "distributed_config", None)
     return [name for name in _SIZES if (getattr(config, name, None) or 1) > 1]
 
 
 def check_wanted(kinds: list[str], config: DeltaMixConfig, compressing: bool) -> None:
-    """Raises DeltaMixError if it cannot be done with models shared out in these ways."""
+    """Raise DeltaMixError if it cannot be done with models shared out in these ways."""
     if not kinds:
         return
     if compressing:
@@ -87,11 +88,9 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
     Raises:
         DeltaMixError: the caller's own plan shares out such a matrix.
     """
-    from transformers.distributed import tensor_parallel
-
-    styles: Any = tensor_parallel.ALL_PARALLEL_STYLES  # type: ignore[attr-defined]
+    styles: Any = transformers_private.tensor_parallel.ALL_PARALLEL_STYLES
     if _WHOLE not in styles:  # before transformers 5.21
-        styles.register(_WHOLE, tensor_parallel.TensorParallelLayer())
+        styles.register(_WHOLE, transformers_private.tensor_parallel.TensorParallelLayer())
     plan = model.tp_plan
     users = getattr(model.config.distributed_config, "tp_plan", None)  # joined to it later
     users = users if isinstance(users, dict) else {}
@@ -108,12 +107,8 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
             "it out of tp_plan"
         )
     plan.update(dict.fromkeys(resized & plan.keys(), _WHOLE))
-    for name, module in delta_modules(model).items():
-        plan.update(dict.fromkeys(module.packed().names(_pattern(name)).values(), _WHOLE))
-    for name, experts in delta_experts(model).items():
-        for leaf in experts.dm_group_sizes:
-            names = experts.packed(leaf).names(f"{_pattern(name)}.{leaf}")
-            plan.update(dict.fromkeys(names.values(), _WHOLE))
+    for name, module in own_deltas(model).items():
+        plan.update((f"{_pattern(name)}.{key}", _WHOLE) for key in module.delta_parameters())
     # transformers looks names up in named_parameters(), which lists what twins share once; it ties
     # them again after loading
     for twin in model.all_tied_weights_keys:
@@ -133,47 +128,25 @@ def _pattern(name: str) -> str:
 def keep_own_part(model: PreTrainedModel) -> None:
     """Cut every packed delta to the part of the weight that this process holds."""
     made: dict[int, PackedDelta] = {}  # twins share theirs
-    for module in delta_modules(model).values():
-        weight: Any = weight_of(module)
-        if not is_shard(weight):
-            continue
-        rows, columns = _own(weight, 0), _own(weight, 1)
-        key = id(module.dm_v)
-        factors = module.packed()
-        if key not in made:
-            made[key] = part_of(factors, rows, columns)
-        mine = made[key]
-        module.dm_group_sizes = mine.group_sizes
-        _replace_parameters(module, mine, "")
-        if isinstance(module, DeltaEmbedding) and len(rows) < weight.shape[0]:
-            module.dm_first = int(rows[0])
-        # transformers then hands the layer plain tensors, this process's part of them
-        vars(module)["_hf_quantized_needs_local_tp"] = True
-    for experts in delta_experts(model).values():
-        for leaf in list(experts.dm_group_sizes):
-            _keep_own_experts(experts, leaf)
-
-
-def _keep_own_experts(module: DeltaExperts, leaf: str) -> None:
-    """The same for all experts of a 3-D parameter."""
-    weight: Any = getattr(module, leaf)
-    if not is_shard(weight):
-        return
-    if len(_own(weight, 0)) < len(weight):
-        raise DeltaMixError("experts with deltas cannot be shared out whole among processes")
-    sides = _own(weight, 1), _own(weight, 2)
-    rows, columns = sides[::-1] if module.is_transposed else sides
-    mine = PackedDelta.join(
-        [found and part_of(found, rows, columns) for found in module.packed(leaf).split()]
-    )
-    module.dm_group_sizes[leaf] = mine.group_sizes
-    _replace_parameters(module, mine, leaf)
-    vars(module)["_hf_quantized_needs_local_tp"] = True
-
-
-def _replace_parameters(module: nn.Module, packed: PackedDelta, prefix: str) -> None:
-    for part, name in packed.names(prefix).items():
-        setattr(module, name, nn.Parameter(packed.tensors[part], requires_grad=False))
+    for module in own_deltas(model).values():
+        for leaf in module.dm_own:
+            weight: Any = weight_of(module, leaf)
+            if not is_shard(weight):
+                continue
+            if weight.dim() == 3 and len(_own(weight, 0)) < len(weight):
+                raise DeltaMixError("experts with deltas cannot be shared out whole")
+            sides = _own(weight, weight.dim() - 2), _own(weight, weight.dim() - 1)
+            rows, columns = sides[::-1] if getattr(module, "is_transposed", False) else sides
+            packed = module.packed(leaf)
+            key = id(packed.v)
+            if key not in made:
+                found = [one and part_of(one, rows, columns) for one in packed.split()]
+                made[key] = PackedDelta.join(found) if weight.dim() == 3 else cast(Any, found[0])
+            module.hold(made[key], leaf)
+            if isinstance(module, DeltaEmbedding) and len(rows) < weight.shape[0]:
+                module.dm_first = int(rows[0])
+            # transformers then hands the layer plain tensors, this process's part of them
+            vars(module)["_hf_quantized_needs_local_tp"] = True
 
 
 def _own(weight: Any, dim: int) -> Tensor:
@@ -195,7 +168,7 @@ def _own(weight: Any, dim: int) -> Tensor:
 
 
 def part_of(factors: PackedDelta, rows: Tensor, columns: Tensor) -> PackedDelta:
-    """The factors of (Û·V̂)[rows][:, columns]; both int64 and rising, no index twice."""
+    """Cut out the factors of (Û·V̂)[rows][:, columns]; both int64 and rising, no index twice."""
     if (len(rows), len(columns)) == (factors.m, factors.n):
         return factors
     device, runs = factors.v.device, factors.runs

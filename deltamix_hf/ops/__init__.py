@@ -1,4 +1,5 @@
 """Products with packed deltas: y = x·Wᵀ + (x·V̂ᵀ)·Ûᵀ as torch custom ops.
 
-`dispatch` chooses the implementation; the plain-torch one is the reference and the CPU path.
+`low_rank` has those of one matrix, `experts` those of mixtures, `cpu` the fast ones for CPUs.
+`dispatch.choose` picks the implementation; the one in plain torch is the reference.
 """

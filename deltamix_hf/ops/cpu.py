@@ -30,7 +30,7 @@ from torch import Tensor
 from ..quantization import gaussian as codebook
 from ..quantization import uniform
 
-Runs = tuple[tuple[int, int, int], ...]
+Widths = tuple[tuple[int, int, int], ...]
 
 # Width -> byte rows that a look-up result belongs to: 8 / order elements come from one byte.
 _ORDER = {2: 2, 3: 2, 4: 4, 8: 8}
@@ -38,7 +38,7 @@ _TWO_BITS = 4096  # where the 2-bit entries begin, after the 3-bit ones
 
 
 @dataclass(frozen=True)
-class Piece:
+class Planes:
     """Ranks of one width on one side: their byte rows, as a slice or indices."""
 
     width: int
@@ -47,11 +47,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Part:
+class OrderedRanks:
     """Ranks whose levels come in one order: their numbers, in the order of the pieces."""
 
     order: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Planes, ...]
     ranks: slice | Tensor
 
 
@@ -72,49 +72,51 @@ class _Side:
         return self.packed.shape[1]
 
 
-def supported(runs: Runs, gaussian: bool, group_sizes: tuple[int, int]) -> bool:
+def supported(runs: Widths, gaussian: bool, group_sizes: tuple[int, int]) -> bool:
     v, u = group_sizes
     whole_bytes = v == 0 and u % 8 == 0
     return gaussian and whole_bytes and all(v in _ORDER and u in _ORDER for _, v, u in runs)
 
 
 def low_rank(
-    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, n: int, u_group: int = 0
+    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, n: int, u_group: int = 0
 ) -> Tensor:
-    """x [M, n] -> (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype; `u_group`: U's group size."""
+    """Multiply x [M, n]: (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype; `u_group`: U's group size."""
     right, left, scales = _sides(v, u, ranks, m, n, u_group)
     return _product(x, right, left, scales, runs)
 
 
 def low_rank_transposed(
-    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, n: int, u_group: int = 0
+    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, n: int, u_group: int = 0
 ) -> Tensor:
-    """x [M, m] -> (x·Û)·V̂ [M, n] in x's dtype."""
+    """Multiply x [M, m] the other way: (x·Û)·V̂ [M, n] in x's dtype."""
     right, left, scales = _sides(v, u, ranks, m, n, u_group)
     return _product(x, left, right, scales, runs)
 
 
-def shrink(
-    x: Tensor, v: Sequence[Tensor], ranks: Sequence[Tensor], runs: Sequence[Runs], n: int
+def down_project(
+    x: Tensor, v: Sequence[Tensor], ranks: Sequence[Tensor], runs: Sequence[Widths], n: int
 ) -> Tensor:
-    """x [M, n] -> x·V̂ᵀ of several matrices, float32 [M, all ranks]; one scale a vector."""
+    """Multiply x [M, n] by V̂ᵀ of several matrices: float32 [M, all ranks]; one scale a vector."""
     h = _enter(x, _Side(torch.cat(list(v)), 1, n), sum(runs, ()))
     return h * uniform.scales_from_bits(torch.cat([r[:, 1] for r in ranks]))
 
 
-def expand(h: Tensor, u: Tensor, ranks: Tensor, runs: Runs, m: int, dtype: torch.dtype) -> Tensor:
-    """h float32 [M, k], one matrix's part of `shrink`'s, -> h·Ûᵀ [M, m] in `dtype`."""
+def up_project(
+    h: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, dtype: torch.dtype
+) -> Tensor:
+    """Multiply h float32 [M, k], one matrix's part of `down_project`: h·Ûᵀ [M, m] in `dtype`."""
     scales = uniform.scales_from_bits(ranks[:, 2].contiguous())
     return _leave(h * scales, _Side(u, 2, m), runs).to(dtype)
 
 
-def times_right(h: Tensor, v: Tensor, runs: Runs, n: int) -> Tensor:
-    """h float32 [M, k], V's scales included, -> h·V̂ [M, n]."""
+def times_right(h: Tensor, v: Tensor, runs: Widths, n: int) -> Tensor:
+    """Multiply h float32 [M, k], V's scales included: h·V̂, float32 [M, n]."""
     return _leave(h, _Side(v, 1, n), runs)
 
 
 def levels(packed: Tensor, runs: Sequence[tuple[int, int]], length: int) -> Tensor:
-    """Levels float32 [k, length] of (count, width) runs, without scales, in the elements' order.
+    """Decode (count, width) runs to levels float32 [k, length], without scales, in order.
 
     For ranks that are not the same from call to call, whose `parts` are not worth working out.
     Bytes are put in order before they are looked up, which is four times less to move.
@@ -128,7 +130,7 @@ def levels(packed: Tensor, runs: Sequence[tuple[int, int]], length: int) -> Tens
             ordered = rows.view(count, 8, -1).transpose(1, 2)
             out.view(count, -1, 8).copy_(_eight_bits(ordered))
         else:
-            entries = _entries(rows, Piece(width, count, slice(None))).transpose(1, 2)
+            entries = _entries(rows, Planes(width, count, slice(None))).transpose(1, 2)
             _look_up(_ORDER[width], entries.contiguous(), out.view(-1))
     return found[:, :length]
 
@@ -145,14 +147,16 @@ def _sides(
     return right, _Side(u, 2, m, by_column), scales[:, :1].unbind(1)
 
 
-def _product(x: Tensor, enter: _Side, leave: _Side, scales: Sequence[Tensor], runs: Runs) -> Tensor:
+def _product(
+    x: Tensor, enter: _Side, leave: _Side, scales: Sequence[Tensor], runs: Widths
+) -> Tensor:
     h = _enter(x, enter, runs)
-    for scale in scales:  # in this order, as `shrink` and `expand` apply them
+    for scale in scales:  # in this order, as `down_project` and `up_project` apply them
         h = h * scale
     return _leave(h, leave, runs).to(x.dtype)
 
 
-def _enter(x: Tensor, enter: _Side, runs: Runs) -> Tensor:
+def _enter(x: Tensor, enter: _Side, runs: Widths) -> Tensor:
     """x [M, length] times the codes: float32 [M, k]."""
     rows, columns = len(x), enter.columns
     x = x.float()
@@ -169,7 +173,7 @@ def _enter(x: Tensor, enter: _Side, runs: Runs) -> Tensor:
     return h
 
 
-def _leave(h: Tensor, leave: _Side, runs: Runs) -> Tensor:
+def _leave(h: Tensor, leave: _Side, runs: Widths) -> Tensor:
     rows, columns = len(h), leave.columns
     y = h.new_zeros(rows, columns, 8)
     for part in parts(runs, leave.number):
@@ -180,8 +184,8 @@ def _leave(h: Tensor, leave: _Side, runs: Runs) -> Tensor:
 
 
 @lru_cache(maxsize=8192)
-def parts(runs: Runs, side: int) -> tuple[Part, ...]:
-    """The ranks of `runs` by the order of their levels on one side (1: V, 2: U)."""
+def parts(runs: Widths, side: int) -> tuple[OrderedRanks, ...]:
+    """Group the ranks of `runs` by the order of their levels on one side (1: V, 2: U)."""
     rows: dict[int, list[int]] = {}
     ranks: dict[int, list[int]] = {}
     row = rank = 0
@@ -194,8 +198,8 @@ def parts(runs: Runs, side: int) -> tuple[Part, ...]:
     for order in (8, 4, 2):
         widths = [width for width in (8, 4, 3, 2) if width in rows and _ORDER[width] == order]
         if widths:
-            pieces = tuple(Piece(w, len(ranks[w]), _index(rows[w], torch.int32)) for w in widths)
-            found.append(Part(order, pieces, _index([r for w in widths for r in ranks[w]])))
+            pieces = tuple(Planes(w, len(ranks[w]), _index(rows[w], torch.int32)) for w in widths)
+            found.append(OrderedRanks(order, pieces, _index([r for w in widths for r in ranks[w]])))
     return tuple(found)
 
 
@@ -214,7 +218,7 @@ def _take(tensor: Tensor, dim: int, index: slice | Tensor) -> Tensor:
     return tensor[index] if dim == 0 else tensor[:, index]
 
 
-def _levels(side: _Side, part: Part) -> Tensor:
+def _levels(side: _Side, part: OrderedRanks) -> Tensor:
     """Levels [ranks, 8·columns] of a part, in its own order; times the side's scales."""
     if part.order == 8:
         (piece,) = part.pieces
@@ -234,7 +238,7 @@ def _eight_bits(codes: Tensor) -> Tensor:
     return torch.addcmul(_ALPHA, c, c, value=codebook.CUBIC[7][1]).mul_(c)
 
 
-def _entries(packed: Tensor, piece: Piece) -> Tensor:
+def _entries(packed: Tensor, piece: Planes) -> Tensor:
     """Where in `_table` the levels of each byte are: int32 [ranks, order, columns]."""
     rows = _take(packed, 0, piece.rows).view(piece.count, piece.width, -1)
     if piece.width == 4:

@@ -25,16 +25,25 @@ VARIABLE = "DELTAMIX_KERNEL"
 TRITON, REFERENCE = "triton", "reference"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x and the base weight
 
+logger = logging.get_logger(__name__)
 
-def choose(device: torch.device, wanted: str | None = None) -> str:
-    """The implementation for tensors on `device`.
+_passed: dict[int | None, bool] = {}
+
+
+def choose(
+    device: torch.device, wanted: str | None = None, passed: dict[int | None, bool] = _passed
+) -> str:
+    """Return the implementation for tensors on `device`.
+
+    Args:
+        passed: GPU -> whether the kernels work there, as far as it has been tried.
 
     Raises:
         DeltaMixError: an unknown name, or Triton asked for where it cannot run.
     """
     name = wanted or os.environ.get(VARIABLE)
     if name is None:
-        return TRITON if _trusted(device) else REFERENCE
+        return TRITON if _trusted(device, passed) else REFERENCE
     if name not in (TRITON, REFERENCE):
         raise DeltaMixError(
             f"kernel {name!r} ({VARIABLE} or an argument): choose {TRITON!r} or {REFERENCE!r}"
@@ -45,9 +54,6 @@ def choose(device: torch.device, wanted: str | None = None) -> str:
             f"device, or choose {REFERENCE!r}"
         )
     return name
-
-
-logger = logging.get_logger(__name__)
 
 
 def _import_kernels() -> Any:
@@ -65,34 +71,31 @@ _kernels = _import_kernels()
 
 
 def triton_kernels() -> Any:
-    """The package `deltamix_kernels`, or None without Triton."""
+    """Return the package `deltamix_kernels`, or None without Triton."""
     return _kernels
 
 
 def kernel_packed(packed: PackedDelta) -> Any:
-    """The same factors as the kernels take them."""
+    """Wrap packed factors as the kernels take them; the tensors are shared."""
     tensors = packed.v, packed.u, packed.ranks, packed.zeros
     layout = tuple(packed.runs), packed.m, packed.n, packed.group_sizes
     return triton_kernels().Packed(*tensors, *layout)
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being recorded."""
+    """Tell whether a CUDA graph is being recorded."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-_passed: dict[int | None, bool] = {}  # GPU -> whether the kernels work there
-
-
-def _trusted(device: torch.device) -> bool:
+def _trusted(device: torch.device, passed: dict[int | None, bool]) -> bool:
     """Whether the kernels work on this GPU; tried the first time that it can be."""
     if device.type != "cuda" or not _runs_triton(device):
         return False
-    if device.index not in _passed:
+    if device.index not in passed:
         if not _can_launch():
             return False
-        _passed[device.index] = kernels_work(device, Path(triton_kernels().__file__).parent)
-    return _passed[device.index]
+        passed[device.index] = kernels_work(device, Path(triton_kernels().__file__).parent)
+    return passed[device.index]
 
 
 def _can_launch() -> bool:

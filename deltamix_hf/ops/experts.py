@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers.integrations import moe
 
 from ..errors import DeltaMixError
 from ..quantization import uniform
 from ..quantization.packed_delta import PackedDelta
+from ..transformers_private import moe
 from . import cpu
 from .dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
 
@@ -29,9 +29,6 @@ Project = Callable[[str, Tensor, Tensor], Tensor]
 Expert e has the rows ends[e − 1] to ends[e] of x.
 """
 
-# Rows that are multiplied by the ranks of all their experts, after which those of others count 0:
-# what that wastes takes no longer than decoding the ranks does.
-_ROWS = 16
 _ALIGNED = 16  # bytes between rows that torch's grouped product wants
 
 
@@ -42,7 +39,7 @@ def experts_forward(
     top_k_weights: Tensor,
     project: Project,
 ) -> Tensor:
-    """What `module` makes of tokens [T, h] and their experts [T, k], by way of `project`.
+    """Run `module` on tokens [T, h] and their experts [T, k], by way of `project`: [T, h].
 
     The steps are those of transformers' `grouped_mm_experts_forward`.
 
@@ -68,7 +65,7 @@ def experts_forward(
 
 
 def base_product(module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """The frozen part of a projection: x [S, n] -> [S, m], with the bias the module has for it."""
+    """Multiply x [S, n] by the frozen weights, with the module's bias if it has one: [S, m]."""
     y = grouped_product(x, weight if module.is_transposed else weight.mT, ends)
     if not module.has_bias:
         return y
@@ -77,7 +74,7 @@ def base_product(module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor
 
 
 def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Rows ends[e − 1] to ends[e] of x [S, n] times weights [E, n, m] of e; [S, m]."""
+    """Multiply rows ends[e − 1] to ends[e] of x [S, n] by weights [E, n, m] of e: [S, m]."""
     wide = x.dtype == torch.float64 or any(
         size * x.element_size() % _ALIGNED for size in weights.shape[1:]
     )
@@ -98,10 +95,13 @@ def plain_expert_low_rank(
     n: int,
     group_sizes: list[int],
     transposed: bool,
+    masked_rows: int = 16,
 ) -> Tensor:
-    """x [S, n] -> [S, m] in x's dtype, each row by its expert; `transposed` maps m to n instead.
+    """Multiply each row of x [S, n] by its expert: [S, m] in x's dtype; `transposed`: m to n.
 
     Args:
+        masked_rows: multiply up to this many rows by the ranks of all their experts, then mask;
+            more take no longer when each expert is decoded for itself.
         ends: int32 [experts], as `Project` has them.
         v, u, ranks, zeros, counts: see `quantization/packed_layout.py`.
     """
@@ -112,7 +112,7 @@ def plain_expert_low_rank(
     experts = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
     rows, starts = sizes[hit].tolist(), (ends - sizes)[hit].tolist()
     with torch.autocast(x.device.type, enabled=False):
-        for some in _groups(rows):
+        for some in _groups(rows, masked_rows):
             part = slice(starts[some.start], starts[some.stop - 1] + rows[some.stop - 1])
             factors, owner = packed.chosen(hit[some])
             right, left, scales = _decoded(factors, x.dtype)
@@ -124,11 +124,11 @@ def plain_expert_low_rank(
     return y
 
 
-def _groups(rows: list[int]) -> Iterator[slice]:
-    """Neighbours that together have at most `_ROWS` rows, or one with more."""
+def _groups(rows: list[int], most: int) -> Iterator[slice]:
+    """Neighbours that together have at most `most` rows, or one with more."""
     start = total = 0
     for i, count in enumerate(rows):
-        if i > start and total + count > _ROWS:
+        if i > start and total + count > most:
             yield slice(start, i)
             start, total = i, 0
         total += count
@@ -137,10 +137,10 @@ def _groups(rows: list[int]) -> Iterator[slice]:
 
 
 def _decoded(factors: PackedDelta, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """V̂ [K, n], Ûᵀ [K, m] and what each rank is yet to be multiplied by, [K]; see `lookup.py`."""
+    """V̂ [K, n], Ûᵀ [K, m] and what each rank is yet to be multiplied by, [K]; see `cpu.py`."""
     quick = factors.v.device.type == "cpu" and dtype != torch.float64
     runs, whole = tuple(factors.runs), factors.group_sizes == (0, 0)
-    if quick and whole and cpu.supported(runs, factors.gaussian, factors.group_sizes):
+    if quick and whole and cpu.supported(runs, factors.zeros is None, factors.group_sizes):
         sides = [(factors.v, 1, factors.n), (factors.u, 2, factors.m)]
         right, left = (
             cpu.levels(codes, [(run[0], run[side]) for run in runs], length)
@@ -158,25 +158,25 @@ expert_low_rank = torch.library.custom_op("deltamix::expert_low_rank", mutates_a
 
 
 @expert_low_rank.register_fake
-def _(x, ends, v, u, ranks, zeros, counts, m, n, group_sizes, transposed):
+def _(x, ends, v, u, ranks, zeros, counts, m, n, group_sizes, transposed, masked_rows=16):
     return x.new_empty(len(x), n if transposed else m)
 
 
 def _context(ctx, inputs, output):
-    _, *tensors, m, n, group_sizes, transposed = inputs
+    _, *tensors, m, n, group_sizes, transposed, masked_rows = inputs
     ctx.save_for_backward(*tensors)
-    ctx.layout = (m, n, group_sizes, not transposed)
+    ctx.layout = (m, n, group_sizes, not transposed, masked_rows)
 
 
 def _backward(ctx, grad):
-    return (expert_low_rank(grad, *ctx.saved_tensors, *ctx.layout),) + (None,) * 10
+    return (expert_low_rank(grad, *ctx.saved_tensors, *ctx.layout),) + (None,) * 11
 
 
 expert_low_rank.register_autograd(_backward, setup_context=_context)
 
 
 def add_delta(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> Tensor:
-    """y [S, m], a frozen projection of x [S, n], with the packed part added; may change y."""
+    """Add the packed part to y [S, m], a frozen projection of x [S, n]; may change y."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return y + expert_low_rank(x.to(y.dtype), ends, *packed.op_arguments, False)
     if not add_by_kernels(y, packed, x, ends):
@@ -185,7 +185,7 @@ def add_delta(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> Tensor
     return y
 
 
-class _Table:
+class _ExpertTable:
     """Addresses of all experts' factors; `sound` if the kernels know them."""
 
     def __init__(self, packed: PackedDelta):
@@ -203,9 +203,9 @@ _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which li
 
 
 def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> bool:
-    """y [S, m] += what the experts' factors make of x [S, n], in place; False: nothing was done.
+    """Add x [S, n] times the experts' factors to y [S, m] in place; False: nothing was done.
 
-    Rows and `ends` as for `expert_ops.Project`. Not for min-max grids, gradients or autocast.
+    Rows and `ends` as for `Project`. Not for min-max grids, gradients or autocast.
     """
     fits = packed.zeros is None and y.dtype == x.dtype and x.dtype in TRITON_DTYPES
     if not fits or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
@@ -216,7 +216,7 @@ def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> b
     if found is None or found.addresses != _addresses(packed):  # the model was moved
         if capturing(x.device):
             return False
-        found = _tables[packed.v] = _Table(packed)
+        found = _tables[packed.v] = _ExpertTable(packed)
     if not found.sound:
         return False
     k, numbers = triton_kernels(), torch.arange(len(x), dtype=torch.int32, device=x.device)

@@ -6,7 +6,7 @@
 
 `low_rank` the delta's part of it in either direction, `low_rank_rows` the rows an embedding looks
 up. `torch.compile(fullgraph=True)` sees each as one opaque node. The plain-torch reference here is
-also the CPU path; on a GPU the Triton kernels of `deltamix_kernels` run (see `kernels.py`).
+also the CPU path; on a GPU the Triton kernels of `deltamix_kernels` run (see `dispatch.py`).
 
 Both factors are stored rank-major, so `low_rank` with its two sides swapped is its own backward:
 dL/dx = (g·Û)·V̂. No gradient flows to the packed factors, they are frozen integers.
@@ -50,7 +50,7 @@ def plain_low_rank(
     transposed: bool,
     kernel: str | None = None,
 ) -> Tensor:
-    """x [..., n] -> [..., m] in x's dtype; `transposed` maps [..., m] -> [..., n] instead.
+    """Multiply x [..., n]: [..., m] in x's dtype; `transposed` maps [..., m] to [..., n].
 
     `runs` is the flattened list of (count, v_bits, u_bits); for the tensors see `packed_layout`.
     """
@@ -108,7 +108,7 @@ def plain_delta_linear(
     group_sizes: list[int],
     kernel: str | None = None,
 ) -> Tensor:
-    """x [..., n], weight [m, n] and bias [m] of one dtype -> [..., m] in it."""
+    """Run a linear layer with its delta: x [..., n], weight [m, n], bias [m] -> [..., m]."""
     m, n = weight.shape
     if _by_triton(x, group_sizes, kernel):
         k = triton_kernels()
@@ -152,7 +152,7 @@ def _linear_backward(ctx, grad):
 delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 
-def plain_shrink(
+def plain_down_project(
     x: Tensor,
     v: list[Tensor],
     u: list[Tensor],
@@ -161,9 +161,9 @@ def plain_shrink(
     run_lengths: list[int],
     m: list[int],
 ) -> Tensor:
-    """h = x·V̂ᵀ of several matrices at once, as partial sums float32 [splits, rows, all ranks].
+    """Multiply x [..., n] by V̂ᵀ of several matrices: partial sums float32 [splits, rows, ranks].
 
-    Of Gaussian codebooks with one scale a vector; without Triton, of what `lookup` supports.
+    Of Gaussian codebooks with one scale a vector; without Triton, of what `cpu` supports.
     `runs` are the flattened runs of all matrices, `run_lengths` how many numbers belong to each.
     No gradients.
     """
@@ -174,7 +174,7 @@ def plain_shrink(
     ]
     if choose(x.device) != TRITON:
         with torch.autocast(x.device.type, enabled=False):
-            return cpu.shrink(x.reshape(-1, n), v, ranks, pieces, n)[None]
+            return cpu.down_project(x.reshape(-1, n), v, ranks, pieces, n)[None]
     k = triton_kernels()
     matrices = [
         k.Packed(*tensors, None, piece, outputs, n, (0, 0))
@@ -183,10 +183,12 @@ def plain_shrink(
     return k.shrink(x, matrices)
 
 
-shrink = torch.library.custom_op("deltamix::shrink", mutates_args=())(plain_shrink)
+down_project = torch.library.custom_op("deltamix::down_project", mutates_args=())(
+    plain_down_project
+)
 
 
-@shrink.register_fake
+@down_project.register_fake
 def _(x, v, u, ranks, runs, run_lengths, m):
     rows, n, splits = x.numel() // x.shape[-1], x.shape[-1], 1
     if choose(x.device) == TRITON:
@@ -205,13 +207,13 @@ def plain_expand_linear(
     ranks: Tensor,
     runs: list[int],
 ) -> Tensor:
-    """`delta_linear` whose h was made by `shrink`; its ranks begin at column `first`."""
+    """Run `delta_linear` with h of `down_project`; its ranks begin at column `first`."""
     m, n = weight.shape
     if choose(x.device) != TRITON:
         y = F.linear(x, weight, bias)
         inner = h[0, :, first : first + len(ranks)]
         with torch.autocast(x.device.type, enabled=False):
-            delta = cpu.expand(inner, u, ranks, tuple(_unflatten(runs)), m, x.dtype)
+            delta = cpu.up_project(inner, u, ranks, tuple(_unflatten(runs)), m, x.dtype)
         return y.add_(delta.view(y.shape))
     k = triton_kernels()
     packed = k.Packed(v, u, ranks, None, k.runs_of(runs), m, n, (0, 0))
@@ -247,7 +249,7 @@ def plain_low_rank_rows(
     n: int,
     group_sizes: list[int],
 ) -> Tensor:
-    """Rows `index` (int64, any shape, values below m) of Û·V̂: float32 [*index.shape, n]."""
+    """Decode rows `index` (int64, any shape, below m) of Û·V̂: float32 [*index.shape, n]."""
     triples = _unflatten(runs)
     sides = [(c, b) for c, _, b in triples]
     flat = index.reshape(-1)
@@ -285,13 +287,13 @@ _PLAIN: dict[Any, Any] = {
     low_rank: plain_low_rank,
     delta_linear: plain_delta_linear,
     low_rank_rows: plain_low_rank_rows,
-    shrink: plain_shrink,
+    down_project: plain_down_project,
     expand_linear: plain_expand_linear,
 }
 
 
 def cheapest(op: Any) -> Any:
-    """The op where autograd or a compiler must see it, else its plain function.
+    """Return the op where autograd or a compiler must see it, else its plain function.
 
     Dispatching a custom op takes 0.1 ms, a third of all that a small layer's delta takes on a CPU.
     """

@@ -18,6 +18,8 @@ import torch
 
 from ..linalg.second_moments import Metric, damped, dense, energies
 from . import gptq
+from .quantizer import Quantizer
+from .uniform import MIN_MAX
 
 _BLOCK_ROWS = 4096
 
@@ -37,7 +39,7 @@ def error_table(
     gram: Metric,
     widths: Sequence[int],
     group_size: int,
-    gaussian: bool = False,
+    quantizer: Quantizer = MIN_MAX,
     damping: float = 0.01,
 ) -> tuple[torch.Tensor, Candidates]:
     """Error table float64 `[k, B]` and the rounded candidates.
@@ -54,7 +56,7 @@ def error_table(
         raise ValueError(f"sigma {list(sigma.shape)} does not match right {list(right.shape)}")
     bits = torch.tensor(widths, device=right.device).repeat_interleave(ranks)
     hessian = dense(damped(gram, damping))
-    rounded = gptq.gptq_rows(right.repeat(len(widths), 1), hessian, bits, group_size, gaussian)
+    rounded = gptq.gptq_rows(right.repeat(len(widths), 1), hessian, bits, group_size, quantizer)
     power = sigma.to(torch.float64) ** 2
     table = torch.empty(ranks, len(widths), dtype=torch.float64, device=right.device)
     for start in range(0, ranks * len(widths), _BLOCK_ROWS):

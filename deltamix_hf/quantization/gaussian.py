@@ -16,6 +16,10 @@ level with two multiply-adds instead of a look-up. Mean squared errors, for unit
     Lloyd-Max            0.3634  0.1175  0.03455  0.00950  0.002505  0.000644  1.74e-4   5.0e-5
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -113,52 +117,6 @@ def fit(x: Tensor, bits: Tensor, weights: Tensor | None = None) -> Tensor:
     return (scale * peak).clamp(min=_NOTHING).to(torch.bfloat16).float()
 
 
-def fit_rows(x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None) -> Tensor:
-    """`fit` of every group of the rows of `x` `[k, n]`, row i at width `bits[i]`: `[k, G]`.
-
-    `weights` `[n]`: what an error in each column costs.
-    """
-    inside, end = None, None
-    if weights is not None:
-        # A group whose errors cost nothing still needs a scale.
-        weights = (weights.float() / weights.max().clamp(min=_NOTHING)).clamp(min=1e-6)
-        inside, end = _grouped(weights[None], group_size)
-    scales = []
-    for some in _some_rows(x):
-        body, rest = _grouped(x[some].contiguous(), group_size)
-        found = [fit(body, bits[some, None], inside)] if body.shape[1] else []
-        found += [fit(rest, bits[some], end)[:, None]] if rest.shape[1] else []
-        scales.append(torch.cat(found, 1))
-    return torch.cat(scales)
-
-
-def round_to_nearest(
-    x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Codes uint8 `[k, n]` and scales float32 `[k, G]` of the rows of `x` `[k, n]`; see `fit`."""
-    scales = fit_rows(x, bits, group_size, weights)
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    for some in _some_rows(x):
-        spread = _spread(scales[some], x.shape[1], group_size)
-        codes[some] = encode(x[some].contiguous().float() / spread, bits[some, None])
-    return codes, scales
-
-
-def dequantize(codes: Tensor, scales: Tensor, bits: Tensor, group_size: int) -> Tensor:
-    """`level * scale` float32 `[k, n]` of codes uint8 `[k, n]`, scales `[k, G]`, widths `[k]`."""
-    k, n = codes.shape
-    if tuple(scales.shape) != (k, groups := group_count(n, group_size)):
-        raise ValueError(
-            f"codes {list(codes.shape)} at group size {group_size} need scales [{k}, {groups}], "
-            f"got {list(scales.shape)}"
-        )
-    values = torch.empty_like(codes, dtype=torch.float32)
-    for some in _some_rows(codes):
-        levels = decode(codes[some], bits[some, None])
-        torch.mul(levels, _spread(scales[some], n, group_size), out=values[some])
-    return values
-
-
 def _some_rows(x: Tensor) -> list[slice]:
     """Rows of `x` `[k, n]`, a few at a time: indices into tables take 8 bytes an element."""
     step = max(1, _AT_ONCE // max(x.shape[1], 1))
@@ -181,3 +139,71 @@ def _spread(scales: Tensor, n: int, group_size: int) -> Tensor:
     if scales.shape[1] == 1:
         return scales.float()
     return scales.float().repeat_interleave(group_size, 1)[:, :n]
+
+
+class Gaussian:
+    """The quantizer of `codebook="gaussian"`; see `quantizer.Quantizer`."""
+
+    name = "gaussian"
+    zero_points = False
+    distortion: tuple[float, ...] = DISTORTION
+
+    def fit(
+        self, x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Find the scale of every group by `fit`."""
+        inside, end = None, None
+        if weights is not None:
+            # A group whose errors cost nothing still needs a scale.
+            weights = (weights.float() / weights.max().clamp(min=_NOTHING)).clamp(min=1e-6)
+            inside, end = _grouped(weights[None], group_size)
+        scales = []
+        for some in _some_rows(x):
+            body, rest = _grouped(x[some].contiguous(), group_size)
+            found = [fit(body, bits[some, None], inside)] if body.shape[1] else []
+            found += [fit(rest, bits[some], end)[:, None]] if rest.shape[1] else []
+            scales.append(torch.cat(found, 1))
+        return torch.cat(scales), None
+
+    def encode(
+        self, x: Tensor, scales: Tensor, zeros: Tensor | None, bits: Tensor, group_size: int
+    ) -> Tensor:
+        """Find the nearest levels: codes uint8 `[k, n]`."""
+        codes = torch.empty_like(x, dtype=torch.uint8)
+        for some in _some_rows(x):
+            spread = _spread(scales[some], x.shape[1], group_size)
+            codes[some] = encode(x[some].contiguous().float() / spread, bits[some, None])
+        return codes
+
+    def decode(
+        self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: Tensor, group_size: int
+    ) -> Tensor:
+        """Compute `level * scale`, float32 `[k, n]`.
+
+        Raises:
+            ValueError: scales are not `[k, G]`.
+        """
+        k, n = codes.shape
+        if tuple(scales.shape) != (k, groups := group_count(n, group_size)):
+            raise ValueError(
+                f"codes {list(codes.shape)} at group size {group_size} need scales "
+                f"[{k}, {groups}], got {list(scales.shape)}"
+            )
+        values = torch.empty_like(codes, dtype=torch.float32)
+        for some in _some_rows(codes):
+            levels = decode(codes[some], bits[some, None])
+            torch.mul(levels, _spread(scales[some], n, group_size), out=values[some])
+        return values
+
+    def rounder(self, bits: Tensor) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]:
+        """Round to the nearest level times `scale`."""
+
+        def rounded(values: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor) -> Tensor:
+            found = encode(values / scale, bits)
+            codes.copy_(found)
+            return decode(found, bits).mul_(scale)
+
+        return rounded
+
+
+GAUSSIAN = Gaussian()

@@ -42,8 +42,9 @@ from dataclasses import dataclass
 import torch
 
 from ..linalg.cholesky import cholesky32
-from . import gaussian as codebook
 from . import uniform
+from .quantizer import Quantizer, quantizer_of
+from .uniform import MIN_MAX
 
 # Steps per block. On one Zen 4 core 32, 64 and 128 are within 20 % of each other.
 _BLOCK = 64
@@ -66,9 +67,8 @@ class Rounded:
 
     def dequantize(self) -> torch.Tensor:
         """Values float32 `[k, n]`."""
-        if self.zeros is None:
-            return codebook.dequantize(self.codes, self.scales, self.bits, self.group_size)
-        return uniform.dequantize(self.codes, self.scales, self.zeros, self.group_size)
+        quantizer = quantizer_of(self.zeros)
+        return quantizer.decode(self.codes, self.scales, self.zeros, self.bits, self.group_size)
 
     def scaled(self, gains: torch.Tensor) -> Rounded:
         """Row i times `gains[i]`, in bfloat16 scales; the codes stay."""
@@ -87,19 +87,18 @@ def round_rows(
     weight: torch.Tensor,
     bits: torch.Tensor,
     group_size: int,
-    gaussian: bool = False,
+    quantizer: Quantizer = MIN_MAX,
     weights: torch.Tensor | None = None,
 ) -> Rounded:
-    """Round every element of `weight` `[r, c]` to the nearest value of its row's grid.
+    """Round every element of `weight` `[r, c]` to the nearest value, row i at width `bits[i]`.
 
-    `weights` `[c]`: what an error in each column costs. Scales of the Gaussian codebook are fitted
-    for it; a min-max grid has no choice.
+    `weights` `[c]`: what an error in each column costs, if the quantizer's scales can be fitted
+    for it.
     """
-    bits = bits.to(weight.device)
-    if gaussian:
-        codes, scales = codebook.round_to_nearest(weight.float(), bits, group_size, weights)
-        return Rounded(codes, scales, None, group_size, bits)
-    return Rounded(*uniform.round_to_nearest(weight.float(), bits, group_size), group_size, bits)
+    weight, bits = weight.float(), bits.to(weight.device)
+    scales, zeros = quantizer.fit(weight, bits, group_size, weights)
+    codes = quantizer.encode(weight, scales, zeros, bits, group_size)
+    return Rounded(codes, scales, zeros, group_size, bits)
 
 
 def gptq_rows(
@@ -107,27 +106,28 @@ def gptq_rows(
     hessian: torch.Tensor | None,
     bits: torch.Tensor,
     group_size: int,
-    gaussian: bool = False,
+    quantizer: Quantizer = MIN_MAX,
     damping: float = 0.0,
 ) -> Rounded:
     """Round `weight` `[r, c]`, row i at width `bits[i]`, for least error in `hessian` `[c, c]`.
 
     `damping` times its mean diagonal is added to `hessian`; a diagonal `[c]` or None, the identity,
-    leave plain rounding. `gaussian` chooses the codebook; its scales are fitted for the Hessian's
-    diagonal. Returns codes `[r, c]`. Raises ValueError for wrong shapes, values that are not
-    finite, or a Hessian that stays indefinite after damping.
+    leave plain rounding. Scales are fitted for the Hessian's diagonal.
+
+    Returns:
+        codes `[r, c]`.
+
+    Raises:
+        ValueError: wrong shapes, values that are not finite, or a Hessian that stays indefinite
+            after damping.
     """
     rows, columns = weight.shape
     _check(weight, hessian, bits, rows, columns)
     bits = bits.to(weight.device)
     if hessian is None or hessian.dim() == 1:
-        return round_rows(weight, bits, group_size, gaussian, hessian)
-    zeros = None
-    if gaussian:
-        scales = codebook.fit_rows(weight.float(), bits, group_size, hessian.diagonal())
-    else:
-        scales, zeros = uniform.fit_rows(weight.float(), bits, group_size)
-    top = uniform.top_code(bits)
+        return round_rows(weight, bits, group_size, quantizer, hessian)
+    scales, zeros = quantizer.fit(weight.float(), bits, group_size, hessian.diagonal())
+    round_values = quantizer.rounder(bits)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True).to(weight.device)
     group = (order // group_size if group_size else torch.zeros_like(order)).tolist()
     work = weight.t()[order].float()  # [c, r]
@@ -136,10 +136,8 @@ def gptq_rows(
     codes = torch.empty_like(work, dtype=torch.uint8)
 
     def round_step(i: int, values: torch.Tensor) -> torch.Tensor:
-        scale = step_scales[group[i]]
-        if step_zeros is None:
-            return _round_gaussian(values, scale, bits, codes[i])
-        return _round(values, scale, step_zeros[group[i]], top, codes[i])
+        zero = None if step_zeros is None else step_zeros[group[i]]
+        return round_values(values, step_scales[group[i]], zero, codes[i])
 
     _sweep(work, hessian.to(weight.device), round_step, order, damping)
     ordered = torch.empty_like(codes)
@@ -175,7 +173,8 @@ def gptq_columns(
         low, high = torch.aminmax(grouped, dim=1)
         scales[i], zeros[i] = uniform.fit_range(low, high, top[i].expand(groups))
         zero = zeros[i].to(torch.float32)
-        return _round(grouped, scales[i, :, None], zero[:, None], top[i], codes[i]).view(-1)
+        scale = scales[i, :, None]
+        return uniform.round_values(grouped, scale, zero[:, None], top[i], codes[i]).view(-1)
 
     _sweep(work, hessian.to(work.device), round_step, torch.arange(ranks, device=work.device))
     return Rounded(codes.view(ranks, -1)[:, :m].contiguous(), scales, zeros, group_size, bits)
@@ -209,29 +208,6 @@ def _sweep(
             if i > start:
                 values = torch.addmv(values, errors[start:i].t(), mixing[i, start:i])
             torch.sub(work[i], round_step(i, values), out=errors[i])
-
-
-def _round(
-    values: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    top: torch.Tensor,
-    codes: torch.Tensor,
-) -> torch.Tensor:
-    """Rounded `values`; writes their uint8 codes."""
-    code = (values / scale).round_().add_(zero).clamp_(min=0)
-    torch.minimum(code, top, out=code)
-    codes.copy_(code)
-    return code.sub_(zero).mul_(scale)
-
-
-def _round_gaussian(
-    values: torch.Tensor, scale: torch.Tensor, bits: torch.Tensor, codes: torch.Tensor
-) -> torch.Tensor:
-    """Rounded `values`; writes their uint8 codes."""
-    found = codebook.encode(values / scale, bits)
-    codes.copy_(found)
-    return codebook.decode(found, bits).mul_(scale)
 
 
 def _check(

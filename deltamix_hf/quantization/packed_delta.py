@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import bitpacking, uniform
-from . import gaussian as codebook
 from .gptq import Rounded
 from .packed_layout import (
     GroupSizes,
@@ -30,6 +29,7 @@ from .packed_layout import (
     scale_counts,
     zero_points,
 )
+from .quantizer import Quantizer, quantizer_of
 
 
 @dataclass
@@ -124,7 +124,7 @@ class PackedDelta:
         m: int,
         n: int,
         group_size: int,
-        gaussian: bool,
+        quantizer: Quantizer,
         experts: int | None = None,
     ) -> PackedDelta:
         """Read the tensors stored for `prefix`, which `get` gives by name, as `checked` does.
@@ -132,21 +132,21 @@ class PackedDelta:
         Raises:
             DeltaMixError: as `checked`.
         """
-        names = part_names(prefix, gaussian, experts is not None)
+        names = part_names(prefix, quantizer, experts is not None)
         tensors = {part: get(name) for part, name in names.items()}
         return cls.checked(m, n, group_size, tensors, experts)
 
     def names(self, prefix: str) -> dict[str, str]:
         """Name the tensors by part, as they are stored for the module or parameter `prefix`."""
-        return part_names(prefix, self.gaussian, self.counts is not None)
+        return part_names(prefix, self.quantizer, self.counts is not None)
 
     @property
-    def gaussian(self) -> bool:
-        return self.zeros is None
+    def quantizer(self) -> Quantizer:
+        return quantizer_of(self.zeros)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        held = parts(self.gaussian, self.counts is not None)
+        held = parts(self.quantizer, self.counts is not None)
         return {part: getattr(self, part) for part in held}
 
     @property
@@ -194,10 +194,10 @@ class PackedDelta:
         group_size = self.group_sizes[0 if v_side else 1]
         plain = bitpacking.unpack(codes, runs, length)
         scales = uniform.scales_from_bits(self.ranks[:, 1:].contiguous())[:, part]
-        if self.zeros is None:
-            return codebook.dequantize(plain, scales, row_bits(runs, codes), group_size)
-        points = zero_points(self.zeros, self.runs, self.ranks.shape[1] - 1)[:, part]
-        return uniform.dequantize(plain, scales, points, group_size)
+        points = None
+        if self.zeros is not None:
+            points = zero_points(self.zeros, self.runs, self.ranks.shape[1] - 1)[:, part]
+        return self.quantizer.decode(plain, scales, points, row_bits(runs, codes), group_size)
 
     def right(self) -> Tensor:
         """Decode V̂ of one matrix, float32 [k, n]."""

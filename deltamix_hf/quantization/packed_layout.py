@@ -29,6 +29,8 @@ from torch import Tensor
 
 from ..errors import DeltaMixError
 from . import bitpacking, uniform
+from .quantizer import Quantizer, quantizer_of
+from .uniform import MIN_MAX
 
 PREFIX = "dm_"
 PARTS = ("v", "u", "ranks", "zeros")  # of a matrix; experts have "counts" too
@@ -48,19 +50,19 @@ Runs = list[tuple[int, int, int]]  # (count, v_bits, u_bits)
 GroupSizes = tuple[int, int]  # elements of V and of U that share a scale; 0: the whole vector
 
 
-def parts(gaussian: bool, experts: bool = False) -> tuple[str, ...]:
+def parts(quantizer: Quantizer, experts: bool = False) -> tuple[str, ...]:
     """List the parts of a matrix, or of the `experts` of a 3-D parameter."""
-    matrix = PARTS[:-1] if gaussian else PARTS
+    matrix = PARTS if quantizer.zero_points else PARTS[:-1]
     return (*matrix, "counts") if experts else matrix
 
 
-def part_names(prefix: str, gaussian: bool, experts: bool = False) -> dict[str, str]:
+def part_names(prefix: str, quantizer: Quantizer, experts: bool = False) -> dict[str, str]:
     """Name the packed tensors by part: `<module>.dm_v`, or of experts `<parameter>_dm_v`.
 
     An empty prefix gives the attributes of the module itself.
     """
     joint = "_" if experts else "." if prefix else ""
-    return {part: f"{prefix}{joint}{PREFIX}{part}" for part in parts(gaussian, experts)}
+    return {part: f"{prefix}{joint}{PREFIX}{part}" for part in parts(quantizer, experts)}
 
 
 def scale_counts(m: int, n: int, group_sizes: GroupSizes) -> tuple[int, int]:
@@ -69,14 +71,19 @@ def scale_counts(m: int, n: int, group_sizes: GroupSizes) -> tuple[int, int]:
 
 
 def rank_bytes(
-    m: int, n: int, v_bits: int, u_bits: int, group_sizes: GroupSizes, gaussian: bool = False
+    m: int,
+    n: int,
+    v_bits: int,
+    u_bits: int,
+    group_sizes: GroupSizes,
+    quantizer: Quantizer = MIN_MAX,
 ) -> int:
     """Count the bytes of one rank: codes of both vectors, scales, zero points and widths."""
     if v_bits == 0 or u_bits == 0:
         return 0  # a rank with an empty side contributes nothing and is not stored
     scale_groups = sum(scale_counts(m, n, group_sizes))
     codes = v_bits * -(-n // 8) + u_bits * -(-m // 8)
-    zeros = 0 if gaussian else max(v_bits, u_bits) * -(-scale_groups // 8)
+    zeros = max(v_bits, u_bits) * -(-scale_groups // 8) if quantizer.zero_points else 0
     return codes + 2 * (1 + scale_groups) + zeros
 
 
@@ -99,7 +106,7 @@ def part_shapes(
     n: int,
     runs: Runs,
     group_sizes: GroupSizes,
-    gaussian: bool = False,
+    quantizer: Quantizer = MIN_MAX,
     experts: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Look up the shapes that `runs` imply for an [m, n] matrix, or for `experts` of them."""
@@ -111,15 +118,15 @@ def part_shapes(
         "zeros": (sum(c * max(v, u) for c, v, u in runs), -(-scale_groups // 8)),
         "counts": (experts or 0,),
     }
-    return {part: shapes[part] for part in parts(gaussian, experts is not None)}
+    return {part: shapes[part] for part in parts(quantizer, experts is not None)}
 
 
 def largest_parts(
-    m: int, n: int, group_sizes: GroupSizes, gaussian: bool, experts: int | None = None
+    m: int, n: int, group_sizes: GroupSizes, quantizer: Quantizer, experts: int | None = None
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Bound every part, dtype and shape, by that of all ranks at 8 bits."""
     runs = [((1 if experts is None else experts) * min(m, n), 8, 8)]
-    shapes = part_shapes(m, n, runs, group_sizes, gaussian, experts)
+    shapes = part_shapes(m, n, runs, group_sizes, quantizer, experts)
     return {part: (DTYPES[part], shape) for part, shape in shapes.items()}
 
 
@@ -231,7 +238,7 @@ def check_parts(
             f"the delta has {rank} ranks, an [{m}, {n}] matrix has at most {min(m, n)}: the delta "
             "does not belong to this model, or the file is damaged"
         )
-    expected = part_shapes(m, n, runs, group_sizes, "zeros" not in tensors, experts)
+    expected = part_shapes(m, n, runs, group_sizes, quantizer_of(tensors.get("zeros")), experts)
     for part, shape in expected.items():
         if tuple(tensors[part].shape) != shape or tensors[part].dtype != DTYPES[part]:
             raise DeltaMixError(

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
 from ..errors import DeltaMixError
 
-_MAX_HEADER = 100_000_000  # the safetensors library's own limit
 _MAX_DIMENSIONS = 16
 _MAX_EXTENT = 2**63  # of offsets, in bytes; torch's own limit
 DTYPE_NAMES = {
@@ -70,7 +70,7 @@ class TensorInfo:
 
 
 def read_header(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
-    """Tensor name -> TensorInfo of one safetensors file, read from its header alone.
+    """Read the tensors of one safetensors file, by name, from its header alone.
 
     Raises:
         DeltaMixError: not a safetensors file, truncated, with a name twice, or with byte ranges
@@ -78,43 +78,31 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     """
     file = os.fspath(file)
     try:
-        size = os.path.getsize(file)
-        if size < 8:  # a pipe too, which would keep us waiting
+        if os.path.getsize(file) < 8:  # a pipe too, which would keep us waiting
             raise ValueError("it is shorter than the length of a header")
+        with safe_open(file, framework="pt"):  # refuses nearly all that is malformed
+            pass
         with open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            if length > min(size - 8, _MAX_HEADER):
-                raise ValueError("the header is longer than the file")
             header = json.loads(handle.read(length), object_pairs_hook=_without_twice)
-        infos = {}
+        header.pop("__metadata__", None)
         for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            infos[name] = _tensor_info(file, name, entry, 8 + length, size)
-        _check_ranges(infos, 8 + length, size)
-        with safe_open(file, framework="pt"):  # reads the header too, with checks of its own
-            return infos
-    except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
-        SafetensorError,
-    ) as error:
+            _check_shape(name, entry["shape"])
+    except (OSError, ValueError, SafetensorError) as error:
         raise DeltaMixError(f"{file} is not a sound safetensors file: {error}") from error
+    data = 8 + length
+    return {
+        name: TensorInfo(
+            file, entry["dtype"], tuple(entry["shape"]), *(data + o for o in entry["data_offsets"])
+        )
+        for name, entry in header.items()
+    }
 
 
-def _tensor_info(file: str, name: str, entry: dict[str, Any], data: int, size: int) -> TensorInfo:
-    """One header entry, checked; `data` is where the file's tensor bytes begin."""
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    start, end = entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-        raise ValueError(f"tensor {name} has shape {list(shape)} and offsets [{start}, {end}]")
-    if not isinstance(dtype, str) or not data + start <= data + end <= size:
-        raise ValueError(f"tensor {name} lies outside the file")
-    # Dimensions beside a 0 take no bytes; torch still multiplies them.
+def _check_shape(name: str, shape: list[int]) -> None:
+    """Refuse what torch cannot make: it multiplies dimensions beside a 0, which take no bytes."""
     if len(shape) > _MAX_DIMENSIONS or 16 * math.prod(max(d, 1) for d in shape) >= _MAX_EXTENT:
         raise ValueError(f"tensor {name} has an absurd shape of {len(shape)} dimensions")
-    if dtype in _DTYPES and end - start != _DTYPES[dtype].itemsize * math.prod(shape):
-        raise ValueError(f"tensor {name}, {dtype} {list(shape)}, cannot have {end - start} bytes")
-    return TensorInfo(file, dtype, shape, data + start, data + end)
 
 
 def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -123,16 +111,6 @@ def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a name occurs twice")
     return found
-
-
-def _check_ranges(infos: Mapping[str, TensorInfo], start: int, end: int) -> None:
-    """Refuse tensors that share bytes, and bytes of no tensor, as the safetensors library does."""
-    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
-        if info.start != start:
-            raise ValueError(f"tensor {name} does not begin where the one before it ends")
-        start = info.end
-    if start != end:
-        raise ValueError(f"{end - start} bytes at its end belong to no tensor")
 
 
 @contextmanager
@@ -185,13 +163,23 @@ def fingerprint(info: TensorInfo) -> str:
     return digest.hexdigest()[:32]
 
 
-def fingerprints(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Hash every tensor, in threads (hashing releases the GIL).
+def fingerprints(infos: Mapping[str, TensorInfo], show: bool = False) -> dict[str, str]:
+    """Hash every tensor, in threads (hashing releases the GIL); `show` a bar.
 
     About 0.9 CPU seconds per GB on an AMD EPYC core.
     """
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(infos, pool.map(fingerprint, infos.values()), strict=True))
+    whole, threads = sum(info.nbytes for info in infos.values()), min(8, os.cpu_count() or 1)
+    bar = logging.tqdm(
+        total=whole, desc="Hashing the base", unit="B", unit_scale=True, disable=not show
+    )
+    found = {}
+    with ThreadPoolExecutor(threads) as pool, bar:
+        for (name, info), value in zip(
+            infos.items(), pool.map(fingerprint, infos.values()), strict=True
+        ):
+            found[name] = value
+            bar.update(info.nbytes)
+    return found
 
 
 def check_base(

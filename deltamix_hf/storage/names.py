@@ -15,12 +15,13 @@ base is stored. This is the only module that knows these names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import torch
 
 from ..errors import DeltaMixError
 from ..quantization.packed_layout import PARTS, PREFIX, part_names
+from ..quantization.quantizer import Quantizer
 
 ROWS = "dm_rows"  # rows of an embedding or head that the base has not, [rows, n]
 GUARD_SEPARATOR = ":"
@@ -41,12 +42,12 @@ def packed_part(name: str) -> tuple[str, bool, str] | None:
 
 
 def packed_names(
-    names: Iterable[str], gaussian: bool, expected: Iterable[str] = ()
+    names: Iterable[str], quantizer: Quantizer, expected: Iterable[str] = ()
 ) -> tuple[list[str], list[str]]:
     """Find the packed modules and packed 3-D parameters among tensor names.
 
     Args:
-        gaussian: the codebook, which has no zero points.
+        quantizer: tells which parts there are.
         expected: matrices that must be there.
 
     Raises:
@@ -69,7 +70,7 @@ def packed_names(
         )
     for experts, owners in found.items():
         for owner, present in owners.items():
-            wanted = set(part_names(owner, gaussian, experts).values())
+            wanted = set(part_names(owner, quantizer, experts).values())
             if missing := sorted(wanted - present):
                 raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
             if surplus := sorted(present - wanted):
@@ -78,6 +79,18 @@ def packed_names(
                     "config.json do not fit"
                 )
     return list(found[False]), list(found[True])
+
+
+def check_listed(stored: Set[str], listed: Set[str]) -> None:
+    """Compare names in the files with those that config.json lists.
+
+    Raises:
+        DeltaMixError: names the first that is missing, or not listed.
+    """
+    if missing := sorted(listed - stored):
+        raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
+    if more := sorted(stored - listed):
+        raise DeltaMixError(f"the delta repo holds {more[0]}, which its config.json does not list")
 
 
 def guard_names(weights: Sequence[str], base_model_prefix: str) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +17,12 @@ from .headers import DTYPE_NAMES, TensorInfo, read_headers
 from .names import ROWS, is_guard, packed_part
 
 
-def _counted(name: str, matrices: Container[str]) -> bool:
-    """Whether a tensor's elements are among those of a matrix that differs: rows added to it."""
-    module, _, leaf = name.rpartition(".")
-    return leaf == ROWS and module in matrices
-
-
 def reference_bytes(
     matrices: Mapping[str, tuple[int, ...]], overlay: Mapping[str, tuple[int, ...]]
 ) -> int:
     """Count bf16 bytes of all that differs from the base, by the shapes of what is stored."""
-    whole = [shape for name, shape in overlay.items() if not _counted(name, matrices)]
+    rows = {f"{name}.{ROWS}" for name in matrices}  # added to a matrix, whose shape has them
+    whole = [shape for name, shape in overlay.items() if name not in rows]
     return 2 * sum(math.prod(shape) for shape in [*matrices.values(), *whole])
 
 

@@ -23,12 +23,12 @@ class Batch:
         self.set((), ())
 
     def set(self, tokens: Sequence[int], wanted: Sequence[int]) -> None:
-        """`tokens`: a number for each token; `wanted`: for each row whose logits are sampled."""
+        """Set the number of each token's delta, and of each row whose logits are sampled."""
         self.tokens, self.wanted = tuple(tokens), tuple(wanted)
         self._groups: dict[tuple[tuple[int, ...], torch.device], Groups] = {}
 
     def of_tokens(self, x: Tensor, known: Collection[int]) -> Groups:
-        """Rows of x [tokens, ...] of each delta that is among `known`.
+        """Find the rows of x [tokens, ...] of each delta that is among `known`.
 
         Raises:
             DeltaMixError: x has another number of rows.
@@ -36,7 +36,7 @@ class Batch:
         return self._of(self.tokens, x, known)
 
     def of_head(self, x: Tensor, known: Collection[int]) -> Groups:
-        """The same for what the output head sees, [rows, n]."""
+        """Find them in what the output head sees, [rows, n]."""
         tokens = len(self.tokens)
         width = x.shape[-1] * x.element_size()
         if tokens and x.untyped_storage().nbytes() == tokens * width:  # a slice of all tokens

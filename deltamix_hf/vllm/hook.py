@@ -20,12 +20,12 @@ _vllms_own = runner.LRUCacheWorkerLoRAManager
 
 
 def install() -> None:
-    """Once is enough, more is harmless."""
+    """Replace vLLM's manager; more than once is harmless."""
     runner.LRUCacheWorkerLoRAManager = _manager
 
 
 def _manager(vllm_config: Any, device: Any, *args: Any) -> Any:
-    """The adapters' manager of a model.
+    """Make the adapters' manager of a model.
 
     Raises:
         DeltaMixError: adapters beside a delta repo.

@@ -28,18 +28,19 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from ..errors import DeltaMixError
 from ..ops.low_rank import cheapest, low_rank, low_rank_rows
 from ..quantization.packed_layout import DTYPES, part_names
+from ..quantization.uniform import MIN_MAX
 from .batch import Batch, Groups
 from .partition import Piece, Shard, pieces
 
 
 class LayerDeltas:
-    """The deltas of one layer, on this rank.
+    """Hold the deltas of one layer on this rank, and add their products to its output.
 
     Attributes:
         name: under which compiled code finds it.
         incoming: packed tensors that vLLM's weight loading has brought, by matrix of the layer.
         own: of the delta repo that is served: for all rows.
-        tenants: of deltas that requests name, by number.
+        requested: of deltas that requests name, by number.
         biases: what such a delta adds to the layer's bias, float32, by number.
         batch: which rows take which of them.
     """
@@ -48,18 +49,18 @@ class LayerDeltas:
         self.name = name
         self.incoming: dict[Shard, dict[str, Tensor]] = {}
         self.own: list[Piece] = []
-        self.tenants: dict[int, list[Piece]] = {}
+        self.requested: dict[int, list[Piece]] = {}
         self.biases: dict[int, Tensor] = {}
         self.batch = Batch()
 
     def receive(
         self, part: str, parameter: nn.Parameter, tensor: Tensor, shard: Shard = None
     ) -> None:
-        """vLLM's weight loader of a packed tensor."""
+        """Keep a packed tensor that vLLM loads; this is the weight loader of its parameter."""
         self.incoming.setdefault(shard, {})[part] = tensor
 
     def take(self, layer: nn.Module, group_size: int, device: torch.device) -> list[Piece]:
-        """This rank's pieces of what came in."""
+        """Make this rank's pieces of what came in."""
         found, self.incoming = self.incoming, {}
         made = [
             p for shard, tensors in found.items() for p in pieces(layer, shard, tensors, group_size)
@@ -67,14 +68,14 @@ class LayerDeltas:
         return [Piece(piece.outputs, piece.packed.to(device)) for piece in made]
 
     def add(self, y: Tensor, x: Tensor, head: bool = False) -> None:
-        """y [..., m] += the deltas' products with x [..., n]; `head`: x is not all tokens'."""
+        """Add the deltas' products with x [..., n] to y [..., m]; `head`: x is not all tokens'."""
         for piece in self.own:
             y[..., piece.outputs] += cheapest(low_rank)(
                 x, *piece.packed.op_arguments, transposed=False
             )
         for number, rows in self._groups(x, head):
             some = x[rows]
-            for piece in self.tenants.get(number, ()):
+            for piece in self.requested.get(number, ()):
                 product = cheapest(low_rank)(some, *piece.packed.op_arguments, transposed=False)
                 y[:, piece.outputs].index_add_(0, rows, product.to(y.dtype))
             if number in self.biases:
@@ -82,16 +83,16 @@ class LayerDeltas:
                 y[:, : change.shape[1]].index_add_(0, rows, change)
 
     def add_rows(self, y: Tensor, ids: Tensor) -> None:
-        """y [..., n] += rows `ids` [...] of the deltas to an embedding."""
+        """Add rows `ids` [...] of the deltas to an embedding to y [..., n]."""
         for piece in self.own:
             y += cheapest(low_rank_rows)(ids, *piece.packed.op_arguments).to(y.dtype)
         for number, rows in self._groups(ids, head=False):
-            for piece in self.tenants.get(number, ()):
+            for piece in self.requested.get(number, ()):
                 found = cheapest(low_rank_rows)(ids[rows], *piece.packed.op_arguments)
                 y.index_add_(0, rows, found.to(y.dtype))
 
     def _groups(self, x: Tensor, head: bool) -> Groups:
-        known = self.tenants.keys() | self.biases.keys()
+        known = self.requested.keys() | self.biases.keys()
         if not known:
             return []
         return self.batch.of_head(x, known) if head else self.batch.of_tokens(x, known)
@@ -99,13 +100,13 @@ class LayerDeltas:
 
 @torch.library.custom_op("deltamix::vllm_add", mutates_args=("y",))
 def vllm_add(y: Tensor, x: Tensor, name: str) -> None:
-    """`LayerDeltas.add` of the layer that has this name in the running model."""
+    """Call `LayerDeltas.add` of the layer that has this name in the running model."""
     get_forward_context().no_compile_layers[name].add(y, x)
 
 
 @torch.library.custom_op("deltamix::vllm_add_rows", mutates_args=("y",))
 def vllm_add_rows(y: Tensor, ids: Tensor, name: str) -> None:
-    """`LayerDeltas.add_rows` of the layer that has this name in the running model."""
+    """Call `LayerDeltas.add_rows` of the layer that has this name in the running model."""
     get_forward_context().no_compile_layers[name].add_rows(y, ids)
 
 
@@ -114,7 +115,7 @@ vllm_add_rows.register_fake(lambda y, ids, name: None)
 
 
 def deltas_of(model: nn.Module) -> dict[int, tuple[Any, LayerDeltas]]:
-    """The layers that have a place for deltas, each place once (tied layers share one)."""
+    """Find the layers that have a place for deltas, each place once (tied layers share one)."""
     found: dict[int, tuple[Any, LayerDeltas]] = {}
     for layer in model.modules():
         if isinstance(deltas := getattr(layer, "deltas", None), LayerDeltas):
@@ -128,7 +129,7 @@ def _make_place(layer: nn.Module) -> None:
     deltas = LayerDeltas(f"deltamix.{len(layers)}")
     layers[deltas.name] = deltas
     layer.deltas = deltas  # type: ignore[assignment]
-    for part, name in part_names("", gaussian=False).items():
+    for part, name in part_names("", MIN_MAX).items():
         empty = nn.Parameter(torch.empty(0, dtype=DTYPES[part]), requires_grad=False)
         empty.weight_loader = partial(deltas.receive, part)  # type: ignore[attr-defined]
         layer.register_parameter(name, empty)
@@ -195,6 +196,6 @@ class DeltaMixEmbeddingMethod(_Method):
         """The head takes the embedding's weight and its deltas."""
         layer = self.plain.tie_weights(layer, embed_tokens)
         layer.deltas = embed_tokens.deltas
-        for name in part_names("", gaussian=False).values():
+        for name in part_names("", MIN_MAX).values():
             setattr(layer, name, getattr(embed_tokens, name))
         return layer

@@ -54,7 +54,7 @@ class DeltaMixModelLoader(DefaultModelLoader):
         self.delta = None
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Names of a checkpoint and tensors, packed ones among them."""
+        """Yield names of a checkpoint and tensors, packed ones among them."""
         if not is_delta_repo(model_config):
             yield from super().get_all_weights(model_config, model)
             return
@@ -82,13 +82,13 @@ class DeltaMixModelLoader(DefaultModelLoader):
 
 
 def is_delta_repo(model_config: Any) -> bool:
-    """Whether the model is a delta repo, and not a base that is to serve many."""
+    """Tell whether the model is a delta repo, and not a base that is to serve many."""
     settings = getattr(model_config.hf_config, "quantization_config", None)
     return model_config.quantization == QUANT_METHOD and settings is not None
 
 
 def use_our_loader() -> None:
-    """Have vLLM load by `DeltaMixModelLoader` where it would by its own."""
+    """Register `DeltaMixModelLoader` where vLLM would load by its own."""
     from vllm.config.load import LoadConfig
 
     if not isinstance(get_model_loader(LoadConfig()), DeltaMixModelLoader):

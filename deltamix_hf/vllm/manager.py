@@ -146,10 +146,10 @@ class VllmDeltaManager:
                 )
         for layer, deltas in deltas_of(self.model).values():
             if deltas.incoming:
-                deltas.tenants[number] = deltas.take(layer, group_size, self.device)
+                deltas.requested[number] = deltas.take(layer, group_size, self.device)
 
     def _loaded(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """What vLLM's loading makes of these tensors: whole ones by their names in its model.
+        """Let vLLM load these tensors, and return the whole ones by their names in its model.
 
         Packed tensors are kept by their layers. Whole ones are loaded in the place of the base's,
         taken from there, and the base's put back: so vLLM cuts and joins them as it would.
@@ -178,7 +178,7 @@ class VllmDeltaManager:
     def _remove(self, number: int) -> None:
         for _, deltas in deltas_of(self.model).values():
             deltas.incoming.clear()
-            deltas.tenants.pop(number, None)
+            deltas.requested.pop(number, None)
             deltas.biases.pop(number, None)
         for module in self.model.modules():
             module.__dict__.get("dm_overlays", {}).pop(number, None)
@@ -202,7 +202,7 @@ class VllmDeltaManager:
     # Batches
 
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any) -> None:
-        """Have these loaded, and rows follow `mapping` from now on."""
+        """Load these, and let rows follow `mapping` from now on."""
         wanted = [request for request in requests if request.lora_int_id not in self.dummies]
         for request in wanted:  # first: none of them makes room for another
             if request.lora_int_id in self.names:

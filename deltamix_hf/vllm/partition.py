@@ -57,7 +57,7 @@ class _Matrix:
 def pieces(
     layer: nn.Module, shard: Shard, tensors: Mapping[str, Tensor], group_size: int
 ) -> list[Piece]:
-    """This rank's part of the packed tensors of one stored matrix.
+    """Cut this rank's part out of the packed tensors of one stored matrix.
 
     Raises:
         DeltaMixError: they do not fit the layer, or the layer cannot be shared out.

@@ -43,7 +43,7 @@ class BaseRepo:
         self.checkpoint = BaseCheckpoint(files, model)
 
     def read(self, source: str, files: list[str], settings: DeltaMixConfig) -> StoredDelta:
-        """A delta of this base.
+        """Read a delta of this base.
 
         Raises:
             DeltaMixError: it is of another base, damaged, incomplete, or of another model.
@@ -53,7 +53,7 @@ class BaseRepo:
         return read_delta(source, files, settings, self.checkpoint.keys)
 
     def changes(self, delta: StoredDelta) -> Weights:
-        """Whole and packed tensors of a delta, under names of the base's checkpoint."""
+        """Name whole and packed tensors of a delta as the base's checkpoint does."""
         found = [(self._key(name), tensor) for name, tensor in delta.overlay.items()]
         for name, factors in delta.packed.items():
             weight = name if factors.counts is not None else f"{name}.weight"
@@ -62,7 +62,7 @@ class BaseRepo:
         return found
 
     def with_delta(self, delta: StoredDelta) -> Iterator[tuple[str, Tensor]]:
-        """The base's tensors but for those that the delta replaces, then the delta's."""
+        """Yield the base's tensors but for those that the delta replaces, then the delta's."""
         self._check_whole(delta)
         changes = self.changes(delta)
         replaced = {name for name, _ in changes}
@@ -81,7 +81,7 @@ class BaseRepo:
             )
 
     def _key(self, name: str) -> str:
-        """The base's key for a tensor of the model; the tensor's own name if the base has none."""
+        """Look up the base's key for a tensor of the model; its own name if the base has none."""
         if name not in self.checkpoint:
             return name
         if not self.checkpoint.is_plain(name):
@@ -93,7 +93,7 @@ class BaseRepo:
 
 
 def base_of(repo: str, settings: DeltaMixConfig, delta_files: list[str], config: Any) -> BaseRepo:
-    """The base that a delta repo names, at its pinned revision.
+    """Find the base that a delta repo names, at its pinned revision.
 
     Raises:
         DeltaMixError: it is not found, or is not for a delta repo to name.
@@ -104,11 +104,7 @@ def base_of(repo: str, settings: DeltaMixConfig, delta_files: list[str], config:
 
 @contextmanager
 def finding_places(model: nn.Module) -> Iterator[None]:
-    """Say in our words if vLLM's loading finds no layer for a packed matrix.
-
-    Raises:
-        DeltaMixError: see above.
-    """
+    """Context manager: a DeltaMixError if vLLM's loading finds no layer for a packed matrix."""
     try:
         yield
     except DeltaMixError:
@@ -123,11 +119,7 @@ def finding_places(model: nn.Module) -> Iterator[None]:
 
 
 def check_arrived(model: nn.Module, delta: StoredDelta) -> None:
-    """Refuse a delta of which the layers of vLLM's model took fewer packed matrices than it has.
-
-    Raises:
-        DeltaMixError: see above.
-    """
+    """Raise a DeltaMixError if layers of vLLM's model took fewer packed matrices than there are."""
     places = deltas_of(model).values()
     arrived = [part.keys() for _, deltas in places for part in deltas.incoming.values()]
     wanted = [factors.tensors.keys() for factors in delta.packed.values()]

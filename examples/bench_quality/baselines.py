@@ -41,7 +41,7 @@ from deltamix_hf.evaluation.quality import Batch
 from deltamix_hf.linalg.second_moments import damp
 from deltamix_hf.linalg.svd import thin_svd
 from deltamix_hf.nn.layers import weight_of
-from deltamix_hf.quantization import uniform
+from deltamix_hf.quantization.gptq import round_rows
 from deltamix_hf.storage.sizes import SizeReport, header_bytes
 
 Deltas = Mapping[str, Tensor]  # module name -> ΔW float32 [m, n]
@@ -181,10 +181,11 @@ def round_to_nearest(
     found, payload, scales = {}, 0, 0
     for name, delta in deltas.items():
         width = torch.full((len(delta),), bits, device=delta.device)
-        codes, scale, zero = uniform.round_to_nearest(delta, width, group_size)
-        found[name] = uniform.dequantize(codes, scale, zero, group_size)
-        payload += -(-bits * codes.numel() // 8)
-        scales += 2 * scale.numel() + -(-bits * zero.numel() // 8)
+        rounded = round_rows(delta, width, group_size)
+        found[name] = rounded.dequantize()
+        payload += -(-bits * rounded.codes.numel() // 8)
+        groups = rounded.scales.numel()
+        scales += 2 * groups + -(-bits * groups // 8)
     return Result(found, payload=payload, scales=scales)
 
 

@@ -27,6 +27,8 @@ from deltamix_hf.compression import job, matrix_pipeline
 from deltamix_hf.nn.layers import weight_of
 from deltamix_hf.quantization.gptq import Rounded, gptq_rows
 from deltamix_hf.quantization.packed_delta import PackedDelta
+from deltamix_hf.quantization.quantizer import Quantizer
+from deltamix_hf.quantization.uniform import MIN_MAX
 
 PAIRS = ("pocket-shakespeare", "rxnfp")
 ARMS = {"as it is": "", "V rotated": "v", "V and U rotated": "vu"}
@@ -65,13 +67,13 @@ def turned_rows(
     hessian: Tensor | None,
     bits: Tensor,
     group_size: int,
-    gaussian: bool = False,
+    quantizer: Quantizer = MIN_MAX,
     weights: Tensor | None = None,
 ) -> Rounded:
     """`gptq_rows` of rotated rows. A diagonal cost, or `weights`, is nearly even once rotated."""
     full = hessian is not None and hessian.dim() == 2
     hessian = rotate(rotate(hessian).T).T if full else None
-    return Turned(**vars(gptq_rows(rotate(weight), hessian, bits, group_size, gaussian)))
+    return Turned(**vars(gptq_rows(rotate(weight), hessian, bits, group_size, quantizer)))
 
 
 @dataclasses.dataclass

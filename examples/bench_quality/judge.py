@@ -150,7 +150,7 @@ def layer_types(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         entry = found.setdefault(kind, {"matrices": 0, "full_rank": 0, "widths": Counter()})
         entry["matrices"] += 1
         entry["full_rank"] += min(m, n)
-        for count, v_bits, u_bits in modules[name].dm_runs:
+        for count, v_bits, u_bits in modules[name].packed().runs:
             entry["widths"][v_bits, u_bits] += count
     for entry in found.values():
         widths = entry["widths"]

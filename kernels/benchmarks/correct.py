@@ -229,6 +229,8 @@ def all_cases(tiny: bool) -> dict[str, cases.Case]:
             found[key] = partial(single, "transposed", layer, "bf16", rows)
         for kind in ("alone", "groups of U", "min-max"):
             found[f"{kind} {big} bf16 {rows}"] = partial(single, kind, big, "bf16", rows)
+    if not tiny:  # more rows than are multiplied at a time
+        found["linear k_proj bf16 (9000,)"] = partial(single, "linear", "k_proj", "bf16", (9000,))
     found["gather"] = partial(gather, "bf16")
     return found
 

@@ -65,7 +65,7 @@ STEPS = (  # in order of worth
     Step("ceilings", 40, python(HERE + "ceilings.py")),
     Step("correct", 75, python(HERE + "correct.py")),
     *DECODE,
-    Step("library", 120, python(HERE + "end_to_end.py")),
+    Step("library", 180, python(HERE + "end_to_end.py")),
     Step(
         "old",
         45,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -31,7 +33,8 @@ def by_block(model, folder, fisher, workers=ALONE):
     store, modules = ResumeStore(folder, "a"), observed(model)
     (blocks,) = find_blocks(model, list(modules))
     with frozen(model):
-        chain = BlockChain(model, blocks, BATCHES, tensor_list=partial(TensorList, store))
+        tensor_list = partial(TensorList, store.of(workers.rank))
+        chain = BlockChain(model, blocks, BATCHES, tensor_list=tensor_list)
         assert chain.capture() and chain.plain
         device = torch.device("cpu")
         return BlockwisePass(chain, modules, fisher, 0, store, device, workers)
@@ -61,6 +64,31 @@ def test_the_same_sums(name, fisher, tmp_path, monkeypatch):
         assert (found[module].tokens is None) == (layer.tokens is None)
         if layer.tokens is not None:
             assert torch.equal(found[module].tokens, layer.tokens)
+
+
+def test_workers_share_the_batches(tmp_path):
+    """Inputs add up to those of one worker; gradients are of other draws."""
+    torch.manual_seed(0)
+    models = [FAMILIES["llama_tied"].build().eval()]
+    models.append(copy.deepcopy(models[0]))
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(by_block, model, tmp_path, True, Workers(rank, 2))
+            for rank, model in enumerate(models)
+        ]
+        passes = [job.result(timeout=60) for job in jobs]
+    expected, scored = collect(models[0], observed(models[0]), BATCHES, True)
+    for made in passes:  # each reads what both have measured
+        assert made.scored == scored and made.found.keys() == expected.keys()
+        for name, layer in expected.items():
+            found = made.found[name]
+            if layer.tokens is not None:
+                assert torch.equal(found.tokens, layer.tokens)
+            else:
+                assert found.inputs.count == layer.inputs.count
+                torch.testing.assert_close(found.inputs.total, layer.inputs.total)
+            ours, theirs = found.gradients.mean(scored), layer.gradients.mean(scored)
+            assert float(ours.trace()) == pytest.approx(float(theirs.trace()), rel=0.2)
 
 
 def test_nan_names_the_block(tmp_path):

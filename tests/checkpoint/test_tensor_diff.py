@@ -88,7 +88,7 @@ def test_each_tensor_is_packed_or_whole(made):
     tied = set(model.all_tied_weights_keys)
     packed = {f"{name}.weight" for name in delta_modules(model)} - tied
     for name, module in delta_experts(model).items():
-        packed |= {f"{name}.{leaf}" for leaf in module.dm_group_sizes}
+        packed |= {f"{name}.{leaf}" for leaf in module.dm_own}
     whole = set(stored_whole(stored))
     assert not packed & whole
     assert packed | whole == tuned.keys() - tied
@@ -114,7 +114,7 @@ def test_beside_the_base_too(made):
     stored = load_file(folder / "delta" / "model.safetensors")
     for name in stored_whole(stored):
         module, _, leaf = name.rpartition(".")
-        held = model.get_submodule(module).dm_overlay["one"][leaf]
+        held = model.get_submodule(module).dm_row_deltas.overlay["one"][leaf]
         assert torch.equal(held, rounded(tuned[name])), name
     alone = cls.from_pretrained(folder / "delta")
     inputs = {"pixel_values": torch.ones(2, 3, 32, 32)} if "ResNet" in cls.__name__ else None

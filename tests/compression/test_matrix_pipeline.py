@@ -52,7 +52,7 @@ def test_bytes_stay_below_and_the_error_is_the_true_one(m, n, method, calibrated
     spent = sum(result.packed.nbytes.values())
     # within the cheapest rank of the promise, as long as ranks are left
     assert budget - bytes_of_rank(m, n, 2, config) < spent <= budget
-    assert result.packed.gaussian == (config.method.codebook == "gaussian")
+    assert result.packed.quantizer is config.method.quantizer
     assert result.error == pytest.approx(true_error(delta, result.packed.dense(), gram), rel=1e-5)
     assert result.error < 0.2
 

@@ -53,14 +53,14 @@ def ranks(model):
 
 def left_scales(module):
     """Scales of U [k, groups], float32."""
-    first = 1 + uniform.group_count(module.in_features, module.dm_group_sizes[0])
+    first = 1 + uniform.group_count(module.in_features, module.packed().group_sizes[0])
     return uniform.scales_from_bits(module.dm_ranks[:, first:].contiguous())
 
 
-def loss(model, course):
-    """Mean KL(fine-tune ‖ model) over the lessons, written out."""
+def loss(model, data):
+    """Mean KL(fine-tune ‖ model) over the texts, written out."""
     total = count = 0
-    for item in course:
+    for item in data:
         found = logits(model, item.ids).flatten(0, 1)[item.positions].log_softmax(-1)
         wanted = item.wanted.float()
         total += float((wanted.exp() * (wanted - found)).sum())
@@ -104,18 +104,18 @@ def test_folded_gains_are_the_gains(pair, options):
     lost, moved = relative(logits(model), wanted), relative(logits(plain), wanted)
     assert lost < 0.02 * moved
     for name, module in modules.items():
-        first = 1 + uniform.group_count(module.weight.shape[1], module.dm_group_sizes[0])
+        first = 1 + uniform.group_count(module.weight.shape[1], module.packed().group_sizes[0])
         assert torch.equal(module.dm_ranks[:, :first], before[name][:, :first])
 
 
 @pytest.mark.parametrize("options", [{}, GAUSSIAN], ids=["min-max", "gaussian"])
 def test_tuning_lowers_the_divergence(pair, options):
     exact, model = pair(**options)
-    course = tuning_batches(exact, ONE_BATCH, 0)
-    before = loss(model, course)
-    losses = tune(model, course, 12)
+    data = tuning_batches(exact, ONE_BATCH, 0)
+    before = loss(model, data)
+    losses = tune(model, data, 12)
     assert len(losses) == 12 and losses[0] == pytest.approx(before, rel=1e-3)
-    assert loss(model, course) == pytest.approx(losses[-1], rel=0.05)  # bfloat16 scales
+    assert loss(model, data) == pytest.approx(losses[-1], rel=0.05)  # bfloat16 scales
     assert losses[-1] < 0.95 * before
 
 
@@ -135,12 +135,12 @@ def test_the_first_step_is_one_learning_rate_even_for_tied_matrices(pair):
 
 def test_gains_that_do_not_help_on_other_text_are_dropped(pair):
     exact, model = pair()
-    course = tuning_batches(exact, BATCHES, 0)
+    data = tuning_batches(exact, BATCHES, 0)
     own = tuning_batches(
         model, BATCHES[:1], 0
     )  # kept out: here nothing can be better than no change
     before = ranks(model)
-    assert len(tune(model, [*own, *list(course)[1:]], 4)) == 4
+    assert len(tune(model, [*own, *list(data)[1:]], 4)) == 4
     assert all(torch.equal(before[name], now) for name, now in ranks(model).items())
 
 
@@ -170,11 +170,9 @@ def test_scaled_embeddings_keep_their_scales_and_so_do_their_heads(pair):
 
 def test_tuning_batches(pair):
     exact, _ = pair()
-    course = tuning_batches(
-        exact, [token_ids(24, 16), token_ids(1, 700)], 0
-    )  # 128 tokens at a time
-    assert [tuple(item.ids.shape) for item in course] == [(8, 16), (8, 16), (8, 16), (1, 700)]
-    for item in course:
+    data = tuning_batches(exact, [token_ids(24, 16), token_ids(1, 700)], 0)  # 128 tokens at a time
+    assert [tuple(item.ids.shape) for item in data] == [(8, 16), (8, 16), (8, 16), (1, 700)]
+    for item in data:
         assert torch.equal(item.positions, torch.arange(item.ids.numel()))
         wanted = logits(exact, item.ids).flatten(0, 1).log_softmax(-1)
         assert item.wanted.dtype == torch.float16
@@ -191,10 +189,10 @@ def test_tuning_batches(pair):
 
 def test_nothing_to_tune(pair):
     exact, model = pair()
-    course = tuning_batches(exact, BATCHES, 0)
+    data = tuning_batches(exact, BATCHES, 0)
     assert not tuning_batches(exact.model, BATCHES, 0)  # no logits
     before = ranks(model)
-    assert tune(model, [], 4) == tune(model, course, 0) == tune(exact, course, 4) == []
+    assert tune(model, [], 4) == tune(model, data, 0) == tune(exact, data, 4) == []
     assert all(torch.equal(before[name], now) for name, now in ranks(model).items())
 
 
@@ -216,11 +214,11 @@ def test_logits_that_are_masked_out(pair):
         least = torch.finfo(torch.float32).min
         mask = torch.zeros(256).index_fill_(0, torch.tensor([7, 9]), least)
         handles.append(each.lm_head.register_forward_hook(lambda m, a, y, mask=mask: y + mask))
-    course = tuning_batches(exact, BATCHES, 0)
-    losses = tune(model, course, 2)
+    data = tuning_batches(exact, BATCHES, 0)
+    losses = tune(model, data, 2)
     for handle in handles:
         handle.remove()
-    assert isinstance(course[0], TuningBatch) and torch.isfinite(course[0].wanted).all()
+    assert isinstance(data[0], TuningBatch) and torch.isfinite(data[0].wanted).all()
     assert torch.isfinite(torch.tensor(losses)).all()
     assert all(torch.isfinite(left_scales(m)).all() for m in [model.lm_head])
 
@@ -229,10 +227,10 @@ def test_logits_that_are_masked_out(pair):
 def test_the_recorded_divergence(pair):
     """Of the texts kept out alone; never below 0, though predictions are kept in half precision."""
     exact, packed = pair()
-    course = tuning_batches(exact, BATCHES, seed=0)
-    itself = scale_tuning.validation_kl(exact, course)
+    data = tuning_batches(exact, BATCHES, seed=0)
+    itself = scale_tuning.validation_kl(exact, data)
     assert 0 <= itself["kl"] < 1e-6
-    kept = scale_tuning.validation_rows(course)
+    kept = scale_tuning.validation_rows(data)
     total = count = 0
     for item in kept:
         wanted, found = (
@@ -241,7 +239,7 @@ def test_the_recorded_divergence(pair):
         )
         total += float((wanted.exp() * (wanted - found)).sum())
         count += len(item.positions)
-    figures = scale_tuning.validation_kl(packed, course)
+    figures = scale_tuning.validation_kl(packed, data)
     assert figures["positions"] == count
     assert figures["kl"] == pytest.approx(total / count, rel=1e-3)
     assert scale_tuning.validation_kl(packed, tuning_batches(exact, ONE_BATCH, seed=0)) == {}

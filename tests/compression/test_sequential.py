@@ -187,17 +187,17 @@ def test_the_target_is_the_formula(name):
         return weight + 0.2 * weight.std() * torch.randn(weight.shape, generator=random)
 
     told, weights = compressed(model, inside_blocks(model, name), damage, entry=0.1)
-    coarse = copy.deepcopy(reference)
-    coarse.get_input_embeddings().weight.data.mul_(1.1)
+    compressed_model = copy.deepcopy(reference)
+    compressed_model.get_input_embeddings().weight.data.mul_(1.1)
     *earlier, blocks = BLOCKS[name]
     for target in (t for chain in earlier for b in chain for t in weights if t.startswith(b)):
-        coarse.get_submodule(target).weight.data.copy_(weights[target])
+        compressed_model.get_submodule(target).weight.data.copy_(weights[target])
     for block in blocks:
         for stage in STAGES[name]:
             first = f"{block}.{stage.names[0]}"
             stream = first if stage.residual is None else f"{block}.{stage.residual}".rstrip(".")
             x_f, r_f = observed(reference, first, stream)
-            x_c, r_c = observed(coarse, first, stream)
+            x_c, r_c = observed(compressed_model, first, stream)
             gram = x_c.T @ x_c / len(x_c)
             ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
             for target in (f"{block}.{n}" for n in stage.names):
@@ -209,7 +209,7 @@ def test_the_target_is_the_formula(name):
                 change, inner = told[target]
                 assert (change - wanted).norm() < 1e-3 * wanted.norm(), target
                 torch.testing.assert_close(inner.double(), gram, rtol=1e-4, atol=1e-5)
-                coarse.get_submodule(target).weight.data.copy_(weights[target])
+                compressed_model.get_submodule(target).weight.data.copy_(weights[target])
 
 
 @pytest.mark.parametrize("name", BLOCKS)

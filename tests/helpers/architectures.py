@@ -7,11 +7,11 @@ experts, vision towers, speech.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
+import tiny_pairs
 import torch
-from tiny_pairs import DECODER, FAMILIES, VOCAB
+from tiny_pairs import DECODER, FAMILIES, MIXTURES, VOCAB, Family
 from transformers import (
     CLIPVisionConfig,
     Gemma3ForCausalLM,
@@ -21,8 +21,6 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MixtralConfig,
-    MixtralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -35,7 +33,6 @@ from transformers import (
 )
 
 PLAIN = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
-EXPERTS = {"num_experts_per_tok": 2}
 
 
 def _gemma3() -> PreTrainedModel:
@@ -50,13 +47,9 @@ def _gpt_neox() -> PreTrainedModel:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**PLAIN))
 
 
-def _mixtral() -> PreTrainedModel:
-    return MixtralForCausalLM(MixtralConfig(**DECODER, **EXPERTS, num_local_experts=4))
-
-
 def _qwen3_moe() -> PreTrainedModel:
     sizes = {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**DECODER, **EXPERTS, **sizes))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**DECODER, **sizes, num_experts_per_tok=2))
 
 
 def _whisper() -> PreTrainedModel:
@@ -85,40 +78,27 @@ def _qwen2_vl() -> PreTrainedModel:
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How to build it, and how much its delta may take (experts are stored whole)."""
-
-    build: Callable[[], PreTrainedModel]
-    ratio: float
+def _others(cls: type, ratio: float, build: Callable[[], PreTrainedModel]) -> Family:
+    return Family(build, cls, {"ratio": ratio}, generates=False)
 
 
 ARCHITECTURES = {
-    **{
-        name: Architecture(family.build, family.budget["ratio"])
-        for name, family in FAMILIES.items()
-        if not family.headless_base
-    },
-    "gemma3": Architecture(_gemma3, 0.25),
-    "phi": Architecture(_phi, 0.25),
-    "gpt_neox": Architecture(_gpt_neox, 0.25),
-    "mixtral": Architecture(_mixtral, 0.3),
-    "qwen3_moe": Architecture(_qwen3_moe, 0.3),
-    "whisper": Architecture(_whisper, 0.4),
-    "qwen2_vl": Architecture(_qwen2_vl, 0.4),
-    "llava": Architecture(_llava, 0.4),
+    **FAMILIES,
+    "mixtral": replace(MIXTURES["mixtral"], packed=None, generates=False),
+    "gemma3": _others(Gemma3ForCausalLM, 0.25, _gemma3),
+    "phi": _others(PhiForCausalLM, 0.25, _phi),
+    "gpt_neox": _others(GPTNeoXForCausalLM, 0.25, _gpt_neox),
+    "qwen3_moe": _others(Qwen3MoeForCausalLM, 0.3, _qwen3_moe),
+    "whisper": _others(WhisperForConditionalGeneration, 0.4, _whisper),
+    "qwen2_vl": _others(Qwen2VLForConditionalGeneration, 0.4, _qwen2_vl),
+    "llava": _others(LlavaForConditionalGeneration, 0.4, _llava),
 }
 
 
 def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Two rows of nine tokens that all vocabularies here have, or of sound."""
-    random = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 200, (2, 9), generator=random)
-    if model.main_input_name == "input_features":
-        sound = torch.randn(2, 80, 40, generator=random)
-        return {"input_features": sound, "decoder_input_ids": ids}
-    decoder: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    return {"input_ids": ids, **decoder}
+    ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(3))
+    return tiny_pairs.inputs_of(model, ids)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from packed_cases import quantizer
 
 from deltamix_hf.quantization.gptq import round_rows
 from deltamix_hf.quantization.packed_delta import PackedDelta
@@ -17,8 +18,8 @@ def factors(
     random = torch.Generator().manual_seed(seed)
     right = torch.randn(len(v_bits), N, generator=random)
     left = torch.randn(len(u_bits), M, generator=random)
-    v = round_rows(right, torch.tensor(v_bits), group, gaussian=gaussian)
-    u = round_rows(left, torch.tensor(u_bits), group, gaussian=gaussian)
+    v = round_rows(right, torch.tensor(v_bits), group, quantizer(gaussian))
+    u = round_rows(left, torch.tensor(u_bits), group, quantizer(gaussian))
     return PackedDelta.pack(v, u)
 
 

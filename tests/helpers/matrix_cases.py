@@ -35,9 +35,7 @@ def compress_all(
 
 
 def bytes_of_rank(m, n, bits, config: DeltaMixConfig) -> int:
-    return rank_bytes(
-        m, n, bits, bits, config.method.group_sizes(False), config.method.codebook == "gaussian"
-    )
+    return rank_bytes(m, n, bits, bits, config.method.group_sizes(False), config.method.quantizer)
 
 
 def true_error(delta, approx, gram) -> float:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deltamix_hf.quantization.gaussian import GAUSSIAN
 from deltamix_hf.quantization.gptq import round_rows
 from deltamix_hf.quantization.packed_delta import PackedDelta
+from deltamix_hf.quantization.quantizer import Quantizer
+from deltamix_hf.quantization.uniform import MIN_MAX
 
 each_codebook = pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
+
+
+def quantizer(gaussian: bool) -> Quantizer:
+    return GAUSSIAN if gaussian else MIN_MAX
 
 
 def both(group_size):
@@ -24,7 +31,7 @@ def random_factors(m, n, v_bits, u_bits, group_size, seed=0, gaussian=False):
             torch.randn(len(bits), length, generator=random),
             torch.tensor(bits, dtype=torch.int64),
             size,
-            gaussian,
+            quantizer(gaussian),
         )
         for bits, length, size in zip((v_bits, u_bits), (n, m), both(group_size), strict=True)
     ]

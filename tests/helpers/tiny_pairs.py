@@ -7,7 +7,7 @@ every vector a little: so nothing equals the base and no delta is exactly low-ra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,14 @@ def _t5() -> PreTrainedModel:
 class Family:
     """How to build an architecture, load it, and how much its delta may take.
 
-    `packed`: matrices that are packed, ties counted once. `generates`: `generate()` makes sense.
+    `packed`: matrices that are packed, ties counted once; None: not counted here. `generates`:
+    `generate()` makes sense.
     """
 
     build: Callable[[], PreTrainedModel]
     auto: type
     budget: dict[str, Any]
-    packed: int
+    packed: int | None = None
     generates: bool = True
     headless_base: bool = False
 
@@ -192,8 +193,9 @@ def fine_tune(model: nn.Module, seed: int = 1, size: float = 0.1) -> None:
         parameter += size * parameter.norm() * delta
 
 
-def make_pair(name: str, folder: Path) -> Pair:
-    family = (FAMILIES | MIXTURES)[name]
+def make_pair(name: str, folder: Path, family: Family | None = None, tokens: int = 0) -> Pair:
+    """`family`: if it is none of those above; `tokens`: how many more than the base's are tuned."""
+    family = family or (FAMILIES | MIXTURES)[name]
     torch.manual_seed(0)
     model = family.build().eval()
     base = model
@@ -201,9 +203,13 @@ def make_pair(name: str, folder: Path) -> Pair:
         base = AutoModel.from_config(model.config)
         base.load_state_dict(model.base_model.state_dict(), strict=False)
     base.save_pretrained(folder / "base")
+    if tokens:
+        rows = len(model.get_input_embeddings().weight) + tokens
+        model.resize_token_embeddings(rows, mean_resizing=False)
     fine_tune(model)
     model.save_pretrained(folder / "tuned")
-    return Pair(name, family, folder / "base", folder / "tuned", logits(model))
+    ids = token_ids() % 200 if tokens else None  # fewer tokens than these are left
+    return Pair(name, family, folder / "base", folder / "tuned", logits(model, ids))
 
 
 def token_ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
@@ -221,11 +227,13 @@ def calibration_ids() -> Tensor:
 
 
 def inputs_of(model: PreTrainedModel, ids: Tensor | None = None) -> dict[str, Tensor]:
+    """Token ids [2, 12] or those given, and sound [rows, 80, 40] for a model that hears."""
     ids = token_ids() if ids is None else ids
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    return inputs
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    if model.main_input_name == "input_features":
+        random = torch.Generator().manual_seed(3)
+        return {"input_features": torch.randn(len(ids), 80, 40, generator=random), **decoder}
+    return {"input_ids": ids, **decoder}
 
 
 @torch.no_grad()
@@ -237,6 +245,35 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None, **options: Any) ->
 @torch.no_grad()
 def generated(model: PreTrainedModel, **options: Any) -> Tensor:
     return model.generate(token_ids(), max_new_tokens=6, do_sample=False, **options)
+
+
+def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if ".dm_" in name}
+
+
+def parts_on_disk(pair: Pair, first: str, folder: Path) -> dict[str, Any]:
+    """Options to load every other part of a model on disk; `first`: where the first one is.
+
+    Parts are what accelerate never splits; what is tied is in one place.
+    """
+    model = pair.family.build()
+    names = list(_parts(model, set(model._no_split_modules or [])))
+    other = {"cpu": "disk", "disk": "cpu"}[first]
+    places = {name: (first, other)[i % 2] for i, name in enumerate(names)}
+    for twin, source in model.all_tied_weights_keys.items():
+        there = next(places[name] for name in names if source.startswith(f"{name}."))
+        places[next(name for name in names if twin.startswith(f"{name}."))] = there
+    return {"device_map": places, "offload_folder": folder}
+
+
+def _parts(module: nn.Module, whole: set[str], prefix: str = "") -> Iterator[str]:
+    for name, child in module.named_children():
+        name = f"{prefix}{name}"
+        own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
+        if own or not list(child.children()) or type(child).__name__ in whole:
+            yield name
+        else:
+            yield from _parts(child, whole, f"{name}.")
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The contract of a transformers quantization backend, architecture by architecture."""
+"""What a quantization backend of transformers is asked for, beside `test_contract.py`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file
 from tiny_pairs import (
-    FAMILIES,
     fine_tune,
     generated,
-    inputs_of,
     logits,
     make_config,
+    parts_on_disk,
     quick,
     relative,
     token_ids,
@@ -31,135 +30,11 @@ from transformers import (
 )
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
-from deltamix_hf.checkpoint.base import BaseCheckpoint, resolve_base
 from deltamix_hf.nn.layers import delta_modules
-from deltamix_hf.storage.names import is_guard
 
 # Dense and packed differ by one rounding of base + delta in float32, through a few layers.
 DENSE_TOLERANCE = 1e-5
-VARIANTS = [
-    *((name, "delta-come", False) for name in FAMILIES),
-    ("llama", "delta-come", True),
-    ("llama", "deltamix", False),
-    ("bert", "deltamix", False),
-    *((name, "deltamix", True) for name in ("llama", "llama_tied", "bert", "t5")),
-    *((name, "deltamix-kl", False) for name in ("llama", "llama_tied")),
-    *((name, "deltamix-kl", True) for name in ("bert", "t5", "gpt2")),
-]
-each_variant = pytest.mark.parametrize(("name", "method", "calibrated"), VARIANTS)
-each_family = pytest.mark.parametrize("name", FAMILIES)
-# every architecture with zero points, and both kinds of ties with the Gaussian codebook
-GAUSSIAN = [("llama", "deltamix-kl"), ("llama_tied", "deltamix-kl")]
-each_repo = pytest.mark.parametrize(
-    ("name", "method"), [*((name, "delta-come") for name in FAMILIES), *GAUSSIAN]
-)
 each_method = pytest.mark.parametrize("method", ["delta-come", "deltamix-kl"])
-
-
-def packed_tensors(model) -> dict[str, torch.Tensor]:
-    return {k: t for k, t in model.state_dict().items() if ".dm_" in k}
-
-
-@each_variant
-def test_reload_gives_bit_equal_logits(delta, name, method, calibrated):
-    repo = delta(name, method, calibrated)
-    again = repo.pair.load(repo.folder)
-    assert torch.equal(logits(again), repo.logits)
-    assert torch.equal(logits(again, token_ids(3, 31, seed=2)), repo.more_logits)
-    packed = delta_modules(again).values()
-    assert len({id(m.dm_v) for m in packed}) == len(repo.errors)
-    if method == "deltamix-kl":  # a global allocation may leave a matrix out
-        assert 0 < len(repo.errors) <= repo.pair.family.packed
-    else:
-        assert len(repo.errors) == repo.pair.family.packed
-    assert all(hasattr(m, "dm_zeros") == (method != "deltamix-kl") for m in packed)
-
-
-@each_variant
-def test_delta_is_close_to_the_fine_tune(delta, name, method, calibrated):
-    repo = delta(name, method, calibrated)
-    base = logits(repo.pair.load(repo.pair.base))
-    lost = relative(repo.logits, repo.pair.logits)
-    assert 0 < lost < 0.15
-    if name != "bert_from_headless":  # its base has a random head
-        assert lost < 0.5 * relative(base, repo.pair.logits)
-
-
-@each_variant
-def test_bytes_on_disk_are_the_promised_ones(delta, name, method, calibrated):
-    repo = delta(name, method, calibrated)
-    size = weight_bytes(repo.folder)
-    assert size <= repo.budget
-    left_out = repo.pair.family.packed - len(repo.errors)
-    assert size >= 0.97 * repo.budget - 450 * left_out  # what their headers would have taken
-
-
-@each_repo
-def test_nothing_of_the_base_is_stored(delta, name, method):
-    repo = delta(name, method)
-    stored = load_file(repo.folder / "model.safetensors")
-    base = load_file(repo.pair.base / "model.safetensors")
-
-    def content(tensor):
-        raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        return tensor.dtype, tuple(tensor.shape), raw
-
-    by_content = {content(tensor) for tensor in base.values()}
-    model = repo.pair.load(repo.pair.base)
-    reader = BaseCheckpoint(resolve_base(str(repo.pair.base), None, {})[0], model)
-    for key, tensor in stored.items():
-        if is_guard(key):
-            continue
-        assert content(tensor) not in by_content
-        assert key not in reader or not torch.equal(tensor.float(), reader.read(key).float())
-    assert {file.name for file in repo.folder.iterdir()} <= {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    }
-
-
-@each_repo
-def test_saving_again_gives_identical_files(delta, tmp_path, name, method):
-    repo = delta(name, method)
-    repo.pair.load(repo.folder).save_pretrained(tmp_path / "again")
-    for file in repo.folder.iterdir():
-        if file.suffix == ".safetensors":
-            assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
-    one, two = (
-        json.loads((f / "config.json").read_text()) for f in (repo.folder, tmp_path / "again")
-    )
-    assert one == two
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].generates])
-def test_generate_is_equal_after_reload(delta, name):
-    repo = delta(name)
-    compressed = repo.pair.compress(method="delta-come")
-    expected = generated(compressed)
-    assert torch.equal(generated(repo.pair.load(repo.folder)), expected)
-    assert expected.shape[1] > 2
-
-
-@each_repo
-def test_dense_again(delta, tmp_path, name, method):
-    """`dequantize()` and `dequantize=True` give a plain model that saves and loads without us."""
-    repo = delta(name, method)
-    by_method = repo.pair.load(repo.folder)
-    by_method.dequantize()
-    by_option = repo.pair.load(repo.folder, quantization_config=DeltaMixConfig(dequantize=True))
-    for model in (by_method, by_option):
-        assert not delta_modules(model) and not packed_tensors(model)
-        assert not hasattr(model.config, "quantization_config")
-        assert not hasattr(model, "hf_quantizer")
-        assert relative(logits(model), repo.logits) < DENSE_TOLERANCE
-    assert torch.equal(logits(by_method), logits(by_option))
-    by_method.save_pretrained(tmp_path / "dense")
-    plain = repo.pair.load(tmp_path / "dense")
-    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
-    assert torch.equal(logits(plain), logits(by_method))
-    types = {k: type(m) for k, m in repo.pair.load(repo.pair.tuned).named_modules()}
-    assert {k: type(m) for k, m in by_method.named_modules()} == types
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "t5"])
@@ -213,22 +88,6 @@ def test_dense_in_another_dtype(delta):
     assert relative(logits(model), repo.logits) < 0.05
 
 
-@each_repo
-def test_headless_class_gives_the_headless_part(delta, name, method):
-    repo = delta(name, method)
-    whole = repo.pair.load(repo.folder)
-    headless = AutoModel.from_pretrained(repo.folder)
-    inner = whole if name == "t5" else whole.base_model
-    if name == "t5":  # T5Model is an encoder and a decoder too; compare before the head
-        with torch.no_grad():
-            expected = whole(**inputs_of(whole), output_hidden_states=True).decoder_hidden_states[
-                -1
-            ]
-    else:
-        expected = logits(inner)
-    assert torch.equal(logits(headless), expected)
-
-
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_other_head_is_initialised_the_rest_is_the_delta(delta, name):
     repo = delta(name)
@@ -244,27 +103,6 @@ def test_headless_model_compresses_too(pair, tmp_path):
     model = AutoModel.from_pretrained(source.tuned, quantization_config=config)
     model.save_pretrained(tmp_path / "delta")
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "delta")), logits(model))
-
-
-@each_repo
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_dtypes_keep_the_packed_tensors(delta, name, dtype, method):
-    """Loaded in, or cast to, half precision: codes and scales keep every bit."""
-    repo = delta(name, method)
-    plain = repo.pair.load(repo.folder)
-    loaded = repo.pair.load(repo.folder, dtype=dtype)
-    cast = repo.pair.load(repo.folder).to(dtype)
-    expected = packed_tensors(plain)
-    for model in (loaded, cast):
-        found = packed_tensors(model)
-        assert found.keys() == expected.keys()
-        assert all(
-            torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in expected.items()
-        )
-        assert model.dtype == dtype
-        assert relative(logits(model).float(), repo.logits) < 0.05
-    if name in ("gpt2", "bert"):  # .to() also casts rotary tables, and wo of T5 stays float32
-        assert torch.equal(logits(loaded), logits(cast))
 
 
 @pytest.mark.parametrize(
@@ -435,54 +273,11 @@ def test_device_maps_on_the_cpu(delta, tmp_path, name, device_map):
 
 # Layers that are not all here do not look their codes up together: other orders of additions.
 ALONE = {"rtol": 1e-5, "atol": 1e-5}
-OFFLOADS = {
-    "llama": {
-        "model.embed_tokens": "cpu",
-        "model.layers.0": "disk",
-        "model.layers.1": "cpu",
-        "model.norm": "disk",
-        "model.rotary_emb": "cpu",
-        "lm_head": "disk",
-    },
-    "t5": {"shared": "disk", "encoder": "disk", "decoder": "disk", "lm_head": "disk"},
-    "llama_tied": {
-        "model.embed_tokens": "disk",
-        "model.layers": "disk",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "disk",
-    },
-    "gpt2": {
-        "transformer.wte": "disk",
-        "transformer.wpe": "disk",
-        "transformer.drop": "cpu",
-        "transformer.h.0": "cpu",
-        "transformer.h.1": "disk",
-        "transformer.ln_f": "cpu",
-        "lm_head": "disk",
-    },
-    "bert_from_headless": {
-        "bert.embeddings": "cpu",
-        "bert.encoder.layer.0": "disk",
-        "bert.encoder.layer.1": "cpu",
-        "cls": "cpu",
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "method"), [*((name, "delta-come") for name in OFFLOADS), *GAUSSIAN]
-)
-def test_disk_offload(delta, tmp_path, name, method):
-    repo = delta(name, method)
-    model = repo.pair.load(repo.folder, device_map=OFFLOADS[name], offload_folder=tmp_path / "off")
-    assert any(p.device.type == "meta" for p in model.parameters())
-    torch.testing.assert_close(logits(model), repo.logits, **ALONE)
 
 
 def test_offloaded_model_says_it_cannot_be_saved_or_merged(delta, tmp_path):
     repo = delta("llama")
-    options = {"device_map": OFFLOADS["llama"], "offload_folder": tmp_path / "off"}
+    options = parts_on_disk(repo.pair, "cpu", tmp_path / "off")
     model = repo.pair.load(repo.folder, **options)
     with pytest.raises(DeltaMixError, match="offload"):
         model.save_pretrained(tmp_path / "again")
@@ -501,8 +296,7 @@ def test_compressing_with_offload_is_refused(pair, tmp_path):
         source.load(
             source.tuned,
             quantization_config=source.config(),
-            device_map=OFFLOADS["llama"],
-            offload_folder=tmp_path / "off",
+            **parts_on_disk(source, "cpu", tmp_path / "off"),
         )
 
 

@@ -1,6 +1,6 @@
 """An interrupted compression goes on where it was and ends with the same bytes.
 
-A crash is simulated at every part that the journal is to keep; the slow test kills real processes.
+A crash is simulated at every part that the store is to keep; the slow test kills real processes.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def test_killed_at_twenty_random_moments(pair, tmp_path):
     print(f"{kills} kills in {jobs} jobs of {duration:.1f} s")
 
 
-def test_a_shelf_is_a_list_on_disk(tmp_path):
+def test_tensor_list(tmp_path):
     store = ResumeStore(tmp_path / "work", "abc")
     tensor_list = TensorList(store, "hidden")
     for i in range(3):

@@ -214,3 +214,35 @@ def test_unseen_features_keep_their_values():
     rows[:, 3] = 0
     factor, probe = root(moment_of(rows).mean()), rows_of(4, seed=2)
     torch.testing.assert_close(unwhiten(whiten(probe, factor), factor), probe, rtol=1e-3, atol=1e-3)
+
+
+def merged(parts, seeds, *limits):
+    moments = [SecondMoment(DIM, *limits, seed=seed) for seed in seeds]
+    for moment, rows in zip(moments, parts, strict=True):
+        moment.add(rows)
+    first, *others = (SecondMoment.restored(*moment.state()) for moment in moments)
+    for other in others:
+        first.merge(other)
+    return first
+
+
+@pytest.mark.parametrize("limits", [(DIM, 8, 100), (8, 8, 16), (8, 8, 100)])
+def test_merged_moments_are_those_of_all_rows(limits):
+    rows = rows_of(64) + rows_of(1, seed=1)
+    found, whole = merged(rows.split(32), (0, 1), *limits), merged([rows], [0], *limits)
+    assert found.count == whole.count == 64
+    torch.testing.assert_close(diagonal(found.mean()), diagonal(whole.mean()))
+    if whole.kind != "sketch":
+        torch.testing.assert_close(found.mean(), whole.mean())
+
+
+def test_merged_sketches_have_signs_of_their_own():
+    """Else rows in one slot would always be added, and their products would not average out."""
+    rows = rows_of(64) + rows_of(1, seed=1)
+    exact = rows.T @ rows
+    errors = []
+    for step in (1, 0):
+        pairs = [(2 * i, 2 * i + step) for i in range(400)]
+        totals = [merged(rows.split(32), pair, 8, 8, 100).total for pair in pairs]
+        errors.append(float((sum(t.T @ t for t in totals) / len(pairs) - exact).norm()))
+    assert errors[0] < 0.1 * exact.norm() < 0.5 * exact.norm() < errors[1]

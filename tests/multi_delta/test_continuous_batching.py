@@ -284,7 +284,10 @@ def test_packed_tokens_are_told_from_heads(heads):
     rows = [None, "a", "b"]
     plain = nn.LayerNorm(3)
     norm = make_routed(copy.deepcopy(plain), router)
-    norm.dm_overlay = {"a": {"weight": torch.full((3,), 2.0)}, "b": {"bias": torch.ones(3)}}
+    norm.dm_row_deltas.overlay = {
+        "a": {"weight": torch.full((3,), 2.0)},
+        "b": {"bias": torch.ones(3)},
+    }
     x = torch.randn(1, tokens, heads, 3)
     expected = plain(x)
     expected[:, 1:3] *= 2
@@ -306,7 +309,7 @@ def test_an_embedding_that_scales_does_so_once():
 
     router, ids = Router(), torch.arange(5)[None]
     table = make_routed(Scaled(5, 2), router)
-    table.dm_overlay = {"a": {"weight": torch.ones(5, 2)}}
+    table.dm_row_deltas.overlay = {"a": {"weight": torch.ones(5, 2)}}
     with router.using(PackedRoute([None, "a"], [3, 2])):
         found = table(ids)
     assert torch.equal(found[0, :3], table.weight[:3] * 3) and (found[0, 3:] == 3).all()

@@ -15,8 +15,8 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta import grouped, routing
-from deltamix_hf.multi_delta import routing as plans
-from deltamix_hf.multi_delta.layers import RoutedModule
+from deltamix_hf.multi_delta.layers import RoutedDeltas
+from deltamix_hf.nn.delta_module import DeltaModule
 from deltamix_hf.ops.dispatch import TRITON, VARIABLE
 
 # Not under coverage, which makes Triton's interpreter three times slower.
@@ -83,7 +83,7 @@ def test_compiled_before_the_first_delta_touches_a_module(family):
     model.load_delta(family.repos["one"], "one")
     deltas = model.dm_deltas
     deltas._remove("one")  # nothing is left but classes, which were changed beforehand
-    assert all(not m.dm_packed and not m.dm_overlay for m in tenant_modules(model))
+    assert all(not m.packed and not m.overlay for m in layer_deltas(model))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     logits(compiled, IDS)
     deltas.pool.entries["one"].resident = False
@@ -92,8 +92,8 @@ def test_compiled_before_the_first_delta_touches_a_module(family):
     torch.testing.assert_close(found, family.alone("one", IDS), **CLOSE)
 
 
-def tenant_modules(model):
-    return [module for module in model.modules() if isinstance(module, RoutedModule)]
+def layer_deltas(model):
+    return [m.dm_row_deltas for m in model.modules() if isinstance(m, DeltaModule)]
 
 
 def test_inductor(family, model):
@@ -161,13 +161,13 @@ def launched(model, monkeypatch):
         }
         monkeypatch.setattr(dk.config, "read", lambda _: large)
     looped = []
-    plain = RoutedModule._with_delta
+    plain = RoutedDeltas.output
 
-    def combined(self, *args):
-        looped.append(self)
-        return plain(self, *args)
+    def output(self, module, *args):
+        looped.append(module)
+        return plain(self, module, *args)
 
-    monkeypatch.setattr(RoutedModule, "_with_delta", combined)
+    monkeypatch.setattr(RoutedDeltas, "output", output)
     return looped
 
 
@@ -189,7 +189,7 @@ def test_deltas_come_and_go_in_the_tables(family, model, launched):
     first = triton_logits(model, IDS, delta_names=MIXED)
     model.delete_delta("one")
     model.delete_delta("three")
-    assert all(not module.dm_table.names - {"two"} for module in tenant_modules(model))
+    assert all(not deltas.table.names - {"two"} for deltas in layer_deltas(model))
     model.load_delta(family.repos["three"], "three")  # into the other's slot
     model.load_delta(family.repos["one"], "one")
     assert torch.equal(triton_logits(model, IDS, delta_names=MIXED), first)
@@ -197,8 +197,8 @@ def test_deltas_come_and_go_in_the_tables(family, model, launched):
 
 
 def test_more_deltas_than_slots(family, model, launched, monkeypatch):
-    monkeypatch.setattr(plans, "SLOTS", 3)
-    with pytest.raises(DeltaMixError, match="tables hold 256 deltas"):
+    model.dm_deltas.router.slots.size = 3
+    with pytest.raises(DeltaMixError, match="tables hold 3 deltas"):
         model.load_delta(family.repos["one"], "four")
     assert "four" not in model.list_deltas()
     monkeypatch.delenv(VARIABLE)
@@ -215,7 +215,7 @@ def recording(monkeypatch):
     """Pretend to record a CUDA graph: launches then read what a replay would."""
 
     def record(on):
-        for module in (plans, routing, grouped):
+        for module in (routing, grouped):
             monkeypatch.setattr(module, "capturing", lambda _: on)
 
     return record

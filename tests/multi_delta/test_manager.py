@@ -106,7 +106,7 @@ def test_a_long_load_shows_its_progress(family, monkeypatch):
     monkeypatch.setattr(manager.logging, "tqdm", tqdm)
     model = loaded(family)
     assert bars == []  # these are small
-    monkeypatch.setattr(manager, "_WORTH_A_BAR", 0)
+    model.dm_deltas.progress_bytes = 0
     model.load_delta(family.repos["one"], "again")
     assert bars == [{"desc": "Loading delta again", "unit": "matrix"}]
 
@@ -114,12 +114,13 @@ def test_a_long_load_shows_its_progress(family, monkeypatch):
 def test_tied_weights_share_a_delta(make_family):
     model = loaded(make_family("llama_tied"))
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    assert set(head.dm_packed) == set(NAMES)
-    assert all(head.dm_packed[name] is embeddings.dm_packed[name] for name in NAMES)
+    head, embeddings = head.dm_row_deltas.packed, embeddings.dm_row_deltas.packed
+    assert set(head) == set(NAMES)
+    assert all(head[name] is embeddings[name] for name in NAMES)
     model.to("meta")
     for name in NAMES:
-        packed = head.dm_packed[name]
-        assert packed is embeddings.dm_packed[name]
+        packed = head[name]
+        assert packed is embeddings[name]
         assert {t.device.type for t in packed.tensors.values()} == {"meta"}
 
 

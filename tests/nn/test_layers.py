@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed_cases import each_codebook, pack
+from packed_cases import each_codebook, pack, quantizer
 from torch import nn
 from transformers import Gemma3TextConfig, OPTConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -162,7 +162,7 @@ def test_detach_restores_the_plain_module(gaussian):
     detach(module)
     x = torch.randn(2, 24)
     assert type(module) is nn.Linear and module.state_dict().keys() == plain.state_dict().keys()
-    assert torch.equal(module(x), plain(x)) and not hasattr(module, "dm_runs")
+    assert torch.equal(module(x), plain(x)) and not hasattr(module, "dm_own")
 
 
 def test_attach_keeps_identity_and_hooks():
@@ -177,7 +177,7 @@ def test_attach_keeps_identity_and_hooks():
 
 @pytest.mark.parametrize(
     ("part", "gaussian"),
-    [(part, gaussian) for gaussian in (False, True) for part in parts(gaussian)],
+    [(part, gaussian) for gaussian in (False, True) for part in parts(quantizer(gaussian))],
 )
 @pytest.mark.parametrize("damage", [lambda t: t[:, :-1], lambda t: t[1:], lambda t: t.int()])
 def test_attach_refuses_what_does_not_fit(part, damage, gaussian):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_pairs import logits, token_ids
 
-from deltamix_hf.nn import shared_input
 from deltamix_hf.nn.layers import delta_modules
 from deltamix_hf.ops import cpu
 from deltamix_hf.ops.dispatch import REFERENCE, TRITON, VARIABLE
@@ -43,7 +42,7 @@ def model(repo, kernel):
 def launches(monkeypatch, kernel):
     """How many matrices each shrink launch, or each look-up of several, had."""
     counted = []
-    module, name = (dk, "shrink") if kernel == TRITON else (cpu, "shrink")
+    module, name = (dk, "shrink") if kernel == TRITON else (cpu, "down_project")
     plain = getattr(module, name)
 
     def shrink(x, matrices, *rest):
@@ -60,12 +59,14 @@ def alone(model):
     twin = copy.deepcopy(model)
     for group in groups(twin):
         for member in group.members:
-            member.dm_siblings = None
+            member.dm_shared_input = None
     return twin
 
 
 def groups(model):
-    found = [m.dm_siblings for m in delta_modules(model).values() if hasattr(m, "dm_siblings")]
+    found = [
+        m.dm_shared_input for m in delta_modules(model).values() if hasattr(m, "dm_shared_input")
+    ]
     return {id(group): group for group in found if group is not None}.values()
 
 
@@ -128,10 +129,10 @@ def test_another_tensor_dissolves_the_group_in_time(model, launches):
     x = torch.randn(2, one.in_features)
     with torch.no_grad():
         expected = [layer(x) for layer in (one, other)]
-        for _ in range(shared_input._MOST_MISSES + 1):  # each with a tensor of its own
+        for _ in range(group.most_misses + 1):  # each with a tensor of its own
             for layer, y in zip((one, other), expected, strict=True):
                 torch.testing.assert_close(layer(x.clone()), y, rtol=1e-5, atol=1e-5)
-    assert one.dm_siblings is None and other.dm_siblings is None
+    assert one.dm_shared_input is None and other.dm_shared_input is None
 
 
 def test_cross_attention_is_left_alone(delta):

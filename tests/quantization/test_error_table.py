@@ -1,5 +1,6 @@
 import pytest
 import torch
+from packed_cases import quantizer
 
 from deltamix_hf.linalg.second_moments import damp
 from deltamix_hf.linalg.svd import thin_svd
@@ -22,7 +23,7 @@ def slow_table(right, sigma, gram, widths, group_size, gaussian):
         for i in range(len(right)):
             row = right[i : i + 1]
             hessian = None if gram is None else damp(gram)
-            near = gptq_rows(row, hessian, torch.tensor([width]), group_size, gaussian)
+            near = gptq_rows(row, hessian, torch.tensor([width]), group_size, quantizer(gaussian))
             error = (row.double() - near.dequantize().double())[0]
             metric = torch.eye(len(error)).double() if gram is None else gram.double()
             table[i, b] = sigma[i].double() ** 2 * (error @ metric @ error)
@@ -35,11 +36,14 @@ def slow_table(right, sigma, gram, widths, group_size, gaussian):
 def test_against_one_rank_and_width_at_a_time(with_gram, group_size, gaussian):
     _, sigma, right, gram = problem()
     gram = gram if with_gram else None
-    table, candidates = error_table(right, sigma, gram, WIDTHS, group_size, gaussian)
+    table, candidates = error_table(right, sigma, gram, WIDTHS, group_size, quantizer(gaussian))
     assert table.dtype == torch.float64 and table.shape == (len(right), 4)
     # A value on a rounding edge may fall either way, so entries are compared to 2 %.
     torch.testing.assert_close(
-        table, slow_table(right, sigma, gram, WIDTHS, group_size, gaussian), rtol=0.02, atol=0
+        table,
+        slow_table(right, sigma, gram, WIDTHS, group_size, gaussian),
+        rtol=0.02,
+        atol=0,
     )
     assert (candidates.rounded.zeros is None) == gaussian
     assert candidates.widths == WIDTHS
@@ -67,10 +71,10 @@ def test_width_zero_is_the_energy_and_more_bits_help():
 @pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
 def test_pick_returns_the_rows_a_second_run_would(gaussian):
     _, sigma, right, gram = problem()
-    _, candidates = error_table(right, sigma, gram, WIDTHS, 16, gaussian)
+    _, candidates = error_table(right, sigma, gram, WIDTHS, 16, quantizer(gaussian))
     bits = torch.tensor([8, 3, 2, 0] * (len(right) // 4))
     picked = pick(candidates, bits)
-    again = gptq_rows(right, damp(gram), bits, 16, gaussian)
+    again = gptq_rows(right, damp(gram), bits, 16, quantizer(gaussian))
     assert torch.equal(picked.codes, again.codes) and torch.equal(picked.scales, again.scales)
     assert torch.equal(picked.bits, bits) and torch.equal(picked.dequantize(), again.dequantize())
     assert picked.codes[3::4].eq(0).all()

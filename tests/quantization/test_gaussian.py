@@ -7,8 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamix_hf.quantization import gaussian
-from deltamix_hf.quantization.gaussian import CUBIC, DISTORTION, decode, encode, fit, levels
+from deltamix_hf.quantization.gaussian import (
+    CUBIC,
+    DISTORTION,
+    GAUSSIAN,
+    decode,
+    encode,
+    fit,
+    levels,
+)
 
 WIDTHS = range(9)
 
@@ -29,6 +36,16 @@ def gaussian_error(table):
     edges = (table[1:] + table[:-1]) / 2
     near = table[torch.bucketize(x, edges)]
     return float(((x - near).square() * density).sum() * (x[1] - x[0]))
+
+
+def rounded(x, bits, group_size):
+    """Codes and scales of the rows of x."""
+    scales, none = GAUSSIAN.fit(x, bits, group_size)
+    return GAUSSIAN.encode(x, scales, none, bits, group_size), scales
+
+
+def dequantize(codes, scales, bits, group_size):
+    return GAUSSIAN.decode(codes, scales, None, bits, group_size)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -101,11 +118,11 @@ def test_the_scale_is_nearly_the_best(bits, shape, weighted):
 @pytest.mark.parametrize("n", [1, 7, 130])
 def test_groups_are_rounded_on_their_own(n, group_size):
     x, bits = normal(9, n) * torch.logspace(-3, 3, 9)[:, None], torch.arange(9)
-    codes, scales = gaussian.round_to_nearest(x, bits, group_size)
-    found = gaussian.dequantize(codes, scales, bits, group_size)
+    codes, scales = rounded(x, bits, group_size)
+    found = dequantize(codes, scales, bits, group_size)
     parts = x.split(group_size or n, dim=1)  # the last one may be shorter
     assert codes.dtype == torch.uint8 and scales.shape == (9, len(parts))
-    assert torch.equal(scales, gaussian.fit_rows(x, bits, group_size))
+    assert torch.equal(scales, GAUSSIAN.fit(x, bits, group_size)[0])
     for i, (part, near) in enumerate(zip(parts, found.split(group_size or n, 1), strict=True)):
         scale = fit(part, bits)
         assert torch.equal(scales[:, i], scale)
@@ -117,8 +134,8 @@ def test_a_single_value_is_met():
     x = torch.tensor([[3.25], [-1e-20], [1e20]])
     for bits in range(1, 9):
         wide = torch.full((3,), bits)
-        codes, scales = gaussian.round_to_nearest(x, wide, 0)
-        assert torch.allclose(gaussian.dequantize(codes, scales, wide, 0), x, rtol=5e-3, atol=0)
+        codes, scales = rounded(x, wide, 0)
+        assert torch.allclose(dequantize(codes, scales, wide, 0), x, rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -127,11 +144,11 @@ def test_a_group_of_zeros_stays_unseen(bits):
     x = normal(1, 24)
     x[:, 8:16] = 0
     wide = torch.tensor([bits])
-    codes, scales = gaussian.round_to_nearest(x, wide, 8)
+    codes, scales = rounded(x, wide, 8)
     assert torch.isfinite(scales).all() and (scales > 0).all()
-    found = gaussian.dequantize(codes, scales, wide, 8)
+    found = dequantize(codes, scales, wide, 8)
     assert found[:, 8:16].abs().max() < 1e-20
-    again, _ = gaussian.round_to_nearest(x[:, :8], wide, 8)
+    again, _ = rounded(x[:, :8], wide, 8)
     assert torch.equal(codes[:, :8], again)
 
 
@@ -145,4 +162,4 @@ def test_scales_follow_the_values():
 def test_wrong_scales_are_named():
     codes, bits = torch.zeros(2, 10, dtype=torch.uint8), torch.tensor([2, 3])
     with pytest.raises(ValueError, match=r"need scales \[2, 3\], got \[2, 1\]"):
-        gaussian.dequantize(codes, torch.ones(2, 1), bits, 4)
+        dequantize(codes, torch.ones(2, 1), bits, 4)

@@ -4,11 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from packed_cases import quantizer
 
 from deltamix_hf.linalg.second_moments import damp
 from deltamix_hf.quantization import gaussian as codebook
-from deltamix_hf.quantization import uniform
+from deltamix_hf.quantization.gaussian import GAUSSIAN
 from deltamix_hf.quantization.gptq import Rounded, gptq_columns, gptq_rows, round_rows
+from deltamix_hf.quantization.uniform import MIN_MAX
 
 
 def gram(n, seed=0, samples=None):
@@ -70,7 +72,7 @@ def slow_rows(weight, hessian, bits, group_size):
 def slow_gaussian_rows(weight, hessian, bits, group_size):
     """Scales are codebook's own (`test_codebook`); levels are found by comparing with all."""
     width = group_size or weight.shape[1]
-    scales = codebook.fit_rows(weight, bits, group_size, hessian.diagonal()).double()
+    scales = GAUSSIAN.fit(weight, bits, group_size, hessian.diagonal())[0].double()
     levels = [codebook.levels(b).double() for b in bits.tolist()]
 
     def quant(i, values):
@@ -103,7 +105,7 @@ def cost(delta, hessian):
 def test_rows_match_the_textbook(group_size, gaussian):
     weight, hessian = normal(6, 150), damp(gram(150))
     bits = torch.tensor([1, 2, 3, 4, 8, 0])
-    fast = gptq_rows(weight, hessian, bits, group_size, gaussian).dequantize()
+    fast = gptq_rows(weight, hessian, bits, group_size, quantizer(gaussian)).dequantize()
     slow = (slow_gaussian_rows if gaussian else slow_rows)(weight, hessian, bits, group_size)
     # A value on a rounding edge may fall either way in float32, and then the rest of its row.
     assert (fast.double() - slow).abs().lt(1e-4).double().mean() > 0.97
@@ -155,7 +157,7 @@ def test_gaussian_rows_beat_rounding_to_nearest(bits, group_size):
         weight, hessian = normal(24, 96, seed=seed), damp(gram(96, seed))
         widths = torch.full((24,), bits)
         swept, plain = (
-            gptq_rows(weight, h, widths, group_size, gaussian=True) for h in (hessian, None)
+            gptq_rows(weight, h, widths, group_size, quantizer=GAUSSIAN) for h in (hessian, None)
         )
         for rounded in (swept, plain):
             assert rounded.zeros is None and rounded.codes.dtype == torch.uint8
@@ -176,7 +178,7 @@ def test_gaussian_beats_min_max_on_normal_rows():
         widths = torch.full((30,), bits)
         near, grouped = (
             cost(gptq_rows(weight, hessian, widths, *kind).dequantize() - weight, hessian)
-            for kind in ((0, True), (128, False))
+            for kind in ((0, GAUSSIAN), (128, MIN_MAX))
         )
         assert near < grouped
 
@@ -184,7 +186,7 @@ def test_gaussian_beats_min_max_on_normal_rows():
 def test_gaussian_rows_of_width_zero_decode_to_zero():
     weight, bits = normal(4, 20), torch.tensor([3, 0, 2, 8])
     for hessian in (None, damp(gram(20))):
-        found = gptq_rows(weight, hessian, bits, 8, gaussian=True)
+        found = gptq_rows(weight, hessian, bits, 8, quantizer=GAUSSIAN)
         assert found.codes[1].eq(0).all() and found.dequantize()[1].eq(0).all()
         assert found.dequantize()[[0, 2, 3]].ne(0).all()  # no level is 0
 
@@ -192,7 +194,7 @@ def test_gaussian_rows_of_width_zero_decode_to_zero():
 @pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
 def test_rows_picked_and_scaled(gaussian):
     weight, bits = normal(5, 40), torch.tensor([2, 3, 4, 8, 2])
-    whole = round_rows(weight, bits, 16, gaussian)
+    whole = round_rows(weight, bits, 16, quantizer(gaussian))
     values = whole.dequantize()
     for index in (torch.tensor([3, 0]), torch.tensor([True, False, False, True, True])):
         part = whole.rows(index)
@@ -217,7 +219,7 @@ def test_identity_hessian_is_plain_rounding():
             assert torch.equal(getattr(plain, name), getattr(swept, name)), name
     costs = normal(40).square()
     for plain, hessian in ((None, torch.eye(40)), (costs, torch.diag(costs))):
-        near, swept = (gptq_rows(weight, h, bits, 16, gaussian=True) for h in (plain, hessian))
+        near, swept = (gptq_rows(weight, h, bits, 16, quantizer=GAUSSIAN) for h in (plain, hessian))
         assert torch.equal(near.codes, swept.codes) and torch.equal(near.scales, swept.scales)
 
 
@@ -226,11 +228,11 @@ def test_dead_columns_are_rounded_on_their_own(gaussian):
     weight, bits = normal(4, 24), torch.full((4,), 4)
     hessian = gram(24)
     hessian[3], hessian[:, 3] = 0, 0
-    result = gptq_rows(weight, hessian, bits, 8, gaussian)
-    plain = gptq_rows(weight, hessian.diagonal(), bits, 8, gaussian)
+    result = gptq_rows(weight, hessian, bits, 8, quantizer(gaussian))
+    plain = gptq_rows(weight, hessian.diagonal(), bits, 8, quantizer(gaussian))
     assert torch.equal(result.codes[:, 3], plain.codes[:, 3])
     hessian[3, 3] = 1e-6 * hessian.diagonal().max()  # the share at which scales are fitted to it
-    alone = gptq_rows(weight, hessian, bits, 8, gaussian)
+    alone = gptq_rows(weight, hessian, bits, 8, quantizer(gaussian))
     assert torch.equal(result.codes, alone.codes)
 
 
@@ -258,7 +260,7 @@ def test_columns_are_equivariant_under_scaling():
 def test_inputs_are_not_changed(dtype):
     weight, hessian, bits = normal(8, 8).to(dtype), gram(8).to(dtype), torch.full((8,), 3)
     before = weight.clone(), hessian.clone()
-    gaussian_rows = partial(gptq_rows, gaussian=True)
+    gaussian_rows = partial(gptq_rows, quantizer=GAUSSIAN)
     for rounder in (gptq_rows, gaussian_rows, gptq_columns):
         result = rounder(weight, hessian, bits, 4)
         assert isinstance(result, Rounded) and result.codes.is_contiguous()
@@ -298,5 +300,6 @@ def test_grid_and_rounded_agree():
     weight, bits = normal(3, 20), torch.tensor([2, 4, 8])
     result = gptq_rows(weight, damp(gram(20)), bits, 8)
     assert torch.equal(
-        result.dequantize(), uniform.dequantize(result.codes, result.scales, result.zeros, 8)
+        result.dequantize(),
+        MIN_MAX.decode(result.codes, result.scales, result.zeros, bits, 8),
     )

@@ -11,7 +11,7 @@ import torch
 from expert_cases import M, N, factors, some_experts
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_cases import both, each_codebook, pack, random_factors
+from packed_cases import both, each_codebook, pack, quantizer, random_factors
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.quantization.packed_delta import PackedDelta, _ranges
@@ -45,12 +45,12 @@ def test_round_trip(case):
     # Ranks with an empty side are gone; the rest is sorted by width, and stable within a width.
     kept = [i for i, (a, b) in enumerate(widths) if a and b]
     order = sorted(kept, key=lambda i: (-v_bits[i], -u_bits[i]))
-    assert packed.rank == len(kept) and packed.gaussian == gaussian
+    assert packed.rank == len(kept) and packed.quantizer is quantizer(gaussian)
     assert torch.equal(packed.right(), v.dequantize()[order])
     assert torch.equal(packed.left(), u.dequantize()[order])
     # Shapes, dtypes and bytes are what the format promises.
-    shapes = part_shapes(m, n, packed.runs, both(group_size), gaussian)
-    assert tuple(packed.tensors) == tuple(shapes) == parts(gaussian)
+    shapes = part_shapes(m, n, packed.runs, both(group_size), quantizer(gaussian))
+    assert tuple(packed.tensors) == tuple(shapes) == parts(quantizer(gaussian))
     for part, tensor in packed.tensors.items():
         assert tuple(tensor.shape) == shapes[part] and tensor.dtype == DTYPES[part]
     assert packed.group_sizes == both(group_size)
@@ -59,7 +59,9 @@ def test_round_trip(case):
         assert found == (packed.runs, packed.group_sizes)
     true_bytes = sum(t.numel() * t.element_size() for t in packed.tensors.values())
     assert sum(packed.nbytes.values()) == true_bytes
-    assert true_bytes == sum(rank_bytes(m, n, *widths[i], both(group_size), gaussian) for i in kept)
+    assert true_bytes == sum(
+        rank_bytes(m, n, *widths[i], both(group_size), quantizer(gaussian)) for i in kept
+    )
 
 
 # docs/format.md: alpha and beta of widths 1 to 8
@@ -148,7 +150,7 @@ def test_the_order_of_ranks_does_not_change_the_delta(gaussian):
 @each_codebook
 def test_every_rank_dropped_is_a_zero_delta(gaussian):
     packed, _ = pack(9, 17, [0, 0, 3], [0, 2, 0], 32, gaussian=gaussian)
-    assert packed.rank == 0 and packed.runs == [] and packed.gaussian == gaussian
+    assert packed.rank == 0 and packed.runs == [] and packed.quantizer is quantizer(gaussian)
     assert sum(packed.nbytes.values()) == 0
     assert torch.equal(packed.dense(), torch.zeros(9, 17))
 
@@ -164,7 +166,7 @@ def test_documented_bytes():
     shapes = {part: tuple(tensor.shape) for part, tensor in packed.tensors.items()}
     assert shapes == {"v": (3, 16), "u": (2, 8), "ranks": (1, 1 + 1 + 1)}
     assert packed.nbytes == {"payload": 48 + 16, "scales": 2 * 2, "metadata": 2}
-    assert rank_bytes(64, 128, 3, 2, (0, 0), gaussian=True) == 48 + 16 + 4 + 2
+    assert rank_bytes(64, 128, 3, 2, (0, 0), quantizer(True)) == 48 + 16 + 4 + 2
 
 
 @pytest.mark.parametrize("width", [0, 9, 15, 16, 3 + 16 * 9, -1, 2**15 - 1])
@@ -209,7 +211,7 @@ def test_a_widths_tensor_without_widths_is_refused(shape):
 def test_split_undoes_join(gaussian):
     experts = some_experts(gaussian)
     joined = PackedDelta.join(experts)
-    assert set(joined.tensors) == set(parts(gaussian, experts=True))
+    assert set(joined.tensors) == set(parts(quantizer(gaussian), experts=True))
     assert joined.counts.tolist() == [3, 0, 1, 5, 1]
     for found, expected in zip(joined.split(), experts, strict=True):
         assert (found is None) == (expected is None)
@@ -323,7 +325,7 @@ def test_no_ranks_at_all_are_refused():
 @each_codebook
 def test_largest_parts_bound_the_real_ones(gaussian):
     tensors = PackedDelta.join(some_experts(gaussian)).tensors
-    bounds = largest_parts(M, N, (0, 0), gaussian, 5)
+    bounds = largest_parts(M, N, (0, 0), quantizer(gaussian), 5)
     assert bounds.keys() == tensors.keys()
     for part, (dtype, shape) in bounds.items():
         assert tensors[part].dtype == dtype

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_cases import quantizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pairs import FAMILIES, weight_bytes
@@ -210,14 +211,14 @@ def test_packed_names(gaussian, experts):
     names = [f"{stem}{kind}" for kind in kinds] + ["a.b.weight", "a.dm_other", "norm.weight"]
     expected = ["a.b.0", "a.b.17"] if experts else ["a.b"]
     found = ([], ["a.b"]) if experts else (["a.b"], [])
-    assert packed_names(names, gaussian, expected) == found
+    assert packed_names(names, quantizer(gaussian), expected) == found
     for kind in kinds:
         with pytest.raises(DeltaMixError, match=rf"lacks {stem}{kind}"):
-            packed_names([name for name in names if name != f"{stem}{kind}"], gaussian)
+            packed_names([name for name in names if name != f"{stem}{kind}"], quantizer(gaussian))
     with pytest.raises(DeltaMixError, match=rf"{stem}zeros"):
-        packed_names(names, not gaussian)  # of the other codebook
+        packed_names(names, quantizer(not gaussian))  # of the other codebook
     with pytest.raises(DeltaMixError, match=r"lacks the packed matrix a\.c"):
-        packed_names(names, gaussian, [*expected, "a.c"])
+        packed_names(names, quantizer(gaussian), [*expected, "a.c"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""What all layers with deltas share: zero, one or many of them beside the base's frozen weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import DeltaMixError
+from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import PREFIX, GroupSizes, Runs
+
+
+def oriented(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight of `module` as the matrix [m outputs, n inputs], or that as its weight.
+
+    GPT-2's `Conv1D` and some experts keep the transpose.
+    """
+    transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+    return weight.T if transposed else weight
+
+
+class RowDeltas(Protocol):
+    """Named deltas of a layer, one for each row of a call (`multi_delta.layers.RoutedDeltas`)."""
+
+    def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the output of `module`, each row with its own delta."""
+
+    def moved(self, module: Any, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow `module`, whose tensors went through `fn`."""
+
+
+class OwnDelta(NamedTuple):
+    """All of a layer's own `PackedDelta` but its tensors: `names` has their parameters by part."""
+
+    m: int
+    n: int
+    group_sizes: GroupSizes
+    runs: Runs
+    names: dict[str, str]
+
+
+class DeltaModule(nn.Module):
+    """A layer of the base with deltas beside it: one of its own, or many by name.
+
+    Its own delta consists of parameters, so that transformers loads, shards and saves it. Named
+    deltas are handed to it as an object, which says which rows of a call take which.
+
+    Attributes:
+        dm_plain_class: the class it was made from, whose forward makes the base's output.
+        dm_own: the layer's own delta by the weight's name, `weight` or a 3-D parameter's.
+        dm_row_deltas: the named deltas; None: all rows take the layer's own.
+    """
+
+    dm_plain_class: Any
+    dm_own: dict[str, OwnDelta]
+    dm_row_deltas: RowDeltas | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.dm_row_deltas is not None:
+            return self.dm_row_deltas.run(self, args, kwargs)
+        return self.straight(*args, **kwargs)
+
+    def straight(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output with the layer's own delta for all rows."""
+        return self.with_delta(self.packed(), None, args, kwargs)
+
+    def plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the output without a delta."""
+        return self.dm_plain_class.forward(self, *args, **kwargs)
+
+    def with_delta(
+        self, packed: Any, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the output with a `PackedDelta`, or None; `base`: the plain output if known."""
+        y = self.plain(args, kwargs) if base is None else base
+        return y if packed is None else y + self.added(packed, first_tensor(args, kwargs), y.dtype)
+
+    def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what a packed delta adds to the output for x, in `dtype`."""
+        raise NotImplementedError
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Any:
+        """Return this module with other parameters and buffers; it shares everything else."""
+        if not tensors:
+            return self
+        shadow = copy.copy(self)
+        for kind in ("_parameters", "_buffers"):
+            own = {key: tensors.get(key, value) for key, value in getattr(self, kind).items()}
+            shadow.__dict__[kind] = own
+        return shadow
+
+    def hold(self, packed: PackedDelta, leaf: str = "weight") -> None:
+        """Make `packed`, whose tensors may be meta, the layer's own delta of one weight."""
+        names = packed.names("" if leaf == "weight" else leaf)
+        own = OwnDelta(packed.m, packed.n, packed.group_sizes, packed.runs, names)
+        self.__dict__.setdefault("dm_own", {})[leaf] = own
+        for part, tensor in packed.tensors.items():
+            parameter: Any = tensor
+            if not isinstance(tensor, nn.Parameter):
+                parameter = nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(names[part], parameter)
+        self.register_buffer(merged_name(leaf), None, persistent=False)
+        getattr(self, leaf).requires_grad_(False)
+
+    def packed(self, leaf: str = "weight") -> PackedDelta:
+        """Return the layer's own delta of one weight."""
+        m, n, group_sizes, runs, names = self.dm_own[leaf]
+        tensors: Any = {part: getattr(self, name) for part, name in names.items()}
+        return PackedDelta(m, n, group_sizes, runs, **tensors)
+
+    def delta_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters of the layer's own delta by name."""
+        return {n: getattr(self, n) for own in self.dm_own.values() for n in own.names.values()}
+
+    @torch.no_grad()
+    def merged_weight(self, dtype: torch.dtype | None = None, leaf: str = "weight") -> Tensor:
+        """Return W_base + Û·V̂, added in float32, in `dtype` (default: the base weight's).
+
+        Raises:
+            DeltaMixError: several processes share the weight.
+        """
+        weight: Tensor = getattr(self, leaf)
+        if hasattr(weight, "device_mesh"):
+            raise DeltaMixError(
+                "the weights are shared out among processes and cannot be merged with the delta; "
+                "load the delta repo in one process for that"
+            )
+        merged = weight.detach().to(dtype or weight.dtype, copy=True)
+        both = (t if t.dim() == 3 else t[None] for t in (merged, weight))  # a matrix is one expert
+        for target, base, packed in zip(*both, self.packed(leaf).split(), strict=True):
+            if packed is not None:
+                target.copy_(base.float() + oriented(self, packed.dense().to(weight.device)))
+        return merged
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.dm_row_deltas is not None:
+            self.dm_row_deltas.moved(self, fn)
+        return self
+
+
+def joined_class(plain: type[nn.Module], bases: tuple[type, ...]) -> Any:
+    """Return the counterpart of a class: a class of its name with these bases, made once."""
+    if bases not in _joined:
+        own = {"dm_plain_class": plain, "__module__": plain.__module__}
+        _joined[bases] = type(plain.__name__, bases, own)
+    return _joined[bases]
+
+
+_joined: dict[Any, Any] = {}
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the first tensor among a call's arguments."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def merged_name(leaf: str) -> str:
+    """Return the name of the buffer, not saved, for the merged weight of `leaf`."""
+    return f"{PREFIX}merged" if leaf == "weight" else f"{leaf}_{PREFIX}merged"
+
+
+def own_deltas(model: nn.Module) -> dict[str, DeltaModule]:
+    """Return all modules with a delta of their own by name, in the model's order."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, DeltaModule)}
+    return {name: module for name, module in found.items() if "dm_own" in module.__dict__}
