@@ -110,7 +110,7 @@ def finding_places(model: nn.Module) -> Iterator[None]:
     except DeltaMixError:
         raise
     except (ValueError, KeyError) as error:
-        if f".{PREFIX}" not in str(error):
+        if PREFIX not in str(error):
             raise
         raise DeltaMixError(
             f"vLLM's {type(model).__name__} has a plain module where the delta repo has a packed "
