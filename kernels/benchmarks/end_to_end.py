@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -134,15 +135,17 @@ def compress(name: str, device: str, method: str, folder: str) -> Iterator[dict]
     """Compress on `device`, save, reload: same logits, nearer to the fine-tune than the base is."""
     from transformers import AutoModelForCausalLM
 
-    from deltamix_hf import DeltaMixConfig
+    from deltamix_hf import METHODS, DeltaMixConfig
 
+    switches = METHODS[method]
+    if switches.tune_steps:
+        switches = replace(switches, tune_steps=3)
     config = DeltaMixConfig(
         base_model=FOLDER / "base",
-        method=method,
+        method=switches,
         ratio=1 / 8,
         calibration=ids(16, 64, seed=5),
         num_samples=16,
-        **({"tune_steps": 3} if method == "deltamix-kl" else {}),
     )
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
