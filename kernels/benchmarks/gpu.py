@@ -72,7 +72,7 @@ STEPS = (  # in order of worth
         python(HERE + "bench.py", "--model", "Llama-3-8B", "--rows", "1", "16", "--ways", "ab"),
         ("--tiny",),
     ),
-    Step("gputests", 100, python(HERE + "gpu_tests.py")),
+    Step("gputests", 125, python(HERE + "gpu_tests.py")),
     Step(
         "compress",
         90,
