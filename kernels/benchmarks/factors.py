@@ -8,8 +8,10 @@ import torch
 from deltamix_kernels import Packed
 from torch import Tensor
 
+from deltamix_hf.quantization.gaussian import GAUSSIAN
 from deltamix_hf.quantization.packed_delta import PackedDelta
 from deltamix_hf.quantization.packed_layout import exponent_of, part_shapes
+from deltamix_hf.quantization.uniform import MIN_MAX
 
 EVERY = [(3, bits, 9 - bits) for bits in range(8, 0, -1)]  # every width on either side
 MIXED = [(2, 8, 8), (3, 8, 4), (5, 4, 3), (9, 3, 2), (18, 2, 2)]
@@ -30,7 +32,7 @@ def random_factors(
     Codes of padding are random too: nothing may depend on them.
     """
     random = torch.Generator(device).manual_seed(seed)
-    shapes = part_shapes(m, n, list(runs), group_sizes, gaussian)
+    shapes = part_shapes(m, n, list(runs), group_sizes, GAUSSIAN if gaussian else MIN_MAX)
     tensors = {
         part: torch.randint(256, shape, dtype=torch.uint8, device=device, generator=random)
         for part, shape in shapes.items()

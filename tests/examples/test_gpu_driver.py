@@ -172,3 +172,11 @@ def test_cases_apart(tmp_path):
     assert "what was wrong" in found["bad", False]["error"]
     assert found["crash", False]["error"] == "the worker died: exit -11"
     assert found["hang", False]["error"] == "killed after 3 s"
+
+
+@pytest.mark.parametrize("gaussian", [True, False])
+def test_random_factors_have_the_library_s_layout(gaussian):
+    factors = load("factors")
+    made = factors.random_factors(40, 72, [(2, 4, 4), (3, 2, 2)], "cpu", 0, (0, 0), gaussian)
+    assert made.rank == 5 and (made.zeros is None) == gaussian
+    assert made.dense().shape == (40, 72) and made.dense().isfinite().all()
