@@ -69,8 +69,15 @@ def decode_expand_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     column = tl.minimum(tile * 8 + g, columns - 1)  # past the end: any codes
-    zero = tl.zeros(g.shape, tl.float32)
-    sums = (zero, zero, zero, zero)
+    sums = ()
+    for i in tl.static_range(4):
+        value = tl.zeros(g.shape, tl.float32)
+        if ADD and i < TOKENS // 4:
+            output = (tile * 8 + 2 * t + i % 2) * 8 + j
+            to = y + (token + i // 2 * 8).to(tl.int64) * length + output
+            live = (output < length) & (token + i // 2 * 8 < rows) & (warp % SHARE == 0)
+            value = tl.load(to, mask=live, other=0.0).to(tl.float32)
+        sums = sums + (value,)
     for b in tl.static_range(1, 9):
         if (WIDTHS >> b) & 1:
             first, slot, size = found[b - 1]
@@ -88,7 +95,4 @@ def decode_expand_kernel(
         output = (tile * 8 + 2 * t + i % 2) * 8 + j
         to = y + (token + i // 2 * 8).to(tl.int64) * length + output
         live = (output < length) & (token + i // 2 * 8 < rows)
-        value = sums[i]
-        if ADD:
-            value += tl.load(to, mask=live, other=0.0).to(tl.float32)
-        tl.store(to, value.to(y.dtype.element_ty), mask=live)
+        tl.store(to, sums[i].to(y.dtype.element_ty), mask=live)

@@ -28,7 +28,7 @@ _TILE = 8  # ranks of a program of shrink
 class ShrinkTiles:
     """share: eights of warps that share the inputs; unroll: loads of codes in flight a thread."""
 
-    share: int = 1
+    share: int = 2
     unroll: int = 4
 
 
@@ -132,7 +132,7 @@ class DecodePlan:
     def shrink(self, x: Tensor, pdl: bool = False) -> Tensor:
         """h [64, slots] of x [rows <= 64, n], with both scales; rows past x's are left alone.
 
-        `pdl`: let a launch that waits for it begin at once.
+        `pdl`: let a launch with `pdl` that follows begin at once; of no consequence to others.
         """
         rows, tiles, x = len(x), self.shrink_tiles, self.aligned(x)
         decode_shrink_kernel[(len(self.v_tiles), triton.cdiv(rows, MOST_FUSED))](

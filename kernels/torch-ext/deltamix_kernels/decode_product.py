@@ -116,14 +116,14 @@ def together(first, loads, rows):
 
 
 @triton.jit
-def prefetch(codes, plane, length, bits: tl.constexpr, WARPS: tl.constexpr):
-    """Ask for `bits` stretches of at most 512·WARPS bytes to come to the L2 cache."""
+def prefetch(codes, plane, length, count, WARPS: tl.constexpr):
+    """Ask for `count` <= 8 stretches of at most 512·WARPS bytes to come to the L2 cache."""
     i = tl.arange(0, 32 * WARPS)
     row, line = i // (4 * WARPS), i % (4 * WARPS) * 128
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l,r",
-        [(codes + row * plane + line).to(tl.int64), ((row < bits) & (line < length)).to(tl.int32)],
+        [(codes + row * plane + line).to(tl.int64), ((row < count) & (line < length)).to(tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

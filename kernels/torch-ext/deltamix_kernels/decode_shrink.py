@@ -8,7 +8,7 @@ columns. The warps' sums are added in one order, so that two runs give the same 
 import triton
 import triton.language as tl
 
-from .decode_product import lanes, multiply, over_warps
+from .decode_product import lanes, multiply, over_warps, prefetch
 
 
 @triton.jit(do_not_specialize=["rows", "stride", "total", "units"])
@@ -39,6 +39,16 @@ def decode_shrink_kernel(
     j = warp // SHARE
     token = tl.program_id(1) * TOKENS + g
     words = tl.pointer_type(tl.int32)
+    if PTX:
+        size = bits * units * 16
+        for start in range(0, size, 512 * 8 * SHARE):
+            prefetch(codes + begin.to(tl.int64) * 16 + start, size, size - start, count, 8 * SHARE)
+    _, row, pair = lanes(1)
+    column = 2 * pair
+    slot0 = tl.load(slots + rank + column, mask=column < count, other=0)
+    slot1 = tl.load(slots + rank + column + 1, mask=column + 1 < count, other=0)
+    scale0 = tl.load(scales + rank + column, mask=column < count, other=0.0)
+    scale1 = tl.load(scales + rank + column + 1, mask=column + 1 < count, other=0.0)
     # past the last rank: any codes
     at = codes.to(words) + begin.to(tl.int64) * 4 + tl.minimum(g, count - 1) * bits * units * 4
     inputs = x.to(words) + token * stride * 4 + j * units * 8
@@ -53,12 +63,11 @@ def decode_shrink_kernel(
                     UNROLL, PTX,
                 )  # fmt: skip
     sums = over_warps(sums, TOKENS, 8 * SHARE)
-    _, g, t = lanes(1)
-    token = tl.program_id(1) * TOKENS + g
-    for i in tl.static_range(TOKENS // 4):
-        column = 2 * t + i % 2
-        live = (column < count) & (token + i // 2 * 8 < rows)
-        slot = tl.load(slots + rank + column, mask=live, other=0)
-        scale = tl.load(scales + rank + column, mask=live, other=0.0)
-        to = h + (token + i // 2 * 8) * total * 16 + slot
-        tl.store(to, (sums[i] * scale).to(h.dtype.element_ty), mask=live)
+    for i in tl.static_range(TOKENS // 8):
+        token = tl.program_id(1) * TOKENS + i * 8 + row
+        to = h + token * total * 16
+        dtype: tl.constexpr = h.dtype.element_ty
+        mask = (column < count) & (token < rows)
+        tl.store(to + slot0, (sums[2 * i] * scale0).to(dtype), mask=mask)
+        mask = (column + 1 < count) & (token < rows)
+        tl.store(to + slot1, (sums[2 * i + 1] * scale1).to(dtype), mask=mask)
