@@ -57,10 +57,10 @@ CUBIC = (
     (0.0158606, 1.05197e-6),
 )
 SHRINK = [  # best known first
-    ShrinkTiles(share=2, unroll=4),
     ShrinkTiles(share=1, unroll=4),
+    ShrinkTiles(share=2, unroll=4),
+    ShrinkTiles(share=1, unroll=2),
     ShrinkTiles(share=2, unroll=2),
-    ShrinkTiles(share=4, unroll=2),
 ]
 EXPAND = [
     ExpandTiles(share=1, unroll=2),
@@ -426,10 +426,8 @@ def part_sweep(options: argparse.Namespace) -> None:
             if found:
                 best = min(found, key=found.__getitem__)
                 BEST[rows][kernel] = table[best]
-                say(
-                    part="sweep", best=best, kernel=kernel, rows=rows,
-                    layer_us=round(found[best], 2), every={i: round(us, 2) for i, us in found.items()},
-                )  # fmt: skip
+                every = {i: round(us, 2) for i, us in found.items()}
+                say(part="sweep", kernel=kernel, rows=rows, best=best, layer_us=every)
     if not CPU:
         write_tiles(Path(options.configs))
 

@@ -70,12 +70,12 @@ def decode_expand_kernel(
         tl.extra.cuda.gdc_wait()
     column = tl.minimum(tile * 8 + g, columns - 1)  # past the end: any codes
     sums = ()
-    for i in tl.static_range(4):
+    for i in tl.static_range(TOKENS):
         value = tl.zeros(g.shape, tl.float32)
-        if ADD and i < TOKENS // 4:
-            output = (tile * 8 + 2 * t + i % 2) * 8 + j
-            to = y + (token + i // 2 * 8).to(tl.int64) * length + output
-            live = (output < length) & (token + i // 2 * 8 < rows) & (warp % SHARE == 0)
+        if ADD and i % 8 < 2:
+            output = (tile * 8 + 2 * t + i % 8) * 8 + j
+            to = y + (token + i // 8 * 8).to(tl.int64) * length + output
+            live = (output < length) & (token + i // 8 * 8 < rows) & (warp % SHARE == 0)
             value = tl.load(to, mask=live, other=0.0).to(tl.float32)
         sums = sums + (value,)
     for b in tl.static_range(1, 9):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .decode_expand import runs_of
-from .decode_product import four, lanes, mma, multiply, over_warps, prefetch, together
+from .decode_product import four, lanes, mma, multiply, no_sums, over_warps, prefetch, together
 
 
 @triton.jit
@@ -29,32 +29,23 @@ def base_product(
     PTX: tl.constexpr,
 ):
     """sums + the product of a thread's output's weights and a token."""
-    c0, c1, c2, c3 = sums
-    live, live8 = token < tokens, token + 8 < tokens
     for start in range(0, length, 4 * WARPS * UNROLL):
-        rows, given, given8, loads = (), (), (), ()
+        rows, given, loads = (), (), ()
         for u in tl.static_range(UNROLL):
             at = start + u * 4 + first
             inside = at < length
             rows = rows + (four(weights + at * 4, inside),)
-            given = given + (four(x + at * 4, inside & live),)
-            loads = loads + (rows[u], given[u])
+            some = (four(x + at * 4, inside & (token < tokens)),)
             if TOKENS == 16:
-                given8 = given8 + (four(x + eighth + at * 4, inside & live8),)
-                loads = loads + (given8[u],)
-            else:
-                given8 = given8 + (given[u],)
+                some = some + (four(x + eighth + at * 4, inside & (token + 8 < tokens)),)
+            given = given + (some,)
+            loads = loads + some + (rows[u],)
         for u in tl.static_range(UNROLL):
-            for w in tl.static_range(2):
-                b0 = rows[u][2 * w]
-                if UNROLL > 1 and u + w == 0:
-                    b0 = together(b0, loads, tokens)
-                c0, c1, c2, c3 = mma(
-                    (c0, c1, c2, c3), given[u][2 * w], given8[u][2 * w],
-                    given[u][2 * w + 1], given8[u][2 * w + 1],
-                    b0, rows[u][2 * w + 1], dtype, TOKENS, PTX,
-                )  # fmt: skip
-    return c0, c1, c2, c3
+            b = rows[u]
+            if UNROLL > 1 and u == 0:
+                b = (together(b[0], loads, tokens), b[1], b[2], b[3])
+            sums = mma(sums, given[u], b, dtype, TOKENS, PTX)
+    return sums
 
 
 @triton.jit(do_not_specialize=["rows", "stride", "units", "total", "m0", "m1", "m2"])
@@ -96,7 +87,6 @@ def decode_fused_kernel(
     warp, g, t = lanes(WARPS)
     words = tl.pointer_type(tl.int32)
     dtype: tl.constexpr = x.dtype.element_ty
-    zero = tl.zeros(g.shape, tl.float32)
     output = tl.minimum(column * 8 + g, length - 1)  # past the end: any weights
     if DELTA:
         found = runs_of(runs, matrix, WIDTHS)
@@ -108,7 +98,7 @@ def decode_fused_kernel(
                 prefetch(at, columns * size * 16, size * 16, b, WARPS)
     # a warp reads 64·UNROLL neighbouring bytes of each row
     sums = base_product(
-        (zero, zero, zero, zero), w.to(words) + output.to(tl.int64) * (units * 4),
+        no_sums(g, TOKENS), w.to(words) + output.to(tl.int64) * (units * 4),
         x.to(words) + g * stride * 4, 8 * stride * 4, warp * (4 * UNROLL) + t, units,
         g, rows, dtype, TOKENS, WARPS, UNROLL, PTX,
     )  # fmt: skip

@@ -28,7 +28,7 @@ _TILE = 8  # ranks of a program of shrink
 class ShrinkTiles:
     """share: eights of warps that share the inputs; unroll: loads of codes in flight a thread."""
 
-    share: int = 2
+    share: int = 1
     unroll: int = 4
 
 
@@ -119,6 +119,8 @@ class DecodePlan:
         return rows
 
     def _options(self, rows: int, pdl: bool) -> dict[str, Any]:
+        """`pdl`: programmatic dependent launch, which the interpreter does not know."""
+        pdl = pdl and not INTERPRETED
         return {"PTX": not INTERPRETED, "PDL": pdl, "TOKENS": 8 if rows <= 8 else 16}
 
     def aligned(self, x: Tensor) -> Tensor:

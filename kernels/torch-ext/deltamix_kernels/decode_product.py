@@ -1,11 +1,11 @@
 """Products of packed codes by single tensor core instructions, with operands only in registers.
 
 Every tensor here has one element a thread. Lane 4g + t of a warp holds, of mma.m16n8k16: of the
-first operand token g (and g + 8), of the second its column g, and of the result token g (g + 8),
-columns 2t and 2t + 1. A sum's terms may come in any order as long as both operands have the same:
-a lane takes four neighbouring ones, where the instruction means 2t, 2t + 1, 2t + 8 and 2t + 9. So a
-word of codes, four byte columns of one element, becomes the second operand of one instruction, and
-nothing passes through shared memory.
+first operand token g, of the second its column g, and of the result token g, columns 2t and 2t + 1.
+A sum's terms may come in any order as long as both operands have the same: a lane takes
+neighbouring ones, where the instruction means 2t, 2t + 1, 2t + 8 and 2t + 9. So a word of codes,
+four byte columns of one element, becomes half of a column of two instructions, and nothing passes
+through shared memory.
 """
 
 import triton
@@ -13,15 +13,11 @@ import triton.language as tl
 
 from .levels import level_pairs
 
-_TYPES = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
-_EIGHT = (
-    "{{ .reg .b32 z; .reg .f32 d, e, f; mov.b32 z, 0; mov.f32 f, 0f00000000; "
-    + _TYPES
-    + "{{$0, $1, d, e}}, {{$2, z, $3, z}}, {{$4, $5}}, {{$6, $7, f, f}}; }}"
+_MMA = (
+    "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
+    "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
 )
-_SIXTEEN = _TYPES + "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
-_EIGHTS = tl.constexpr([_EIGHT.format(t) for t in ("bf16", "f16")])
-_SIXTEENS = tl.constexpr([_SIXTEEN.format(t) for t in ("bf16", "f16")])
+_MMAS = tl.constexpr([_MMA.format(t) for t in ("bf16", "f16")])
 
 
 @triton.jit
@@ -39,14 +35,6 @@ def four(at, mask):
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
     return w0, w1, w2, w3
-
-
-@triton.jit
-def eight(at, mask):
-    """Eight words from each address on."""
-    w0, w1, w2, w3 = four(at, mask)
-    w4, w5, w6, w7 = four(at + 4, mask)
-    return w0, w1, w2, w3, w4, w5, w6, w7
 
 
 @triton.jit
@@ -73,33 +61,48 @@ def _product(sums, a, b):
 
 
 @triton.jit
-def mma(sums, a0, a1, a2, a3, b0, b1, dtype: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.constexpr):
-    """sums + the product of sixteen terms; TOKENS 8 leaves a1, a3 and the last two sums out.
-
-    a0, a2: the words of token g, a1, a3: of token g + 8; b0, b1: of column g.
-    """
+def _mma(sums, a, b0, b1, dtype: tl.constexpr, PTX: tl.constexpr):
+    """sums + one instruction's product, as four float32 a thread."""
     if not PTX:
         b = _operand(b0, b1, dtype)
-        c0, c1 = _product((sums[0], sums[1]), _operand(a0, a2, dtype), b)
-        if TOKENS == 8:
-            return c0, c1, sums[2], sums[3]
-        else:
-            c2, c3 = _product((sums[2], sums[3]), _operand(a1, a3, dtype), b)
-            return c0, c1, c2, c3
-    elif TOKENS == 8:
-        text: tl.constexpr = _EIGHTS[0] if dtype == tl.bfloat16 else _EIGHTS[1]
-        c0, c1 = tl.inline_asm_elementwise(
-            text, "=f,=f,r,r,r,r,f,f", [a0, a2, b0, b1, sums[0], sums[1]],
-            dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
-        return c0, c1, sums[2], sums[3]
+        c0, c1 = _product((sums[0], sums[1]), _operand(a[0], a[2], dtype), b)
+        c2, c3 = _product((sums[2], sums[3]), _operand(a[1], a[3], dtype), b)
+        return c0, c1, c2, c3
     else:
-        text: tl.constexpr = _SIXTEENS[0] if dtype == tl.bfloat16 else _SIXTEENS[1]
+        text: tl.constexpr = _MMAS[0] if dtype == tl.bfloat16 else _MMAS[1]
         return tl.inline_asm_elementwise(
             text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-            [a0, a1, a2, a3, b0, b1, sums[0], sums[1], sums[2], sums[3]],
+            [a[0], a[1], a[2], a[3], b0, b1, sums[0], sums[1], sums[2], sums[3]],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def no_sums(like, TOKENS: tl.constexpr):
+    """Zeros for `mma`: eight float32 a thread and eight tokens."""
+    zero = tl.zeros(like.shape, tl.float32)
+    sums = ()
+    for _ in tl.static_range(TOKENS):
+        sums = sums + (zero,)
+    return sums
+
+
+@triton.jit
+def mma(sums, inputs, b, dtype: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.constexpr):
+    """sums + the product of 32 terms: four words a thread of each eight tokens and of a column.
+
+    The words of a token, as they were loaded, are the first operand of two instructions. It has
+    rows for tokens g and g + 8; both mean token g here, the first with words 0 and 2, the second
+    with words 1 and 3. The first instruction gets words 0 and 2 of the column, and only its first
+    row counts, the other one words 1 and 3.
+    """
+    done = ()
+    for i in tl.static_range(TOKENS // 8):
+        a = inputs[i]
+        even = (sums[8 * i], sums[8 * i + 1], sums[8 * i + 2], sums[8 * i + 3])
+        odd = (sums[8 * i + 4], sums[8 * i + 5], sums[8 * i + 6], sums[8 * i + 7])
+        done = done + _mma(even, a, b[0], b[2], dtype, PTX) + _mma(odd, a, b[1], b[3], dtype, PTX)
+    return done
 
 
 @triton.jit
@@ -157,7 +160,7 @@ def byte_rows(at, plane, j, mask, bits: tl.constexpr):
 
 @triton.jit
 def multiply(
-    sums,  # four float32 a thread, see `mma`
+    sums,  # see `mma`
     codes,  # int32 pointers: first byte row of this thread's column of the product
     plane,  # words from one byte row to the next
     inputs,  # int32 pointers: first input of token g
@@ -175,58 +178,58 @@ def multiply(
     PTX: tl.constexpr,
 ):
     """sums + the product of all terms."""
-    c0, c1, c2, c3 = sums
-    live, live8 = token < tokens, token + 8 < tokens
+    live = token < tokens
     for start in range(0, length, STEP * UNROLL):
-        rows, given, given8, loads = (), (), (), ()
+        rows, given, loads = (), (), ()
         for u in tl.static_range(UNROLL):
             at = start + u * STEP + first
             inside = at < length
             rows = rows + (byte_rows(codes + at * 4, plane, j, inside, bits),)
-            given = given + (eight(inputs + at * 8, inside & live),)
-            loads = loads + rows[u] + (given[u],)
-            if TOKENS == 16:
-                given8 = given8 + (eight(inputs + eighth + at * 8, inside & live8),)
-                loads = loads + (given8[u],)
-            else:
-                given8 = given8 + (given[u],)
+            loads = loads + rows[u]
+            for half in tl.static_range(2):
+                to = inputs + at * 8 + half * 4
+                some = (four(to, inside & live),)
+                if TOKENS == 16:
+                    some = some + (four(to + eighth, inside & (token + 8 < tokens)),)
+                given = given + (some,)
+                loads = loads + some
         for u in tl.static_range(UNROLL):
-            for w in tl.static_range(4):
-                if bits == 7:
-                    planes = (rows[u][0][w], rows[u][1][w], rows[u][2][w])
-                elif bits == 6 or bits == 5 or bits == 3:
-                    planes = (rows[u][0][w], rows[u][1][w])
-                else:
-                    planes = (rows[u][0][w],)
-                if UNROLL > 1 and u + w == 0:
-                    head = (together(planes[0], loads, tokens),)
-                    for i in tl.static_range(1, len(planes)):
-                        head = head + (planes[i],)
-                    planes = head
-                b0, b1 = level_pairs(planes, j, bits, dtype, PTX)
-                c0, c1, c2, c3 = mma(
-                    (c0, c1, c2, c3), given[u][2 * w], given8[u][2 * w],
-                    given[u][2 * w + 1], given8[u][2 * w + 1], b0, b1, dtype, TOKENS, PTX,
-                )  # fmt: skip
-    return c0, c1, c2, c3
+            for half in tl.static_range(2):
+                b = ()
+                for w in tl.static_range(2 * half, 2 * half + 2):
+                    planes = ()
+                    for i in tl.static_range(len(rows[u])):
+                        word = rows[u][i][w]
+                        if UNROLL > 1 and u + w + i == 0:
+                            word = together(word, loads, tokens)
+                        planes = planes + (word,)
+                    b = b + level_pairs(planes, j, bits, dtype, PTX)
+                sums = mma(sums, given[2 * u + half], b, dtype, TOKENS, PTX)
+    return sums
 
 
 @triton.jit
 def over_warps(sums, TOKENS: tl.constexpr, SHARE: tl.constexpr):
-    """`sums` added up over groups of SHARE neighbouring warps, one element a thread of the rest."""
-    if SHARE == 1:
-        return sums
+    """What `mma` summed, added up over groups of SHARE neighbouring warps.
+
+    Columns 2t and 2t + 1 of token g, and of token g + 8 for 16 tokens, one element a thread of the
+    remaining warps.
+    """
+    c0, c1 = sums[0] + sums[6], sums[1] + sums[7]
+    rest: tl.constexpr = c0.shape[0] // 32 // SHARE
+    if TOKENS == 8:
+        if SHARE == 1:
+            return c0, c1
+        both = tl.sum(tl.reshape(tl.join(c0, c1), [rest, SHARE, 32, 2]), 1)
+        c0, c1 = tl.split(both)
+        return tl.reshape(c0, [rest * 32]), tl.reshape(c1, [rest * 32])
     else:
-        rest: tl.constexpr = sums[0].shape[0] // 32 // SHARE
-        if TOKENS == 8:
-            both = tl.reshape(tl.join(sums[0], sums[1]), [rest, SHARE, 32, 2])
-            c0, c1 = tl.split(tl.sum(both, 1))
-            c0, c1 = tl.reshape(c0, [rest * 32]), tl.reshape(c1, [rest * 32])
-            return c0, c1, c0, c1
-        else:
-            both = tl.join(tl.join(sums[0], sums[1]), tl.join(sums[2], sums[3]))
-            both = tl.sum(tl.reshape(both, [rest, SHARE, 32, 2, 2]), 1)
-            even, odd = tl.split(tl.reshape(both, [rest * 32, 2, 2]))
-            c0, c1 = tl.split(even)
-            c2, c3 = tl.split(odd)
+        c2, c3 = sums[8] + sums[14], sums[9] + sums[15]
+        if SHARE == 1:
             return c0, c1, c2, c3
+        both = tl.join(tl.join(c0, c1), tl.join(c2, c3))
+        both = tl.sum(tl.reshape(both, [rest, SHARE, 32, 2, 2]), 1)
+        even, odd = tl.split(tl.reshape(both, [rest * 32, 2, 2]))
+        c0, c1 = tl.split(even)
+        c2, c3 = tl.split(odd)
+        return c0, c1, c2, c3

@@ -8,7 +8,7 @@ columns. The warps' sums are added in one order, so that two runs give the same 
 import triton
 import triton.language as tl
 
-from .decode_product import lanes, multiply, over_warps, prefetch
+from .decode_product import lanes, multiply, no_sums, over_warps, prefetch
 
 
 @triton.jit(do_not_specialize=["rows", "stride", "total", "units"])
@@ -52,8 +52,7 @@ def decode_shrink_kernel(
     # past the last rank: any codes
     at = codes.to(words) + begin.to(tl.int64) * 4 + tl.minimum(g, count - 1) * bits * units * 4
     inputs = x.to(words) + token * stride * 4 + j * units * 8
-    zero = tl.zeros(g.shape, tl.float32)
-    sums = (zero, zero, zero, zero)
+    sums = no_sums(g, TOKENS)
     for b in tl.static_range(1, 9):
         if (WIDTHS >> b) & 1:
             if bits == b:
