@@ -61,7 +61,7 @@ def test_the_delta_is_added(matrices, n, shrink, expand, rows, dtype):
 @pytest.mark.parametrize(("matrices", "n"), GROUPS)
 @pytest.mark.parametrize(
     ("rows", "dtype", "tiles"),
-    [(1, torch.bfloat16, FusedTiles()), (13, torch.float16, FusedTiles(warps=2, unroll=1))],
+    [(1, torch.bfloat16, FusedTiles()), (13, torch.float16, FusedTiles(2, 1, columns=2))],
 )
 def test_base_and_delta_in_one_launch(matrices, n, tiles, rows, dtype):
     n = -(-n // 8) * 8

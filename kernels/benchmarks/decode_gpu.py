@@ -41,7 +41,7 @@ from torch import Tensor
 CONFIGS = Path(deltamix_kernels.__file__).parent / "configs"
 CPU = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if CPU else "cuda")
-LINEARS = block(40, 32, 48) if INTERPRETED else block(4096, 1024, 14336)
+LINEARS = block(16, 16, 16) if INTERPRETED else block(4096, 1024, 14336)
 SETS = 1 if CPU else 8  # of codes: 27 MB each against an L2 cache of 50 MB
 BASE_SETS = 1 if CPU else 2  # of base weights: 436 MB each
 # Of the norm. A GPU rounds to bfloat16, the interpreter truncates.
@@ -72,7 +72,7 @@ FUSED = [
     FusedTiles(warps=4, unroll=4),
     FusedTiles(warps=4, unroll=8),
     FusedTiles(warps=8, unroll=4),
-    FusedTiles(warps=8, unroll=2),
+    FusedTiles(warps=4, unroll=4, columns=2),
 ]
 
 
@@ -334,13 +334,15 @@ def part_base(options: argparse.Namespace) -> None:
         for j, linear in enumerate(LINEARS):
             if linear.name in ("v_proj", "up_proj"):
                 continue
-            seconds, least = time_graph(lambda i: F.linear(xs[linear.n], sets[i][j]), BASE_SETS)
+            seconds, least = time_graph(
+                lambda i, x=xs[linear.n], j=j: F.linear(x, sets[i][j]), BASE_SETS
+            )
             say(
                 part="base", what=linear.name, rows=rows, us=seconds * 1e6, least=least * 1e6,
                 TBps=linear.base_bytes / seconds / 1e12,
             )  # fmt: skip
         seconds, least = time_graph(
-            lambda i: [F.linear(xs[w.shape[1]], w) for w in sets[i]], BASE_SETS
+            lambda i, xs=xs: [F.linear(xs[w.shape[1]], w) for w in sets[i]], BASE_SETS
         )
         say(part="base", what="layer", rows=rows, us=seconds * 1e6, least=least * 1e6)
 

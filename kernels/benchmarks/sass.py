@@ -119,7 +119,7 @@ def layer(counts: dict[int, dict[str, Counts]]) -> dict[str, float]:
                     few[kernel] += -(-padded(ranks) // step) * c.loop
             few["expand"] += counts[2]["expand"].straight
             found["expand"] += -(-p.m // 64) * 8 * e.share * few["expand"]
-            found["fused"] += -(-p.m // 8) * f.warps * few["fused"]
+            found["fused"] += -(-p.m // 8) * f.warps * few["fused"]  # a column at a time
     sizes["fused"] = sizes["expand"]
     return {kernel: found[kernel] / sizes[kernel] for kernel in found}
 

@@ -43,10 +43,11 @@ class ExpandTiles:
 
 @dataclass(frozen=True)
 class FusedTiles:
-    """Warps of a program, loads of base weights in flight a thread."""
+    """Warps of a program, loads of base weights in flight a thread and column, byte columns."""
 
     warps: int = 4
     unroll: int = 4
+    columns: int = 1
 
 
 def _bfloat(bits: Tensor) -> Tensor:
@@ -201,7 +202,8 @@ class DecodePlan:
         assert x.stride(0) % 8 == 0 and all(w.is_contiguous() for w in weights)
         assert all(y.is_contiguous() and y.dtype == self.dtype for y in outputs)
         full, lengths = self._three(outputs)
-        decode_fused_kernel[(sum(triton.cdiv(p.m, 8) for p in self.matrices),)](
+        programs = sum(triton.cdiv(p.m, 8 * tiles.columns) for p in self.matrices)
+        decode_fused_kernel[(programs,)](
             x,
             *self._three(weights)[0],
             self.h,
@@ -216,6 +218,7 @@ class DecodePlan:
             DELTA=delta,
             WIDTHS=self.u_widths,
             WARPS=tiles.warps,
+            COLUMNS=tiles.columns,
             UNROLL=tiles.unroll,
             num_warps=tiles.warps,
             **self._options(rows, pdl),

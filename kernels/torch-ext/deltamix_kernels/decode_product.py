@@ -28,9 +28,16 @@ def lanes(WARPS: tl.constexpr):
 
 
 @triton.jit
-def four(at, mask):
-    """Four words from each address on, an int32 pointer to 16 aligned bytes; 0 where masked."""
-    both = tl.load(at[:, None] + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0)
+def four(at, mask, ONCE: tl.constexpr = False):
+    """Four words from each address on, an int32 pointer to 16 aligned bytes; 0 where masked.
+
+    ONCE: leave the L1 cache to others.
+    """
+    words = at[:, None] + tl.arange(0, 4)[None, :]
+    if ONCE:
+        both = tl.load(words, mask=mask[:, None], other=0, cache_modifier=".cg")
+    else:
+        both = tl.load(words, mask=mask[:, None], other=0)
     even, odd = tl.split(tl.reshape(both, [at.shape[0], 2, 2]))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
@@ -88,6 +95,15 @@ def no_sums(like, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def some_of(sums, first: tl.constexpr, count: tl.constexpr):
+    """A part of a tuple."""
+    found = ()
+    for i in tl.static_range(first, first + count):
+        found = found + (sums[i],)
+    return found
+
+
+@triton.jit
 def mma(sums, inputs, b, dtype: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.constexpr):
     """sums + the product of 32 terms: four words a thread of each eight tokens and of a column.
 
@@ -99,8 +115,7 @@ def mma(sums, inputs, b, dtype: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.cons
     done = ()
     for i in tl.static_range(TOKENS // 8):
         a = inputs[i]
-        even = (sums[8 * i], sums[8 * i + 1], sums[8 * i + 2], sums[8 * i + 3])
-        odd = (sums[8 * i + 4], sums[8 * i + 5], sums[8 * i + 6], sums[8 * i + 7])
+        even, odd = some_of(sums, 8 * i, 4), some_of(sums, 8 * i + 4, 4)
         done = done + _mma(even, a, b[0], b[2], dtype, PTX) + _mma(odd, a, b[1], b[3], dtype, PTX)
     return done
 
