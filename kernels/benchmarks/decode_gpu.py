@@ -41,7 +41,7 @@ from torch import Tensor
 CONFIGS = Path(deltamix_kernels.__file__).parent / "configs"
 CPU = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if CPU else "cuda")
-LINEARS = block(16, 16, 16) if INTERPRETED else block(4096, 1024, 14336)
+LINEARS = block(32, 16, 32) if INTERPRETED else block(4096, 1024, 14336)
 SETS = 1 if CPU else 8  # of codes: 27 MB each against an L2 cache of 50 MB
 BASE_SETS = 1 if CPU else 2  # of base weights: 436 MB each
 # Of the norm. A GPU rounds to bfloat16, the interpreter truncates.
@@ -74,6 +74,10 @@ FUSED = [
     FusedTiles(warps=8, unroll=4),
     FusedTiles(warps=4, unroll=4, columns=2),
 ]
+
+
+if INTERPRETED:
+    SHRINK, EXPAND, FUSED = [ShrinkTiles(1, 1)], [ExpandTiles(1, 1)], [FusedTiles(1, 1)]
 
 
 def say(**found: Any) -> None:
@@ -415,7 +419,7 @@ def part_sweep(options: argparse.Namespace) -> None:
         BEST[rows] = dict(FIRST)
         for kernel, table in TABLES.items():
             found: dict[int, float] = {}
-            for i, tiles in enumerate(table[: 1 if CPU else None]):
+            for i, tiles in enumerate(table):
                 if time.perf_counter() > end:
                     continue
                 what = {"part": "sweep", "number": i, "tiles": dataclasses.asdict(tiles)}
