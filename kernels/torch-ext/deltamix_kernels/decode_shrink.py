@@ -65,8 +65,7 @@ def decode_shrink_kernel(
     for i in tl.static_range(TOKENS // 8):
         token = tl.program_id(1) * TOKENS + i * 8 + row
         to = h + token * total * 16
-        dtype: tl.constexpr = h.dtype.element_ty
         mask = (column < count) & (token < rows)
-        tl.store(to + slot0, (sums[2 * i] * scale0).to(dtype), mask=mask)
+        tl.store(to + slot0, (sums[2 * i] * scale0).to(h.dtype.element_ty), mask=mask)
         mask = (column + 1 < count) & (token < rows)
-        tl.store(to + slot1, (sums[2 * i + 1] * scale1).to(dtype), mask=mask)
+        tl.store(to + slot1, (sums[2 * i + 1] * scale1).to(h.dtype.element_ty), mask=mask)
