@@ -2,10 +2,12 @@
 
     python kernels/benchmarks/decode_gpu.py PART ... [--rows 1 4 16] [--seconds 30]
 
-PARTs: compile (fill Triton's cache, no GPU needed), check, base, kernels, layer, sweep, old. A
-fault of the GPU ends a process: give each what should survive the others. A line that starts with
-"{" is a result, printed as soon as it is there. Nothing is timed whose result is wrong.
-TRITON_INTERPRET=1 runs all parts on a CPU with a small model; its times mean nothing.
+PARTs: compile (fill Triton's cache, no GPU needed), check, base, sweep (each kernel alone with all
+tiles; layer and kernels then take
+the best), layer, kernels, old. A fault of the GPU
+ends a process: give each what should survive the others. A line that starts with "{" is a result,
+printed as soon as it is there. Nothing is timed whose result is wrong. TRITON_INTERPRET=1 runs all
+parts on a CPU with a small model; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -21,22 +23,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+import deltamix_kernels
 import torch
 import torch.nn.functional as F
 import triton
 from compile_only import launches
 from deltamix_kernels import INTERPRETED, Packed, delta_linear, finish_linear, shrink
-from deltamix_kernels.decode_plan import DecodePlan, ExpandTiles, ShrinkTiles
+from deltamix_kernels.decode_plan import DecodePlan, ExpandTiles, FusedTiles, ShrinkTiles
 from deltamix_kernels.layout import rank_count
 from deltamix_kernels.prepack import unpack_codes
 from shapes import Linear, block, runs
 from torch import Tensor
 
+CONFIGS = Path(deltamix_kernels.__file__).parent / "configs"
 CPU = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if CPU else "cuda")
-LINEARS = block(64, 16, 96) if INTERPRETED else block(4096, 1024, 14336)
+LINEARS = block(32, 16, 32) if INTERPRETED else block(4096, 1024, 14336)
 SETS = 1 if CPU else 8  # of codes: 27 MB each against an L2 cache of 50 MB
 BASE_SETS = 1 if CPU else 2  # of base weights: 436 MB each
 # Of the norm. A GPU rounds to bfloat16, the interpreter truncates.
@@ -52,26 +57,27 @@ CUBIC = (
     (0.0158606, 1.05197e-6),
 )
 SHRINK = [  # best known first
-    ShrinkTiles(R=32, C=32, S=4, splits=4),
-    ShrinkTiles(R=32, C=32, S=4, splits=2),
-    ShrinkTiles(R=32, C=32, S=4, splits=1),
-    ShrinkTiles(R=16, C=32, S=4, splits=2),
-    ShrinkTiles(R=16, C=32, S=4, splits=1),
-    ShrinkTiles(R=16, C=32, S=8, splits=1),
-    ShrinkTiles(R=32, C=32, S=1, splits=16, stages=3),
-    ShrinkTiles(R=64, C=32, S=4, splits=4),
+    ShrinkTiles(share=1, unroll=4),
+    ShrinkTiles(share=2, unroll=4),
+    ShrinkTiles(share=1, unroll=2),
+    ShrinkTiles(share=2, unroll=2),
 ]
 EXPAND = [
-    ExpandTiles(R=32, C=16, S=4, programs=264),
-    ExpandTiles(R=32, C=16, S=4, programs=132),
-    ExpandTiles(R=32, C=16, S=4, programs=528),
-    ExpandTiles(R=32, C=16, S=4, programs=1),  # never split
-    ExpandTiles(R=32, C=16, S=8, programs=1),
-    ExpandTiles(R=32, C=16, S=2, programs=528),
-    ExpandTiles(R=64, C=16, S=1, programs=1056, stages=3),
-    ExpandTiles(R=32, C=16, S=4, programs=264, stages=3),
-    ExpandTiles(R=64, C=16, S=4, programs=264),
+    ExpandTiles(share=1, unroll=2),
+    ExpandTiles(share=1, unroll=4),
+    ExpandTiles(share=2, unroll=2),
+    ExpandTiles(share=4, unroll=1),
 ]
+FUSED = [
+    FusedTiles(warps=4, unroll=4),
+    FusedTiles(warps=4, unroll=8),
+    FusedTiles(warps=8, unroll=4),
+    FusedTiles(warps=4, unroll=4, columns=2),
+]
+
+
+if INTERPRETED:
+    SHRINK, EXPAND, FUSED = [ShrinkTiles(1, 1)], [ExpandTiles(1, 1)], [FusedTiles(1, 1)]
 
 
 def say(**found: Any) -> None:
@@ -108,16 +114,16 @@ def values(packed: Packed, side: int) -> Tensor:
     return torch.cat(found) * scale[:, None]
 
 
-def plans(
-    dtype: torch.dtype = torch.bfloat16,
-    tiles: tuple[ShrinkTiles, ExpandTiles] = (SHRINK[0], EXPAND[0]),
-    device: torch.device = DEVICE,
-) -> list[DecodePlan]:
+def plans(dtype: torch.dtype = torch.bfloat16, device: torch.device = DEVICE) -> list[DecodePlan]:
     """One plan a group of the layer."""
     return [
-        DecodePlan([random_packed(linear, device) for linear in some], dtype, *tiles)
+        DecodePlan([random_packed(linear, device) for linear in some], dtype, **_defaults())
         for some in groups()
     ]
+
+
+def _defaults() -> Tiles:
+    return {f"{kernel}_tiles": table[0] for kernel, table in TABLES.items()}
 
 
 def outputs(plan: DecodePlan, rows: int) -> list[Tensor]:
@@ -128,33 +134,50 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted).norm() / wanted.norm())
 
 
-def wrong(plan: DecodePlan, rows: int, pdl: bool = False) -> float:
-    """Largest relative error of a plan's outputs on fresh inputs; infinite if two runs differ."""
-    x = torch.randn(rows, plan.n, device=DEVICE, dtype=plan.dtype)
-    wanted = [x.double() @ values(p, 0).T @ values(p, 1) for p in plan.matrices]
-    worst, first = 0.0, None
+_REFERENCES: dict[tuple[int, int], tuple[Tensor, list[Tensor]]] = {}
+
+
+def reference(plan: DecodePlan, rows: int) -> tuple[Tensor, list[Tensor]]:
+    """Inputs, and the deltas' outputs of them in float64."""
+    key = (id(plan.v), rows)
+    if key not in _REFERENCES:
+        x = torch.randn(rows, plan.n, device=DEVICE, dtype=plan.dtype)
+        wanted = [x.double() @ values(p, 0).T @ values(p, 1) for p in plan.matrices]
+        _REFERENCES[key] = x, wanted
+    return _REFERENCES[key]
+
+
+def wrong(
+    plan: DecodePlan, rows: int, pdl: bool = False, weights: list[Tensor] | None = None
+) -> float:
+    """Largest relative error of a plan's outputs; infinite if two runs differ.
+
+    Of shrink and expand, or with base weights of shrink and the fused kernel.
+    """
+    x, wanted = reference(plan, rows)
+    worst, runs = 0.0, []
     for add in (False, True, True):
         ys = [torch.full_like(y, float("nan")) for y in outputs(plan, rows)]
-        bases = [torch.zeros_like(y) for y in ys]
-        if add:
+        bases = [torch.zeros_like(w) for w in wanted]
+        if add and not weights:
             torch.manual_seed(1)
             bases = [
                 torch.randn_like(y) * w.std().to(y.dtype) for y, w in zip(ys, wanted, strict=True)
             ]
             ys = [base.clone() for base in bases]
         plan.h[:, plan.slots.long()] = float("nan")
-        for parts in plan._parts.values():
-            for part in parts:
-                part.fill_(float("nan"))
-        plan.shrink(x, pdl)
-        plan.expand(ys, add, pdl)
+        plan.shrink(x, True)
+        if weights:
+            bases = [F.linear(x.double(), w.double()) for w in weights]
+            plan.fused(x, weights, ys, pdl=pdl)
+        else:
+            plan.expand(ys, add, pdl)
         for y, base, w in zip(ys, bases, wanted, strict=True):
-            worst = max(worst, error(y, w + base.double()))
-            if not bool(torch.isfinite(y).all()):
-                worst = float("inf")
-        if add and first is not None and not all(map(torch.equal, first, ys)):
-            worst = float("inf")
-        first = ys if add else None
+            off = float((y.double() - base.double() - w).norm() / (base.double() + w).norm())
+            worst = max(worst, off if bool(torch.isfinite(y).all()) else float("inf"))
+        runs.append(ys)
+    if not all(map(torch.equal, runs[1], runs[2])):
+        return float("inf")
     return worst
 
 
@@ -182,20 +205,29 @@ def time_graph(run: Callable[[int], object], count: int, loops: int = 4) -> tupl
     return statistics.median(found[3:]), min(found[3:])
 
 
-def variants(rows: list[int]) -> Iterator[tuple[int, int, int, str, dict[str, bool]]]:
-    """(shrink tiles, expand tiles, rows, kernel, options) of all that the parts launch."""
-    for m in dict.fromkeys(max(8, triton.next_power_of_2(r)) for r in rows):
-        for pdl in (False, True):
-            yield 0, 0, m, "shrink", {"pdl": pdl}
-            for add in (True, False):
-                yield 0, 0, m, "expand", {"pdl": pdl, "add": add}
-    for m in dict.fromkeys(max(8, triton.next_power_of_2(r)) for r in rows):
-        for i in range(1, max(len(SHRINK), len(EXPAND))):
-            if i < len(SHRINK):
-                yield i, 0, m, "shrink", {}
-            if i < len(EXPAND):
-                yield 0, i, m, "expand", {}
-    yield from ((g, 0, 1, "old", {}) for g in range(4))
+TABLES = {"shrink": SHRINK, "expand": EXPAND, "fused": FUSED}
+Tiles = dict[str, Any]  # of "shrink", "expand" and "fused"
+FIRST: Tiles = {kernel: table[0] for kernel, table in TABLES.items()}
+
+
+def classes(rows: list[int]) -> list[int]:
+    """A row count for each of what the kernels are compiled for: up to 8 rows and more."""
+    return sorted({1 if r <= 8 else 16 for r in rows})
+
+
+def variants(rows: list[int]) -> Iterator[tuple[str, int, int, dict[str, bool]]]:
+    """(kernel, number of its tiles, rows, options) of all that the parts launch."""
+    for i in range(max(map(len, TABLES.values()))):
+        for m in classes(rows):
+            yield "shrink", i, m, {"pdl": True}
+            for add in (False, True):
+                yield "expand", i, m, {"add": add, "pdl": False}
+            for pdl in (False, True):
+                yield "fused", i, m, {"pdl": pdl}
+    for m in classes(rows):
+        yield "expand", 0, m, {"add": True, "pdl": True}
+        yield "fused", 0, m, {"pdl": False, "delta": False}
+    yield from (("old", g, 1, {}) for g in range(4))
 
 
 def compile_old(group: int) -> None:
@@ -211,26 +243,28 @@ def compile_old(group: int) -> None:
         first += p.rank
 
 
-def compile_one(job: tuple[int, int, int, str, dict[str, bool]]) -> tuple[str, float]:
+def compile_one(job: tuple[str, int, int, dict[str, bool]]) -> tuple[str, float]:
     """Compile for an H100 by the host code that launches, on tensors without memory."""
     global DEVICE
     DEVICE = torch.device("meta")
     start = time.perf_counter()
-    s, e, rows, kernel, options = job
+    kernel, i, rows, options = job
     with launches():
         if kernel == "old":
-            compile_old(s)
+            compile_old(i)
         else:
-            for plan in plans(tiles=(SHRINK[s], EXPAND[e]), device=DEVICE):
-                if kernel == "shrink":
-                    x = torch.empty(rows, plan.n, dtype=plan.dtype, device=DEVICE)
-                    plan.shrink(x, **options)
-                else:
-                    plan.expand(outputs(plan, rows), **options)
-    return (
-        f"{kernel} {e if kernel == 'expand' else s} M {rows} {options}",
-        time.perf_counter() - start,
-    )
+            # integers are not specialised on: all groups launch what the smallest one does
+            matrices = [random_packed(linear, DEVICE) for linear in groups()[1]]
+            plan = DecodePlan(matrices, torch.bfloat16).retiled(**{kernel: TABLES[kernel][i]})
+            x = torch.empty(rows, plan.n, dtype=plan.dtype, device=DEVICE)
+            if kernel == "shrink":
+                plan.shrink(x, **options)
+            elif kernel == "expand":
+                plan.expand(outputs(plan, rows), **options)
+            else:
+                weights = [torch.empty(p.m, p.n, dtype=x.dtype, device=DEVICE) for p in matrices]
+                plan.fused(x, weights, outputs(plan, rows), **options)
+    return f"{kernel} {i} rows {rows} {options}", time.perf_counter() - start
 
 
 def part_compile(options: argparse.Namespace) -> None:
@@ -250,7 +284,7 @@ def part_compile(options: argparse.Namespace) -> None:
 def part_check(options: argparse.Namespace) -> None:
     """Errors of every group and row count, both dtypes, both launches."""
     for dtype in (torch.bfloat16, torch.float16) if CPU else (torch.bfloat16,):
-        for name, plan in zip(["qkv", "o", "gate-up", "down"], plans(dtype), strict=True):
+        for name, plan in zip(("qkv", "o", "gate-up", "down"), plans(dtype), strict=True):
             for rows in options.rows:
                 for pdl in (False,) if CPU else (False, True):
                     start = time.perf_counter()
@@ -304,57 +338,117 @@ def part_base(options: argparse.Namespace) -> None:
         for j, linear in enumerate(LINEARS):
             if linear.name in ("v_proj", "up_proj"):
                 continue
-            seconds, least = time_graph(lambda i: F.linear(xs[linear.n], sets[i][j]), BASE_SETS)  # noqa: B023
+            seconds, least = time_graph(
+                lambda i, x=xs[linear.n], j=j: F.linear(x, sets[i][j]), BASE_SETS
+            )
             say(
                 part="base", what=linear.name, rows=rows, us=seconds * 1e6, least=least * 1e6,
                 TBps=linear.base_bytes / seconds / 1e12,
             )  # fmt: skip
         seconds, least = time_graph(
-            lambda i: [F.linear(xs[w.shape[1]], w) for w in sets[i]],  # noqa: B023
-            BASE_SETS,
+            lambda i, xs=xs: [F.linear(xs[w.shape[1]], w) for w in sets[i]], BASE_SETS
         )
         say(part="base", what="layer", rows=rows, us=seconds * 1e6, least=least * 1e6)
 
 
 def time_kernels(
-    sets: list[list[DecodePlan]], rows: int, which: tuple[str, ...], **extra: Any
-) -> None:
-    """Each group's shrink and expand, one after the other, with the GB/s of its codes."""
-    for g, name in enumerate(["qkv", "o", "gate-up", "down"]):
+    sets: list[list[DecodePlan]], weights: list[Any], rows: int, kernel: str, **extra: Any
+) -> float:
+    """Time a kernel on each group, with the GB/s of what it reads; the microseconds of a layer."""
+    total = 0.0
+    for g, name in enumerate(("qkv", "o", "gate-up", "down")):
         some = [plans[g] for plans in sets]
         x = torch.randn(rows, some[0].n, device=DEVICE, dtype=some[0].dtype)
         ys = outputs(some[0], rows)
-        runs_of: dict[str, tuple[Callable[[int], object], int]] = {
-            "shrink": (lambda i, some=some, x=x: some[i].shrink(x), some[0].v.numel()),
-            "expand": (lambda i, some=some, ys=ys: some[i].expand(ys, False), some[0].u.numel()),
-        }
-        for kernel in which:
-            run, size = runs_of[kernel]
-            seconds, least = time_graph(run, len(some))
-            programs = len(some[0].v_tiles if kernel == "shrink" else some[0].u_tiles)
-            say(
-                **extra, kernel=kernel, group=name, rows=rows, us=round(seconds * 1e6, 3),
-                least=round(least * 1e6, 3), KB=size >> 10, GBps=round(size / seconds / 1e9),
-                programs=programs, parts=some[0].most if kernel == "expand" else 1,
-            )  # fmt: skip
+        size = (some[0].v if kernel == "shrink" else some[0].u).numel()
+        if kernel == "fused":
+            size += sum(2 * w.numel() for w in weights[0][g])
+
+        def run(i: int, some: Any = some, x: Tensor = x, ys: Any = ys, g: int = g) -> None:
+            if kernel == "shrink":
+                some[i].shrink(x, True)
+            elif kernel == "expand":
+                some[i].expand(ys)
+            else:
+                some[i].fused(x, weights[i % BASE_SETS][g], ys)
+
+        seconds, least = time_graph(run, len(some))
+        total += seconds * 1e6
+        say(
+            **extra, kernel=kernel, group=name, rows=rows, us=round(seconds * 1e6, 3),
+            least=round(least * 1e6, 3), KB=size >> 10, GBps=round(size / seconds / 1e9),
+        )  # fmt: skip
+    return total
+
+
+def sound(some: list[DecodePlan], rows: list[int], weights: Any = None) -> bool:
+    """Whether the plans are right at these rows; says so if not."""
+    for r in rows:
+        for pdl in (True,) if weights and not CPU else (False,):
+            off = [wrong(p, r, pdl, weights and weights[g]) for g, p in enumerate(some)]
+            if not max(off) <= TOLERANCE[some[0].dtype]:
+                say(part="refused", rows=r, pdl=pdl, error=max(off), fused=bool(weights))
+                return False
+    return True
+
+
+def retiled(sets: list[list[DecodePlan]], tiles: Tiles) -> list[list[DecodePlan]]:
+    return [[plan.retiled(**tiles) for plan in some] for some in sets]
+
+
+BEST: dict[int, Tiles] = {}  # by rows, what the sweep found
 
 
 def part_kernels(options: argparse.Namespace) -> None:
+    """Each kernel alone with the best tiles known."""
     sets = [plans() for _ in range(SETS)]
-    if not sound(sets[0], options.rows[:1]):
-        return
+    weights = [split_up(some) for some in base_weights()]
     for rows in options.rows:
-        time_kernels(sets, rows, ("shrink", "expand"), part="kernels")
+        now = retiled(sets, BEST.get(rows, FIRST))
+        if sound(now[0], [rows]) and sound(now[0], [rows], weights[0]):
+            for kernel in TABLES:
+                time_kernels(now, weights, rows, kernel, part="kernels")
 
 
-def sound(some: list[DecodePlan], rows: list[int]) -> bool:
-    """Whether the plans are right at these rows; says so if not."""
-    for r in rows:
-        worst = max(wrong(plan, r) for plan in some)
-        if not worst <= TOLERANCE[some[0].dtype]:
-            say(part="refused", rows=r, error=worst)
-            return False
-    return True
+def part_sweep(options: argparse.Namespace) -> None:
+    """Each kernel alone with all its tiles; keep the fastest over a layer."""
+    end = time.perf_counter() + options.seconds
+    sets = [plans() for _ in range(SETS)]
+    weights = [split_up(some) for some in base_weights()]
+    for rows in options.rows:
+        BEST[rows] = dict(FIRST)
+        for kernel, table in TABLES.items():
+            found: dict[int, float] = {}
+            for i, tiles in enumerate(table):
+                if time.perf_counter() > end:
+                    continue
+                what = {"part": "sweep", "number": i, "tiles": dataclasses.asdict(tiles)}
+                try:
+                    now = retiled(sets, {kernel: tiles})
+                    if sound(now[0], [rows], weights[0] if kernel == "fused" else None):
+                        found[i] = time_kernels(now, weights, rows, kernel, **what)
+                except Exception as fault:
+                    say(**what, kernel=kernel, rows=rows, fault=repr(fault)[:300])
+            if found:
+                best = min(found, key=found.__getitem__)
+                BEST[rows][kernel] = table[best]
+                every = {i: round(us, 2) for i, us in found.items()}
+                say(part="sweep", kernel=kernel, rows=rows, best=best, layer_us=every)
+    if not CPU:
+        write_tiles(Path(options.configs))
+
+
+def write_tiles(folder: Path) -> None:
+    """Put the best tiles into configs/<device>.json."""
+    name = torch.cuda.get_device_name().replace(" ", "_")
+    config = json.loads((CONFIGS / "default.json").read_text(encoding="utf-8"))
+    config["decode_plan"] = {
+        str(rows): {kernel: dataclasses.asdict(tiles) for kernel, tiles in some.items()}
+        for rows, some in BEST.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    say(part="sweep", device=name, decode_plan=config["decode_plan"])
 
 
 def schedules() -> dict[str, Callable[..., list[Tensor]]]:
@@ -365,16 +459,19 @@ def schedules() -> dict[str, Callable[..., list[Tensor]]]:
         return [F.linear(x, w) for w in weights]
 
     def serial(plan: DecodePlan, x: Tensor, weights: list[Tensor], spare: list[Tensor]) -> Any:
-        plan.shrink(x)
+        plan.shrink(x, True)
         ys = base(plan, x, weights, spare)
         plan.expand(ys)
         return ys
 
-    def chain(plan: DecodePlan, x: Tensor, weights: list[Tensor], spare: list[Tensor]) -> Any:
-        ys = base(plan, x, weights, spare)
-        plan.shrink(x, pdl=True)
-        plan.expand(ys, pdl=True)
-        return ys
+    def fused(pdl: bool, delta: bool = True) -> Callable[..., list[Tensor]]:
+        def run(plan: DecodePlan, x: Tensor, weights: list[Tensor], spare: list[Tensor]) -> Any:
+            if delta:
+                plan.shrink(x, True)
+            plan.fused(x, weights, spare, delta, pdl)
+            return spare
+
+        return run
 
     def beside(stream: Any, work: Callable[[], object], ys: Callable[[], Any]) -> Any:
         """work() on the side stream beside ys()."""
@@ -390,7 +487,7 @@ def schedules() -> dict[str, Callable[..., list[Tensor]]]:
 
     def side(stream: Any, pdl: bool) -> Callable[..., list[Tensor]]:
         def run(plan: DecodePlan, x: Tensor, weights: list[Tensor], spare: list[Tensor]) -> Any:
-            ys = beside(stream, lambda: plan.shrink(x), lambda: base(plan, x, weights, spare))
+            ys = beside(stream, lambda: plan.shrink(x, True), lambda: base(plan, x, weights, spare))
             plan.expand(ys, pdl=pdl)
             return ys
 
@@ -399,7 +496,7 @@ def schedules() -> dict[str, Callable[..., list[Tensor]]]:
     def both(pdl: bool, add: bool) -> Callable[..., list[Tensor]]:
         def run(plan: DecodePlan, x: Tensor, weights: list[Tensor], spare: list[Tensor]) -> Any:
             def delta() -> None:
-                plan.shrink(x, pdl=pdl)
+                plan.shrink(x, True)
                 plan.expand(spare, add=False, pdl=pdl)
 
             ys = beside(streams[0], delta, lambda: base(plan, x, weights, spare))
@@ -413,37 +510,47 @@ def schedules() -> dict[str, Callable[..., list[Tensor]]]:
         "base": base,
         "serial": serial,
         "shrink beside base": side(streams[0], False),
-        "shrink beside base, low priority": side(streams[1], False),
         "shrink beside base, expand by pdl": side(streams[0], True),
-        "base, shrink, expand by pdl": chain,
         "both beside base, then add": both(False, True),
-        "both beside base by pdl, then add": both(True, True),
-        "both beside base, sum left out": both(False, False),
+        "fused base alone": fused(False, False),
+        "shrink, then fused": fused(False),
+        "shrink, then fused by pdl": fused(True),
     }
 
 
 def part_layer(options: argparse.Namespace) -> None:
-    """The whole layer by every schedule."""
-    sets = [plans() for _ in range(SETS)]
+    """The whole layer by every schedule, with the best tiles known."""
+    first = [plans() for _ in range(SETS)]
     weights = [split_up(some) for some in base_weights()]
     for rows in options.rows:
-        if not sound(sets[0], [rows]):
+        sets = retiled(first, BEST.get(rows, FIRST))
+        if not sound(sets[0], [rows]) or not sound(sets[0], [rows], weights[0]):
             continue
         xs = layer_inputs(rows)
         spare = [[outputs(plan, rows) for plan in some] for some in sets]
 
-        def layer(run: Callable[..., list[Tensor]], i: int) -> list[Tensor]:
+        def layer(
+            run: Callable[..., list[Tensor]],
+            i: int,
+            sets: Any = sets,
+            xs: Any = xs,
+            ys: Any = spare,
+        ) -> list[Tensor]:
             found: list[Tensor] = []
-            for g, x in enumerate(xs):  # noqa: B023
-                found += run(sets[i][g], x, weights[i % BASE_SETS][g], spare[i][g])  # noqa: B023
+            for g, x in enumerate(xs):
+                found += run(sets[i][g], x, weights[i % BASE_SETS][g], ys[i][g])
             return found
 
-        wanted = [y.float() for y in layer(schedules()["serial"], 0)]
-        base_us = None
-        for name, run in schedules().items():
+        ways = schedules()
+        wanted = {
+            "fused base alone": [y.double() for y in layer(ways["base"], 0)],
+            "": [y.double() for y in layer(ways["serial"], 0)],
+        }
+        base_us, times = None, {}
+        for name, run in ways.items():
             try:
-                if name != "base" and "left out" not in name:
-                    off = max(map(error, layer(run, 0), [w.double() for w in wanted]))
+                if name != "base":
+                    off = max(map(error, layer(run, 0), wanted.get(name, wanted[""])))
                     if not off <= 1e-2:
                         say(part="layer", way=name, rows=rows, refused=off)
                         continue
@@ -452,29 +559,16 @@ def part_layer(options: argparse.Namespace) -> None:
                 say(part="layer", way=name, rows=rows, fault=repr(fault)[:300])
                 continue
             base_us = base_us or seconds * 1e6
+            if "base" != name != "fused base alone":
+                times[name] = seconds * 1e6
             say(
                 part="layer", way=name, rows=rows, us=round(seconds * 1e6, 2),
                 least=round(least * 1e6, 2), ratio=round(seconds * 1e6 / base_us, 4),
             )  # fmt: skip
-
-
-def part_sweep(options: argparse.Namespace) -> None:
-    """Each kernel with other tiles, until the time is over."""
-    end = time.perf_counter() + options.seconds
-    first = [plans() for _ in range(SETS)]
-    for rows in options.rows:
-        for i in range(2 if CPU else max(len(SHRINK), len(EXPAND))):
-            for kernel, table in (("expand", EXPAND), ("shrink", SHRINK)):
-                if i >= len(table) or time.perf_counter() > end:
-                    continue
-                tiles = (SHRINK[0], EXPAND[i]) if kernel == "expand" else (SHRINK[i], EXPAND[0])
-                what = {"part": "sweep", **dataclasses.asdict(table[i])}
-                try:
-                    sets = [[plan.retiled(*tiles) for plan in some] for some in first]
-                    if sound(sets[0], [rows]):
-                        time_kernels(sets, rows, (kernel,), **what)
-                except Exception as fault:
-                    say(**what, kernel=kernel, rows=rows, fault=repr(fault)[:300])
+        if times and base_us:
+            best = min(times, key=times.__getitem__)
+            ratio = round(times[best] / base_us, 4)
+            say(part="layer", winner=best, rows=rows, us=round(times[best], 2), ratio=ratio)
 
 
 def part_old(options: argparse.Namespace) -> None:
@@ -508,7 +602,8 @@ def main() -> None:
     parts = {n[5:]: f for n, f in globals().items() if n.startswith("part_")}
     parser.add_argument("part", nargs="+", choices=[*parts, "all"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--seconds", type=float, default=30, help="of the sweep")
+    parser.add_argument("--seconds", type=float, default=60, help="of the sweep")
+    parser.add_argument("--configs", default=CONFIGS, help="folder for the best tiles")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--most", type=int, help="compile only so many variants")
     options = parser.parse_args()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deltamix_kernels.decode_plan import DecodePlan, ExpandTiles, ShrinkTiles
+from deltamix_kernels.decode_plan import DecodePlan, ExpandTiles, FusedTiles, ShrinkTiles
 from deltamix_kernels.prepack import pack_u, pack_v, unpack_u, unpack_v
 from kernel_cases import TOLERANCES, inputs, packed_of
 
@@ -18,16 +18,13 @@ MIXED = ([8, 4, 4, 3] + [2] * 40, [8, 8, 4, 4] + [3] * 20 + [2] * 20)
 GROUPS = [  # (m, v_bits, u_bits) of each matrix, n
     pytest.param([(50, EVERY, EVERY[::-1])], 130, id="every width"),
     pytest.param([(33, [4], [2])], 65, id="rank 1"),
-    pytest.param([(256, *MIXED), (64, [3] * 5, [2] * 5), (64, [8], [8])], 512, id="three"),
+    pytest.param([(128, *MIXED), (64, [3] * 5, [2] * 5), (64, [8], [8])], 384, id="three"),
     pytest.param([(264, *MIXED), (136, [2] * 9, [3] * 9)], 264, id="two, odd"),
 ]
 TILES = [
-    pytest.param(ShrinkTiles(), ExpandTiles(), id="default"),
-    pytest.param(
-        ShrinkTiles(R=16, C=16, S=1, splits=2),
-        ExpandTiles(R=16, C=16, S=1, programs=999),
-        id="split",
-    ),
+    pytest.param(1, torch.bfloat16, ShrinkTiles(), ExpandTiles(), id="1 row"),
+    pytest.param(16, torch.float16, ShrinkTiles(), ExpandTiles(), id="16 rows"),
+    pytest.param(37, torch.bfloat16, ShrinkTiles(2, 1), ExpandTiles(2, 1), id="37 rows, shared"),
 ]
 
 
@@ -36,23 +33,18 @@ def plan_of(matrices, n, dtype, *tiles):
     return DecodePlan([packed for packed, _ in made], dtype, *tiles), [delta for _, delta in made]
 
 
-def poison(plan):
-    """NaN wherever a kernel must write."""
-    plan.h[:, plan.slots.long()] = float("nan")
-    for parts in plan._parts.values():
-        for part in parts:
-            part.fill_(float("nan"))
+def off(found, expected):
+    return max(
+        float((y.double() - e).abs().max() / e.abs().max())
+        for y, e in zip(found, expected, strict=True)
+    )
 
 
-@pytest.mark.parametrize(("shrink", "expand"), TILES)
+@pytest.mark.parametrize(("rows", "dtype", "shrink", "expand"), TILES)
 @pytest.mark.parametrize(("matrices", "n"), GROUPS)
-@pytest.mark.parametrize(
-    ("rows", "dtype"), [(1, torch.bfloat16), (16, torch.float16), (37, torch.bfloat16)]
-)
 def test_the_delta_is_added(matrices, n, shrink, expand, rows, dtype):
     plan, deltas = plan_of(matrices, n, dtype, shrink, expand)
     x = inputs(rows, n, dtype)
-    plan._workspace(plan._rows_at_once(rows), -(-rows // plan._rows_at_once(rows)))
     for add in (False, True):
         y = [inputs(rows, d.shape[0], dtype, seed=1) for d in deltas]
         expected = [
@@ -60,13 +52,32 @@ def test_the_delta_is_added(matrices, n, shrink, expand, rows, dtype):
         ]
         if not add:
             y = [torch.full_like(b, float("nan")) for b in y]
-        poison(plan)
+        plan.h[:, plan.slots.long()] = float("nan")
         plan.shrink(x)
         plan.expand(y, add=add)
-        for got, wanted in zip(y, expected, strict=True):
-            off = (got.double() - wanted).abs().max() / wanted.abs().max()
-            assert off <= TOLERANCES[dtype]
-    assert not plan.arrived.any()
+        assert off(y, expected) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(("matrices", "n"), GROUPS)
+@pytest.mark.parametrize(
+    ("rows", "dtype", "tiles"),
+    [(1, torch.bfloat16, FusedTiles()), (13, torch.float16, FusedTiles(2, 1, columns=2))],
+)
+def test_base_and_delta_in_one_launch(matrices, n, tiles, rows, dtype):
+    n = -(-n // 8) * 8
+    plan, deltas = plan_of(matrices, n, dtype, ShrinkTiles(), ExpandTiles(), tiles)
+    x = inputs(rows, n, dtype)
+    weights = [inputs(d.shape[0], n, dtype, seed=2) for d in deltas]
+    for delta in (True, False):
+        y = [torch.full((rows, d.shape[0]), float("nan"), dtype=dtype) for d in deltas]
+        plan.h[:, plan.slots.long()] = float("nan")
+        plan.shrink(x)
+        plan.fused(x, weights, y, delta=delta)
+        expected = [
+            x.double() @ (w.double() + delta * d.double()).T
+            for w, d in zip(weights, deltas, strict=True)
+        ]
+        assert off(y, expected) <= TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (130, 50), (256, 384)])

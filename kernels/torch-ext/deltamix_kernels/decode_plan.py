@@ -5,43 +5,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from .decode_expand import decode_expand_kernel
+from .decode_fused import decode_fused_kernel
 from .decode_shrink import decode_shrink_kernel
 from .launch import INTERPRETED, Packed
 from .layout import widths_mask
-from .prepack import ALIGN, pack_u, pack_v, padded, u_runs, v_runs
+from .prepack import ALIGN, pack_u, pack_v, padded, slots_of, v_runs, width_counts
 
 MOST_ROWS = 64
-_ROWS_AT_ONCE = 16  # 32 spill in expand
+MOST_FUSED = 16
+_TILE = 8  # ranks of a program of shrink
 
 
 @dataclass(frozen=True)
 class ShrinkTiles:
-    """R ranks and C byte columns a warp and step, S warps, `splits` programs share the columns."""
+    """share: eights of warps that share the inputs; unroll: loads of codes in flight a thread."""
 
-    R: int = 32
-    C: int = 32
-    S: int = 4
-    splits: int = 4
-    stages: int = 2
+    share: int = 1
+    unroll: int = 4
 
 
 @dataclass(frozen=True)
 class ExpandTiles:
-    """C byte columns and R ranks a warp and step, S warps, about this many programs a launch."""
+    """share: eights of warps that share the ranks; unroll: loads of codes in flight a thread."""
 
-    R: int = 32
-    C: int = 16
-    S: int = 4
-    programs: int = 264
-    stages: int = 2
+    share: int = 1
+    unroll: int = 2
+    prefetch: bool = True  # ask for all codes of a program first
+
+
+@dataclass(frozen=True)
+class FusedTiles:
+    """Warps of a program, loads of base weights in flight a thread and column, byte columns."""
+
+    warps: int = 4
+    unroll: int = 4
+    columns: int = 1
 
 
 def _bfloat(bits: Tensor) -> Tensor:
@@ -52,14 +58,15 @@ def _bfloat(bits: Tensor) -> Tensor:
 class DecodePlan:
     """The deltas of matrices that read one input, ready to be launched for up to 64 rows.
 
-    Matrices must have the Gaussian codebook and one scale a vector. The plan owns its workspaces:
-    calls of one plan must follow each other on one stream (or be ordered by events).
+    Matrices must have the Gaussian codebook and one scale a vector. The plan owns h: calls of one
+    plan must follow each other on one stream (or be ordered by events).
     """
 
     matrices: Sequence[Packed]
     dtype: torch.dtype  # of x and y: bfloat16 or float16
     shrink_tiles: ShrinkTiles = field(default_factory=ShrinkTiles)
     expand_tiles: ExpandTiles = field(default_factory=ExpandTiles)
+    fused_tiles: FusedTiles = field(default_factory=FusedTiles)
 
     def __post_init__(self) -> None:
         one, device = self.matrices[0], self.matrices[0].v.device
@@ -70,123 +77,83 @@ class DecodePlan:
         self.u = torch.cat([pack_u(p.u, p.runs) for p in self.matrices])
         scales = [_bfloat(p.ranks[:, 1]) * _bfloat(p.ranks[:, 2]) for p in self.matrices]
         self.scales = torch.cat(scales)
-        counts = [c for p in self.matrices for c, _ in u_runs(p.runs)]
-        firsts = [0, *accumulate(padded(c) for c in counts)]
-        slots = [torch.arange(c) + f for c, f in zip(counts, firsts, strict=False)]
-        self.slots = torch.cat(slots).to(torch.int32).to(device)
-        self.total = firsts[-1]
+        v_tiles, u_runs, slots = self._v_tiles(), [], []
+        byte = slot = 0
+        for p in self.matrices:
+            slots += [slot + s for s in slots_of(p.runs)]
+            table = [[0] * 4 for _ in range(8)]
+            for bits, count in width_counts(p.runs).items():
+                size = padded(count)
+                table[bits - 1] = [byte // ALIGN, slot // ALIGN, size // ALIGN, 0]
+                byte, slot = byte + bits * -(-p.m // 8) * size, slot + size
+            u_runs.append(table)
+        self.total = slot
+        self.v_tiles, self.u_runs, self.slots = (
+            torch.tensor(rows, dtype=torch.int32).to(device) for rows in (v_tiles, u_runs, slots)
+        )
         # Zeros, because no program writes the slots between two runs and expand reads them.
         self.h = torch.zeros(MOST_ROWS, self.total, dtype=self.dtype, device=device)
         self.v_widths = widths_mask(v for p in self.matrices for _, v, _ in p.runs)
         self.u_widths = widths_mask(u for p in self.matrices for _, _, u in p.runs)
-        self._lay_out()
 
-    def retiled(self, shrink: ShrinkTiles, expand: ExpandTiles) -> DecodePlan:
+    def retiled(
+        self,
+        shrink: ShrinkTiles | None = None,
+        expand: ExpandTiles | None = None,
+        fused: FusedTiles | None = None,
+    ) -> DecodePlan:
         """A plan of the same codes with other tiles."""
         other = copy(self)
-        other.shrink_tiles, other.expand_tiles = shrink, expand
-        other._lay_out()
+        other.shrink_tiles = shrink or self.shrink_tiles
+        other.expand_tiles = expand or self.expand_tiles
+        other.fused_tiles = fused or self.fused_tiles
         return other
 
-    def _lay_out(self) -> None:
-        """Make the work lists and the counters."""
-        device, shrink, expand = self.v.device, self._shrink_rows(), self._expand_rows()
-        # a power of two: fewer variants to compile
-        self.most = triton.next_power_of_2(max(row[9] for row in expand))
-        self.v_tiles, self.u_tiles = (
-            torch.tensor(rows, dtype=torch.int32).to(device) for rows in (shrink, expand)
-        )
-        blocks = MOST_ROWS // 8
-        self.arrived = torch.zeros(
-            blocks * max(len(shrink), len(expand)), dtype=torch.int32, device=device
-        )
-        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def _shrink_rows(self) -> list[list[int]]:
-        """[first byte / 16, first rank, ranks, bits] of every tile."""
+    def _v_tiles(self) -> list[list[int]]:
+        """[first byte / 16, first rank, ranks, bits] of every program of shrink."""
         rows, byte, rank = [], 0, 0
         for count, bits in (run for p in self.matrices for run in v_runs(p.runs)):
-            for start in range(0, count, self.shrink_tiles.R):
-                size = min(self.shrink_tiles.R, count - start)
+            for start in range(0, count, _TILE):
+                size = min(_TILE, count - start)
                 rows.append([byte // ALIGN, rank, size, bits])
                 byte, rank = byte + size * bits * self.columns, rank + size
         return rows
 
-    def _expand_rows(self) -> list[list[int]]:
-        """What a program of expand does, and which others share its outputs.
+    def _options(self, rows: int, pdl: bool) -> dict[str, Any]:
+        """`pdl`: programmatic dependent launch, which the interpreter does not know."""
+        pdl = pdl and not INTERPRETED
+        return {"PTX": not INTERPRETED, "PDL": pdl, "TOKENS": 8 if rows <= 8 else 16}
 
-        [first byte, first slot, slots and slots of the whole run, all in units of 16; bits is
-        between], byte columns, first byte column, matrix, number among the programs that share the
-        outputs and how many they are; three unused.
-        """
-        tiles, rows, byte, slot = self.expand_tiles, [], 0, 0
-        share_bytes = self.u.numel() / tiles.programs
-        for i, p in enumerate(self.matrices):
-            columns, shares = -(-p.m // 8), []
-            for count, bits in u_runs(p.runs):
-                size, step = padded(count), tiles.S * tiles.R
-                wanted = max(1, round(count * bits * tiles.C / share_bytes))
-                share = -(-size // wanted // step) * step
-                for start in range(0, size, share):
-                    here = min(share, size - start)
-                    shares.append([byte + start, slot + start, here, bits, size])
-                byte, slot = byte + bits * columns * size, slot + size
-            for column in range(0, columns, tiles.C):
-                for part, (first, at, here, bits, size) in enumerate(shares):
-                    units = [(first + column * size) // 16, at // 16, here // 16, bits, size // 16]
-                    rows.append([*units, columns, column, i, part, len(shares), 0, 0])
-        return rows
-
-    def _rows_at_once(self, rows: int) -> int:
-        assert 0 < rows <= MOST_ROWS
-        return min(_ROWS_AT_ONCE, max(8, triton.next_power_of_2(rows)))
-
-    def _workspace(self, m: int, blocks: int) -> tuple[Tensor, Tensor]:
-        """Partial sums of shrink and of expand."""
-        if m * blocks not in self._parts:
-            s, e = self.shrink_tiles, self.expand_tiles
-            shrink = len(self.v_tiles) * s.splits * s.R if s.splits > 1 else 0
-            expand = len(self.u_tiles) * 8 * e.C if self.most > 1 else 0
-            self._parts[m * blocks] = tuple(
-                torch.empty(max(1, size * m * blocks), dtype=torch.float32, device=self.v.device)
-                for size in (shrink, expand)
-            )
-        return self._parts[m * blocks]
+    def aligned(self, x: Tensor) -> Tensor:
+        """x [rows, n] padded to all byte columns, where 16-byte loads need it."""
+        assert x.dtype == self.dtype and x.shape[1] == self.n and 0 < len(x) <= MOST_ROWS
+        wanted = 8 * self.columns
+        if self.n == wanted and x.stride(1) == 1 and x.stride(0) % 8 == 0:
+            return x
+        return F.pad(x, (0, wanted - self.n)).contiguous()
 
     def shrink(self, x: Tensor, pdl: bool = False) -> Tensor:
-        """h [64, slots] of x [rows <= 64, n], with both scales; rows past x's are left alone."""
-        rows, tiles = len(x), self.shrink_tiles
-        assert x.stride(1) == 1 and x.shape[1] == self.n and x.dtype == self.dtype
-        m = self._rows_at_once(rows)
-        blocks, step = triton.cdiv(rows, m), tiles.S * tiles.C
-        share = triton.cdiv(triton.cdiv(self.columns, tiles.splits), step) * step
-        splits = triton.cdiv(self.columns, share)
-        decode_shrink_kernel[(len(self.v_tiles), splits, blocks)](
+        """h [64, slots] of x [rows <= 64, n], with both scales; rows past x's are left alone.
+
+        `pdl`: let a launch with `pdl` that follows begin at once; of no consequence to others.
+        """
+        rows, tiles, x = len(x), self.shrink_tiles, self.aligned(x)
+        decode_shrink_kernel[(len(self.v_tiles), triton.cdiv(rows, MOST_FUSED))](
             x,
             self.h,
-            self._workspace(m, blocks)[0],
-            self.arrived,
             self.v_tiles,
             self.v,
             self.slots,
             self.scales,
             rows,
-            self.n,
-            x.stride(0),
-            self.total,
-            self.columns,
-            share,
-            EVEN=self.n == 8 * self.columns and self.columns % step == 0,
+            x.stride(0) // 8,
+            self.total // ALIGN,
+            self.columns // ALIGN,
             WIDTHS=self.v_widths,
-            LOOKUP=not INTERPRETED,
-            PDL=pdl,
-            SPLITS=splits,
-            M=m,
-            S=tiles.S,
-            R=tiles.R,
-            C=tiles.C,
-            num_warps=tiles.S,
-            num_stages=tiles.stages,
+            SHARE=tiles.share,
+            UNROLL=tiles.unroll,
+            num_warps=8 * tiles.share,
+            **self._options(rows, pdl),
         )
         return self.h
 
@@ -197,30 +164,69 @@ class DecodePlan:
         """
         rows, tiles = len(outputs[0]), self.expand_tiles
         assert all(y.is_contiguous() and y.dtype == self.dtype for y in outputs)
-        m = self._rows_at_once(rows)
-        blocks = triton.cdiv(rows, m)
-        full = [*outputs, outputs[0], outputs[0]][:3]
-        options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-        decode_expand_kernel[(len(self.u_tiles), blocks)](
+        full, lengths = self._three(outputs)
+        programs = sum(triton.cdiv(p.m, 64) for p in self.matrices)
+        decode_expand_kernel[(programs, triton.cdiv(rows, MOST_FUSED))](
             self.h,
             *full,
-            self._workspace(m, blocks)[1],
-            self.arrived,
-            self.u_tiles,
+            self.u_runs,
             self.u,
             rows,
-            self.total,
-            *(y.shape[1] for y in full),
+            self.total // ALIGN,
+            *lengths,
             ADD=add,
             WIDTHS=self.u_widths,
-            LOOKUP=not INTERPRETED,
-            PDL=pdl,
-            MOST=self.most,
-            M=m,
-            S=tiles.S,
-            R=tiles.R,
-            C=tiles.C,
-            num_warps=tiles.S,
-            num_stages=tiles.stages,
-            **options,
+            PREFETCH=tiles.prefetch and not INTERPRETED,
+            SHARE=tiles.share,
+            UNROLL=tiles.unroll,
+            num_warps=8 * tiles.share,
+            **self._options(rows, pdl),
+            **({"launch_pdl": True} if pdl else {}),
         )
+
+    def fused(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        delta: bool = True,
+        pdl: bool = False,
+    ) -> None:
+        """Write x·Wᵀ + h·Ûᵀ to the outputs [rows <= 16, m], after `shrink` of the same x.
+
+        `pdl`: launch before shrink, the preceding kernel of the stream, ends. n must be a multiple
+        of 8 and the weights contiguous.
+        """
+        rows, tiles = len(x), self.fused_tiles
+        assert rows <= MOST_FUSED and self.n % 8 == 0 and x.stride(1) == 1
+        assert x.stride(0) % 8 == 0 and all(w.is_contiguous() for w in weights)
+        assert all(y.is_contiguous() and y.dtype == self.dtype for y in outputs)
+        full, lengths = self._three(outputs)
+        programs = sum(triton.cdiv(p.m, 8 * tiles.columns) for p in self.matrices)
+        decode_fused_kernel[(programs,)](
+            x,
+            *self._three(weights)[0],
+            self.h,
+            *full,
+            self.u_runs,
+            self.u,
+            rows,
+            x.stride(0) // 8,
+            self.n // 8,
+            self.total // ALIGN,
+            *lengths,
+            DELTA=delta,
+            WIDTHS=self.u_widths,
+            WARPS=tiles.warps,
+            COLUMNS=tiles.columns,
+            UNROLL=tiles.unroll,
+            num_warps=tiles.warps,
+            **self._options(rows, pdl),
+            **({"launch_pdl": True} if pdl else {}),
+        )
+
+    def _three(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+        """The tensors, the first one again for those that are missing, and all matrices' m."""
+        missing = 3 - len(tensors)
+        lengths = [p.m for p in self.matrices] + [self.matrices[0].m] * missing
+        return [*tensors, *[tensors[0]] * missing], lengths

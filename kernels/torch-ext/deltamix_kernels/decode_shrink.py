@@ -1,140 +1,71 @@
-"""h = x·V̂ᵀ of up to 64 rows from prepacked codes (prepack.py): shrink for decoding.
+"""h = x·V̂ᵀ from prepacked codes (prepack.py): shrink for decoding.
 
-One program multiplies R ranks of one width with a range of byte columns. Its S warps each take
-every S-th block of C byte columns and add up at the end. A byte column holds 8 elements, and there
-is one `tl.dot` for each of them, so codes are never rearranged: prepacking put element j of byte
-column c at input j·columns + c, where x is read without strides. Programs that share ranks add up
-in a fixed order (`reduce`), so that two runs give the same bits.
+One program multiplies 8 ranks of one width with all inputs. Warp j of 8 takes element j of the byte
+columns, whose inputs lie at j·columns + byte column, and SHARE such eights of warps share the byte
+columns. The warps' sums are added in one order, so that two runs give the same bits.
 """
 
 import triton
 import triton.language as tl
 
-from .decode import dot
-from .levels import byte_rows, level
+from .decode_product import lanes, multiply, no_sums, over_warps, prefetch
 
 
-@triton.jit
-def reduce(value, place, live, parts, arrived, part, count, MOST: tl.constexpr, SIZE: tl.constexpr):
-    """Sum of the values float32 of `count` <= MOST programs, made by the last one to arrive.
-
-    Returns it and whether this is that program. place: where the elements lie in a part of SIZE
-    floats; live: which of them count; parts: where the first part lies; part: this program's
-    number; arrived: an int32 0, which the last one sets back.
-    """
-    last = count == 1
-    if not last:
-        tl.store(parts + part * SIZE + place, value, mask=live)
-        tl.debug_barrier()  # all warps have stored before one tells
-        last = tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1
-        if last:
-            tl.store(arrived, 0)
-            value = tl.zeros_like(value)
-            for i in tl.static_range(MOST):
-                at = i * SIZE + place
-                mask = live & (at < count * SIZE)
-                value += tl.load(parts + at, mask=mask, other=0.0, cache_modifier=".cg")
-    return value, last
-
-
-@triton.jit
-def shrink_sums(
-    x,
-    codes,  # of the first rank
-    m,  # int [M]: rows of x
-    rows,
-    count,  # ranks
-    begin,  # byte columns begin to end
-    end,
-    n,
-    x_stride,
-    columns,
-    bits: tl.constexpr,
-    EVEN: tl.constexpr,
-    LOOKUP: tl.constexpr,
-    M: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-):
-    """Sums float32 [R, M] of a range of byte columns, without scales."""
-    dtype: tl.constexpr = x.dtype.element_ty
-    s = tl.arange(0, S)[:, None, None] * C
-    r = tl.arange(0, R)[None, :, None]
-    sums = tl.zeros([S, R, M], tl.float32)
-    for column in range(begin, end, S * C):
-        along = column + s + tl.arange(0, C)[None, None, :]  # [S, 1, C]
-        down = column + s + tl.arange(0, C)[None, :, None]  # [S, C, 1]
-        mask = r < count
-        inputs = (m < rows)[None, None, :]
-        if not EVEN:
-            mask = mask & (along < end)
-            inputs = inputs & (down < end)
-        byte = byte_rows(codes + r * (bits * columns) + along, columns, mask, bits)
-        for j in tl.static_range(8):
-            if not EVEN:
-                inputs = (m < rows)[None, None, :] & (down < end) & (j * columns + down < n)
-            at = x + m[None, None, :] * x_stride + (j * columns + down)
-            part = tl.load(at, mask=inputs, other=0.0)
-            sums = dot(level(byte, j, bits, dtype, LOOKUP), part, sums, not LOOKUP)
-    return tl.sum(sums, 0)
-
-
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "stride", "total", "units"])
 def decode_shrink_kernel(
-    x,  # [rows, n]
-    h,  # [rows, total] of x's dtype
-    parts,  # float32 [row blocks · tiles · splits, R, M]
-    arrived,  # int32 [row blocks · tiles], zeros
-    tiles,  # int32 [tiles, 4], see prepack.py
+    x,  # [rows, 128·units] 16-bit floats, rows of `stride` 16 bytes, aligned
+    h,  # [rows, 16·total] of x's dtype
+    tiles,  # int32 [tiles, 4]: first code, first rank, ranks, bits; codes in units of 16 bytes
     codes,  # uint8, prepacked
     slots,  # int32 [ranks]: where each rank lies in h
     scales,  # float32 [ranks]
     rows,
-    n,
-    x_stride,
+    stride,
     total,
-    columns,  # byte columns
-    share,  # byte columns of one program, a multiple of S·C
-    EVEN: tl.constexpr,  # no program's range ends within S·C byte columns, none of them is padding
+    units,  # byte columns in units of 16
     WIDTHS: tl.constexpr,  # bit b: some tile has width b
-    LOOKUP: tl.constexpr,
+    PTX: tl.constexpr,
     PDL: tl.constexpr,  # let a dependent launch start at once
-    SPLITS: tl.constexpr,  # programs that share a tile's columns
-    M: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SHARE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    m = tl.program_id(2) * M + tl.arange(0, M)
-    r = tl.arange(0, R)
-    codes += tl.load(tiles + tile * 4).to(tl.int64) * 16
-    first = tl.load(tiles + tile * 4 + 1)
-    count = tl.load(tiles + tile * 4 + 2)
-    bits = tl.load(tiles + tile * 4 + 3)
-    slot = tl.load(slots + first + r, mask=r < count, other=0)
-    scale = tl.load(scales + first + r, mask=r < count, other=0.0)
-    begin = split * share
-    end = tl.minimum(begin + share, columns)
-    sums = tl.zeros([R, M], tl.float32)
+    tile = tiles + tl.program_id(0) * 4
+    begin, rank = tl.load(tile), tl.load(tile + 1)
+    count, bits = tl.load(tile + 2), tl.load(tile + 3)
+    warp, g, t = lanes(8 * SHARE)
+    j = warp // SHARE
+    token = tl.program_id(1) * TOKENS + g
+    words = tl.pointer_type(tl.int32)
+    if PTX:
+        size = bits * units * 16
+        for start in range(0, size, 512 * 8 * SHARE):
+            prefetch(codes + begin.to(tl.int64) * 16 + start, size, size - start, count, 8 * SHARE)
+    _, row, pair = lanes(1)
+    column = 2 * pair
+    slot0 = tl.load(slots + rank + column, mask=column < count, other=0)
+    slot1 = tl.load(slots + rank + column + 1, mask=column + 1 < count, other=0)
+    scale0 = tl.load(scales + rank + column, mask=column < count, other=0.0)
+    scale1 = tl.load(scales + rank + column + 1, mask=column + 1 < count, other=0.0)
+    # past the last rank: any codes
+    at = codes.to(words) + begin.to(tl.int64) * 4 + tl.minimum(g, count - 1) * bits * units * 4
+    inputs = x.to(words) + token * stride * 4 + j * units * 8
+    sums = no_sums(g, TOKENS)
     for b in tl.static_range(1, 9):
         if (WIDTHS >> b) & 1:
             if bits == b:
-                sums = shrink_sums(
-                    x, codes, m, rows, count, begin, end, n, x_stride, columns,
-                    b, EVEN, LOOKUP, M, S, R, C,
+                sums = multiply(
+                    sums, at, units * 4, inputs, 8 * stride * 4, j, warp % SHARE * 4 + t, units,
+                    token, rows, b, x.dtype.element_ty, TOKENS, 4 * SHARE,
+                    UNROLL, PTX,
                 )  # fmt: skip
-    block = tl.program_id(2) * tl.num_programs(0) + tile
-    place = r[:, None] * M + tl.arange(0, M)[None, :]
-    live = (r < count)[:, None] & (m < rows)[None, :]
-    sums, last = reduce(
-        sums, place, live, parts + block.to(tl.int64) * (SPLITS * R * M), arrived + block, split,
-        SPLITS, SPLITS, R * M,
-    )  # fmt: skip
-    if last:
-        at = h + m[None, :] * total + slot[:, None]
-        tl.store(at, (sums * scale[:, None]).to(h.dtype.element_ty), mask=live)
+    sums = over_warps(sums, TOKENS, 8 * SHARE)
+    for i in tl.static_range(TOKENS // 8):
+        token = tl.program_id(1) * TOKENS + i * 8 + row
+        to = h + token * total * 16
+        mask = (column < count) & (token < rows)
+        tl.store(to + slot0, (sums[2 * i] * scale0).to(h.dtype.element_ty), mask=mask)
+        mask = (column + 1 < count) & (token < rows)
+        tl.store(to + slot1, (sums[2 * i + 1] * scale1).to(h.dtype.element_ty), mask=mask)

@@ -3,16 +3,16 @@
 V keeps its byte rows, but byte column c holds the elements c, columns + c, ..., 7·columns + c of a
 vector instead of 8c to 8c + 7: then element j of all byte columns meets a contiguous part of x.
 
-U is transposed: a run of ranks of one width becomes [byte row of the width][byte column][rank], so
-that ranks, over which expand sums, are contiguous.
+U is transposed: all ranks of one width become [byte row of the width][byte column][rank], so that
+ranks, over which expand sums, are contiguous.
 
-Byte columns of V and ranks of a run of U are padded to `ALIGN`, the bytes of one load.
+Byte columns of V and ranks of a width of U are padded to `ALIGN`, the bytes of one load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -86,22 +86,50 @@ def unpack_v(packed: Tensor, runs: Runs, n: int) -> Tensor:
     return torch.cat(done) if done else packed.new_empty(0, columns)
 
 
-def pack_u(u: Tensor, runs: Runs) -> Tensor:
-    """uint8 [Σ u_bits, columns] as stored -> all runs [u_bits, columns, padded(count)], flat."""
-    first, done = 0, []
+def width_counts(runs: Runs) -> dict[int, int]:
+    """Ranks of each u_bits, in the order of `pack_u`."""
+    found: dict[int, int] = {}
     for count, bits in u_runs(runs):
-        run = u[first : first + count * bits].view(count, bits, -1).permute(1, 2, 0)
-        done.append(torch.nn.functional.pad(run, (0, padded(count) - count)).flatten())
+        found[bits] = found.get(bits, 0) + count
+    return found
+
+
+def slots_of(runs: Runs) -> list[int]:
+    """Where `pack_u` puts each rank, every width's ranks padded."""
+    counts = width_counts(runs)
+    free = dict(zip(counts, accumulate(map(padded, counts.values()), initial=0), strict=False))
+    slots = []
+    for count, bits in u_runs(runs):
+        slots += range(free[bits], free[bits] + count)
+        free[bits] += count
+    return slots
+
+
+def pack_u(u: Tensor, runs: Runs) -> Tensor:
+    """uint8 [Σ u_bits, columns] as stored -> all widths [u_bits, columns, padded(count)], flat."""
+    first, parts = 0, {bits: [] for bits in width_counts(runs)}
+    for count, bits in u_runs(runs):
+        parts[bits].append(u[first : first + count * bits].view(count, bits, -1))
         first += count * bits
+    done = []
+    for some in parts.values():
+        run = torch.cat(some).permute(1, 2, 0)
+        done.append(
+            torch.nn.functional.pad(run, (0, padded(run.shape[2]) - run.shape[2])).flatten()
+        )
     return torch.cat(done) if done else u.new_empty(0)
 
 
 def unpack_u(packed: Tensor, runs: Runs, m: int) -> Tensor:
     """The inverse of `pack_u`."""
-    columns, first, done = -(-m // 8), 0, []
-    for count, bits in u_runs(runs):
+    columns, first, parts = -(-m // 8), 0, {}
+    for bits, count in width_counts(runs).items():
         size = bits * columns * padded(count)
         run = packed[first : first + size].view(bits, columns, -1)[:, :, :count]
-        done.append(run.permute(2, 0, 1).reshape(-1, columns))
+        parts[bits] = run.permute(2, 0, 1)
         first += size
+    done, used = [], dict.fromkeys(parts, 0)
+    for count, bits in u_runs(runs):
+        done.append(parts[bits][used[bits] : used[bits] + count].reshape(-1, columns))
+        used[bits] += count
     return torch.cat(done) if done else packed.new_empty(0, columns)
