@@ -451,9 +451,22 @@ def write_tiles(folder: Path) -> None:
     say(part="sweep", device=name, decode_plan=config["decode_plan"])
 
 
+def beside(stream: Any, work: Callable[[], object], ys: Callable[[], Any]) -> Any:
+    """work() on the side stream beside ys()."""
+    if CPU:
+        work()
+        return ys()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    found = ys()
+    torch.cuda.current_stream().wait_stream(stream)
+    return found
+
+
 def schedules() -> dict[str, Callable[..., list[Tensor]]]:
     """Name -> function of one group's plan, x, weights, and spare outputs: the group's outputs."""
-    streams = [None, None] if CPU else [torch.cuda.Stream(priority=p) for p in (-1, 0)]
+    first = None if CPU else torch.cuda.Stream(priority=-1)
 
     def base(plan: DecodePlan, x: Tensor, weights: list[Tensor], spare: list[Tensor]) -> Any:
         return [F.linear(x, w) for w in weights]
@@ -473,21 +486,9 @@ def schedules() -> dict[str, Callable[..., list[Tensor]]]:
 
         return run
 
-    def beside(stream: Any, work: Callable[[], object], ys: Callable[[], Any]) -> Any:
-        """work() on the side stream beside ys()."""
-        if CPU:
-            work()
-            return ys()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-        found = ys()
-        torch.cuda.current_stream().wait_stream(stream)
-        return found
-
-    def side(stream: Any, pdl: bool) -> Callable[..., list[Tensor]]:
+    def side(pdl: bool) -> Callable[..., list[Tensor]]:
         def run(plan: DecodePlan, x: Tensor, weights: list[Tensor], spare: list[Tensor]) -> Any:
-            ys = beside(stream, lambda: plan.shrink(x, True), lambda: base(plan, x, weights, spare))
+            ys = beside(first, lambda: plan.shrink(x, True), lambda: base(plan, x, weights, spare))
             plan.expand(ys, pdl=pdl)
             return ys
 
@@ -499,7 +500,7 @@ def schedules() -> dict[str, Callable[..., list[Tensor]]]:
                 plan.shrink(x, True)
                 plan.expand(spare, add=False, pdl=pdl)
 
-            ys = beside(streams[0], delta, lambda: base(plan, x, weights, spare))
+            ys = beside(first, delta, lambda: base(plan, x, weights, spare))
             if add:
                 torch._foreach_add_(ys, spare)
             return ys
@@ -509,8 +510,8 @@ def schedules() -> dict[str, Callable[..., list[Tensor]]]:
     return {
         "base": base,
         "serial": serial,
-        "shrink beside base": side(streams[0], False),
-        "shrink beside base, expand by pdl": side(streams[0], True),
+        "shrink beside base": side(False),
+        "shrink beside base, expand by pdl": side(True),
         "both beside base, then add": both(False, True),
         "fused base alone": fused(False, False),
         "shrink, then fused": fused(False),
