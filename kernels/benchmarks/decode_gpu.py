@@ -38,6 +38,8 @@ from deltamix_kernels.prepack import unpack_codes
 from shapes import Linear, block, runs
 from torch import Tensor
 
+from deltamix_hf.quantization.gaussian import CUBIC
+
 CONFIGS = Path(deltamix_kernels.__file__).parent / "configs"
 CPU = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if CPU else "cuda")
@@ -46,16 +48,6 @@ SETS = 1 if CPU else 8  # of codes: 27 MB each against an L2 cache of 50 MB
 BASE_SETS = 1 if CPU else 2  # of base weights: 436 MB each
 # Of the norm. A GPU rounds to bfloat16, the interpreter truncates.
 TOLERANCE = {torch.bfloat16: 2e-2 if CPU else 1e-2, torch.float16: 2e-3}
-CUBIC = (
-    (1.5957691, 0.0),
-    (0.892898, 0.0506908),
-    (0.471466, 0.0115843),
-    (0.240515, 0.00209738),
-    (0.121831, 3.36750e-4),
-    (0.0617039, 5.08628e-5),
-    (0.0312720, 7.40792e-6),
-    (0.0158606, 1.05197e-6),
-)
 SHRINK = [  # best known first
     ShrinkTiles(share=1, unroll=4),
     ShrinkTiles(share=2, unroll=4),
