@@ -13,24 +13,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file, cached_files
 
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError, first_line
-from ..storage.headers import TensorInfo, fingerprints, read_headers, read_tensor
-from ..storage.untrusted_paths import (
-    CONFIG,
-    INDEX,
-    WEIGHTS,
-    check_base_name,
-    commit_of,
-    is_from_hub,
-    read_index,
-    read_object,
-)
+from ..storage.headers import TensorInfo, fingerprints, read_headers
+from ..storage.names import GUARD_SEPARATOR
+from ..storage.untrusted_paths import CONFIG, WEIGHTS, check_base_name, repo_files
 from ..transformers_private import (
     WeightConverter,
     WeightRenaming,
@@ -45,8 +35,7 @@ def resolve_base(
 ) -> tuple[list[str], str | None]:
     """Find the base's weight files and the commit they come from (None for a local folder).
 
-    Raises:
-        DeltaMixError: no base given, not found, without safetensors, or itself quantized.
+    Raises a DeltaMixError: no base given, not found, without safetensors, or itself quantized.
     """
     if not base_model:
         raise DeltaMixError("no base model given; pass DeltaMixConfig(base_model=<path or Hub id>)")
@@ -68,41 +57,19 @@ def resolve_base(
 
 
 def find_base(config: DeltaMixConfig, repo: str, file: str) -> tuple[list[str], str | None]:
-    """`resolve_base`, of what a delta repo names, or its user.
+    """Resolve the base that a delta repo names, or its user; `file` is a weight file of the repo.
 
-    Args:
-        repo: the delta repo, a folder or Hub id; `file` is one of its weight files.
-
-    Raises:
-        DeltaMixError: as `resolve_base`, or a name that is not for the repo to give.
+    Raises a DeltaMixError as `resolve_base`, or for a name that is not for the repo to give.
     """
     if not config.base_given:
-        check_base_name(config.base_model, config.base_revision, is_from_hub(repo, file))
+        check_base_name(config.base_model, config.base_revision, repo, file)
     return resolve_base(config.base_model, config.base_revision, config.base_kwargs)
 
 
-def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any], str | None]:
-    """Find a repo's weight files, config.json's content and commit (None for a local folder).
-
-    Where there are a whole file and shards, the whole file counts, as in transformers.
-
-    Raises:
-        OSError, ValueError: not found, or not readable.
-    """
-    path = cached_file(repo, CONFIG, **kwargs)
-    if path is None:
-        raise OSError(f"no file {CONFIG}")
-    commit = commit_of(path)
-    kwargs = kwargs | {"revision": commit or kwargs.get("revision")}  # the rest from this very one
-    config = read_object(path)
-    whole = cached_file(repo, WEIGHTS, _raise_exceptions_for_missing_entries=False, **kwargs)
-    if whole is not None:
-        return [whole], config, commit
-    index = cached_file(repo, INDEX, _raise_exceptions_for_missing_entries=False, **kwargs)
-    if index is None:
-        raise OSError(f"no file {WEIGHTS}")
-    files = cached_files(repo, sorted(set(read_index(index).values())), **kwargs)
-    return files or [], config, commit
+def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Give the tensors of a model's state by name, but for those that are tied to others."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 class KeyMap:
@@ -131,12 +98,7 @@ class KeyMap:
 
 
 class BaseCheckpoint:
-    """Lazy reader of the base by model parameter name.
-
-    Args:
-        files: safetensors files of the base.
-        model: the model whose parameter names and conversions apply (meta weights are fine).
-    """
+    """Lazy reader of a checkpoint by the parameter names of `model`, whose weights may be meta."""
 
     def __init__(self, files: list[str], model: PreTrainedModel):
         self.infos: dict[str, TensorInfo] = read_headers(files)
@@ -151,14 +113,10 @@ class BaseCheckpoint:
             if name not in self.keys.state:
                 continue
             self.sources.setdefault(name, []).append((key, pattern))
-            for target in self._targets(name, pattern):
-                self._group[target] = name
-
-    def _targets(self, name: str, pattern: str | None) -> list[str]:
-        if pattern is None:
-            return [name]
-        targets = self.keys.converter(pattern).target_patterns
-        return [name.replace(targets[0], target, 1) for target in targets]
+            self._group[name] = name
+            if pattern is not None:
+                first, *others = self.keys.converter(pattern).target_patterns
+                self._group |= {name.replace(first, other, 1): name for other in others}
 
     def __contains__(self, name: str) -> bool:
         return name in self._group
@@ -172,11 +130,13 @@ class BaseCheckpoint:
         """List checkpoint keys that feed the parameter `name` (several where experts are fused)."""
         return [key for key, _ in self.sources[self._group[name]]]
 
-    def check(self, name: str, shape: tuple[int, ...], recorded: Mapping[str, str]) -> None:
-        """Refuse to fill the parameter `name` of this shape from what `recorded` does not vouch.
+    def _first(self, name: str) -> TensorInfo:
+        return self.infos[self.checkpoint_keys(name)[0]]
 
-        Raises:
-            DeltaMixError: no fingerprint of it is recorded, or it is of another shape or twice.
+    def check(self, name: str, shape: tuple[int, ...], recorded: Mapping[str, str]) -> None:
+        """Check that the parameter `name` of this shape may be filled from the base.
+
+        Raises a DeltaMixError: no fingerprint is `recorded`, another shape, or two tensors for it.
         """
         keys = self.checkpoint_keys(name)
         for key in keys:
@@ -206,15 +166,14 @@ class BaseCheckpoint:
         return len(source) == 1 and source[0][1] is None
 
     def read(self, name: str) -> Tensor:
-        """Read the base's value of the parameter `name`, in the base's dtype, on the CPU.
+        """Read the base's value of a parameter, in the base's dtype, on the CPU.
 
-        Raises:
-            DeltaMixError: the base has no such tensor.
+        Raises a DeltaMixError if the base has no such tensor.
         """
         if name not in self:
             raise DeltaMixError(f"the base has no tensor for {name!r}")
         if self.is_plain(name):
-            found = read_tensor(self.infos[key := self.sources[name][0][0]], key)
+            found = self._first(name).read()
             if name not in self._resized:
                 return found
             whole = self._resized[name]
@@ -223,10 +182,9 @@ class BaseCheckpoint:
         first = self._group[name]
         converter = self.keys.converter(self.sources[first][0][1])
         for key, pattern in self.sources[first]:
-            converter.add_tensor(first, key, str(pattern), read_tensor(self.infos[key], key))  # type: ignore[arg-type]
+            converter.add_tensor(first, key, str(pattern), self.infos[key].read())  # type: ignore[arg-type]
         model = self.keys.model
-        realised = converter.convert(first, model=model, config=model.config)
-        value = realised[name]
+        value = converter.convert(first, model=model, config=model.config)[name]
         return value[0] if isinstance(value, list) else value
 
     def read_expert(self, name: str, number: int) -> Tensor:
@@ -237,57 +195,48 @@ class BaseCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Look up a parameter's shape in the files; None if it is made from several tensors."""
-        return self.infos[self.checkpoint_keys(name)[0]].shape if self.is_plain(name) else None
+        return self._first(name).shape if self.is_plain(name) else None
 
-    def rows(self, name: str) -> int:
-        """Look up the first dimension of a plain parameter in the base's files."""
-        return self.infos[self.checkpoint_keys(name)[0]].shape[0]
-
-    def resize(self, name: str, whole: Tensor) -> None:
+    def resize(self, name: str, whole: Tensor) -> Tensor | None:
         """Let `read` give the base's rows of `name`, cut off or continued by those of `whole`.
 
-        For vocabularies that were resized: rows that the base has not are the fine-tune's own.
+        For vocabularies that were resized: returned are the rows that the base has not, the
+        fine-tune's own, or None if there are none.
         """
         self._resized[name] = whole
+        added = whole[self._first(name).shape[0] :]
+        return added if len(added) else None
 
     @property
     def resized(self) -> dict[str, list[int]]:
         """Rows in the base and in the fine-tune of what was resized, by module name."""
         return {
-            name.removesuffix(".weight"): [self.rows(name), len(whole)]
+            name.removesuffix(".weight"): [self._first(name).shape[0], len(whole)]
             for name, whole in self._resized.items()
         }
 
-    def added(self, name: str) -> Tensor | None:
-        """Cut out the rows of a resized parameter that the base has not; None if there are none."""
-        if name not in self._resized:
-            return None
-        rows = self._resized[name][self.rows(name) :]
-        return rows if len(rows) else None
-
-    def first_row(self, name: str) -> Tensor:
-        """Read the first row of a plain, at least 1-d parameter."""
-        key = self.checkpoint_keys(name)[0]
-        with safe_open(self.infos[key].file, framework="pt") as handle:
-            return handle.get_slice(key)[:1]
-
     def hidden_keys(self, names: Iterable[str]) -> set[str]:
         """List base keys to hide because a delta has the parameters `names` under other keys."""
-        return {key for name in names if name in self for key in self.checkpoint_keys(name)} - set(
-            names
-        )
+        supplied = {*names}
+        return {key for n in supplied if n in self for key in self.checkpoint_keys(n)} - supplied
 
 
-def weights_from_base(
-    model: PreTrainedModel, base: BaseCheckpoint, stored: Container[str]
-) -> list[str]:
-    """List the matrices that a delta repo leaves to the base: neither tied nor stored whole."""
-    away = set(model.all_tied_weights_keys)
-    return [
-        name
-        for name, tensor in model.state_dict().items()
-        if tensor.ndim == 2 and name in base and name not in stored and name not in away
-    ]
+def guard_names(model: PreTrainedModel, base: BaseCheckpoint, stored: Container[str]) -> list[str]:
+    """Name the guards of a delta repo that holds the tensors `stored`; none if it needs no base.
+
+    transformers strips "<prefix><any character>" from a key when the rest is a model key, so stock
+    loading maps "<prefix>:<weight>" onto the real weight and stops on the shape mismatch [1], while
+    the colon keeps the guard from being a real key of any repo. The weight is a matrix read from
+    the base: neither tied nor stored, and not of a head that other classes lack. One guard is for
+    classes whose keys have the prefix, the other for those without (AutoModel).
+    """
+    matrices = [name for name, tensor in untied_state(model).items() if tensor.ndim == 2]
+    weights = [name for name in matrices if name in base and name not in stored]
+    prefix = model.base_model_prefix
+    inside = f"{prefix}."
+    first = [*(name for name in weights if name.startswith(inside)), *weights][:1]
+    inner = [name.removeprefix(inside) for name in first]
+    return [f"{prefix}{GUARD_SEPARATOR}{key}" for name in inner for key in (name, inside + name)]
 
 
 @torch.no_grad()

@@ -13,13 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from ..config import DeltaMixConfig
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError, first_line
-from ..nn.experts import fused_weights, is_experts, slice_shape
+from ..nn.experts import expert_place, fused_weights, is_experts, matrix_shape, slice_shape
 from ..nn.layers import declared_shape, weight_of
 from ..quantization.packed_delta import PackedDelta
-from ..storage.headers import TensorInfo, opened, read_headers, read_tensor
+from ..storage.headers import TensorInfo, opened, read_headers
 from ..storage.names import GUARD, ROWS, check_listed, is_guard, packed_names, packed_part
-from ..storage.untrusted_paths import check_weight_files
-from .base import KeyMap, repo_files
+from ..storage.untrusted_paths import check_weight_files, repo_files
+from .base import KeyMap
 from .vocabulary import Resized, resized_in_repo
 
 _CODES = (torch.int8, torch.uint8)  # what quantized weights of other libraries look like
@@ -41,10 +41,7 @@ class StoredDelta:
         return packed + sum(t.numel() * t.element_size() for t in self.overlay.values())
 
     def pinned(self) -> StoredDelta:
-        """Copy to page-locked memory, which a GPU reads without the CPU; without a GPU, self.
-
-        Safetensors maps files lazily: what is to come back fast must be read now anyway.
-        """
+        """Copy to page-locked memory, which a GPU reads without the CPU; without a GPU, self."""
         if not torch.cuda.is_available():
             return self
         packed = {name: factors.pinned() for name, factors in self.packed.items()}
@@ -52,23 +49,12 @@ class StoredDelta:
         return replace(self, packed=packed, overlay=overlay)
 
 
-def find_delta(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], DeltaMixConfig]:
-    """Find the weight files and config of a delta repo, a local folder or on the Hub.
-
-    Raises:
-        DeltaMixError: not found, or not a delta repo.
-    """
-    files, config, _ = find_delta_of(repo, kwargs)
-    return files, config
-
-
-def find_delta_of(
+def find_delta(
     repo: str, kwargs: dict[str, Any]
 ) -> tuple[list[str], DeltaMixConfig, dict[str, Any]]:
-    """`find_delta`, and all that config.json says of the model.
+    """Find a delta repo, a folder or Hub id: its weight files, config, and all of config.json.
 
-    Raises:
-        DeltaMixError: not found, or not a delta repo.
+    Raises a DeltaMixError if it is not found, or no delta repo.
     """
     try:
         files, config, _ = repo_files(repo, kwargs)
@@ -83,9 +69,10 @@ def find_delta_of(
 
 @dataclass(frozen=True)
 class Contents:
-    """Where the tensors of a delta repo belong: names of the model -> names in the files.
+    """A delta repo, sorted for the model that `keys` are of: names of the model -> names in files.
 
     Attributes:
+        infos: the headers of its files.
         packed: by module, or by 3-D parameter of experts.
         overlay: by tensor.
         guards: names in the files.
@@ -93,6 +80,9 @@ class Contents:
         absent: names in the files, of modules or tensors that the model has not.
     """
 
+    keys: KeyMap
+    infos: Mapping[str, TensorInfo]
+    config: DeltaMixConfig
     packed: dict[str, str]
     overlay: dict[str, str]
     guards: set[str]
@@ -105,35 +95,94 @@ class Contents:
         rows = {f"{module}.{ROWS}": resized.stored for module, resized in self.resized.items()}
         return self.overlay | {name: stored for name, stored in rows.items() if stored}
 
+    def experts(self, name: str) -> set[str]:
+        """Name the matrices of a packed 3-D parameter that config.json lists, as it does."""
+        return {own for own in self.config.errors if own.rpartition(".")[0] == self.packed[name]}
+
+    def read_packed(self, name: str, read: Callable[[str], Tensor] | None = None) -> PackedDelta:
+        """Read the delta of the module or 3-D parameter `name`, checked.
+
+        `read` gives a stored tensor by name; without it the codes are meta tensors. Raises a
+        DeltaMixError: not the tensors of such a matrix, values no compressor writes, or other
+        experts than config.json lists.
+        """
+        stored, method, experts = self.packed[name], self.config.method, None
+        if name in self.keys.state:
+            owner, _, leaf = name.rpartition(".")
+            module = self.keys.model.get_submodule(owner)
+            experts, shape = len(weight_of(module, leaf)), slice_shape(module, leaf)
+        else:
+            shape = declared_shape(self.keys.model.get_submodule(name))
+        try:
+            packed = PackedDelta.read(
+                stored, read or self._uncoded, *shape, method.group_size, method.quantizer, experts
+            )
+        except DeltaMixError as error:
+            raise DeltaMixError(f"{name}: {error}") from None
+        if packed.counts is not None:
+            counts, listed = enumerate(packed.counts.tolist()), self.experts(name)
+            kept = {f"{stored}.{number}" for number, count in counts if count}
+            if wrong := sorted(kept ^ listed):
+                raise DeltaMixError(
+                    f"only {'config.json' if wrong[0] in listed else 'the delta repo'} has ranks "
+                    f"of {wrong[0]}: weights and config.json do not fit"
+                )
+        return packed
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Look up [m, n] of every compressed matrix by module name, in the model's order.
+
+        Raises a DeltaMixError if the files hold what the model has not, or config.json names as
+        dropped what is no matrix of it.
+        """
+        if self.absent:
+            raise DeltaMixError(f"the model has no {self.absent[0]}, which the files hold")
+        state, model = self.keys.state, self.keys.model
+        compressed, names = {*self.config.dropped}, list[str]()
+        for name in self.packed:
+            experts = {f"{name}.{own.rpartition('.')[2]}" for own in self.experts(name)}
+            compressed |= experts if name in state else {name}
+        for name, tensor in state.items():
+            if name.endswith(".weight") and tensor.ndim == 2:
+                names.append(name.removesuffix(".weight"))
+            elif tensor.ndim == 3 and expert_place(model, f"{name}.0"):
+                names += [f"{name}.{number}" for number in range(len(tensor))]
+        if unknown := sorted(compressed - {*names}):
+            raise DeltaMixError(f"the model has no matrix {unknown[0]}, which config.json lists")
+        return {name: matrix_shape(model, name) for name in names if name in compressed}
+
+    def _uncoded(self, name: str) -> Tensor:
+        place, info = packed_part(name), self.infos[name]
+        codes = place is not None and place[2] in ("v", "u")
+        return info.placeholder() if codes else info.read()
+
 
 def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: KeyMap) -> Contents:
     """Sort out the tensors of a delta repo for the model that `keys` are of.
 
-    Raises:
-        DeltaMixError: incomplete, of other shapes or kinds than the model's, or two for one place.
+    Raises a DeltaMixError: incomplete, of other shapes or kinds than the model's, or two for one
+    place.
     """
     modules, fused = packed_names(infos, config.method.quantizer, config.errors)
     others = {name for name in infos if packed_part(name) is None}
     guards = {name for name in others if is_guard(name)}
     for name in guards:
-        if infos[name].placeholder().dtype != GUARD[0] or infos[name].shape != GUARD[1]:
+        if (infos[name].placeholder().dtype, infos[name].shape) != GUARD:
             raise DeltaMixError(f"the delta repo holds {name}, which is no guard: it is damaged")
     # old repos have shorter lists
     unlisted = {*fused} - {name.rpartition(".")[0] for name in config.errors}
     check_listed(unlisted | ({*modules} - config.errors.keys() if config.errors else set()), set())
     if config.overlay is not None:
         check_listed(others - guards, {*config.overlay})
-    packed: dict[str, str] = {}
-    overlay: dict[str, str] = {}
-    absent: list[str] = []
-    taken: dict[str, str] = {}
-    stored_names = [(module, f"{module}.weight") for module in modules]
     resized = resized_in_repo(infos, config, keys)
+    found = Contents(keys, infos, config, {}, {}, guards, resized, [])
     whole = sorted(n for n in others - guards if not n.endswith(f".{ROWS}"))
+    stored_names = [(module, f"{module}.weight") for module in modules]
+    taken: dict[str, str] = {}
     for stored, key in [*stored_names, *((name, name) for name in (*fused, *whole))]:
         name = keys.rename(key)[0]
         if name not in keys.state:
-            absent.append(stored)
+            found.absent.append(stored)
             continue
         if name in keys.model.all_tied_weights_keys:
             raise DeltaMixError(f"the delta repo holds {stored}, which the model ties to another")
@@ -142,11 +191,11 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
         taken[name] = stored
         if key != stored or stored in fused:
             _check_carrier(keys, stored, name, experts=key == stored)
-            packed[name if key == stored else name.removesuffix(".weight")] = stored
+            found.packed[name if key == stored else name.removesuffix(".weight")] = stored
         else:
             _check_whole(keys.state[name], infos[stored], stored)
-            overlay[name] = stored
-    return Contents(packed, overlay, guards, resized, absent)
+            found.overlay[name] = stored
+    return found
 
 
 def _check_carrier(keys: KeyMap, stored: str, name: str, experts: bool) -> None:
@@ -161,62 +210,8 @@ def _check_carrier(keys: KeyMap, stored: str, name: str, experts: bool) -> None:
         raise DeltaMixError(f"{stored}: a {type(module).__name__} cannot carry a packed delta")
 
 
-def without_codes(infos: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
-    """Make a reader of packed tensors that gives of their codes the shapes alone: meta tensors."""
-
-    def read(name: str) -> Tensor:
-        place = packed_part(name)
-        codes = place is not None and place[2] in ("v", "u")
-        return infos[name].placeholder() if codes else read_tensor(infos[name], name)
-
-    return read
-
-
-def listed_experts(config: DeltaMixConfig, stored: str) -> set[str]:
-    """Name the matrices of the packed 3-D parameter `stored` that config.json lists."""
-    return {name for name in config.errors if name.rpartition(".")[0] == stored}
-
-
-def read_packed(
-    keys: KeyMap, name: str, stored: str, config: DeltaMixConfig, read: Callable[[str], Tensor]
-) -> PackedDelta:
-    """Read the delta of the module or 3-D parameter `name`, checked.
-
-    Args:
-        stored: its name in the files.
-        read: gives a stored tensor by name; codes may be meta.
-
-    Raises:
-        DeltaMixError: not the tensors of such a matrix, values no compressor writes, or other
-            experts than config.json lists.
-    """
-    method, experts = config.method, None
-    if name in keys.state:
-        owner, _, leaf = name.rpartition(".")
-        module = keys.model.get_submodule(owner)
-        experts, shape = len(weight_of(module, leaf)), slice_shape(module, leaf)
-    else:
-        shape = declared_shape(keys.model.get_submodule(name))
-    try:
-        packed = PackedDelta.read(
-            stored, read, *shape, method.group_size, method.quantizer, experts
-        )
-    except DeltaMixError as error:
-        raise DeltaMixError(f"{name}: {error}") from None
-    if packed.counts is not None:
-        counts = enumerate(packed.counts.tolist())
-        kept = {f"{stored}.{number}" for number, count in counts if count}
-        listed = listed_experts(config, stored)
-        if wrong := sorted(kept ^ listed):
-            raise DeltaMixError(
-                f"only {'config.json' if wrong[0] in listed else 'the delta repo'} has ranks of "
-                f"{wrong[0]}: weights and config.json do not fit"
-            )
-    return packed
-
-
 def _check_whole(ours: Tensor, info: TensorInfo, stored: str) -> None:
-    """`ours`: the model's own tensor; a whole one must have its shape, and be as it a float."""
+    """Refuse a whole tensor that has not the shape of the model's, `ours`, or is as it no float."""
     theirs = info.placeholder()
     if theirs.is_floating_point() and ours.dtype in _CODES:
         raise DeltaMixError(
@@ -233,12 +228,9 @@ def _check_whole(ours: Tensor, info: TensorInfo, stored: str) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor with NaN or infinity; compression never stores one.
+    """Raise a DeltaMixError for a tensor with NaN or infinity; compression never stores one.
 
     0.07 s for a gigabyte of bfloat16 on one AMD EPYC core (`isfinite().all()`: 3.9 s).
-
-    Raises:
-        DeltaMixError: names it.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return
@@ -250,8 +242,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyMap) -> StoredDelta:
     """Read a delta repo for the model that `keys` are of.
 
-    Raises:
-        DeltaMixError: damaged, incomplete, or of another model.
+    Raises a DeltaMixError if it is damaged, incomplete, or of another model.
     """
     if config.resized:
         name, (old, new) = next(iter(config.resized.items()))
@@ -271,10 +262,7 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
             """A copy: every tensor of a file that is not copied maps the whole file once more."""
             return get(name).clone()
 
-        packed = {
-            name: read_packed(keys, name, stored, config, read)
-            for name, stored in contents.packed.items()
-        }
+        packed = {name: contents.read_packed(name, read) for name in contents.packed}
         for name, stored in contents.overlay.items():
             overlay[name] = read(stored)
             check_finite(stored, overlay[name])

@@ -13,11 +13,7 @@ from ..errors import DeltaMixError, first_line
 
 
 def read_config(repo: str) -> PreTrainedConfig:
-    """Read the transformers config of a repo, a folder or Hub id.
-
-    Raises:
-        DeltaMixError: it cannot be found or read.
-    """
+    """Read the config of a repo, a folder or Hub id; a DeltaMixError if it cannot be read."""
     try:
         return AutoConfig.from_pretrained(repo)
     except (OSError, ValueError) as error:
@@ -32,11 +28,17 @@ def is_delta(config: PreTrainedConfig) -> bool:
     return dict(settings).get("quant_method") == QUANT_METHOD
 
 
+def delta_config(repo: str) -> PreTrainedConfig:
+    """Read the config of a delta repo, as `read_config`; a DeltaMixError if it is a whole model."""
+    if not is_delta(config := read_config(repo)):
+        raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
+    return config
+
+
 def model_class(repo: str, config: PreTrainedConfig) -> Any:
     """Look up the class that `repo` was saved with: the first that this transformers knows.
 
-    Raises:
-        DeltaMixError: this transformers has no such class.
+    Raises a DeltaMixError if it knows none.
     """
     names = config.architectures or []
     cls: Any = next((c for n in names if (c := getattr(transformers, str(n), None))), None)
@@ -49,10 +51,9 @@ def model_class(repo: str, config: PreTrainedConfig) -> Any:
 
 
 def empty_model(repo: str, config: PreTrainedConfig | None = None) -> PreTrainedModel:
-    """Build the model of a repo without memory for its weights: names and shapes alone.
+    """Build the model of a repo on the meta device: names and shapes alone.
 
-    Raises:
-        DeltaMixError: this transformers has no such class, or it refuses the config.
+    Raises a DeltaMixError if transformers has no such class, or it refuses the config.
     """
     config = config or read_config(repo)
     cls = model_class(repo, config)

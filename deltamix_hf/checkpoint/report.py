@@ -8,29 +8,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..config import DeltaMixConfig
-from ..errors import DeltaMixError
-from ..nn.experts import expert_place, fused_name, matrix_shape
+from ..nn.experts import fused_name
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import part_names
-from ..storage.headers import read_headers, read_tensor
+from ..storage.headers import read_headers
 from ..storage.sizes import SizeReport, size_report
 from .base import KeyMap
-from .delta_repo import (
-    Contents,
-    contents_of,
-    find_delta,
-    listed_experts,
-    read_packed,
-    without_codes,
-)
-from .model_class import empty_model, is_delta, read_config
+from .delta_repo import Contents, contents_of, find_delta
+from .model_class import delta_config, empty_model
 
 
 @dataclass(frozen=True)
@@ -127,43 +119,19 @@ def inspect_repo(repo: str | Path) -> RepoReport:
         DeltaMixError: not found, not a delta repo, damaged, or of a class transformers has not.
     """
     repo = str(repo)
-    model_config = read_config(repo)
-    if not is_delta(model_config):  # before its weights are fetched
-        raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
-    files, config = find_delta(repo, {})
-    keys = KeyMap(empty_model(repo, model_config))
+    model_config = delta_config(repo)  # before its weights are fetched
+    files, config, _ = find_delta(repo, {})
     infos = read_headers(files)
-    contents = contents_of(infos, config, keys)
-    shapes = stored_shapes(contents, config, keys)
-    matrices = {name: _dropped(config, name, shape) for name, shape in shapes.items()}
-    for name, stored in contents.packed.items():
-        packed = read_packed(keys, name, stored, config, without_codes(infos))
-        matrices |= _matrices(packed, config, name, stored)
+    contents = contents_of(infos, config, KeyMap(empty_model(repo, model_config)))
+    shapes = contents.shapes()
+    widths = torch.zeros(0, dtype=torch.int64)
+    matrices = {n: MatrixReport(None, s, widths, widths, 0, 0, 0, None) for n, s in shapes.items()}
+    for name in contents.packed:
+        matrices |= _matrices(contents, name)
     whole = {name: infos[stored] for name, stored in contents.whole.items()}
     overlay = {name: (info.dtype, info.shape, info.nbytes) for name, info in whole.items()}
     size = size_report(Path(files[0]).parent, shapes)
     return RepoReport(files, config, size, matrices, overlay)
-
-
-def stored_shapes(
-    contents: Contents, config: DeltaMixConfig, keys: KeyMap
-) -> dict[str, tuple[int, int]]:
-    """Look up [m, n] of every compressed matrix by module name, in the model's order.
-
-    Raises:
-        DeltaMixError: the files hold what the model has not, or config.json names as dropped what
-            is no matrix of it.
-    """
-    if contents.absent:
-        raise DeltaMixError(f"the model has no {contents.absent[0]}, which the files hold")
-    compressed = {*config.dropped}
-    for name, stored in contents.packed.items():
-        experts = [own.rpartition(".")[2] for own in listed_experts(config, stored)]
-        compressed |= {f"{name}.{own}" for own in experts} if name in keys.state else {name}
-    names = [name for n, t in keys.state.items() for name in _matrices_in(keys, n, t)]
-    if unknown := sorted(compressed - {*names}):
-        raise DeltaMixError(f"the model has no matrix {unknown[0]}, which config.json lists")
-    return {n: matrix_shape(keys.model, n) for n in names if n in compressed}
 
 
 def rank_sizes(report: RepoReport, name: str) -> Tensor:
@@ -181,7 +149,7 @@ def rank_sizes(report: RepoReport, name: str) -> Tensor:
     counts = infos.get(part_names(fused, quantizer, experts=True)["counts"])
     packed = PackedDelta.read(
         stored if counts is None else fused,
-        lambda name: read_tensor(infos[name], name),
+        lambda name: infos[name].read(),
         *matrix.shape,
         config.method.group_size,
         quantizer,
@@ -192,62 +160,36 @@ def rank_sizes(report: RepoReport, name: str) -> Tensor:
     return factors.left().norm(dim=1) * factors.right().norm(dim=1)
 
 
-def _dropped(config: DeltaMixConfig, name: str, shape: tuple[int, int]) -> MatrixReport:
-    """A matrix that kept no rank."""
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return MatrixReport(None, shape, nothing, nothing, 0, 0, 0, _error(config, name))
-
-
-def _error(config: DeltaMixConfig, name: str) -> float | None:
-    error = config.errors.get(name)
-    return error if error is not None and 0 <= error < 1e300 else None  # no NaN or the like
-
-
-def _matrices(
-    packed: PackedDelta, config: DeltaMixConfig, name: str, stored: str
-) -> dict[str, MatrixReport]:
-    """The matrix `name`, or every expert of that 3-D parameter that kept ranks; codes may be meta.
-
-    `stored` is its name in the files.
-    """
-    found = {}
+def _matrices(contents: Contents, name: str) -> dict[str, MatrixReport]:
+    """Report on the matrix `name`, or on every expert of that 3-D parameter that kept ranks."""
+    packed, found = contents.read_packed(name), {}
     for number, factors in enumerate(packed.split()):
         end = "" if packed.counts is None else f".{number}"
         if factors is not None:
-            words = factors.ranks[:, 0].long()
+            words, stored = factors.ranks[:, 0].long(), contents.packed[name] + end
+            error = contents.config.errors.get(stored, -1.0)
             found[name + end] = MatrixReport(
-                stored=stored + end,
+                stored=stored,
                 shape=(factors.m, factors.n),
                 v_bits=words % 16,
                 u_bits=words // 16 % 16,
-                error=_error(config, stored + end),
+                error=error if 0 <= error < 1e300 else None,  # no NaN or the like
                 **factors.nbytes,
             )
     return found
 
 
 def _together(matrices: list[MatrixReport]) -> MatrixReport:
-    """Matrices of one shape as one, below each other; its error is their mean."""
-    first = matrices[0]
-    if len(matrices) == 1:
-        return first
+    """Put matrices of one shape below each other; the error of all is their mean."""
     errors = [matrix.error for matrix in matrices if matrix.error is not None]
-    return MatrixReport(
-        stored=first.stored,
-        shape=(sum(matrix.shape[0] for matrix in matrices), first.shape[1]),
+    kinds = ("payload", "scales", "metadata")
+    sums = {kind: sum(getattr(matrix, kind) for matrix in matrices) for kind in kinds}
+    m, n = matrices[0].shape
+    return replace(
+        matrices[0],
+        shape=(m * len(matrices), n),
         v_bits=torch.cat([matrix.v_bits for matrix in matrices]),
         u_bits=torch.cat([matrix.u_bits for matrix in matrices]),
-        payload=sum(matrix.payload for matrix in matrices),
-        scales=sum(matrix.scales for matrix in matrices),
-        metadata=sum(matrix.metadata for matrix in matrices),
         error=sum(errors) / len(errors) if errors else None,
+        **sums,
     )
-
-
-def _matrices_in(keys: KeyMap, name: str, tensor: Tensor) -> list[str]:
-    """Names of the matrices that a parameter holds: one, or one for each expert."""
-    if name.endswith(".weight") and tensor.ndim == 2:
-        return [name.removesuffix(".weight")]
-    if tensor.ndim == 3 and expert_place(keys.model, f"{name}.0"):
-        return [f"{name}.{number}" for number in range(len(tensor))]
-    return []

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
+from ..nn.delta_module import DeltaModule
 from ..nn.experts import FusedWeight, fused_weights, is_experts
 from ..nn.layers import delta_class, weight_of
 from ..storage.names import ROWS
-from .base import BaseCheckpoint, same
-from .vocabulary import is_resized, one_for_each_token, vocabulary_modules
+from .base import BaseCheckpoint, same, untied_state
+from .vocabulary import vocabulary_modules
 
 # At 64 x 64 the four header entries of a packed matrix (about 430 bytes) take most of a 1/16 share
 # (512 bytes); anything smaller is stored whole.
@@ -57,28 +58,26 @@ def differences(
 ) -> Iterator[Difference]:
     """Compare tensors of a fine-tune, by model name, with the base's; one pair is in memory.
 
-    Args:
-        base: learns of vocabularies with more or fewer rows.
-        skip: modules and parameters that are not packed.
-
-    Raises:
-        DeltaMixError: a tensor has another shape in the base, or is not finite.
+    `base` learns of vocabularies with more or fewer rows; modules and parameters in `skip` are not
+    packed. Raises a DeltaMixError if a tensor has another shape in the base, or is not finite.
     """
     ends = vocabulary_modules(model)
     for name, ours in tensors:
         owner, _, leaf = name.rpartition(".")
         value = None
         if name in base:
-            if leaf == "weight" and is_resized(base, ends.get(owner), name):
-                base.resize(name, ours)
-                if (added := base.added(name)) is not None:
-                    yield Difference(f"{owner}.{ROWS}", "rows", added, None)
+            resized = leaf == "weight" and owner in ends and _is_resized(base, name, ends[owner])
+            added = base.resize(name, ours) if resized else None
+            if added is not None:
+                yield Difference(f"{owner}.{ROWS}", "rows", added, None)
             value = base.read(name)
-            if value.shape != ours.shape and not one_for_each_token(ends.values(), ours):
-                raise DeltaMixError(
-                    f"{name} is {list(ours.shape)} in the fine-tune and {list(value.shape)} in "
-                    "the base: this is not the base it was fine-tuned from"
-                )
+            if value.shape != ours.shape:
+                tokens = [len(weight_of(end)) for end in ends.values()]
+                if ours.ndim != 1 or len(ours) not in tokens:  # a head's bias is stored whole
+                    raise DeltaMixError(
+                        f"{name} is {list(ours.shape)} in the fine-tune and {list(value.shape)} in "
+                        "the base: this is not the base it was fine-tuned from"
+                    )
             if same(ours, value):
                 yield Difference(name, "same", ours, value)
                 continue
@@ -86,6 +85,15 @@ def differences(
             raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
         kind = "whole" if value is None else _kind(model, name, skip)
         yield Difference(name, kind, ours, value)
+
+
+def _is_resized(base: BaseCheckpoint, name: str, module: nn.Module) -> bool:
+    """Tell whether the weight `name` of an embedding or head has other rows than the base's."""
+    if delta_class(type(module)) is None and not isinstance(module, DeltaModule):
+        return False
+    rows, *rest = weight_of(module).shape
+    shape = base.shape(name)
+    return shape is not None and shape[0] != rows and list(shape[1:]) == rest
 
 
 def _kind(model: PreTrainedModel, name: str, skip: Sequence[str]) -> str:
@@ -114,12 +122,7 @@ def sort_tensors(
 ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     """Sort into modules to pack and tensors to store whole, by name; not what equals the base.
 
-    Args:
-        skip: modules and parameters that are not packed.
-        files: has the model's tensors if they are not in memory.
-
-    Raises:
-        DeltaMixError: a tensor has another shape in the base, or is not finite.
+    `files` has the model's tensors if they are not in memory; for the rest see `differences`.
     """
     targets: dict[str, nn.Module] = {}
     overlay: dict[str, Tensor] = {}
@@ -154,10 +157,8 @@ def sort_tensors(
 
 
 def _untied(model: PreTrainedModel, files: BaseCheckpoint | None) -> Iterator[tuple[str, Tensor]]:
-    """The fine-tune's tensors that are not tied to others, in the model's dtypes."""
-    for name, tensor in model.state_dict().items():
-        if name in model.all_tied_weights_keys:
-            continue
+    """Yield the fine-tune's tensors that are not tied to others, in the model's dtypes."""
+    for name, tensor in untied_state(model).items():
         if files is not None and name not in files:
             raise DeltaMixError(f"the fine-tune's files hold no {name}: they are incomplete")
         yield name, tensor if files is None else files.read(name).to(tensor.dtype)

@@ -1,14 +1,13 @@
 """Check that a delta repo is sound and that its base is the right one.
 
 Checks come as streams. `verify_repo` lists all that is wrong, without building a model; loading
-asks the same of files, base and model and stops at the first problem (`require`).
+asks the same of files, base and model and stops at the first problem.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -17,19 +16,11 @@ from transformers.utils import logging
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..nn import tensor_parallel
-from ..storage.headers import (
-    TensorInfo,
-    check_base,
-    fingerprints,
-    opened,
-    read_headers,
-)
+from ..storage.headers import TensorInfo, check_base, fingerprints, opened, read_headers
 from ..storage.sizes import size_report
-from ..storage.untrusted_paths import WEIGHTS, check_weight_files
 from .base import BaseCheckpoint, KeyMap, find_base, same
-from .delta_repo import Contents, check_finite, contents_of, find_delta, read_packed
+from .delta_repo import Contents, check_finite, contents_of, find_delta
 from .model_class import empty_model
-from .report import stored_shapes
 from .vocabulary import Resized
 
 Measure = Callable[[Mapping[str, TensorInfo]], Mapping[str, str]]
@@ -43,17 +34,6 @@ class Check:
     problem: str | None = None
 
 
-def require(checks: Iterable[Check]) -> None:
-    """Stop at the first problem.
-
-    Raises:
-        DeltaMixError: says what it is.
-    """
-    for check in checks:
-        if check.problem is not None:
-            raise DeltaMixError(check.problem)
-
-
 def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iterator[Check]:
     """Check a delta repo and its base; the list ends where nothing more can be read.
 
@@ -63,11 +43,10 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
         quick: compare only the names of the base's tensors; its bytes are not read.
     """
     try:
-        files, config = find_delta(repo, {})
+        files, config, _ = find_delta(repo, {})
         infos = read_headers(files)
-        keys = KeyMap(empty_model(repo))
-        contents = contents_of(infos, config, keys)
-        shapes = stored_shapes(contents, config, keys)
+        contents = contents_of(infos, config, KeyMap(empty_model(repo)))
+        shapes = contents.shapes()
     except DeltaMixError as error:
         yield Check("config.json and weight files", str(error))
         return
@@ -75,8 +54,7 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
     with opened(infos) as read:
 
         def matrices(name: str, stored: str) -> int:
-            packed = read_packed(keys, name, stored, config, read)
-            return sum(one is not None for one in packed.split())
+            return sum(one is not None for one in contents.read_packed(name, read).split())
 
         def whole(name: str, stored: str) -> int:
             check_finite(stored, read(stored))
@@ -84,24 +62,26 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
 
         yield from _each("packed matrices: shapes, widths, scales", contents.packed, matrices)
         yield from _each("tensors stored whole: shapes, finite values", contents.whole, whole)
-    yield _budget(files, config, shapes)
+    yield _size(files, config, shapes)
     if base is not None:
         config.base_model, config.base_revision, config.base_given = base, None, True
     recorded = config.base_fingerprints
     what = f"base {config.base_model!r}: {len(recorded)} tensors"
     what += ", names alone" if quick else ""
     try:
-        checkpoint = BaseCheckpoint(find_base(config, repo, files[0])[0], keys.model)
-        named = lambda infos: {name: recorded[name] for name in infos}  # noqa: E731
-        measure = named if quick else partial(fingerprints, show=True)
-        checks = [*base_checks(keys, contents, checkpoint, config, measure)]
+        checkpoint = BaseCheckpoint(find_base(config, repo, files[0])[0], contents.keys.model)
+
+        def measure(infos: Mapping[str, TensorInfo]) -> Mapping[str, str]:
+            return {n: recorded[n] for n in infos} if quick else fingerprints(infos, show=True)
+
+        checks = [*base_checks(contents, checkpoint, measure)]
         yield from checks or [Check(what)]
     except DeltaMixError as error:
         yield Check(what, str(error))
 
 
 def _each(what: str, names: Mapping[str, str], look: Callable[[str, str], int]) -> Iterator[Check]:
-    """Problems of tensors by their names in model and files, and how many are sound."""
+    """Look at tensors by their names in model and files: the problems, and how many are sound."""
     sound = 0
     for name, stored in logging.tqdm(names.items(), desc=f"Reading {what.partition(':')[0]}"):
         try:
@@ -111,10 +91,8 @@ def _each(what: str, names: Mapping[str, str], look: Callable[[str, str], int]) 
     yield Check(f"{sound} {what}")
 
 
-def _budget(
-    files: list[str], config: DeltaMixConfig, shapes: Mapping[str, tuple[int, int]]
-) -> Check:
-    """The promise that config.json makes of the files' size; files that are not read count too."""
+def _size(files: list[str], config: DeltaMixConfig, shapes: Mapping[str, tuple[int, int]]) -> Check:
+    """Compare the size of all weight files, those too that are not read, with the promised one."""
     try:
         size = size_report(Path(files[0]).parent, shapes)
     except DeltaMixError as error:
@@ -126,36 +104,17 @@ def _budget(
     return Check(what, f"config.json promises at most {promised:,}: the files were changed")
 
 
-def checked_headers(model: PreTrainedModel, files: list[str]) -> dict[str, TensorInfo]:
-    """Read the headers of a repo's weight files, once they are known to be its own.
-
-    Raises:
-        DeltaMixError: weight files that are not for this delta repo to name.
-    """
-    if named := getattr(model.config, "transformers_weights", None):
-        raise DeltaMixError(f"config.json has its weights in {named!r}, not in {WEIGHTS}")
-    infos = read_headers(files)
-    check_weight_files(str(model.config.name_or_path), files, infos)
-    return infos
-
-
 def base_checks(
-    keys: KeyMap,
-    contents: Contents,
-    base: BaseCheckpoint,
-    config: DeltaMixConfig,
-    measure: Measure = fingerprints,
+    contents: Contents, base: BaseCheckpoint, measure: Measure = fingerprints
 ) -> Iterator[Check]:
-    """Find what is wrong with a base: another one, or with the delta no whole model.
+    """Yield what is wrong with a base that with the delta makes no whole model.
 
-    Args:
-        measure: gives the fingerprints of the base's tensors.
-
-    Raises:
-        DeltaMixError: it is another base; what else is wrong would say nothing.
+    `measure` gives the fingerprints of the base's tensors. Raises a DeltaMixError if it is another
+    base: what else is wrong would say nothing.
     """
-    recorded, model = config.base_fingerprints, keys.model
-    where, kind = repr(config.base_model), type(model).__name__
+    keys, recorded = contents.keys, contents.config.base_fingerprints
+    model, where = keys.model, repr(contents.config.base_model)
+    kind = type(model).__name__
     check_base(recorded, base.infos, where, measure)
     missing = check_filled(keys, contents.overlay, base, recorded, contents.resized)
     # Another class than the saved one may lack its head, or bring one of its own, which
@@ -195,13 +154,8 @@ def check_filled(
 ) -> list[str]:
     """Check what of the model comes from the base, and list what neither that nor a delta gives.
 
-    Args:
-        overlay: tensors that the delta replaces.
-        recorded: the base's fingerprints.
-        resized: matrices with other rows than the base's, by module.
-
-    Raises:
-        DeltaMixError: a tensor of the base has another shape or no fingerprint.
+    The delta replaces the tensors in `overlay`, and `resized` matrices have other rows than the
+    base's. Raises a DeltaMixError if a tensor of the base has another shape, or is not `recorded`.
     """
     missing = []
     for name, tensor in keys.state.items():
@@ -217,20 +171,17 @@ def check_filled(
 
 
 def check_base_was_read(model: PreTrainedModel, base: BaseCheckpoint, names: Iterable[str]) -> None:
-    """Check that the weights `names` of the loaded model are the base's: the net under the splice.
+    """Raise a DeltaMixError unless the weights `names` of the loaded model are the base's.
 
-    Raises:
-        DeltaMixError: one is not.
+    This is the net under the splice. Not looked at is what was offloaded, sharded or converted on
+    the way.
     """
     for name in names:
         tensor = model.get_parameter_or_buffer(name)
-        info = base.infos[base.checkpoint_keys(name)[0]]
-        # offloaded, sharded or converted on the way: not comparable by eye
-        if tensor.device.type == "meta" or tuple(tensor.shape) != info.shape:
+        if tensor.device.type == "meta" or tensor_parallel.is_shard(tensor) or not tensor.ndim:
             continue
-        if tensor_parallel.is_shard(tensor):
-            continue
-        if tensor.ndim and base.is_plain(name) and not same(tensor[:1], base.first_row(name)):
+        plain = base.shape(name) == tuple(tensor.shape)
+        if plain and not same(tensor[:1], base.read(name)[:1]):
             raise DeltaMixError(
                 f"{name} was not loaded from the base: this transformers version reads "
                 "checkpoints in a way deltamix_hf does not know; please report it"
@@ -238,6 +189,6 @@ def check_base_was_read(model: PreTrainedModel, base: BaseCheckpoint, names: Ite
 
 
 def _part_inside(model: PreTrainedModel, name: str) -> str | None:
-    """`layers` of `model.layers.0.mlp.up_proj`; None for what is no part of the base model."""
+    """Find `layers` in `model.layers.0.up_proj`; None for what is no part of the base model."""
     part = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
     return part if part in dict(model.base_model.named_children()) else None

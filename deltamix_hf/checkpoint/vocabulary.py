@@ -8,22 +8,20 @@ output head may differ so: any other shape means another base.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
-from ..nn.delta_module import DeltaModule
-from ..nn.layers import delta_class, weight_of
 from ..storage.headers import TensorInfo
 from ..storage.names import ROWS, check_listed
 from ..transformers_private import ConversionOps
-from .base import BaseCheckpoint, KeyMap
+from .base import KeyMap
 
 
 @dataclass(frozen=True)
@@ -36,20 +34,15 @@ class Resized:
 
 
 class FitRows(ConversionOps):
-    """The base's rows, and below them those the delta repo adds; at most `rows`."""
+    """Join the base's rows and, below them, those the delta repo adds; at most `rows`."""
 
     def __init__(self, rows: int):
         self.rows = rows
 
     @torch.no_grad()
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
+        self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, Any]:
-        """Join the sources in their order, one below the other."""
         found = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
         tensors = [t for value in found for t in (value if isinstance(value, list) else [value])]
         return {target_patterns[0]: torch.cat(tensors)[: self.rows]}
@@ -64,31 +57,13 @@ def vocabulary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if id(module) in ends}
 
 
-def is_resized(base: BaseCheckpoint, module: nn.Module | None, name: str) -> bool:
-    """Tell whether the weight `name` of an embedding or head has other rows than the base's."""
-    if module is None or name not in base:
-        return False
-    if delta_class(type(module)) is None and not isinstance(module, DeltaModule):
-        return False
-    rows, *rest = weight_of(module).shape
-    shape = base.shape(name)
-    return shape is not None and shape[0] != rows and list(shape[1:]) == rest
-
-
-def one_for_each_token(ends: Collection[nn.Module], tensor: Tensor) -> bool:
-    """Tell whether a tensor has a number for each token: the bias of a head, stored whole."""
-    return tensor.ndim == 1 and any(len(weight_of(end)) == len(tensor) for end in ends)
-
-
 def resized_in_repo(
     infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: KeyMap
 ) -> dict[str, Resized]:
     """Read and check what config.json says of resized matrices, by the model's module name.
 
-    A head that the class lacks is left out.
-
-    Raises:
-        DeltaMixError: rows are missing, of another number than announced, or no tokens'.
+    A head that the class lacks is left out. Raises a DeltaMixError if rows are missing, of another
+    number than announced, or no tokens'.
     """
     found: dict[str, Resized] = {}
     ends = vocabulary_modules(keys.model)

@@ -35,9 +35,10 @@ def evaluate(
 
     Example: deltamix eval my-delta --text heldout.txt --finetuned ./tuned
     """
-    from .models import load_model, load_tokenizer, require_delta
+    from ..checkpoint.model_class import delta_config
+    from .models import load_model, load_tokenizer
 
-    require_delta(repo)
+    delta_config(repo)
     batches = _batches(text, load_tokenizer(repo), samples, length)
     model = load_model(repo, base)
     _check_kind(model)

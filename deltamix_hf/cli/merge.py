@@ -21,11 +21,12 @@ def merge(
     Example: deltamix merge me/my-delta --output my-model
     """
     refuse_existing(output, overwrite)
+    from ..checkpoint.model_class import delta_config
     from ..integration.saving import copy_companions, written_whole
     from ..storage.sizes import weight_files
-    from .models import load_model, require_delta
+    from .models import load_model
 
-    require_delta(repo)
+    delta_config(repo)
     model = load_model(repo, base, dequantize=True)
     with written_whole(output) as folder:
         model.save_pretrained(folder)

@@ -10,16 +10,6 @@ from ..checkpoint.model_class import is_delta, model_class, read_config
 from ..errors import DeltaMixError, first_line
 
 
-def require_delta(repo: str) -> None:
-    """Check that a path or Hub id is a delta repo.
-
-    Raises:
-        DeltaMixError: it holds a whole model, or is not found.
-    """
-    if not is_delta(read_config(repo)):
-        raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
-
-
 def load_model(repo: str, base: str | None = None, dequantize: bool = False) -> Any:
     """Load a whole model or a delta repo, ready to run.
 

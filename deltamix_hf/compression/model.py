@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..calibration.data import calibration_batches, describe
-from ..checkpoint.base import BaseCheckpoint, weights_from_base
+from ..checkpoint.base import BaseCheckpoint, guard_names
 from ..checkpoint.tensor_diff import sort_tensors
 from ..config import DeltaMixConfig, overlay_dtype
 from ..errors import DeltaMixError
@@ -28,7 +28,6 @@ from ..jobs.resume_store import ResumeStore, job_identity
 from ..nn.experts import Expert, fused_sizes
 from ..nn.layers import shape_of, weight_of
 from ..storage.headers import fingerprints
-from ..storage.names import guard_names
 from .budget import Budget, plan_budget
 from .direct_reads import read_directly
 from .job import Job
@@ -131,7 +130,7 @@ def _budget(
             name: (overlay_dtype(tensor.dtype, config), tuple(tensor.shape))
             for name, tensor in overlay.items()
         },
-        guard_names(weights_from_base(model, base, overlay), model.base_model_prefix),
+        guard_names(model, base, overlay),
         config,
         {name for name, module in targets.items() if isinstance(module, nn.Embedding)},
         fused_sizes(model, targets),

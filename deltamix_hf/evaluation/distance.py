@@ -10,8 +10,9 @@ docs/budget.md has them beside the measured KL of real pairs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..allocation.whole_model import DEFAULT_GAP, solve_global
-from ..checkpoint.base import BaseCheckpoint, same, weights_from_base
+from ..checkpoint.base import BaseCheckpoint, guard_names, same, untied_state
 from ..checkpoint.tensor_diff import Difference, differences
-from ..compression.budget import plan_budget, rank_options
+from ..compression.budget import Budget, plan_budget, rank_options
 from ..config import DeltaMixConfig, overlay_dtype
 from ..errors import DeltaMixError
 from ..linalg.svd import singular_values
 from ..method import DEFAULT_METHOD, METHODS
 from ..nn.experts import fused_name, fused_sizes, slice_shape
 from ..nn.layers import shape_of
-from ..storage.names import guard_names
 from ..storage.sizes import reference_bytes
 
 RATIOS = (1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128)
@@ -124,7 +124,7 @@ def measure(
         DeltaMixError: they have no tensor in common or other shapes, or the fine-tune holds NaN.
     """
     tuned, base = (BaseCheckpoint(files, model) for files in (tuned_files, base_files))
-    names = [n for n in model.state_dict() if n in tuned and n not in model.all_tied_weights_keys]
+    names = [name for name in untied_state(model) if name in tuned]
     if not any(name in base for name in names):
         raise DeltaMixError("base and fine-tune have no tensor in common: they are not of a family")
     matrices: dict[str, MatrixDistance] = {}
@@ -138,19 +138,24 @@ def measure(
             matrices |= _distances(model, found)
         else:
             overlay[found.name] = overlay_dtype(found.ours.dtype, config), tuple(found.ours.shape)
-    guards = guard_names(weights_from_base(model, base, overlay), model.base_model_prefix)
-    experts = fused_sizes(model, matrices)
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})
+    plan = partial(
+        plan_budget,
+        shapes,
+        overlay,
+        guard_names(model, base, overlay),
+        embeddings={name for name, matrix in matrices.items() if matrix.embedding},
+        experts=fused_sizes(model, matrices),
+    )
     gap = config.allocation_gap or DEFAULT_GAP
-    losses = [
-        _loss(matrices, overlay, guards, experts, ratio, gap)
-        for ratio in ratios
-        if matrices or overlay
-    ]
-    return Distance(matrices, overlay, identical, _reference(matrices, overlay), losses)
+    ratios = ratios if matrices or overlay else ()
+    losses = [_loss(list(matrices.values()), ratio, reference, plan, gap) for ratio in ratios]
+    return Distance(matrices, overlay, identical, reference, losses)
 
 
 def _distances(model: PreTrainedModel, found: Difference) -> dict[str, MatrixDistance]:
-    """The matrix, or those of the experts that differ, by name."""
+    """Measure the matrix, or those of the experts that differ, by name."""
     assert found.base is not None
     owner, _, leaf = found.name.rpartition(".")
     module = model.get_submodule(owner)
@@ -166,47 +171,30 @@ def _distances(model: PreTrainedModel, found: Difference) -> dict[str, MatrixDis
 
 
 def _distance(
-    shape: tuple[int, int], value: Tensor, before: Tensor, embedding: bool
+    shape: tuple[int, int], ours: Tensor, base: Tensor, embedding: bool
 ) -> MatrixDistance:
-    delta = value.float() - before.float()
-    return MatrixDistance(
-        shape,
-        float(delta.double().square().sum()),
-        float(before.double().square().sum()),
-        singular_values(delta).square(),
-        embedding,
-    )
+    delta = ours.float() - base.float()
+    moved, size = (float(t.double().square().sum()) for t in (delta, base))
+    return MatrixDistance(shape, moved, size, singular_values(delta).square(), embedding)
 
 
 def _loss(
-    matrices: dict[str, MatrixDistance],
-    overlay: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-    guards: list[str],
-    experts: dict[str, int],
+    matrices: list[MatrixDistance],
     ratio: float,
+    reference: int,
+    plan: Callable[[DeltaMixConfig], Budget],
     gap: float,
 ) -> BudgetLoss:
     config = DeltaMixConfig(ratio=ratio, method=replace(METHODS[DEFAULT_METHOD], drop_penalty=1.0))
-    shapes = {name: matrix.shape for name, matrix in matrices.items()}
-    embeddings = {name for name, matrix in matrices.items() if matrix.embedding}
     try:
-        budget = plan_budget(shapes, overlay, guards, config, embeddings, experts)
+        budget = plan(config)
     except DeltaMixError:  # too small
-        return BudgetLoss(ratio, config.budget(_reference(matrices, overlay)), None)
-    energies = [matrix.energies for matrix in matrices.values()]
+        return BudgetLoss(ratio, config.budget(reference), None)
+    energies = [matrix.energies for matrix in matrices]
     options = [
         rank_options(matrix.shape, config.method.group_sizes(matrix.embedding), config)[0]
-        for matrix in matrices.values()
+        for matrix in matrices
     ]
     found = solve_global(energies, options, budget.ranks, gap)
     whole = sum(float(e.sum()) for e in energies)
     return BudgetLoss(ratio, budget.total, found.error / whole if whole else 0.0)
-
-
-def _reference(
-    matrices: dict[str, MatrixDistance],
-    overlay: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-) -> int:
-    """bf16 bytes of all that differs."""
-    shapes = {name: matrix.shape for name, matrix in matrices.items()}
-    return reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})

@@ -103,10 +103,9 @@ def compare(
     agreeing = right = tokens = labelled = 0
     for i, batch in enumerate(logging.tqdm(batches, desc="Judging", unit="batch")):
         found, targets = scored_logits(model, batch)
-        if isinstance(reference, nn.Module):
-            wanted = scored_logits(reference, batch)[0]
-        else:
-            wanted = reference[i]
+        wanted = (
+            scored_logits(reference, batch)[0] if isinstance(reference, nn.Module) else reference[i]
+        )
         if wanted.shape != found.shape:
             raise DeltaMixError(
                 f"batch {i}: reference logits {tuple(wanted.shape)} but model logits "

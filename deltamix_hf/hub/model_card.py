@@ -40,11 +40,8 @@ def model_card(
 ) -> ModelCard:
     """Write the card of the delta repo that `report` describes, to be pushed to `repo_id`.
 
-    Args:
-        config: config.json as it will be uploaded.
-        earlier: the card that is there already.
-        tags: tags besides our own.
-
+    `config` is config.json as it will be uploaded, `earlier` the card that is there already, and
+    `tags` stand beside our own.
     """
     settings = config["quantization_config"]
     name = repo_id.rpartition("/")[2]

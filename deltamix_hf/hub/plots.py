@@ -65,7 +65,9 @@ def allocation_figure(report: RepoReport) -> Figure:
 
 def bytes_figure(report: RepoReport) -> Figure:
     """Draw MB of each layer (matrices alike in name up to its number), stacked by kind."""
-    rows = {**_layers(report), "rest": _rest(report)}
+    rows, size = _layers(report), report.size
+    widths = sum(matrix.metadata for matrix in report.matrices.values())
+    rows["rest"] = {"overlay": size.overlay, "metadata": size.metadata - widths}
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots()
     bottom = np.zeros(len(rows))
@@ -73,7 +75,7 @@ def bytes_figure(report: RepoReport) -> Figure:
         heights = np.array([row.get(kind, 0) / 1e6 for row in rows.values()])
         axes.bar(range(len(rows)), heights, bottom=bottom, color=colour, label=kind)
         bottom += heights
-    title = f"Bytes by layer: {report.size.total / 1e6:.2f} MB in all"
+    title = f"Bytes by layer: {size.total / 1e6:.2f} MB in all"
     axes.set(title=title, ylabel="MB", xlabel="layer; rest: norms, biases, headers of files")
     axes.margins(x=0.01)
     axes.set_ylim(0, 1.05 * bottom.max())
@@ -99,7 +101,9 @@ def error_figure(report: RepoReport) -> Figure:
 
 def spectrum_figure(report: RepoReport) -> Figure:
     """Draw sizes and widths of the ranks kept, for some matrices spread over the model."""
-    chosen = _spread([name for name, m in report.matrices.items() if m.rank], _LAYERS)
+    kept = [name for name, m in report.matrices.items() if m.rank]
+    spread = np.unique(np.linspace(0, len(kept) - 1, _LAYERS).round().astype(int))
+    chosen = [kept[i] for i in spread if kept]
     columns = min(4, max(1, len(chosen)))
     lines = max(1, -(-len(chosen) // columns))
     figure = Figure(figsize=(3.2 * columns + 0.8, 2.9 * lines + 0.6), layout="constrained")
@@ -182,12 +186,6 @@ def _layers(report: RepoReport) -> dict[str, dict[str, int]]:
     }
 
 
-def _rest(report: RepoReport) -> dict[str, int]:
-    """Count bytes that belong to no matrix: tensors stored whole, and headers of files."""
-    widths = sum(matrix.metadata for matrix in report.matrices.values())
-    return {"overlay": report.size.overlay, "metadata": report.size.metadata - widths}
-
-
 def _height(rows: int) -> float:
     return 1.6 + 0.32 * min(max(rows, 3), _MOST_NAMES)
 
@@ -201,9 +199,3 @@ def _labels(names: Iterable[str]) -> dict[str, str]:
         ends[name] = ".".join(parts[first:])
     seen = Counter(ends.values())
     return {name: end if seen[end] == 1 else name for name, end in ends.items()}
-
-
-def _spread(names: list[str], most: int) -> list[str]:
-    """Take at most `most` names, evenly spaced."""
-    places = np.unique(np.linspace(0, len(names) - 1, most).round().astype(int))
-    return [names[i] for i in places if names]

@@ -14,15 +14,13 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    filter_repo_objects,
-    validate_repo_id,
-)
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from ..checkpoint.base import resolve_base
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError, first_line
 from ..storage.headers import check_base, read_headers
+from ..storage.untrusted_paths import is_hub_id
 
 CARD = "README.md"
 WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
@@ -66,7 +64,15 @@ def push_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        operations = _operations(api, folder, repo_id, config, revision, list(tags or ()))
+        earlier = _earlier_card(repo_id, token)
+        contents = _contents(folder, repo_id, config, earlier, [*(tags or ())])
+        # What an earlier push left would be read instead: a whole file wins over shards.
+        there = api.list_repo_files(repo_id, revision=revision)
+        stale = set(filter_repo_objects(there, allow_patterns=WEIGHTS)) - contents.keys()
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationDelete(name) for name in sorted(stale)),
+            *(CommitOperationAdd(name, content) for name, content in contents.items()),
+        ]
         commit: Any = api.create_commit(
             repo_id,
             operations,
@@ -96,38 +102,24 @@ def _config_for_others(folder: Path, base: str | None, token: str | bool | None)
             raise DeltaMixError(f"{base!r} is a local folder; give the base's id on the Hub")
         check_base(settings["base_fingerprints"], read_headers(files), repr(base))
         settings |= {"base_model": base, "base_revision": commit}
-    elif not _is_hub_id(settings.get("base_model")):
+    elif not (name := settings.get("base_model")) or Path(name).exists() or not is_hub_id(name):
         raise DeltaMixError(
-            f"the delta names its base by the local path {settings.get('base_model')!r}, which "
+            f"the delta names its base by the local path {name!r}, which "
             "nobody else has; name the same base on the Hub (--base org/base, or base=)"
         )
     return config
 
 
-def _is_hub_id(name: str | None) -> bool:
-    if not name or Path(name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _operations(
-    api: HfApi,
-    folder: Path,
-    repo_id: str,
-    config: dict[str, Any],
-    revision: str | None,
-    tags: list[str],
-) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _contents(
+    folder: Path, repo_id: str, config: dict[str, Any], earlier: ModelCard | None, tags: list[str]
+) -> dict[str, Any]:
+    """Give what is uploaded by name: a file's path, or its bytes."""
     from ..checkpoint.report import inspect_repo
     from .model_card import PICTURE, model_card
     from .plots import allocation_figure, png
 
     report = inspect_repo(folder)
-    card = model_card(report, repo_id, config, _earlier_card(repo_id, api.token), tags)
+    card = model_card(report, repo_id, config, earlier, tags)
     paths = {p.relative_to(folder): p for p in sorted(folder.rglob("*")) if p.is_file()}
     contents: dict[str, Any] = {
         name.as_posix(): path
@@ -135,14 +127,7 @@ def _operations(
         if not any(part.startswith(".") for part in name.parts)
     }
     contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    contents |= {CARD: str(card).encode(), PICTURE: png(allocation_figure(report))}
-    # What an earlier push left would be read instead: a whole file wins over shards.
-    there = api.list_repo_files(repo_id, revision=revision)
-    stale = set(filter_repo_objects(there, allow_patterns=WEIGHTS)) - contents.keys()
-    return [
-        *(CommitOperationDelete(name) for name in sorted(stale)),
-        *(CommitOperationAdd(name, content) for name, content in contents.items()),
-    ]
+    return contents | {CARD: str(card).encode(), PICTURE: png(allocation_figure(report))}
 
 
 def _earlier_card(repo_id: str, token: str | bool | None) -> ModelCard | None:

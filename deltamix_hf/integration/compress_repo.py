@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..checkpoint.base import BaseCheckpoint, repo_files
+from ..checkpoint.base import BaseCheckpoint
 from ..checkpoint.model_class import model_class, read_config
 from ..compression.runs import Source
 from ..config import DeltaMixConfig
@@ -31,6 +31,7 @@ from ..errors import DeltaMixError, first_line
 from ..jobs.instruments import Stopwatch
 from ..jobs.weight_access import unloaded
 from ..jobs.workers import Workers
+from ..storage.untrusted_paths import repo_files
 from .quantizer import DeltaMixHfQuantizer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,12 +40,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def compress(source: Source, config: DeltaMixConfig) -> PreTrainedModel:
     """Compress a fine-tune as `from_pretrained` does after loading; to be saved like any other.
 
-    Args:
-        source: a model in memory, or its files.
-        config: as for `from_pretrained`; a copy of it gets the records.
-
-    Raises:
-        DeltaMixError: as `compression.model.compress`; the base cannot be found.
+    A copy of `config` gets the records. Raises a DeltaMixError as `compression.model.compress`, or
+    if the base cannot be found.
     """
     quantizer = DeltaMixHfQuantizer(config, pre_quantized=False)
     quantizer.validate_environment()
@@ -93,31 +90,26 @@ def compress_streaming(
         ) from error
     model = unloaded(model_class(finetuned, model_config), model_config)
     model.config.name_or_path = finetuned
-    tuned = BaseCheckpoint(files, model)
-    compress(Source(model, commit, tuned, device, workers), config)
+    compress(Source(model, commit, BaseCheckpoint(files, model), device, workers), config)
     if workers.rank == 0:
-        watch, quantizer = Stopwatch(), cast(DeltaMixHfQuantizer, model.hf_quantizer)
+        watch = Stopwatch()
         with watch.stage("write"):
             model.save_pretrained(target)
-        quantizer.seconds |= watch.seconds
+        cast(DeltaMixHfQuantizer, model.hf_quantizer).seconds |= watch.seconds
     return model
 
 
 def is_adapter(repo: str) -> bool:
-    """Whether a repo, a folder or Hub id, holds a PEFT adapter."""
+    """Tell whether a repo, a folder or Hub id, holds a PEFT adapter."""
     return _file(repo, CONFIG) is not None
 
 
 def compress_adapter(repo: str, config: DeltaMixConfig, **given: Any) -> PreTrainedModel:
-    """Merge an adapter into its base and compress that; to be saved like any compressed model.
+    """Merge an adapter, a folder or Hub id, into its base and compress that; to be saved like any.
 
-    Args:
-        repo: folder or Hub id of the adapter; its tokenizer, if it has one, is saved along.
-        config: as for `from_pretrained`; `base_model` is what the adapter was trained on.
-        given: more for the base's `from_pretrained`, a `device_map` say.
-
-    Raises:
-        DeltaMixError: peft is missing, the adapter has no safetensors or does not fit the base.
+    Its tokenizer, if it has one, is saved along; `given` is for the base's `from_pretrained`, a
+    `device_map` say. Raises a DeltaMixError if peft is missing, the adapter has no safetensors or
+    does not fit `config.base_model`.
     """
     try:
         from peft import PeftModel

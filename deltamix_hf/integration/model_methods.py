@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..multi_delta.manager import DEFAULT, DeltaManager, manager_of
+from ..multi_delta.manager import DEFAULT, manager_of
 from ..multi_delta.pool import DeltaMemory
 from ..nn.delta_module import own_deltas
 
@@ -58,23 +58,12 @@ def use_deltas(self: PreTrainedModel, names: str | Sequence[str | None]) -> Iter
         yield
 
 
-class _Disabled:
-    """Deltas are off from now on; as a context manager, until its end."""
-
-    def __init__(self, deltas: DeltaManager):
-        self.deltas, self.before = deltas, deltas.enabled
-        deltas.enable(False)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: Any) -> None:
-        self.deltas.enable(self.before)
-
-
-def disable_deltas(self: PreTrainedModel) -> _Disabled:
+def disable_deltas(self: PreTrainedModel) -> AbstractContextManager[object]:
     """Run the plain base, until `enable_deltas` or, in a `with`, until its end."""
-    return _Disabled(manager_of(self))
+    deltas, restored = manager_of(self), ExitStack()
+    restored.callback(deltas.enable, deltas.enabled)
+    deltas.enable(False)
+    return restored
 
 
 def enable_deltas(self: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint.base import BaseCheckpoint, KeyMap, find_base, resolve_base
 from ..checkpoint.delta_repo import contents_of
-from ..checkpoint.validation import base_checks, checked_headers, require
+from ..checkpoint.validation import base_checks
 from ..compression.model import compress
 from ..compression.runs import Source
 from ..config import DeltaMixConfig
@@ -32,16 +32,11 @@ from ..nn.delta_module import own_deltas
 from ..nn.layers import detach, untie_packed
 from ..nn.merging import merged_weights
 from ..nn.shared_input import link_shared_inputs
+from ..storage.headers import read_headers
 from ..storage.names import is_guard, packed_part
-from ..storage.untrusted_paths import commit_of
+from ..storage.untrusted_paths import WEIGHTS, check_weight_files, commit_of
 from .load_plan import LoadPlan, attach_packed
-from .saving import (
-    Places,
-    delta_state_dict,
-    install_methods,
-    stored_without_base,
-    uninstall_methods,
-)
+from .saving import Places, add_methods, delta_state_dict, remove_methods, stored_without_base
 
 
 class DeltaMixHfQuantizer(HfQuantizer):
@@ -114,18 +109,21 @@ class DeltaMixHfQuantizer(HfQuantizer):
             return
         if not checkpoint_files:
             raise DeltaMixError("a delta repo is loaded from its own files; no state_dict, please")
-        delta_files = list(checkpoint_files)
-        infos = checked_headers(model, delta_files)
-        keys = KeyMap(model)
-        contents = contents_of(infos, config, keys)
-        places = attach_packed(keys, contents, config, infos)
-        self._use_base(*find_base(config, str(model.config.name_or_path), delta_files[0]))
+        if named := getattr(model.config, "transformers_weights", None):
+            raise DeltaMixError(f"config.json has its weights in {named!r}, not in {WEIGHTS}")
+        repo, delta_files = str(model.config.name_or_path), list(checkpoint_files)
+        infos = read_headers(delta_files)
+        check_weight_files(repo, delta_files, infos)
+        contents = contents_of(infos, config, KeyMap(model))
+        places = attach_packed(contents)
+        self._use_base(*find_base(config, repo, delta_files[0]))
         base = BaseCheckpoint(self.base_files, model)
-        require(base_checks(keys, contents, base, config))
+        for check in base_checks(contents, base):
+            raise DeltaMixError(check.problem)
         if kinds:
             tensor_parallel.plan_packed(model, set(contents.resized))
             self._places = places
-        self._plan = LoadPlan.of(keys, contents, base, infos, self._dtype)
+        self._plan = LoadPlan(contents, base, self._dtype)
         checkpoint_files[:] = [*delta_files, *self.base_files, *delta_files]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
@@ -159,15 +157,15 @@ class DeltaMixHfQuantizer(HfQuantizer):
         model.requires_grad_(False)
         # what we save is in model form already
         model._weight_conversions = []  # type: ignore[assignment]
-        install_methods(model)
+        add_methods(model)
         return model
 
     def _compress(self, source: Source) -> None:
-        base, config = BaseCheckpoint(self.base_files, source.model), self.quantization_config
-        outcome = compress(source, base, config)
+        base = BaseCheckpoint(self.base_files, source.model)
+        outcome = compress(source, base, self.quantization_config)
         self.commit, self.seconds, self.store = source.commit, outcome.seconds, outcome.store
         if source.files is not None:
-            self.stored = stored_without_base(source.model, base, config, outcome.overlay)
+            self.stored = stored_without_base(source.model, base, outcome.overlay)
 
     # Dense again
 
@@ -187,7 +185,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         untie_packed(model)
         if wanted is not None and wanted != model.dtype:
             nn.Module.to(model, dtype=wanted)
-        uninstall_methods(model)
+        remove_methods(model)
         return model
 
     # Saving

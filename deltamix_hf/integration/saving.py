@@ -7,6 +7,7 @@ the tokenizer's files are copied along, and only then are the files renamed into
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,17 +24,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..checkpoint.base import BaseCheckpoint, weights_from_base
+from ..checkpoint.base import BaseCheckpoint, guard_names, untied_state
 from ..checkpoint.tensor_diff import differences
-from ..config import DeltaMixConfig, overlay_dtype
+from ..config import overlay_dtype
 from ..constants import NOTICE
 from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
 from ..nn.delta_module import DeltaModule, joined_class, own_deltas
 from ..nn.layers import change_class, weight_of
 from ..nn.tensor_parallel import wanted, whole
-from ..storage.headers import TensorInfo, read_tensor
-from ..storage.names import GUARD, guard_names, packed_part
+from ..storage.headers import TensorInfo
+from ..storage.names import GUARD, packed_part
 
 # Files that make up tokenizers and processors on the Hub; copied as they are.
 COMPANIONS = (
@@ -51,19 +53,10 @@ COMPANIONS = (
     "processor_config.json",
 )
 
-# Options of `push_to_hub` that `save_pretrained(push_to_hub=True)` passes on.
-HUB_OPTIONS = (
-    "repo_id",
-    "commit_message",
-    "commit_description",
-    "create_pr",
-    "private",
-    "revision",
-    "tags",
-)
+# Options of `push_to_hub` that `save_pretrained(push_to_hub=True)` passes on; its token is both's.
+HUB_OPTIONS = inspect.signature(push_folder).parameters.keys() - {"folder", "base", "token"}
 
-
-Places = dict[str, tuple[TensorInfo, str]]  # parameter -> its entry in a file, its name there
+Places = dict[str, TensorInfo]  # parameter -> where files hold it
 
 
 @torch.no_grad()
@@ -72,31 +65,22 @@ def delta_state_dict(
 ) -> dict[str, Tensor]:
     """Collect what a delta repo stores: packed tensors, overlay and guards, under model names.
 
-    Of processes that share a model all must call this.
-
-    Args:
-        places: packed parameters of which this process holds a part, to be read again from there.
-
-    Raises:
-        DeltaMixError: a base weight was edited (merged adapters), weights are offloaded, or the
-            delta repo to read from is gone.
+    Of processes that share a model all must call this; packed parameters of which each holds a part
+    are read again from their `places`. Raises a DeltaMixError if a base weight was edited (merged
+    adapters), weights are offloaded, or the delta repo to read from is gone.
     """
-    quantizer: Any = model.hf_quantizer
-    config = quantizer.quantization_config
     stored: dict[str, Tensor] = {}
     frozen = {f"{n}.{leaf}" for n, m in own_deltas(model).items() for leaf in m.dm_own}
 
     def unpacked() -> Iterator[tuple[str, Tensor]]:
-        """What is to be compared with the base; packed tensors are stored on the way."""
-        for name, tensor in model.state_dict().items():
-            if name in model.all_tied_weights_keys:
-                continue
+        """Yield what is to be compared with the base; packed tensors are stored on the way."""
+        for name, tensor in untied_state(model).items():
             if tensor.device.type == "meta":
                 raise DeltaMixError(
                     f"{name} is offloaded and cannot be saved from here; load without offload"
                 )
             if packed_part(name):
-                stored[name] = _read_whole(*places[name]) if name in places else whole(tensor)
+                stored[name] = _read_whole(places[name]) if name in places else whole(tensor)
             elif name in base or not base.supplies(name):
                 yield name, whole(tensor)
 
@@ -107,38 +91,36 @@ def delta_state_dict(
                 "dense model instead: model.dequantize(), then save_pretrained"
             )
         if found.kind != "same":
-            stored[found.name] = found.ours.to(overlay_dtype(found.ours.dtype, config))
-    return stored | _guards(model, base, stored)
+            stored[found.name] = _as_stored(model, found.ours)
+    return _with_guards(model, base, stored)
 
 
 def stored_without_base(
-    model: PreTrainedModel,
-    base: BaseCheckpoint,
-    config: DeltaMixConfig,
-    overlay: dict[str, Tensor],
+    model: PreTrainedModel, base: BaseCheckpoint, overlay: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Collect what `delta_state_dict` does of a model whose base weights are nowhere."""
-    tied = set(model.all_tied_weights_keys)
-    stored = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if packed_part(name) and name not in tied
-    }
-    stored |= {name: t.to(overlay_dtype(t.dtype, config)) for name, t in overlay.items()}
-    return stored | _guards(model, base, stored)
+    stored = {name: t for name, t in untied_state(model).items() if packed_part(name)}
+    stored |= {name: _as_stored(model, t) for name, t in overlay.items()}
+    return _with_guards(model, base, stored)
 
 
-def _guards(
+def _as_stored(model: PreTrainedModel, tensor: Tensor) -> Tensor:
+    """Cast a tensor that is stored whole, as the method says."""
+    quantizer: Any = model.hf_quantizer
+    return tensor.to(overlay_dtype(tensor.dtype, quantizer.quantization_config))
+
+
+def _with_guards(
     model: PreTrainedModel, base: BaseCheckpoint, stored: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     dtype, shape = GUARD
-    names = guard_names(weights_from_base(model, base, stored), model.base_model_prefix)
-    return {name: torch.zeros(shape, dtype=dtype) for name in names}
+    guards = guard_names(model, base, stored)
+    return stored | {name: torch.zeros(shape, dtype=dtype) for name in guards}
 
 
-def _read_whole(info: TensorInfo, name: str) -> Tensor:
+def _read_whole(info: TensorInfo) -> Tensor:
     try:
-        return read_tensor(info, name)
+        return info.read()
     except OSError as error:
         raise DeltaMixError(
             "a model shared out among processes is saved from the delta repo it was loaded "
@@ -155,10 +137,7 @@ class DeltaModel:
         return cls.dm_plain_class.from_pretrained(*args, **kwargs)
 
     def save_pretrained(
-        self: Any,
-        save_directory: str | os.PathLike[str],
-        push_to_hub: bool = False,
-        **kwargs: Any,
+        self: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """Save as `PreTrainedModel.save_pretrained`, complete and atomic.
 
@@ -175,18 +154,14 @@ class DeltaModel:
                 source = self.config.name_or_path
                 copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
                 _add_notice(staging / "config.json")
-        if shared := wanted(self):
+        if wanted(self):
             torch.distributed.barrier()  # what the others read next is there
         if not alone:
             quantizer.store.remove()
         if push_to_hub:
-            if shared:
-                raise _cannot_push()
-            repo_id = hub.pop("repo_id", target.name)
-            if alone:
-                self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
-            else:
-                push_folder(target, repo_id, token=kwargs.get("token"), **hub)
+            _check_one_process(self)
+            push = self.push_to_hub if alone else partial(push_folder, target)
+            push(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
 
     def push_to_hub(
         self: Any, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any
@@ -200,8 +175,7 @@ class DeltaModel:
         """
         if _adapter_alone(self):
             return cast(Any, super()).push_to_hub(repo_id, max_shard_size=max_shard_size, **options)
-        if wanted(self):
-            raise _cannot_push()
+        _check_one_process(self)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             return push_folder(Path(folder), repo_id, **options)
@@ -224,13 +198,13 @@ class DeltaModel:
         return cast(Any, super()).resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
-def install_methods(model: PreTrainedModel) -> None:
+def add_methods(model: PreTrainedModel) -> None:
     """Put `DeltaModel` before the model's class."""
     if not isinstance(model, DeltaModel):
         change_class(model, joined_class(type(model), (DeltaModel, type(model))))
 
 
-def uninstall_methods(model: PreTrainedModel) -> None:
+def remove_methods(model: PreTrainedModel) -> None:
     """Restore the model's class."""
     if isinstance(model, DeltaModel):
         change_class(model, cast(Any, model).dm_plain_class)
@@ -242,15 +216,16 @@ def _add_notice(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _cannot_push() -> DeltaMixError:
-    return DeltaMixError(
-        "processes that share a model cannot push it: save_pretrained(folder) in all of them, then "
-        "'deltamix push folder'"
-    )
+def _check_one_process(model: PreTrainedModel) -> None:
+    if wanted(model):
+        raise DeltaMixError(
+            "processes that share a model cannot push it: save_pretrained(folder) in all of them, "
+            "then 'deltamix push folder'"
+        )
 
 
 def _adapter_alone(model: PreTrainedModel) -> bool:
-    """Whether a PEFT adapter was added: then transformers saves that, and nothing else."""
+    """Tell whether a PEFT adapter was added: then transformers saves that, and nothing else."""
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
@@ -258,8 +233,7 @@ def _adapter_alone(model: PreTrainedModel) -> bool:
 def written_whole(target: Path) -> Iterator[Path]:
     """Context manager: a hidden sibling of `target` to write into, which becomes `target`.
 
-    Raises:
-        DeltaMixError: the folder cannot be written; nothing is left behind.
+    Raises a DeltaMixError if the folder cannot be written; nothing is left behind.
     """
     target = target.absolute()
     staging = None
@@ -279,10 +253,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def copy_companions(
-    source: str | None,
-    folder: Path,
-    token: str | bool | None = None,
-    revision: str | None = None,
+    source: str | None, folder: Path, token: str | bool | None = None, revision: str | None = None
 ) -> None:
     """Copy the tokenizer's files of the repo `source` (path or Hub id) into `folder`."""
     if not source:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint.base import BaseCheckpoint, resolve_base, same
-from ..checkpoint.delta_repo import StoredDelta, find_delta, find_delta_of, read_delta
+from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
 from ..errors import DeltaMixError
 from ..nn.delta_module import DeltaModule, own_deltas
 from ..nn.layers import (
@@ -79,7 +79,7 @@ class DeltaManager:
         if not isinstance(name, str) or not name or name == BASE:
             raise DeltaMixError(f"{name!r} cannot name a delta; give a text other than {BASE!r}")
         self.pool.check_new(name)
-        files, config, theirs = find_delta_of(repo, kwargs)
+        files, config, theirs = find_delta(repo, kwargs)
         for setting, values in differing(self.model.config, theirs).items():
             warnings.warn(
                 f"{repo!r} was made of a model with {setting} = {values[1]}, the base runs with "
@@ -242,7 +242,7 @@ class DeltaManager:
         stored = StoredDelta(packed, overlay, recorded, source)
         read = None
         if quantizer.pre_quantized and os.path.isdir(source):
-            read = partial(read_delta, source, *find_delta(source, {}), base.keys)
+            read = partial(read_delta, source, *find_delta(source, {})[:2], base.keys)
         self.pool.add(DEFAULT, stored, read)
         self.choose(DEFAULT)
 

@@ -15,7 +15,7 @@ base is stored. This is the only module that knows these names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Set
 
 import torch
 
@@ -46,68 +46,40 @@ def packed_names(
 ) -> tuple[list[str], list[str]]:
     """Find the packed modules and packed 3-D parameters among tensor names.
 
-    Args:
-        quantizer: tells which parts there are.
-        expected: matrices that must be there.
-
-    Raises:
-        DeltaMixError: a matrix is missing, lacks one of its tensors, or has one of the other
-            codebook.
+    Raises a DeltaMixError if an `expected` matrix is missing, or one lacks a part that `quantizer`
+    needs, or has one of the other codebook.
     """
-    found: dict[bool, dict[str, set[str]]] = {False: {}, True: {}}
+    found: dict[tuple[str, bool], set[str]] = {}
     for name in names:
         if place := packed_part(name):
-            owner, experts, _ = place
-            found[experts].setdefault(owner, set()).add(name)
-    absent = sorted(
-        name
-        for name in expected
-        if name not in found[False] and name.rpartition(".")[0] not in found[True]
-    )
-    if absent:
-        raise DeltaMixError(
-            f"the delta repo lacks the packed matrix {absent[0]}: the file is incomplete"
-        )
-    for experts, owners in found.items():
-        for owner, present in owners.items():
-            wanted = set(part_names(owner, quantizer, experts).values())
-            if missing := sorted(wanted - present):
-                raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
-            if surplus := sorted(present - wanted):
-                raise DeltaMixError(
-                    f"the delta repo holds {surplus[0]}, which its codebook has not: weights and "
-                    "config.json do not fit"
-                )
-    return list(found[False]), list(found[True])
+            found.setdefault(place[:2], set()).add(name)
+    for name in sorted(expected):
+        if (name, False) not in found and (name.rpartition(".")[0], True) not in found:
+            raise DeltaMixError(
+                f"the delta repo lacks the packed matrix {name}: the file is incomplete"
+            )
+    for (owner, experts), present in found.items():
+        wanted = set(part_names(owner, quantizer, experts).values())
+        check_present(present, wanted)
+        if surplus := sorted(present - wanted):
+            raise DeltaMixError(
+                f"the delta repo holds {surplus[0]}, which its codebook has not: weights and "
+                "config.json do not fit"
+            )
+    return [o for o, experts in found if not experts], [o for o, experts in found if experts]
+
+
+def check_present(stored: Set[str], wanted: Set[str]) -> None:
+    """Raise a DeltaMixError that names the first of the `wanted` names that is not stored."""
+    if missing := sorted(wanted - stored):
+        raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
 
 
 def check_listed(stored: Set[str], listed: Set[str]) -> None:
-    """Compare names in the files with those that config.json lists.
-
-    Raises:
-        DeltaMixError: names the first that is missing, or not listed.
-    """
-    if missing := sorted(listed - stored):
-        raise DeltaMixError(f"the delta repo lacks {missing[0]}: the file is incomplete")
+    """Raise a DeltaMixError unless the files hold the very names that config.json lists."""
+    check_present(stored, listed)
     if more := sorted(stored - listed):
         raise DeltaMixError(f"the delta repo holds {more[0]}, which its config.json does not list")
-
-
-def guard_names(weights: Sequence[str], base_model_prefix: str) -> list[str]:
-    """Name the guards; `weights` are the matrices read from the base, in the model's order.
-
-    transformers strips "<prefix><any character>" from a key when the rest is a model key, so stock
-    loading maps "<prefix>:<weight>" onto the real weight and stops on the shape mismatch [1], while
-    the colon keeps the guard from being a real key of any repo. The guarded weight is one of the
-    base model, not of a head that other classes lack; one guard is for classes whose keys have the
-    prefix, the other for those without (AutoModel).
-    """
-    if not weights:
-        return []
-    inside = f"{base_model_prefix}."
-    weight = next((name for name in weights if name.startswith(inside)), weights[0])
-    inner = weight.removeprefix(inside)
-    return [f"{base_model_prefix}{GUARD_SEPARATOR}{key}" for key in (inner, inside + inner)]
 
 
 def is_guard(name: str) -> bool:

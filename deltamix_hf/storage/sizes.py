@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,17 +28,11 @@ def reference_bytes(
 
 
 def header_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], total: int) -> int:
-    """Bound a safetensors file's header for these tensors with `total` data bytes.
-
-    Shapes may be upper bounds too: more digits only make the header longer.
-    """
-    offsets = [total, total]
-    header = {
-        name: {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
-        for name, (dtype, shape) in shapes.items()
-    }
-    entries = len(json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")))
-    return 8 + -(-entries // 8) * 8
+    """Bound a file's header for these tensors (or larger ones) with `total` data bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, (dtype, shape) in shapes.items():
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [total, total]}
+    return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -50,11 +45,9 @@ KINDS = ("payload", "scales", "metadata", "overlay")  # of bytes; together they 
 
 @dataclass(frozen=True)
 class SizeReport:
-    """True bytes of a delta repo's weight files, split by kind.
+    """Bytes of a delta repo's weight files by kind, and of all that differs in bf16 (`reference`).
 
-    `total` = payload + scales + metadata + overlay, and equals the files' sizes; metadata is
-    headers, guards, per-rank widths and experts' counts. `reference` is the bf16 bytes of all that
-    differs.
+    Metadata is headers, guards, per-rank widths and experts' counts.
     """
 
     payload: int
@@ -80,14 +73,10 @@ class SizeReport:
 def size_report(
     folder: str | os.PathLike[str], weights: Mapping[str, tuple[int, ...]]
 ) -> SizeReport:
-    """Measure a delta repo on disk.
+    """Measure a delta repo on disk; a DeltaMixError if a weight file is not sound.
 
-    Args:
-        weights: name -> [m, n] of every compressed matrix, those too that kept no rank
-            (`nn.experts.compressed_shapes`).
-
-    Raises:
-        DeltaMixError: a weight file is not sound.
+    `weights`: name -> [m, n] of every compressed matrix, also of those that kept no rank
+    (`nn.experts.compressed_shapes`).
     """
     files, ranks = weight_files(folder), 0
     parts: Counter[str] = Counter()

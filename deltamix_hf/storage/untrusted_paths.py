@@ -1,4 +1,4 @@
-"""What files of a repo may make us read: its author chose their content, not the user.
+"""Find a repo's files, whose author chose what they say and where they point, not the user.
 
 docs/security.md is the threat model. Headers of weight files are `headers.py`'s, packed
 tensors `packed_layout.py`'s; here are the names of other files and repos.
@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers.utils.hub import cached_file, cached_files
 
 from ..errors import DeltaMixError, first_line
 
@@ -29,56 +30,71 @@ def commit_of(path: str) -> str | None:
     return found.group(1) if found else None
 
 
-def is_from_hub(repo: str, file: str) -> bool:
-    """Tell whether a delta repo was fetched from the Hub: by its id, or into the Hub's cache.
+def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any], str | None]:
+    """Find a repo's weight files, config.json's content and commit (None for a local folder).
 
-    Args:
-        repo: what the user named, a folder or Hub id.
-        file: one of its weight files.
+    A whole file goes before shards, as in transformers. Raises an OSError or ValueError if they are
+    not found, or not readable.
     """
-    return commit_of(file) is not None or not os.path.exists(repo)
+    path = cached_file(repo, CONFIG, **kwargs)
+    if path is None:
+        raise OSError(f"no file {CONFIG}")
+    commit = commit_of(path)
+    kwargs = kwargs | {"revision": commit or kwargs.get("revision")}  # the rest from this very one
+    config = read_object(path)
+    whole = cached_file(repo, WEIGHTS, _raise_exceptions_for_missing_entries=False, **kwargs)
+    if whole is not None:
+        return [whole], config, commit
+    index = cached_file(repo, INDEX, _raise_exceptions_for_missing_entries=False, **kwargs)
+    if index is None:
+        raise OSError(f"no file {WEIGHTS}")
+    files = cached_files(repo, sorted(set(read_index(index).values())), **kwargs)
+    return files or [], config, commit
 
 
-def check_base_name(name: str | None, revision: str | None, from_hub: bool) -> None:
-    """Refuse a base that a repo's config.json may not name: its author chose it, not the user.
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name has the form of a Hub id; a path may have it too."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
-    Looking a network path up is already a message to its server, so it must not come to that. What
-    was fetched from the Hub may name a model of the Hub alone, never a place on this machine.
 
-    Raises:
-        DeltaMixError: see above.
+def check_base_name(name: str | None, revision: str | None, repo: str, file: str) -> None:
+    """Raise a DeltaMixError for a base that a repo's config.json may not name.
+
+    Its author chose the name, not the user. Looking a network path up is already a message to its
+    server, so it must not come to that. What was fetched from the Hub, by the id `repo` or with its
+    weight `file` in the Hub's cache, may name a model of the Hub alone, never a place on this
+    machine.
     """
     if not name:
         return  # resolve_base says so
     odd = revision and (not revision.isprintable() or ".." in revision or revision[0] in "/\\")
     if odd or len(revision or "") > 255:  # huggingface_hub makes file names of it
         raise DeltaMixError(f"the delta repo names {revision!r} as its base's branch or commit")
-    mine = "if you trust it, pass DeltaMixConfig(base_model=...)"
     if len(name) > _LONGEST_NAME or not name.isprintable():
         raise DeltaMixError(f"the delta repo names {name[:80]!r} as its base, no path or Hub id")
+    problem, what = None, "comes from the Hub, and its base"
     if "://" in name or name.startswith(("//", "\\\\")):
+        what, problem = "names the network address", "as its base"
+    elif commit_of(file) is not None or not os.path.exists(repo):
+        if os.path.exists(name):
+            problem = "is a path on this machine"
+        elif not is_hub_id(name):
+            problem = "is no Hub id"
+    if problem is not None:
         raise DeltaMixError(
-            f"the delta repo names the network address {name!r} as its base; {mine}"
+            f"the delta repo {what} {name!r} {problem}; if you trust it, pass "
+            "DeltaMixConfig(base_model=...)"
         )
-    if from_hub and os.path.exists(name):
-        raise DeltaMixError(
-            f"the delta repo comes from the Hub, and its base {name!r} is a path on this machine; "
-            f"{mine}"
-        )
-    if from_hub:
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise DeltaMixError(
-                f"the delta repo comes from the Hub, and its base {name!r} is no Hub id; {mine}"
-            ) from error
 
 
 def read_index(path: str) -> dict[str, str]:
     """Read a checkpoint's index: tensor name -> shard.
 
-    Raises:
-        OSError, ValueError: it is not readable, or names what is no file beside it.
+    Raises an OSError or ValueError if it is not readable, or names what is no file beside it.
     """
     shards = read_object(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
@@ -91,14 +107,11 @@ def read_index(path: str) -> dict[str, str]:
 
 
 def check_weight_files(repo: str, files: list[str], infos: Iterable[str]) -> None:
-    """Refuse a delta repo that reads from elsewhere, or whose index tells of other tensors.
+    """Raise a DeltaMixError if a delta repo reads from elsewhere, or its index knows other tensors.
 
     A folder may hold links, and so lend out what belongs to others on this machine. (The Hub's
     cache consists of links, into its own folder for the repo.) A base may: its bytes are known by
     their fingerprints.
-
-    Raises:
-        DeltaMixError: see above.
     """
     beside = os.path.dirname(files[0])
     index = os.path.join(beside, INDEX)
@@ -120,11 +133,7 @@ def check_weight_files(repo: str, files: list[str], infos: Iterable[str]) -> Non
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ValueError: it holds none, or is longer than 100 MB.
-    """
+    """Read a JSON object from a file; a ValueError if it holds none or is longer than 100 MB."""
     if os.path.getsize(path) > _MAX_JSON:
         raise ValueError(f"{os.path.basename(path)} is longer than {_MAX_JSON:,} bytes")
     try:

@@ -59,7 +59,7 @@ class DeltaMixModelLoader(DefaultModelLoader):
             yield from super().get_all_weights(model_config, model)
             return
         kwargs = {"revision": model_config.revision, "cache_dir": self.load_config.download_dir}
-        files, settings = find_delta(model_config.model, kwargs)
+        files, settings, _ = find_delta(model_config.model, kwargs)
         if settings.resized:
             raise DeltaMixError(
                 f"{model_config.model!r} has another number of tokens than its base, which is not "

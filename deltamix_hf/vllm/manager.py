@@ -97,7 +97,7 @@ class VllmDeltaManager:
         raise DeltaMixError(f"all {self.capacity} deltas are pinned: raise --max-cpu-loras")
 
     def _read(self, request: Any) -> tuple[StoredDelta, int]:
-        files, settings = find_delta(request.lora_path, {})
+        files, settings, _ = find_delta(request.lora_path, {})
         delta = self.base.read(request.lora_path, files, settings)
         for name, tensor in delta.overlay.items():
             if tensor.ndim > 1:

@@ -21,7 +21,7 @@ from ..checkpoint.validation import check_filled
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError, first_line
 from ..quantization.packed_layout import PREFIX
-from ..storage.headers import check_base, read_tensor
+from ..storage.headers import check_base
 from .layers import deltas_of
 
 Weights = list[tuple[str, Tensor]]
@@ -68,7 +68,7 @@ class BaseRepo:
         replaced = {name for name, _ in changes}
         for key in self.checkpoint.infos:
             if key in delta.fingerprints and key not in replaced:
-                yield key, read_tensor(self.checkpoint.infos[key], key)
+                yield key, self.checkpoint.infos[key].read()
         yield from changes
 
     def _check_whole(self, delta: StoredDelta) -> None:

@@ -96,7 +96,7 @@ def make_target(pair: Pair, folder: Path, work: Path) -> Target:
 
 def read_everything(target: Target) -> tuple[Any, Any]:
     """Every reader in turn, as `load_delta`, `inspect` and `verify` use them, and decoding."""
-    files, config = find_delta(str(target.folder), {})
+    files, config, _ = find_delta(str(target.folder), {})
     report = size_report(target.folder, {n: (p.m, p.n) for n, p in target.sound.items()})
     check_base(
         config.base_fingerprints,

@@ -182,7 +182,7 @@ def test_base_with_such_an_index(sharded, tmp_path, pair):
 def test_a_whole_file_beside_shards_is_the_one_that_counts(sharded, delta, pair):
     """As in transformers: what is inspected and verified is what is loaded."""
     shutil.copy(delta("llama").folder / WEIGHTS, sharded.folder)
-    files, _ = find_delta(str(sharded.folder), {})
+    files, _, _ = find_delta(str(sharded.folder), {})
     assert [Path(file).name for file in files] == [WEIGHTS]
     edit_weights(sharded.folder, lambda tensors: tensors.pop("model.norm.weight"))
     sharded.refused("model.norm.weight")

@@ -21,7 +21,7 @@ def repo(delta):
 
 
 def read(repo, folder):
-    files, config = find_delta(str(folder), {})
+    files, config, _ = find_delta(str(folder), {})
     return read_delta("it", files, config, KeyMap(repo.pair.load(repo.pair.base)))
 
 

@@ -399,7 +399,7 @@ def test_beside_the_base(delta, name):
     assert relative(logits(model), repo.logits) < 1e-5
     with model.disable_deltas():
         assert torch.equal(logits(model), plain)
-    files, _ = find_delta(str(repo.folder), {})
+    files, _, _ = find_delta(str(repo.folder), {})
     stored = model.list_deltas()["one"]
     assert 0 < sum(weight_bytes(repo.folder) for _ in files) - stored < 20_000
     model.delete_delta("one")
