@@ -15,12 +15,14 @@ from deltamix_hf.compression.memory_estimate import estimate_memory
 # Prints the estimate, and peaks of the process and of the work folder.
 JOB = r"""
 import json, re, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.compression import model as module
 from deltamix_hf.integration.compress_repo import compress_streaming
 from deltamix_hf.jobs.resume_store import ResumeStore
+from deltamix_hf.method import METHODS
 
 torch.set_num_threads(1)
 folder, said, disk = Path(sys.argv[1]), [], [0]
@@ -36,7 +38,8 @@ def measured(self, name):
 
 module.estimate_memory, ResumeStore.forget = noted, measured
 ids = torch.randint(8000, (2, 512), generator=torch.Generator().manual_seed(0))
-config = DeltaMixConfig(folder / "base", calibration=ids, ratio=1 / 16)
+method = replace(METHODS["deltamix-kl"], tune_steps=3)  # as much memory as 40 take
+config = DeltaMixConfig(folder / "base", calibration=ids, ratio=1 / 16, method=method)
 compress_streaming(folder / "tuned", folder / "out", config)
 peak = 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 print(json.dumps([said[0].memory, said[0].disk, peak, max(disk)]))

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+import stream_worker
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,11 +67,10 @@ def test_waiting_for_another(tmp_path):
 
 def launch(processes: int, *arguments: object) -> subprocess.Popen:
     """`stream_worker.py` by torchrun in that many processes of one thread."""
-    script = Path(__file__).parents[1] / "helpers" / "stream_worker.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*torchrun, str(script), *map(str, arguments)]
+    command = [*torchrun, stream_worker.__file__, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -84,12 +83,13 @@ def finish(job: subprocess.Popen) -> None:
 def test_any_number_of_processes_writes_the_same_delta(pair, tmp_path, processes):
     """The same bytes each time, and what one process writes but for draws and the order of sums."""
     source = pair("llama_tied")
-    names = {"one": 1, "many": processes, "again": processes}
-    for name, count in names.items():
-        finish(launch(count, source.tuned, source.base, tmp_path / name))
+    names = ("one", "many", "again")
+    one, *many = (tmp_path / name for name in names)
+    stream_worker.main(source.tuned, source.base, one)
+    finish(launch(processes, source.tuned, source.base, *many))
     assert snapshot(tmp_path / "many") == snapshot(tmp_path / "again")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-    tuned, *made = (source.load(f) for f in (source.tuned, tmp_path / "one", tmp_path / "many"))
+    tuned, *made = (source.load(folder) for folder in (source.tuned, one, many[0]))
     kls = [m.config.quantization_config.measured["kl"] for m in made]
     far = [relative(logits(m), logits(tuned)) for m in made]
     assert kls[1] == pytest.approx(kls[0], rel=0.1)

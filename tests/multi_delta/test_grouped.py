@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import deltamix_kernels as dk
 import pytest
 import tiny_pairs
 import torch
-from kernel_cases import DEVICE
+from kernel_cases import DEVICE, large_blocks
 from many_deltas import CLOSE, Family, loaded
 from tiny_pairs import FAMILIES, logits, token_ids
 from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
@@ -152,14 +151,7 @@ def launched(model, monkeypatch):
     """The model by Triton; modules that take the loop over deltas."""
     model.to(DEVICE)
     monkeypatch.setenv(VARIABLE, TRITON)
-    if DEVICE.type == "cpu":  # the interpreter takes its time for every program
-        usual = dk.config.read("cpu")
-        few = {"C": 32, "splits": 1, "programs": 1}
-        large = {
-            stage: {kernel: {**chosen, **few} for kernel, chosen in kernels.items()}
-            for stage, kernels in usual.items()
-        }
-        monkeypatch.setattr(dk.config, "read", lambda _: large)
+    large_blocks(monkeypatch)
     looped = []
     plain = RoutedDeltas.output
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import deltamix_kernels as dk
 import pytest
 import torch
-from tiny_pairs import logits, token_ids
+from kernel_cases import large_blocks
+from tiny_pairs import DECODER, FAMILIES, logits, make_pair, quick, token_ids
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltamix_hf.nn.layers import delta_modules
 from deltamix_hf.ops import cpu
@@ -20,22 +23,33 @@ pytestmark = pytest.mark.interpreter
 IDS = token_ids(2, 5)
 
 
-@pytest.fixture
-def repo(delta):
-    """A llama delta, compressed without Triton's interpreter (30 s)."""
-    return delta("llama", "deltamix-kl")
+def _build():
+    """One block; k_proj and v_proj are large enough to be packed."""
+    sizes = {**DECODER, "num_key_value_heads": 4, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A pair and the folder of its delta, compressed without Triton's interpreter (30 s)."""
+    folder = tmp_path_factory.mktemp("one block")
+    source = make_pair("one block", folder, replace(FAMILIES["llama"], build=_build))
+    source.compress(**quick("deltamix-kl")).save_pretrained(folder / "delta")
+    return source, folder / "delta"
 
 
 @pytest.fixture(params=[TRITON, REFERENCE])
 def kernel(request, monkeypatch, repo):
     monkeypatch.setenv(VARIABLE, request.param)
+    large_blocks(monkeypatch)
     return request.param
 
 
 @pytest.fixture
 def model(repo, kernel):
     """The saved delta, loaded anew."""
-    return repo.pair.load(repo.folder)
+    source, folder = repo
+    return source.load(folder)
 
 
 @pytest.fixture
@@ -72,7 +86,7 @@ def groups(model):
 
 def test_fewer_launches_and_the_same_logits(model, launches, kernel):
     members = [len(group.members) for group in groups(model)]
-    assert members and all(size in (2, 3) for size in members)
+    assert sorted(members) == [2, 3]  # gate and up; q, k and v
     with torch.no_grad():
         found = logits(model, IDS)
         assert sorted(n for n in launches if n > 1) == sorted(members)
@@ -84,10 +98,11 @@ def test_fewer_launches_and_the_same_logits(model, launches, kernel):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_triton_and_look_up_agree(model, kernel, monkeypatch):
+@pytest.mark.parametrize("kernel", [TRITON], indirect=True)
+def test_triton_and_look_up_agree(model, monkeypatch):
     with torch.no_grad():
         found = logits(model, IDS)
-        monkeypatch.setenv(VARIABLE, REFERENCE if kernel == TRITON else TRITON)
+        monkeypatch.setenv(VARIABLE, REFERENCE)
         torch.testing.assert_close(logits(model, IDS), found, rtol=1e-4, atol=1e-4)
 
 

@@ -6,23 +6,32 @@ import deltamix_kernels as dk
 import pytest
 import torch
 from deltamix_kernels import launch
-from kernel_cases import DEVICE, EVERY, TOLERANCES, error, inputs, packed_of, poisoned
+from kernel_cases import (
+    DEVICE,
+    EVERY,
+    TOLERANCES,
+    error,
+    inputs,
+    named,
+    packed_of,
+    pairs,
+    poisoned,
+)
 
 __all__ = ["poisoned"]  # a fixture for every test here too
 pytestmark = pytest.mark.interpreter
 
 ROWS = dk.DECODE_ROWS + 3
 LAYOUTS = [  # m, n, v_bits, u_bits, group_size, gaussian
-    pytest.param(71, 139, EVERY, EVERY[::-1], 0, True, id="every width"),
-    pytest.param(130, 51, EVERY, EVERY, 32, False, id="min-max, groups of 32"),
-    pytest.param(33, 65, [4], [2], 0, True, id="rank 1"),
-    pytest.param(64, 128, [3] * 20 + [2] * 9, [2] * 20 + [4] * 9, 0, True, id="tiles of one run"),
-    pytest.param(300, 50, [8, 3, 2], [2, 3, 2], (0, 128), True, id="groups of U alone"),
+    (71, 139, EVERY, EVERY[::-1], 0, True),
+    (130, 51, EVERY, EVERY, 32, False),
+    (33, 65, [4], [2], 0, True),
+    (64, 128, [3] * 20 + [2] * 9, [2] * 20 + [4] * 9, 0, True),  # tiles of one run
+    (300, 50, [8, 3, 2], [2, 3, 2], (0, 128), True),  # groups of U alone
 ]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("layout", [layout.values for layout in LAYOUTS], ids=lambda v: str(v[:2]))
+@pytest.mark.parametrize("layout, dtype", pairs(LAYOUTS, list(TOLERANCES)), ids=named)
 def test_against_float64(layout, dtype):
     packed, delta = packed_of(*layout)
     m, n = layout[:2]

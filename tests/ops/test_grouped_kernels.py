@@ -8,7 +8,17 @@ from __future__ import annotations
 import deltamix_kernels as dk
 import pytest
 import torch
-from kernel_cases import DEVICE, EVERY, TOLERANCES, error, inputs, packed_of, poisoned
+from kernel_cases import (
+    DEVICE,
+    EVERY,
+    TOLERANCES,
+    error,
+    inputs,
+    named,
+    packed_of,
+    pairs,
+    poisoned,
+)
 from torch.nn import functional as F
 
 # Not under coverage, which makes Triton's interpreter three times slower.
@@ -17,15 +27,17 @@ pytestmark = pytest.mark.interpreter
 __all__ = ["poisoned"]  # a fixture for every test here too
 MIXED = [8, 3, 3, 2, 1], [2, 3, 4, 2, 6]
 LAYOUTS = [  # m, n, group_size, widths of two deltas
-    pytest.param(50, 130, 0, (EVERY, EVERY[::-1]), MIXED, id="every width"),
-    pytest.param(130, 50, (0, 128), ([4], [2]), (EVERY, EVERY), id="groups of U, rank 1"),
-    pytest.param(64, 64, 0, ([3] * 40 + [2] * 9, [2] * 40 + [4] * 9), MIXED, id="many tiles"),
+    (50, 130, 0, (EVERY, EVERY[::-1]), MIXED),
+    (130, 50, (0, 128), ([4], [2]), (EVERY, EVERY)),  # groups of U, rank 1
+    (64, 64, 0, ([3] * 40 + [2] * 9, [2] * 40 + [4] * 9), MIXED),  # many tiles
 ]
-ROWS = {  # slot of each row, or -1 (5: an empty slot); length
-    torch.float32: [([3], 1), ([7, -1, 3], 1), ([3, 5, 7, -1, 3], 3)],
-    torch.bfloat16: [([3, 5, 7, -1, 3], 3)],
-    torch.float16: [([7, -1, 3], 1)],
-}
+ROWS = [  # dtype, slot of each row, or -1 (5: an empty slot), length
+    (torch.float32, [3, 5, 7, -1, 3], 3),
+    (torch.float32, [3], 1),
+    (torch.float32, [7, -1, 3], 1),
+    (torch.bfloat16, [3, 5, 7, -1, 3], 3),
+    (torch.float16, [7, -1, 3], 1),
+]
 
 
 def rows_of(slots, entries=None):
@@ -62,10 +74,10 @@ def expected_of(base, x, slots, deltas):
     return base.double() + torch.stack(added)
 
 
-@pytest.mark.parametrize("dtype, slots, length", [(d, *r) for d in ROWS for r in ROWS[d]], ids=str)
-@pytest.mark.parametrize("m, n, group_size, one, two", LAYOUTS)
-def test_against_float64(m, n, group_size, one, two, dtype, slots, length):
-    deltas = deltas_of(m, n, group_size, one, two)
+@pytest.mark.parametrize("layout, rows", pairs(LAYOUTS, ROWS), ids=named)
+def test_against_float64(layout, rows):
+    (m, n, *_), (dtype, slots, length) = layout, rows
+    deltas = deltas_of(*layout)
     table = table_of(m, n, deltas)
     x = inputs(len(slots) * length, n, dtype).view(len(slots), length, n)
     base = F.linear(x, inputs(m, n, dtype, 1))
@@ -139,10 +151,10 @@ def test_a_bias_in_place_of_the_base_s(own):
     assert torch.equal(y[::2], base[::2])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("m, n, group_size, one, two", LAYOUTS)
-def test_embedded_rows(m, n, group_size, one, two, dtype):
-    deltas = deltas_of(m, n, group_size, one, two)
+@pytest.mark.parametrize("layout, dtype", pairs(LAYOUTS, list(TOLERANCES)), ids=named)
+def test_embedded_rows(layout, dtype):
+    m, n, *_ = layout
+    deltas = deltas_of(*layout)
     table, slots = table_of(m, n, deltas), [7, -1, 3]
     ids = torch.randint(m, (3, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     base = F.embedding(ids, inputs(m, n, dtype, 1))

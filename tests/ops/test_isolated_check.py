@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import DEVICE
 
 from deltamix_hf.ops import dispatch, isolated_check, self_check
 from deltamix_hf.ops.isolated_check import CASES, TOLERANCE, kernels_work
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SOURCE = Path(dispatch.triton_kernels().__file__).parent
 RIGHT = "print('some words'); print(0.003)"
 # (what a child does, what the warning says)

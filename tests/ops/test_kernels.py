@@ -11,25 +11,25 @@ import deltamix_kernels as dk
 import pytest
 import torch
 from deltamix_kernels import launch
-from kernel_cases import DEVICE, EVERY, TOLERANCES, error, inputs, packed_of
+from kernel_cases import DEVICE, EVERY, TOLERANCES, error, inputs, named, packed_of, pairs
 
 # Not under coverage, which makes Triton's interpreter three times slower.
 pytestmark = pytest.mark.interpreter
 
+LONG = 4097 if DEVICE.type == "cuda" else 1027  # several steps of every loop and program
 ROWS = {torch.float32: (5,), torch.bfloat16: (1, 64), torch.float16: (5,)}
 LAYOUTS = [  # m, n, v_bits, u_bits, group_size, gaussian
-    pytest.param(50, 130, EVERY, EVERY[::-1], 0, True, id="every width"),
-    pytest.param(130, 50, [8, 3, 3, 2], [8, 3, 3, 2], 32, False, id="min-max, groups of 32"),
-    pytest.param(33, 65, [4], [2], 0, True, id="rank 1"),
-    pytest.param(64, 64, [3] * 40 + [2] * 9, [2] * 40 + [4] * 9, 0, True, id="tiles of one run"),
-    pytest.param(17, 300, EVERY, EVERY, 128, False, id="min-max, every width"),
-    pytest.param(130, 90, [5, 2], [3, 6], 16, True, id="gaussian in groups of 16"),
-    pytest.param(300, 50, [8, 3, 2], [2, 3, 2], (0, 128), True, id="groups of U alone"),
+    (50, 130, EVERY, EVERY[::-1], 0, True),
+    (130, 50, [8, 3, 3, 2], [8, 3, 3, 2], 32, False),
+    (33, 65, [4], [2], 0, True),
+    (64, 64, [3] * 40 + [2] * 9, [2] * 40 + [4] * 9, 0, True),  # tiles of one run
+    (17, 300, EVERY, EVERY, 128, False),
+    (130, 90, [5, 2], [3, 6], 16, True),
+    (300, 50, [8, 3, 2], [2, 3, 2], (0, 128), True),  # groups of U alone
 ]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("layout", [layout.values for layout in LAYOUTS], ids=lambda v: str(v[:2]))
+@pytest.mark.parametrize("layout, dtype", pairs(LAYOUTS, list(TOLERANCES)), ids=named)
 def test_linear_against_float64(layout, dtype):
     packed, delta = packed_of(*layout)
     m, n = layout[:2]
@@ -44,7 +44,7 @@ def test_linear_against_float64(layout, dtype):
         assert torch.equal(found, dk.delta_linear(x, weight, bias, packed))  # bit for bit
 
 
-@pytest.mark.parametrize("m, n", [(4097, 50), (50, 4097)])
+@pytest.mark.parametrize("m, n", [(LONG, 50), (50, LONG)])
 def test_long_sides(m, n):
     packed, delta = packed_of(m, n, [3, 2], [4, 2], 0, True)
     for rows, dtype in ((1, torch.float32), (64, torch.bfloat16)):
@@ -56,7 +56,7 @@ def test_long_sides(m, n):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("layout", [layout.values for layout in LAYOUTS], ids=lambda v: str(v[:2]))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=named)
 def test_delta_alone_both_ways(layout, transposed):
     packed, delta = packed_of(*layout)
     x = inputs(3, layout[0 if transposed else 1], torch.float32).view(3, 1, -1)
