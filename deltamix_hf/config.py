@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .constants import QUANT_METHOD
 from .errors import DeltaMixError
-from .method import DEFAULT_METHOD, SWITCHES, Method, check_int, find_method, is_number
+from .method import DEFAULT_METHOD, SWITCHES, Method, find_method, is_number, require, require_int
 
 FORMAT_VERSION = 2
 DEFAULT_RATIO = 1 / 16
@@ -122,42 +122,31 @@ class DeltaMixConfig(QuantizationConfigMixin):
                 f"quant_method is {quant_method!r}, DeltaMixConfig reads {QUANT_METHOD!r} only"
             )
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.base_model = _path("base_model", base_model)
-        self.base_given = base_model is not None
-        self.base_revision = base_revision
-        self.method = find_method(method)
-        self.ratio = ratio
-        self.bits_per_weight = bits_per_weight
-        self.budget_bytes = budget_bytes
-        self.f_max = f_max
-        self.allocation_gap = allocation_gap
-        self.calibration = calibration
-        self.num_samples = num_samples
-        self.seq_length = seq_length
-        self.seed = seed
+        self.base_model, self.base_given = _path("base_model", base_model), base_model is not None
+        self.base_revision, self.base_kwargs = base_revision, _mapping("base_kwargs", base_kwargs)
+        self.method, self.f_max, self.allocation_gap = find_method(method), f_max, allocation_gap
+        self.ratio, self.bits_per_weight, self.budget_bytes = ratio, bits_per_weight, budget_bytes
+        self.calibration, self.calibration_source = calibration, calibration_source
+        self.num_samples, self.seq_length, self.seed = num_samples, seq_length, seed
         self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
-        self.dequantize = dequantize
-        self.base_kwargs = _mapping("base_kwargs", base_kwargs)
-        self.checkpoint_dir = _path("checkpoint_dir", checkpoint_dir)
+        self.dequantize, self.checkpoint_dir = dequantize, _path("checkpoint_dir", checkpoint_dir)
         self.format_version = format_version
-        self.calibration_source = calibration_source
         self.base_fingerprints = _mapping("base_fingerprints", base_fingerprints)
-        self.measured = _mapping("measured", measured)
-        self.errors = _mapping("errors", errors)
-        self.dropped = _names("dropped", dropped) or []
-        self.overlay = _names("overlay", overlay)
+        self.measured, self.errors = _mapping("measured", measured), _mapping("errors", errors)
+        self.dropped, self.overlay = _names("dropped", dropped) or [], _names("overlay", overlay)
         self.resized = _mapping("resized", resized)
-        self._validate()
+        self._check_options()
+        self._check_budget()
+        self._check_calibration()
+        self._check_records()
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What a `config.json` says; options that only the user may give are refused.
+        """What a `config.json` says; the method's switches stand beside the other options.
 
+        Raises DeltaMixError if a value is out of range, and for options that only users may give.
         We never write these. A repo that has them was edited, and would choose which proxy, cache
-        or token its base is fetched with. The method's switches stand beside the other options.
-
-        Raises:
-            DeltaMixError: such an option, or a value is out of range.
+        or token its base is fetched with.
         """
         options = _mapping("quantization_config", config_dict)
         if theirs := sorted(_NOT_SERIALISED & options.keys()):
@@ -172,67 +161,44 @@ class DeltaMixConfig(QuantizationConfigMixin):
         (found[0] if return_unused_kwargs else found).base_given = False
         return found
 
-    def _validate(self) -> None:
-        self._validate_budget()
+    def _check_options(self) -> None:
         if self.f_max is not None:
-            check_int("f_max", self.f_max, 1)
+            require_int("f_max", self.f_max, 1)
             if self.method.allocation != "matrix":
                 raise DeltaMixError(
                     "f_max limits the widths of allocation='matrix', "
                     f"this is {self.method.allocation!r}"
                 )
-        if (gap := self.allocation_gap) is not None and not (is_number(gap) and 0 < gap <= 1):
-            raise DeltaMixError(f"allocation_gap is {gap!r}; it must be above 0 and at most 1")
-        for name, least in (("num_samples", 1), ("seq_length", 1), ("seed", 0)):
-            check_int(name, getattr(self, name), least)
-        check_int("format_version", self.format_version, 1)
+        if (gap := self.allocation_gap) is not None:
+            fits = is_number(gap) and 0 < gap <= 1
+            require("allocation_gap", gap, fits, "above 0 and at most 1")
+        counts = {"num_samples": 1, "seq_length": 1, "seed": 0, "format_version": 1}
+        for name, least in counts.items():
+            require_int(name, getattr(self, name), least)
         if self.format_version > FORMAT_VERSION:
             raise DeltaMixError(
                 f"the repo is in format {self.format_version}, this deltamix_hf reads up to "
                 f"{FORMAT_VERSION}; upgrade with `pip install -U deltamix-hf`"
             )
-        self._validate_records()
-        self._validate_calibration()
 
-    def _validate_records(self) -> None:
-        for name in ("base_revision", "calibration_source"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a text")
-        for name, kind in (("base_fingerprints", str), ("measured", float), ("errors", float)):
-            for key, value in getattr(self, name).items():
-                fits = isinstance(value, str) if kind is str else is_number(value)
-                if not isinstance(key, str) or not fits:
-                    raise DeltaMixError(f"{name} says {value!r} of {key!r}: config.json is damaged")
-
-        for key, value in self.resized.items():
-            counts = value if isinstance(value, list | tuple) and len(value) == 2 else [None]
-            if not isinstance(key, str) or not all(type(c) is int and c > 0 for c in counts):
-                raise DeltaMixError(f"resized says {value!r} of {key!r}: config.json is damaged")
-
-    def _validate_budget(self) -> None:
-        given = [
-            n for n in ("ratio", "bits_per_weight", "budget_bytes") if getattr(self, n) is not None
-        ]
+    def _check_budget(self) -> None:
+        budgets = {n: getattr(self, n) for n in ("ratio", "bits_per_weight", "budget_bytes")}
+        given = {name: value for name, value in budgets.items() if value is not None}
         if len(given) > 1:
             raise DeltaMixError(f"{' and '.join(given)} all set the budget; give only one of them")
-        for name in given:
-            value = getattr(self, name)
-            if not is_number(value) or not 0 < value < math.inf:
-                raise DeltaMixError(f"{name} is {value!r}; it must be a finite number above 0")
         if not given:
             self.ratio = DEFAULT_RATIO
-        if self.ratio is not None and self.ratio > 1:
-            raise DeltaMixError(f"ratio is {self.ratio}; at most 1 (1/16 is the default)")
-        if self.bits_per_weight is not None and self.bits_per_weight > 16:
-            raise DeltaMixError(f"bits_per_weight is {self.bits_per_weight}; at most 16 (bf16)")
-        if self.budget_bytes is not None and self.budget_bytes != int(self.budget_bytes):
-            raise DeltaMixError(f"budget_bytes is {self.budget_bytes!r}; give a whole number")
+        for name, value in given.items():
+            fits = is_number(value) and 0 < value < math.inf
+            require(name, value, fits, "a finite number above 0")
+            if name == "budget_bytes":
+                require(name, value, value == int(value), "a whole number")
+            else:
+                most, what = (1, " (1/16 is the default)") if name == "ratio" else (16, " (bf16)")
+                require(name, value, value <= most, f"at most {most}{what}")
 
-    def _validate_calibration(self) -> None:
+    def _check_calibration(self) -> None:
         data = self.calibration
-        if data is None:
-            return
         if isinstance(data, torch.Tensor):
             if data.ndim != 2 or data.dtype not in _TOKEN_DTYPES or data.numel() == 0:
                 raise DeltaMixError(
@@ -242,13 +208,30 @@ class DeltaMixConfig(QuantizationConfigMixin):
         elif isinstance(data, str):
             if not data:
                 raise DeltaMixError("calibration is an empty name; use None for data-free")
-        elif not isinstance(data, Sequence) or not all(isinstance(t, str) for t in data):
-            raise DeltaMixError(
-                f"calibration is a {type(data).__name__}; give a list of texts, a token id tensor, "
-                "the name of a data set, or None for data-free"
-            )
-        elif not any(t.strip() for t in data):
-            raise DeltaMixError("calibration holds no text; use None for data-free compression")
+        elif data is not None:
+            if not isinstance(data, Sequence) or not all(isinstance(t, str) for t in data):
+                raise DeltaMixError(
+                    f"calibration is a {type(data).__name__}; give a list of texts, a token id "
+                    "tensor, the name of a data set, or None for data-free"
+                )
+            if not any(text.strip() for text in data):
+                raise DeltaMixError("calibration holds no text; use None for data-free compression")
+
+    def _check_records(self) -> None:
+        for name in ("base_revision", "calibration_source"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a text")
+        kinds: dict[str, Callable[[Any], bool]] = {
+            "base_fingerprints": lambda value: isinstance(value, str),
+            "measured": is_number,
+            "errors": is_number,
+            "resized": _are_two_counts,
+        }
+        for name, fits in kinds.items():
+            for key, value in getattr(self, name).items():
+                if not isinstance(key, str) or not fits(value):
+                    raise DeltaMixError(f"{name} says {value!r} of {key!r}: config.json is damaged")
 
     def budget(self, reference_bytes: int) -> int:
         """Bytes allowed for the weight files, given the bf16 bytes of all tensors that differ."""
@@ -278,9 +261,6 @@ class DeltaMixConfig(QuantizationConfigMixin):
         del out["name"]
         return json.loads(json.dumps(out))
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
-
     def __repr__(self) -> str:
         records = ("base_fingerprints", "errors", "dropped", "overlay", "resized")
         shown = {k: v for k, v in self.to_dict().items() if k not in records}
@@ -306,6 +286,11 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a dict")
     return dict(value or {})
+
+
+def _are_two_counts(value: Any) -> bool:
+    counts = value if isinstance(value, list | tuple) and len(value) == 2 else [None]
+    return all(type(count) is int and count > 0 for count in counts)
 
 
 def overlay_dtype(dtype: torch.dtype, config: DeltaMixConfig) -> torch.dtype:

@@ -18,8 +18,14 @@ from .quantization.quantizer import QUANTIZERS, Quantizer
 
 ALLOCATIONS = ("bands", "matrix", "global")
 DEFAULT_METHOD = "deltamix-kl"
-WIDTHS = tuple(range(9))
 _LONGEST_GROUP = 2**30
+_EMBEDDING_GROUPS = (0, *(2**e for e in GROUP_EXPONENTS))
+
+
+def require(name: str, value: Any, fits: bool, what: str) -> None:
+    """Raise a DeltaMixError that names an option and its value unless it fits."""
+    if not fits:
+        raise DeltaMixError(f"{name} is {value!r}; it must be {what}")
 
 
 def is_number(value: Any) -> bool:
@@ -27,26 +33,20 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_int(name: str, value: Any, least: int) -> None:
-    """Require a whole number of at least `least`.
-
-    Raises:
-        DeltaMixError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DeltaMixError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+def require_int(name: str, value: Any, least: int) -> None:
+    """Raise a DeltaMixError unless this is a whole number of at least `least`."""
+    whole = isinstance(value, int) and is_number(value)
+    require(name, value, whole and value >= least, f"a whole number of at least {least}")
 
 
 def _widths(bits: Any) -> tuple[int, ...]:
+    """Candidate widths, sorted; raises DeltaMixError for others than 0 to 8, or 0 alone."""
     try:
         widths = sorted(set(bits))
-        bad = [b for b in widths if isinstance(b, bool) or b not in WIDTHS]
     except TypeError:
-        widths, bad = [], []
-    if bad or not any(widths):
-        raise DeltaMixError(
-            f"bits is {bits!r}; give candidate widths from 0 to 8, at least one above 0"
-        )
+        widths = []
+    fits = any(widths) and not any(isinstance(b, bool) or b not in range(9) for b in widths)
+    require("bits", bits, fits, "candidate widths from 0 to 8, at least one above 0")
     return tuple(int(b) for b in widths)
 
 
@@ -101,31 +101,24 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, bool) and not isinstance(value, bool):
-                raise DeltaMixError(f"{field.name} is {value!r}; it must be True or False")
+            if isinstance(field.default, bool):
+                value = getattr(self, field.name)
+                require(field.name, value, isinstance(value, bool), "True or False")
         for name, choices in (("allocation", ALLOCATIONS), ("codebook", tuple(QUANTIZERS))):
-            if getattr(self, name) not in choices:
-                raise DeltaMixError(
-                    f"{name} is {getattr(self, name)!r}; choose one of {list(choices)}"
-                )
+            value = getattr(self, name)
+            require(name, value, value in choices, f"one of {list(choices)}")
         object.__setattr__(self, "bits", _widths(self.bits))
-        check_int("group_size", self.group_size, 0)
-        if self.group_size > _LONGEST_GROUP:
-            raise DeltaMixError(f"group_size is {self.group_size}; at most 2^30 (0: no groups)")
-        check_int("embedding_group_size", self.embedding_group_size, 0)
-        if self.embedding_group_size not in (0, *(2**e for e in GROUP_EXPONENTS)):
-            raise DeltaMixError(
-                f"embedding_group_size is {self.embedding_group_size}; it must be 0 or a power of "
-                f"two from {2 ** GROUP_EXPONENTS[0]} to {2 ** GROUP_EXPONENTS[-1]}"
-            )
-        check_int("tune_steps", self.tune_steps, 0)
-        if not is_number(self.drop_penalty) or not 1 <= self.drop_penalty < math.inf:
-            raise DeltaMixError(
-                f"drop_penalty is {self.drop_penalty!r}; it must be a finite number of at least 1"
-            )
-        if not is_number(self.delta_metric) or not 0 <= self.delta_metric <= 1:
-            raise DeltaMixError(f"delta_metric is {self.delta_metric!r}; it must lie in 0 to 1")
+        for name in ("group_size", "embedding_group_size", "tune_steps"):
+            require_int(name, getattr(self, name), 0)
+        size = self.group_size
+        require("group_size", size, size <= _LONGEST_GROUP, "at most 2^30 (0: no groups)")
+        size, groups = self.embedding_group_size, _EMBEDDING_GROUPS
+        powers = f"0 or a power of two from {groups[1]} to {groups[-1]}"
+        require("embedding_group_size", size, size in groups, powers)
+        penalty, share = self.drop_penalty, self.delta_metric
+        finite = is_number(penalty) and 1 <= penalty < math.inf
+        require("drop_penalty", penalty, finite, "a finite number of at least 1")
+        require("delta_metric", share, is_number(share) and 0 <= share <= 1, "a number from 0 to 1")
         if self.split_widths and self.allocation != "global":
             raise DeltaMixError('split_widths=True needs allocation="global"')
         if self.allocation == "bands" and self.codebook != "min-max":
@@ -165,12 +158,7 @@ SWITCHES = tuple(field.name for field in fields(Method) if field.name != "name")
 
 
 def find_method(method: Any) -> Method:
-    """The method of this name, or the `Method` given.
-
-    Raises:
-        DeltaMixError: there is none of this name.
-    """
+    """The method of this name, or the `Method` given; DeltaMixError for a name there is not."""
     name = method.name if isinstance(method, Method) else method
-    if not isinstance(name, str) or name not in METHODS:
-        raise DeltaMixError(f"method is {name!r}; choose one of {list(METHODS)}")
+    require("method", name, isinstance(name, str) and name in METHODS, f"one of {list(METHODS)}")
     return method if isinstance(method, Method) else METHODS[name]

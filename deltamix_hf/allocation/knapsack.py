@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import highspy
 import numpy as np
-import torch
+from torch import Tensor
 
 # HiGHS works on absolute tolerances; the gap between best and bound is scaled to this many units.
 _GAP_UNITS = 1e4
@@ -66,30 +66,25 @@ class Allocation:
     `error` is their total error, `bound` a proven lower bound on the least possible.
     """
 
-    choice: list[torch.Tensor]
+    choice: list[Tensor]
     error: float
     bound: float
     spent: int
 
     @property
     def gap(self) -> float:
-        """The relative gap (error - bound) / error, not negative."""
+        """(error - bound) / error, not negative."""
         return (self.error - self.bound) / self.error if self.error > self.bound else 0.0
 
 
 @dataclass(frozen=True)
 class Hull:
-    """Lower convex hulls of tables of choices: walks from the cheapest choice of each.
+    """Lower convex hulls of tables of choices: walks from the cheapest choice of each."""
 
-    `cheapest` int64 `[tables]` is the price of the first choice, `path` int64 `[tables, B]` the
-    choices; `slopes` float64 and `steps` int64 `[tables, B - 1]` are the error saved per byte and
-    the bytes of each step. Slopes descend; 0 marks a finished walk.
-    """
-
-    cheapest: np.ndarray
-    path: np.ndarray
-    slopes: np.ndarray
-    steps: np.ndarray
+    cheapest: np.ndarray  # int64 [tables], price of the first choice
+    path: np.ndarray  # int64 [tables, B], the choices
+    slopes: np.ndarray  # float64 [tables, B - 1], error saved per byte; they descend, 0 is the end
+    steps: np.ndarray  # int64 [tables, B - 1], bytes of each step
 
 
 def hull(errors: np.ndarray, prices: np.ndarray) -> Hull:
@@ -151,8 +146,8 @@ class Relaxed:
 
 def relax(errors: np.ndarray, prices: np.ndarray, budget: int) -> Relaxed | None:
     """Steps 1 and 2 for `errors` and int64 `prices` `[k, B]`; None if nothing fits the budget."""
-    rows = np.arange(len(errors))
-    if prices.min(axis=1).sum() > budget:
+    rows, cheapest = np.arange(len(errors)), prices.min(axis=1)
+    if cheapest.sum() > budget:
         return None
     choice, multiplier = buy(hull(errors, prices), np.ones(len(errors)), rows, budget)
     left = budget - int(prices[rows, choice].sum())
@@ -164,19 +159,11 @@ def relax(errors: np.ndarray, prices: np.ndarray, budget: int) -> Relaxed | None
             break
         left -= int(prices[i, b] - prices[i, choice[i]])
         choice[i] = b
-    above = prices - prices.min(axis=1, keepdims=True)
-    priced = errors + multiplier * above
-    least = priced.min(axis=1)
-    return Relaxed(
-        errors=errors,
-        prices=prices,
-        budget=budget,
-        choice=choice,
-        error=math.fsum(errors[rows, choice]),
-        bound=math.fsum(least) - multiplier * (budget - int(prices.min(axis=1).sum())),
-        multiplier=multiplier,
-        reduced=priced - least[:, None],
-    )
+    priced = errors + multiplier * (prices - cheapest[:, None])
+    least, error = priced.min(axis=1), math.fsum(errors[rows, choice])
+    bound = math.fsum(least) - multiplier * (budget - int(cheapest.sum()))
+    reduced = priced - least[:, None]
+    return Relaxed(errors, prices, budget, choice, error, bound, multiplier, reduced)
 
 
 def improve(

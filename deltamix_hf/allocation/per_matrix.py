@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .knapsack import Allocation, improve, relax
 
@@ -27,7 +28,7 @@ _BANDS = ((2, 8), (32, 3))
 _LAST_WIDTH = 2
 
 
-def bands(ranks: int, costs: Mapping[int, int], budget: int) -> torch.Tensor:
+def bands(ranks: int, costs: Mapping[int, int], budget: int) -> Tensor:
     """Delta-CoMe widths int64 `[ranks]` within `budget` bytes.
 
     `costs` are the bytes of one rank at 0 (0 if absent), 2, 3 and 8 bit. Bands are filled in
@@ -51,31 +52,21 @@ def bands(ranks: int, costs: Mapping[int, int], budget: int) -> torch.Tensor:
 
 
 def solve(
-    table: torch.Tensor,
-    costs: torch.Tensor | Sequence[int],
-    budget: int,
-    f_max: int | None = None,
+    table: Tensor, costs: Tensor | Sequence[int], budget: int, f_max: int | None = None
 ) -> Allocation:
     """Choices (columns of the table) of least total error within `budget` bytes.
 
-    Args:
-        table: errors >= 0, float `[k, B]`.
-        costs: bytes, int `[B]` or `[k, B]`.
-        f_max: at most this many distinct columns are used.
-
-    Raises:
-        ValueError: the cheapest choice exceeds the budget; shapes or values out of range.
+    `table` has errors >= 0, float `[k, B]`, `costs` bytes, int `[B]` or `[k, B]`; at most `f_max`
+    distinct columns are used. Raises ValueError if the cheapest choice exceeds the budget, or for
+    shapes or values out of range.
     """
     errors, prices = _checked(table, costs)
     if f_max is not None and f_max < 1:
         raise ValueError(f"f_max must be at least 1, got {f_max}")
     scale, count = errors.max(initial=0.0) or 1.0, errors.shape[1]
-    parts = []
-    for subset in itertools.combinations(range(count), min(f_max or count, count)):
-        columns = np.asarray(subset)
-        relaxed = relax(errors[:, columns] / scale, prices[:, columns], budget)
-        if relaxed is not None:
-            parts.append((columns, relaxed))
+    columns_of = map(np.asarray, itertools.combinations(range(count), min(f_max or count, count)))
+    relaxations = [(c, relax(errors[:, c] / scale, prices[:, c], budget)) for c in columns_of]
+    parts = [(columns, relaxed) for columns, relaxed in relaxations if relaxed is not None]
     if not parts:
         least = int(prices.min(axis=1).sum())
         limit = "" if f_max is None else f" with at most {f_max} widths"
@@ -97,9 +88,7 @@ def solve(
     return Allocation([torch.from_numpy(picked)], error, max(0.0, min(bound * scale, error)), spent)
 
 
-def _checked(
-    table: torch.Tensor, costs: torch.Tensor | Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked(table: Tensor, costs: Tensor | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Errors float64 and prices int64, both `[k, B]`."""
     errors = np.asarray(torch.as_tensor(table).detach().cpu().numpy(), dtype=np.float64)
     prices = torch.as_tensor(costs).cpu().numpy()

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .knapsack import Allocation, buy, hull, improve, relax
 
@@ -53,26 +54,22 @@ class Choices:
     that does more harm than the rank is worth). `cost` int64 `[B]` >= 0: bytes of one rank.
     """
 
-    relative: torch.Tensor
-    cost: torch.Tensor
+    relative: Tensor
+    cost: Tensor
 
 
 def solve_global(
-    energies: Sequence[torch.Tensor],
+    energies: Sequence[Tensor],
     choices: Sequence[Choices],
     budget: int,
     gap: float = DEFAULT_GAP,
 ) -> Allocation:
     """Choices of least total error within `budget` bytes; deterministic.
 
-    Args:
-        energies: float `[k]` >= 0 per matrix, in any order and unit: the error (in nats, say) if
-            the rank is lost.
-        choices: one table per matrix.
-        gap: windows grow until the relative gap between error and bound is at most this.
-
-    Raises:
-        ValueError: the budget is negative; shapes or values out of range.
+    `energies`, float `[k]` >= 0 per matrix, are the errors (in nats, say) if a rank is lost, in any
+    order; `choices` is one table per matrix. Windows grow until the relative gap between error and
+    bound is at most `gap`. Raises ValueError for a negative budget, or shapes or values out of
+    range.
     """
     sizes, energy, relative, cost = _checked(energies, choices, budget)
     matrix = np.repeat(np.arange(len(sizes)), sizes)
@@ -123,7 +120,7 @@ def solve_global(
 
 
 def _checked(
-    energies: Sequence[torch.Tensor], choices: Sequence[Choices], budget: int
+    energies: Sequence[Tensor], choices: Sequence[Choices], budget: int
 ) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
     """Ranks per matrix, all energies float64 `[N]`, the tables `[matrices, B]` of the largest B.
 

@@ -1,4 +1,4 @@
-"""The `deltamix` command: one module a command, nothing heavy imported before a command runs.
+"""The `deltamix` command: nothing heavy is imported before one of its commands runs.
 
 A command is a function whose signature typer turns into arguments and options, and whose docstring
 it turns into help. It imports torch and transformers inside, so that `--help` answers at once. It
@@ -18,12 +18,10 @@ from .console import report
 from .diff import diff
 from .env import env
 from .eval import evaluate
-from .generate import chat, generate
-from .inspect import inspect
+from .generate import PASS_ON, chat, generate, serve
+from .inspect import inspect, verify
 from .merge import merge
 from .push import push
-from .serve import PASS_ON, serve
-from .verify import verify
 
 app = typer.Typer(
     name="deltamix",

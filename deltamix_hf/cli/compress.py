@@ -103,11 +103,7 @@ def compress(
 
 
 def parse_ratio(text: str) -> float:
-    """Read '1/16' or '0.0625' as a number.
-
-    Raises:
-        DeltaMixError: neither.
-    """
+    """Read '1/16' or '0.0625' as a number; DeltaMixError if it is neither."""
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError) as error:

@@ -42,11 +42,7 @@ def report(error: BaseException) -> int:
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Check that an output may be written.
-
-    Raises:
-        DeltaMixError: it exists and is not to be overwritten.
-    """
+    """Raise a DeltaMixError if an output exists and is not to be overwritten."""
     from ..errors import DeltaMixError
 
     if output.exists() and not overwrite:

@@ -1,4 +1,4 @@
-"""`deltamix generate` and `deltamix chat`: ask a delta repo, or any model."""
+"""`deltamix generate`, `chat` and `serve`: ask a delta repo, or any model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .console import Base, Repo
 
 MostTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 Sample = Annotated[bool, typer.Option(help="Draw tokens at random instead of the likeliest.")]
+# What `serve` is given that is not for us is for transformers.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def generate(
@@ -29,10 +31,7 @@ def generate(
 
 
 def chat(
-    repo: Repo,
-    base: Base = None,
-    max_new_tokens: MostTokens = 512,
-    sample: Sample = False,
+    repo: Repo, base: Base = None, max_new_tokens: MostTokens = 512, sample: Sample = False
 ) -> None:
     """Talk with a model that has a chat template; an empty line or Ctrl-D ends it.
 
@@ -51,6 +50,22 @@ def chat(
         )
         said = _answer(model, tokenizer, inputs, max_new_tokens, sample)
         turns.append({"role": "assistant", "content": said})
+
+
+def serve(context: typer.Context, repo: Repo) -> None:
+    """Answer over HTTP as OpenAI's API does, at http://localhost:8000/v1 unless told otherwise.
+
+    All options are those of `transformers serve`, and passed on to it.
+
+    Example: deltamix serve my-delta --port 8001 --host 0.0.0.0
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise DeltaMixError('serving needs more packages: pip install "transformers[serving]"')
+    from transformers.cli.transformers import app
+
+    app(["serve", repo, *context.args], standalone_mode=False)
 
 
 def _ask() -> str:

@@ -1,4 +1,4 @@
-"""`deltamix inspect`: what a delta repo holds, layer by layer."""
+"""`deltamix inspect` and `deltamix verify`: what a delta repo holds, and whether it is sound."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from .console import AsJson, DeltaRepo, make_table, out, size_table
+from .console import FAILED, AsJson, Base, DeltaRepo, make_table, out, size_table
 
 if TYPE_CHECKING:
     from ..checkpoint.report import MatrixReport, RepoReport
@@ -56,6 +57,29 @@ def inspect(
         out.print(size_table(report.size))
         if paths:
             out.print("\nWritten:", ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+
+
+def verify(
+    repo: DeltaRepo,
+    base: Base = None,
+    quick: Annotated[
+        bool, typer.Option(help="Compare only the names of the base's tensors, not their bytes.")
+    ] = False,
+) -> None:
+    """Check files, format, tensors and the base; exit status 1 if anything is wrong.
+
+    Example: deltamix verify my-delta --base org/base
+    """
+    from ..checkpoint.validation import verify_repo
+
+    problems = 0
+    for check in verify_repo(repo, base, quick):
+        mark = "[green]ok[/green]    " if check.problem is None else "[red]wrong[/red] "
+        why = "" if check.problem is None else f": {check.problem}"
+        out.print(f"{mark} {escape(check.what + why)}", highlight=False, soft_wrap=True)
+        problems += check.problem is not None
+    if problems:
+        raise typer.Exit(FAILED)
 
 
 def _origin(report: RepoReport) -> list[str]:

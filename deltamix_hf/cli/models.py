@@ -11,16 +11,11 @@ from ..errors import DeltaMixError, first_line
 
 
 def load_model(repo: str, base: str | None = None, dequantize: bool = False) -> Any:
-    """Load a whole model or a delta repo, ready to run.
+    """Load a whole model or a delta repo, by path or Hub id, ready to run.
 
-    Args:
-        repo: path or Hub id.
-        base: where the base of a delta repo is, if not where the repo says.
-        dequantize: turn a delta repo into a plain dense model.
-
-    Raises:
-        DeltaMixError: not found, of a class transformers has not, or a base given for what is no
-            delta repo.
+    `base` is for a delta repo whose base is not where the repo says; `dequantize` makes it dense.
+    Raises DeltaMixError if it is not found, of a class transformers has not, or a base is given for
+    what is no delta repo.
     """
     from .. import DeltaMixConfig
 
@@ -49,11 +44,7 @@ def best_device() -> str | None:
 
 
 def load_tokenizer(repo: str) -> Any:
-    """Load the tokenizer of a repo.
-
-    Raises:
-        DeltaMixError: it has none.
-    """
+    """Load the tokenizer of a repo; DeltaMixError if it has none."""
     from transformers import AutoTokenizer
 
     try:

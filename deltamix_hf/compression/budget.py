@@ -16,7 +16,7 @@ import torch
 from ..allocation.whole_model import Choices
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
-from ..quantization.packed_layout import GroupSizes, largest_parts, part_names, rank_bytes
+from ..quantization.packed_layout import DTYPES, GroupSizes, part_names, part_shapes, rank_bytes
 from ..storage.names import GUARD
 from ..storage.sizes import header_bytes, reference_bytes
 
@@ -71,8 +71,9 @@ def plan_budget(
         fused = name.rpartition(".")[0]
         number = experts.get(fused)
         names = part_names(name if number is None else fused, quantizer, number is not None)
-        largest = largest_parts(m, n, group_sizes[name], quantizer, number)
-        entries |= {names[part]: entry for part, entry in largest.items()}
+        runs = [((number or 1) * min(m, n), 8, 8)]  # nothing is longer than all ranks at 8 bits
+        shapes_of = part_shapes(m, n, runs, group_sizes[name], quantizer, number)
+        entries |= {names[part]: (DTYPES[part], shape) for part, shape in shapes_of.items()}
     whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
     whole += len(guards)  # a byte each
     whole += torch.int32.itemsize * sum(experts.values())  # counts of their ranks

@@ -253,11 +253,9 @@ class Compressor:
             u = gptq_columns(target, inner, u_bits, group_sizes[1])
         del target, inner
         if method.unbiased_gains:
-            rounded = u.dequantize().T
-            u = u.scaled(
-                unbiased_gains(left, sigma, rounded, right, right_hat, near.outputs, near.inputs)
-            )
-            del rounded
+            left_hat = u.dequantize().T
+            u = u.scaled(unbiased_gains(factors, left_hat, right_hat, near.outputs, near.inputs))
+            del left_hat
         error = metric_error(delta, u.dequantize().T, right_hat, measured)
         packed = PackedDelta.pack(v, u)
         return Compressed(packed if packed.rank else None, error)
@@ -286,18 +284,13 @@ class Compressor:
         rank = None if 0 in method.bits else max(share // cost[least], 0)
         factors = self._factors(delta, metrics, rank)
         with self.watch.stage("error table"):
-            table, candidates = error_table(
-                factors.right,
-                factors.sigma,
-                metrics.inputs,
-                method.bits,
-                method.group_size,
-                self.quantizer,
+            table, rounded = error_table(
+                factors, metrics.inputs, method.bits, method.group_size, self.quantizer
             )
         prices = [cost[b] for b in method.bits]
         with self.watch.stage("HiGHS"):
             (choice,) = per_matrix.solve(table, prices, share, self.config.f_max).choice
-        return factors, pick(candidates, torch.tensor(method.bits)[choice])
+        return factors, pick(table, rounded, choice)
 
 
 @contextmanager

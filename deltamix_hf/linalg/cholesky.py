@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 _COPIED = 1024  # rows at once
 _WHOLE = 4096  # coordinates that are factorised together: in float64 11008 of them take 970 MB
@@ -18,25 +19,19 @@ _WHOLE = 4096  # coordinates that are factorised together: in float64 11008 of t
 _RETRIES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
 
 
-def cholesky(
-    matrix: torch.Tensor, damping: float = 0.0, order: torch.Tensor | None = None
-) -> torch.Tensor:
+def cholesky(matrix: Tensor, damping: float = 0.0, order: Tensor | None = None) -> Tensor:
     """Lower Cholesky factor, float64, of a symmetric positive semi-definite `[k, k]` matrix.
 
     `damping` times the mean of the diagonal is added to it first, and rows and columns are taken in
-    `order` int64 `[k]`, both without a copy of the matrix.
-
-    Factorised at unit diagonal; a failure is retried with more damping of that diagonal, from 1e-8
-    to 0.1. Zero diagonal entries are treated as isolated unit entries. Raises ValueError if the
-    matrix is indefinite beyond that.
+    `order` int64 `[k]`, both without a copy. Zero diagonal entries are isolated unit entries. A
+    failure is retried with more of the unit diagonal added, from 1e-8 to 0.1; beyond that, and for
+    NaN, it raises ValueError.
     """
     unit = _Unit(matrix, damping, order)
     return unit.factorised(lambda extra: _factor(unit.block(0, 0, len(matrix), extra)))
 
 
-def cholesky32(
-    matrix: torch.Tensor, damping: float = 0.0, order: torch.Tensor | None = None
-) -> torch.Tensor:
+def cholesky32(matrix: Tensor, damping: float = 0.0, order: Tensor | None = None) -> Tensor:
     """`cholesky` rounded to float32, in two thirds of its memory where that is much.
 
     Halves of large matrices are factorised in turn, each in float64.
@@ -46,10 +41,9 @@ def cholesky32(
         return cholesky(matrix, damping, order).float()
     half, unit = size // 2, _Unit(matrix, damping, order)
 
-    def attempt(extra: float) -> torch.Tensor | None:
+    def attempt(extra: float) -> Tensor | None:
         found = torch.zeros(size, size, device=matrix.device)
-        corner = _factor(unit.block(0, 0, half, extra))
-        if corner is None:
+        if (corner := _factor(unit.block(0, 0, half, extra))) is None:
             return None
         below = unit.block(half, 0, half)  # as many columns as the corner
         for rows in below.split(_COPIED):  # L₂₁ = A₂₁·L₁₁⁻ᵀ
@@ -60,8 +54,7 @@ def cholesky32(
         rest = unit.block(half, half, size - half, extra)
         rest.addmm_(below, below.T, alpha=-1)
         del below
-        last = _factor(rest)
-        if last is None:
+        if (last := _factor(rest)) is None:
             return None
         found[half:, half:] = last
         return found
@@ -72,15 +65,15 @@ def cholesky32(
 class _Unit:
     """A matrix `[k, k]` scaled to unit diagonal, with rows and columns in `order`, in parts."""
 
-    def __init__(self, matrix: torch.Tensor, damping: float, order: torch.Tensor | None):
+    def __init__(self, matrix: Tensor, damping: float, order: Tensor | None):
+        self.matrix, self.order = matrix, order
         diagonal = matrix.diagonal().to(torch.float64)
         diagonal = diagonal + damping * diagonal.mean()
-        self.matrix, self.order = matrix, order
         diagonal = diagonal if order is None else diagonal[order]
         self.dead = diagonal <= 0
         self.root = torch.where(self.dead, 1.0, diagonal).sqrt()
 
-    def block(self, row: int, column: int, columns: int, extra: float = 0.0) -> torch.Tensor:
+    def block(self, row: int, column: int, columns: int, extra: float = 0.0) -> Tensor:
         """Rows from `row` on of some columns, float64; `extra` is added to the unit diagonal.
 
         Square blocks on the diagonal have as many rows as `columns`, others all there are.
@@ -102,12 +95,8 @@ class _Unit:
             made.diagonal().fill_(1.0 + extra)
         return made
 
-    def factorised(self, attempt: Callable[[float], torch.Tensor | None]) -> torch.Tensor:
-        """The first factor that `attempt(extra)` gives, scaled back.
-
-        Raises:
-            ValueError: it gives none, or the matrix holds NaN.
-        """
+    def factorised(self, attempt: Callable[[float], Tensor | None]) -> Tensor:
+        """The first factor that `attempt(extra)` gives, scaled back, or a ValueError."""
         for extra in _RETRIES:
             if (found := attempt(extra)) is not None:
                 return found.mul_(self.root[:, None].to(found.dtype))
@@ -120,7 +109,7 @@ class _Unit:
         )
 
 
-def _factor(unit: torch.Tensor) -> torch.Tensor | None:
+def _factor(unit: Tensor) -> Tensor | None:
     """Lower Cholesky factor in the place of a contiguous symmetric matrix, if it has one."""
     info = torch.empty((), dtype=torch.int32, device=unit.device)
     found = unit.T  # by columns, as LAPACK wants it

@@ -36,12 +36,6 @@ class LowRank:
     weights: Tensor
     rows: Tensor
 
-    def dense(self) -> Tensor:
-        """The matrix [d, d]."""
-        found = self.rows.T @ self.rows
-        found.diagonal().add_(self.weights)
-        return found
-
 
 @dataclass(frozen=True)
 class LowRankRoot:
@@ -88,7 +82,6 @@ class SecondMoment:
         full: int = FULL,
         sketch: int = SKETCH,
         diagonal: int = DIAGONAL,
-        *,
         seed: int = 0,
     ):
         self.dim = dim
@@ -161,7 +154,11 @@ class SecondMoment:
 
 def dense(metric: Metric) -> Tensor | None:
     """The matrix [d, d] of a metric that has one; a diagonal stays [d], None stays None."""
-    return metric.dense() if isinstance(metric, LowRank) else metric
+    if not isinstance(metric, LowRank):
+        return metric
+    found = metric.rows.T @ metric.rows
+    found.diagonal().add_(metric.weights)
+    return found
 
 
 def blended(metric: Metric, rows: Tensor, share: float) -> Tensor | LowRank:
@@ -198,7 +195,9 @@ def damped(metric: Metric, fraction: float) -> Metric:
         return LowRank(metric.weights + fraction * mean, metric.rows)
     if metric.dim() == 1:
         return metric + fraction * metric.mean()
-    return damp(metric, fraction)
+    made = metric.clone()
+    made.diagonal().add_(fraction * metric.diagonal().mean())
+    return made
 
 
 def diagonal(metric: Metric) -> Tensor | None:
@@ -244,9 +243,8 @@ def root(metric: Metric, damping: float = 0.0) -> Root:
     """L with L·Lᵀ = metric: a lower Cholesky factor float32 `[d, d]`, or a diagonal float64 `[d]`.
 
     `damping` times the mean of its diagonal is added first. It is factorised in float64; rounded,
-    it takes half the memory and triangular solves are as good as rounding to 8 bits needs.
-
-    Raises ValueError if the metric is not positive semi-definite.
+    it takes half the memory and triangular solves are as good as rounding to 8 bits needs. Raises
+    ValueError if the metric is not positive semi-definite.
     """
     if metric is None:
         return None
@@ -311,10 +309,3 @@ def unwhiten(rows: Tensor, factor: Root) -> Tensor:
         return rows / factor.to(rows)
     solved = torch.linalg.solve_triangular(factor, rows.to(factor.dtype), upper=False, left=False)
     return solved.to(rows.dtype)
-
-
-def damp(hessian: torch.Tensor, fraction: float = 0.01) -> torch.Tensor:
-    """`hessian + fraction * mean(diag) * I` `[c, c]`, a new tensor."""
-    damped = hessian.clone()
-    damped.diagonal().add_(fraction * hessian.diagonal().mean())
-    return damped

@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 _BLOCK_ROWS = 1024
@@ -30,9 +31,7 @@ _SMALLEST, _SHARE = 512, 32  # tried on matrices from this size, with this share
 LOST = 3.5e-8
 
 
-def thin_svd(
-    delta: torch.Tensor, rank: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def thin_svd(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Largest singular triplets of `delta` `[m, n]`: U `[m, k]`, sigma `[k]`, Vt `[k, n]`.
 
     k is the numerical rank, at most `min(m, n)` and at most `rank`; a zero delta has k = 0. Sigma
@@ -48,15 +47,10 @@ def thin_svd(
     dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
     largest = _largest(delta)
     if largest == 0:
-        return (
-            delta.new_zeros(m, 0, dtype=dtype),
-            delta.new_zeros(0, dtype=dtype),
-            delta.new_zeros(0, n, dtype=dtype),
-        )
+        return delta[:, :0].to(dtype), delta.new_zeros(0, dtype=dtype), delta[:0].to(dtype)
     if (found := _low_rank(delta, largest)) is not None:
         left, sigma, right = found
-        kept = int((sigma > _floor(m, n) * sigma[0]).sum())
-        kept = kept if rank is None else min(kept, rank)
+        kept = _kept(sigma, m, rank)
         parts = left[:, :kept], sigma[:kept] * largest, right[:kept]
         left, sigma, right = (part.to(dtype).contiguous() for part in parts)
         return left, sigma, right
@@ -66,9 +60,7 @@ def thin_svd(
         vectors, values, _ = torch.linalg.svd(_gram(delta, largest))
         values, vectors = values.flip(0), vectors.flip(1)
     sigma = values.flip(0).clamp(min=0).sqrt()
-    kept = int((sigma > _floor(m, n) * sigma[0]).sum())
-    if rank is not None:
-        kept = min(kept, rank)
+    kept = _kept(sigma, m, rank)
     sigma, right = sigma[:kept], vectors[:, n - kept :].flip(1)  # by descending sigma
     del values, vectors  # 134 MB at 4096
     left = delta.new_empty(m, kept, dtype=dtype)
@@ -79,11 +71,8 @@ def thin_svd(
     return left, (sigma * largest).to(dtype), right.t().to(dtype).contiguous()
 
 
-def singular_values(delta: torch.Tensor) -> torch.Tensor:
-    """Sigma of `thin_svd` without the vectors, in a third of the time: float64, descending.
-
-    Raises ValueError if the delta is not a matrix or holds NaN or infinity.
-    """
+def singular_values(delta: Tensor) -> Tensor:
+    """Sigma of `thin_svd` alone, in a third of its time: float64, descending; raises as it does."""
     if delta.ndim != 2:
         raise ValueError(f"delta must be a matrix, got shape {list(delta.shape)}")
     delta = delta if delta.shape[0] >= delta.shape[1] else delta.t()
@@ -99,14 +88,11 @@ def singular_values(delta: torch.Tensor) -> torch.Tensor:
         except LinAlgError:
             values = torch.linalg.svdvals(gram).flip(0)
         sigma = values.flip(0).clamp(min=0).sqrt()
-    return sigma[sigma > _floor(*delta.shape) * sigma[0]] * largest
+    return sigma[: _kept(sigma, len(delta))] * largest
 
 
-def _largest(delta: torch.Tensor) -> float:
-    """Size of the largest element; scaled by it, squares of any delta stay in range.
-
-    Raises ValueError for NaN or infinity.
-    """
+def _largest(delta: Tensor) -> float:
+    """Size of the largest element, by which squares stay in range; ValueError for NaN, infinity."""
     if not delta.numel():
         return 0.0
     largest = max(abs(float(end)) for end in torch.aminmax(delta))  # both are NaN if one element is
@@ -115,9 +101,7 @@ def _largest(delta: torch.Tensor) -> float:
     return largest
 
 
-def _low_rank(
-    delta: torch.Tensor, largest: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+def _low_rank(delta: Tensor, largest: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """SVD of `delta / largest` [m, n], m >= n, float64, if n / 16 ranks hold all but LOST of it."""
     n = delta.shape[1]
     if n < _SMALLEST:
@@ -142,21 +126,19 @@ def _low_rank(
     return basis @ left, sigma, right
 
 
-def _orthonormal(columns: torch.Tensor, scale: float) -> torch.Tensor:
+def _orthonormal(columns: Tensor, scale: float) -> Tensor:
     """An orthonormal basis of what `columns` [m, k] span, float64."""
     basis, _ = torch.linalg.qr(columns.to(torch.float64) / scale)
     return basis
 
 
-def _blocks(
-    delta: torch.Tensor, basis: torch.Tensor, scale: float
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _blocks(delta: Tensor, basis: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of `delta / scale` in float64 with those of the basis, a block at a time."""
     for rows, part in zip(delta.split(_BLOCK_ROWS), basis.split(_BLOCK_ROWS), strict=True):
         yield rows.to(torch.float64) / scale, part
 
 
-def _gram(delta: torch.Tensor, largest: float) -> torch.Tensor:
+def _gram(delta: Tensor, largest: float) -> Tensor:
     """DᵀD of D / largest, float64 [n, n]."""
     gram = delta.new_zeros(delta.shape[1], delta.shape[1], dtype=torch.float64)
     for rows in delta.split(_BLOCK_ROWS):
@@ -165,7 +147,7 @@ def _gram(delta: torch.Tensor, largest: float) -> torch.Tensor:
     return gram
 
 
-def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a symmetric matrix, which they may overwrite."""
     if gram.device.type != "cpu":
         return tuple(torch.linalg.eigh(gram))
@@ -175,6 +157,8 @@ def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, vectors
 
 
-def _floor(m: int, n: int) -> float:
-    """Singular values below this share of the largest are noise (module docstring)."""
-    return torch.finfo(torch.float32).eps * max(m, n) ** 0.5
+def _kept(sigma: Tensor, longest: int, rank: int | None = None) -> int:
+    """Numerical rank of a matrix by its descending `sigma` [k], at most `rank`; see above."""
+    floor = torch.finfo(torch.float32).eps * longest**0.5
+    kept = int((sigma > floor * sigma[0]).sum())
+    return kept if rank is None else min(kept, rank)

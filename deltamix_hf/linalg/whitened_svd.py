@@ -42,25 +42,19 @@ def factorise(
 ) -> Factors:
     """The `rank` (None: all numerical) dominant ranks of `delta` `[m, n]` in the metric.
 
-    `damping`: shares of the mean diagonals added to `outputs` and `inputs`.
-    Raises ValueError for NaN or a metric that is not positive.
+    `damping`: shares of the mean diagonals added to `outputs` and `inputs`. Raises ValueError for
+    NaN or a metric that is not positive.
     """
     out_root, in_root = root(outputs, damping[0]), root(inputs, damping[1])
     left, sigma, right = thin_svd(_image(delta, out_root, in_root), rank)
-    return Factors(
-        left=unwhiten_left(left, out_root).contiguous(),
-        sigma=sigma,
-        right=unwhiten(right, in_root).contiguous(),
-    )
+    left, right = unwhiten_left(left, out_root), unwhiten(right, in_root)
+    return Factors(left.contiguous(), sigma, right.contiguous())
 
 
 def spectrum(
     delta: Tensor, outputs: Metric, inputs: Metric, damping: tuple[float, float] = (0.0, 0.0)
 ) -> Tensor:
-    """Sigma of `factorise` alone, in a third of its time: float64, descending.
-
-    Raises ValueError for NaN or a metric that is not positive.
-    """
+    """Sigma of `factorise` alone, in a third of its time: float64, descending; errors as there."""
     return singular_values(_image(delta, root(outputs, damping[0]), root(inputs, damping[1])))
 
 

@@ -1,20 +1,16 @@
-"""Bit packing of quantized factors, every width from 0 to 8.
+"""Bit packing of quantized factors, every width from 0 to 8 (docs/format.md is normative).
 
 A factor is stored rank-major: `k` ranks of `n` codes each (`n` is the number of input features for
 V and of output features for U, which is stored transposed). Every rank has one width `b`; equal
-neighbours form *runs* `(count, bits)`.
+neighbours form *runs* `(count, bits)`. Packed it is a uint8 matrix `[sum_i b_i, ceil(n / 8)]`: byte
+column `c` holds the elements `8c .. 8c+7` of every rank, so a slice of columns is a slice of the
+vector and tensor parallelism shards a packed factor without unpacking it. A rank of width `b` owns
+`b` consecutive byte rows, so a run of `r` ranks is the view `[r, b, ceil(n / 8)]`.
 
-Layout (normative). A packed factor is a uint8 matrix `[sum_i b_i, ceil(n / 8)]`. Byte column `c`
-holds the elements `8c .. 8c+7` of every rank, so a slice of columns is a slice of the vector and
-tensor parallelism shards a packed factor without unpacking it. A rank of width `b` owns `b`
-consecutive byte rows; a 0-bit rank owns none. A run of `r` ranks is therefore the view
-`[r, b, ceil(n / 8)]`.
-
-Inside a rank the width is split into planes of 8, 4, 2 and 1 bits, largest first
-(3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1). The first plane holds the HIGH bits of the code,
-later planes the lower ones: a 3-bit code is `(plane2 << 1) | plane1`. A plane of width `p` has `p`
-byte rows; element `j` of a byte column lies in byte row `j * p // 8` at shift `j * p % 8`, so no
-code straddles a byte and every width decodes with shifts and masks alone. Elements past `n` are 0.
+Inside a rank the width is split into planes of 8, 4, 2 and 1 bits, largest and high bits first: a
+3-bit code is `(plane2 << 1) | plane1`. A plane of width `p` has `p` byte rows; element `j` of a
+byte column lies in byte row `j * p // 8` at shift `j * p % 8`, so no code straddles a byte and
+every width decodes with shifts and masks alone. Elements past `n` are 0.
 
 How it is fast. The eight codes of a byte column, one per byte, are one little-endian int64 word
 (this module assumes a little-endian host, as safetensors does). Packing and unpacking gather or
@@ -25,6 +21,7 @@ Zen 4 core, where writing one strided uint8 slice per element reached 1e9.
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 Runs = Sequence[tuple[int, int]]
 
@@ -50,21 +47,18 @@ _SPREAD = {
 _CPU_CHUNK = 1 << 15
 
 
-def runs_of(bits: torch.Tensor | Sequence[int]) -> list[tuple[int, int]]:
-    """Run-length form `[(count, bits), ...]` of a per-rank width vector `[k]`."""
-    bits = torch.as_tensor(bits, dtype=torch.int64).cpu()
-    if bits.ndim != 1:
-        raise ValueError(f"widths must be a vector, got shape {tuple(bits.shape)}")
-    values, counts = torch.unique_consecutive(bits, return_counts=True)
-    return list(zip(counts.tolist(), values.tolist(), strict=True))
-
-
 def packed_rows(runs: Runs) -> int:
-    """Number of byte rows of a packed factor: the sum of all widths."""
+    """Sum the widths of all ranks: the byte rows of a packed factor.
+
+    Raises ValueError for a negative count or a width outside 0..8.
+    """
+    for count, bits in runs:
+        if count < 0 or bits not in _PLANES:
+            raise ValueError(f"run ({count}, {bits}): need count >= 0 and 0 <= bits <= 8")
     return sum(count * bits for count, bits in runs)
 
 
-def pack(codes: torch.Tensor, runs: Runs) -> torch.Tensor:
+def pack(codes: Tensor, runs: Runs) -> Tensor:
     """Pack uint8 `codes` `[k, n]` into uint8 `[sum_i b_i, ceil(n / 8)]`.
 
     Raises ValueError if the runs do not cover `k` ranks or a code does not fit its width.
@@ -72,38 +66,31 @@ def pack(codes: torch.Tensor, runs: Runs) -> torch.Tensor:
     if codes.dtype != torch.uint8 or codes.ndim != 2:
         raise ValueError(f"codes must be uint8 [k, n], got {codes.dtype} {tuple(codes.shape)}")
     ranks, n = codes.shape
-    _check_runs(runs)
     if sum(count for count, _ in runs) != ranks:
         raise ValueError(f"runs {list(runs)} do not cover the {ranks} ranks of the codes")
-    columns = (n + 7) // 8
-    words = codes.new_zeros(ranks, columns, dtype=torch.int64)
+    packed = codes.new_empty(packed_rows(runs), -(-n // 8))
+    words = codes.new_zeros(ranks, packed.shape[1], dtype=torch.int64)
     words.view(torch.uint8)[:, :n] = codes
-    packed = codes.new_empty(packed_rows(runs), columns)
-    row = byte_row = 0
-    for count, bits in runs:
-        run = codes[row : row + count]
-        if bits < 8 and run.numel() and int(run.max()) >> bits:
+    for first, bits, rows in _run_views(packed, runs):
+        run = slice(first, first + len(rows))
+        largest = int(codes[run].max()) if codes[run].numel() else 0
+        if largest >> bits:
             raise ValueError(
-                f"code {int(run.max())} does not fit {bits} bits (ranks {row} to {row + count - 1})"
+                f"code {largest} does not fit {bits} bits (ranks {first} to {run.stop - 1})"
             )
-        target = packed[byte_row : byte_row + count * bits].view(count, bits, columns)
-        plane_row, low = 0, bits
-        for plane in _PLANES[bits]:
+        low = bits
+        for plane, target in _planes(rows):
             low -= plane
-            _gather_plane(
-                words[row : row + count], plane, low, target[:, plane_row : plane_row + plane]
-            )
-            plane_row += plane
-        row, byte_row = row + count, byte_row + count * bits
+            _gather_plane(words[run], plane, low, target)
     return packed
 
 
-def unpack(packed: torch.Tensor, runs: Runs, n: int) -> torch.Tensor:
+def unpack(packed: Tensor, runs: Runs, n: int) -> Tensor:
     """Codes uint8 `[k, n]` of a packed factor uint8 `[sum_i b_i, ceil(n / 8)]`.
 
     Raises ValueError if the packed shape does not follow from `runs` and `n`.
     """
-    columns = (n + 7) // 8
+    columns = -(-n // 8)
     _check_packed(packed, runs, columns)
     ranks = sum(count for count, _ in runs)
     words = packed.new_empty(ranks, columns, dtype=torch.int64)
@@ -116,20 +103,16 @@ def unpack(packed: torch.Tensor, runs: Runs, n: int) -> torch.Tensor:
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
             out = words[first + start : first + start + len(part)]
-            plane_row = 0
-            for plane in _PLANES[bits]:
-                source = part[:, plane_row : plane_row + plane]
-                if plane_row == 0:
-                    _spread_plane(source, plane, out, scratch[0, : len(part)])
-                else:
-                    lower = scratch[1, : len(part)]
-                    _spread_plane(source, plane, lower, scratch[0, : len(part)])
-                    out.bitwise_left_shift_(plane).bitwise_or_(lower)
-                plane_row += plane
+            spread, lower = scratch[:, : len(part)]
+            (plane, source), *others = _planes(part)
+            _spread_plane(source, plane, out, spread)
+            for plane, source in others:
+                _spread_plane(source, plane, lower, spread)
+                out.bitwise_left_shift_(plane).bitwise_or_(lower)
     return words.view(torch.uint8)[:, :n].contiguous()
 
 
-def unpack_columns(packed: torch.Tensor, runs: Runs, index: torch.Tensor) -> torch.Tensor:
+def unpack_columns(packed: Tensor, runs: Runs, index: Tensor) -> Tensor:
     """`unpack(packed, runs, n)[:, index]` uint8 `[k, t]`, reading only the columns asked for.
 
     `index` is int64 `[t]` with values in `0 .. n - 1`; an embedding look-up reads U this way. An
@@ -138,23 +121,19 @@ def unpack_columns(packed: torch.Tensor, runs: Runs, index: torch.Tensor) -> tor
     """
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"index must be int64 [t], got {index.dtype} {tuple(index.shape)}")
-    columns = packed.shape[-1]
-    _check_packed(packed, runs, columns)
+    _check_packed(packed, runs, packed.shape[-1])
     codes = packed.new_zeros(sum(count for count, _ in runs), len(index))
     column, element = index // 8, index % 8
-    for first, bits, rows in _run_views(packed, runs):
+    for first, _, rows in _run_views(packed, runs):
         out = codes[first : first + len(rows)]
-        plane_row = 0
-        for plane in _PLANES[bits]:
-            byte_row = plane_row + element * plane // 8
-            found = rows[:, byte_row, column]  # [r, t]
+        for plane, source in _planes(rows):
+            found = source[:, element * plane // 8, column]  # [r, t]
             found = found >> (element * plane % 8).to(torch.uint8)
             out.bitwise_left_shift_(plane).bitwise_or_(found & ((1 << plane) - 1))
-            plane_row += plane
     return codes
 
 
-def _run_views(packed: torch.Tensor, runs: Runs) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _run_views(packed: Tensor, runs: Runs) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (first rank, bits, byte rows `[r, bits, columns]`) of every run."""
     rank = byte_row = 0
     for count, bits in runs:
@@ -163,10 +142,14 @@ def _run_views(packed: torch.Tensor, runs: Runs) -> Iterator[tuple[int, int, tor
         rank, byte_row = rank + count, byte_row + count * bits
 
 
-def _spread_plane(
-    rows: torch.Tensor, plane: int, words: torch.Tensor, scratch: torch.Tensor
-) -> None:
-    """Spread byte rows `[r, plane, c]` into `words` `[r, c]`, one code per byte."""
+def _planes(rows: Tensor) -> list[tuple[int, Tensor]]:
+    """Split `rows` `[r, bits, columns]` into planes: (width, byte rows `[r, width, columns]`)."""
+    widths = _PLANES[rows.shape[1]]
+    return list(zip(widths, rows.split(widths, 1), strict=True)) if widths else []
+
+
+def _spread_plane(rows: Tensor, plane: int, words: Tensor, scratch: Tensor) -> None:
+    """Spread byte rows `[r, plane, c]` into `words` int64 `[r, c]`, one code per byte."""
     if plane == 8:
         words.view(torch.uint8).unflatten(1, (-1, 8)).copy_(rows.transpose(1, 2))
         return
@@ -178,7 +161,7 @@ def _spread_plane(
         words.bitwise_or_(scratch).bitwise_and_(mask)
 
 
-def _gather_plane(words: torch.Tensor, plane: int, low: int, rows: torch.Tensor) -> None:
+def _gather_plane(words: Tensor, plane: int, low: int, rows: Tensor) -> None:
     """Inverse of `_spread_plane` for the `plane` bits above bit `low` of every code in `words`."""
     if plane == 8:
         rows.copy_(words.view(torch.uint8).unflatten(1, (-1, 8)).transpose(1, 2))
@@ -190,17 +173,11 @@ def _gather_plane(words: torch.Tensor, plane: int, low: int, rows: torch.Tensor)
         rows[:, i] = (gathered >> (i * 64 // plane)) & 255
 
 
-def _check_runs(runs: Runs) -> None:
-    for count, bits in runs:
-        if count < 0 or bits not in _PLANES:
-            raise ValueError(f"run ({count}, {bits}): need count >= 0 and 0 <= bits <= 8")
-
-
-def _check_packed(packed: torch.Tensor, runs: Runs, columns: int) -> None:
-    _check_runs(runs)
-    expected = (packed_rows(runs), columns)
-    if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
+def _check_packed(packed: Tensor, runs: Runs, columns: int) -> None:
+    """Raise a ValueError unless `packed` is uint8 `[sum of widths, columns]`."""
+    expected = [packed_rows(runs), columns]
+    if packed.dtype != torch.uint8 or list(packed.shape) != expected:
         raise ValueError(
-            f"packed factor must be uint8 {list(expected)} for these runs, "
+            f"packed factor must be uint8 {expected} for these runs, "
             f"got {packed.dtype} {list(packed.shape)}"
         )

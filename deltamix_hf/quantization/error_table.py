@@ -12,75 +12,51 @@ GPTQ uses the damped C; the table measures the error with C itself, in float64.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..linalg.second_moments import Metric, damped, dense, energies
-from . import gptq
+from ..linalg.whitened_svd import Factors
+from .gptq import Rounded, gptq_rows
 from .quantizer import Quantizer
-from .uniform import MIN_MAX
 
 _BLOCK_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Every rank rounded at every width: rows `[position of width * k + rank]` of `rounded`."""
-
-    rounded: gptq.Rounded
-    widths: tuple[int, ...]
-    ranks: int
+_DAMPING = 0.01
 
 
 def error_table(
-    right: torch.Tensor,
-    sigma: torch.Tensor,
-    gram: Metric,
-    widths: Sequence[int],
-    group_size: int,
-    quantizer: Quantizer = MIN_MAX,
-    damping: float = 0.01,
-) -> tuple[torch.Tensor, Candidates]:
-    """Error table float64 `[k, B]` and the rounded candidates.
+    factors: Factors, gram: Metric, widths: Sequence[int], group_size: int, quantizer: Quantizer
+) -> tuple[Tensor, Rounded]:
+    """Error table float64 `[k, B]` and all candidates, rank i at width b being row `b * k + i`.
 
-    `right` V `[k, n]`, `sigma` `[k]`, `gram` C `[n, n]` or its diagonal `[n]`, undamped (None:
+    Of `factors` only V and sigma count; `gram` is C `[n, n]` or its diagonal `[n]`, undamped (None:
     identity), `widths` the B candidate widths, distinct, in 0..8. Raises ValueError for repeated
     widths or wrong shapes.
     """
-    widths = tuple(int(width) for width in widths)
+    right, sigma = factors.right, factors.sigma
     if not widths or len(set(widths)) != len(widths):
-        raise ValueError(f"widths must be distinct and not empty, got {widths}")
+        raise ValueError(f"widths must be distinct and not empty, got {tuple(widths)}")
     ranks = len(right)
     if tuple(sigma.shape) != (ranks,):
         raise ValueError(f"sigma {list(sigma.shape)} does not match right {list(right.shape)}")
     bits = torch.tensor(widths, device=right.device).repeat_interleave(ranks)
-    hessian = dense(damped(gram, damping))
-    rounded = gptq.gptq_rows(right.repeat(len(widths), 1), hessian, bits, group_size, quantizer)
+    hessian = dense(damped(gram, _DAMPING))
+    rounded = gptq_rows(right.repeat(len(widths), 1), hessian, bits, group_size, quantizer)
     power = sigma.to(torch.float64) ** 2
     table = torch.empty(ranks, len(widths), dtype=torch.float64, device=right.device)
-    for start in range(0, ranks * len(widths), _BLOCK_ROWS):
-        rows = torch.arange(
-            start, min(start + _BLOCK_ROWS, ranks * len(widths)), device=right.device
-        )
+    for rows in torch.arange(table.numel(), device=right.device).split(_BLOCK_ROWS):
         error = right[rows % ranks].to(torch.float64) - rounded.rows(rows).dequantize()
         table[rows % ranks, rows // ranks] = energies(error, gram) * power[rows % ranks]
-    return table, Candidates(rounded, widths, ranks)
+    return table, rounded
 
 
-def pick(candidates: Candidates, bits: torch.Tensor) -> gptq.Rounded:
-    """The rounded factor whose rank i has width `bits[i]`.
+def pick(table: Tensor, rounded: Rounded, choice: Tensor) -> Rounded:
+    """The candidates of `table` whose rank i has width number `choice[i]`, int64 `[k]`.
 
-    Raises ValueError if a width is not among the candidates.
+    Raises ValueError for another number of ranks.
     """
-    if tuple(bits.shape) != (candidates.ranks,):
-        raise ValueError(f"need {candidates.ranks} widths, got {list(bits.shape)}")
-    device = candidates.rounded.codes.device
-    position = torch.full((9,), -1, device=device)
-    position[list(candidates.widths)] = torch.arange(len(candidates.widths), device=device)
-    chosen = position[bits.to(device)]
-    if bool((chosen < 0).any()):
-        missing = sorted(set(bits.tolist()) - set(candidates.widths))
-        raise ValueError(f"widths {missing} are not among the candidates {candidates.widths}")
-    rows = chosen * candidates.ranks + torch.arange(candidates.ranks, device=device)
-    return candidates.rounded.rows(rows)
+    if tuple(choice.shape) != (len(table),):
+        raise ValueError(f"need a choice for each of {len(table)} ranks, got {list(choice.shape)}")
+    rows = torch.arange(table.numel(), device=table.device).view(table.T.shape)
+    return rounded.rows(rows.gather(0, choice.to(table.device)[None])[0])

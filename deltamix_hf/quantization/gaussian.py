@@ -18,12 +18,10 @@ level with two multiply-adds instead of a look-up. Mean squared errors, for unit
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .uniform import group_count
+from .uniform import Rounder, check_groups
 
 # (alpha, beta) of widths 1..8; normative (docs/format.md).
 CUBIC = (
@@ -55,20 +53,17 @@ def levels(bits: int) -> Tensor:
 
 
 _LEVELS = [levels(b) for b in range(9)]
-_FIRST = torch.tensor([0, *(len(t) for t in _LEVELS[:-1])]).cumsum(0)  # of each width in _TABLE
 _TABLE = torch.cat(_LEVELS)
+_FIRST = 2 ** torch.arange(9) - 1  # of each width in _TABLE
+# Decision points of all widths in one ascending table; width b begins at (b - 1/2) shifts.
+_EDGES = torch.cat(
+    [
+        part
+        for b, table in enumerate(_LEVELS)
+        for part in (torch.tensor([_SHIFT * (b - 0.5)]), (table[1:] + table[:-1]) / 2 + _SHIFT * b)
+    ]
+)
 _AT_ONCE = 1 << 22  # elements
-
-
-def _edges() -> Tensor:
-    """Decision points of all widths in one ascending table; width b begins at (b - 1/2) shifts."""
-    parts = []
-    for b, table in enumerate(_LEVELS):
-        parts += [torch.tensor([_SHIFT * (b - 0.5)]), (table[1:] + table[:-1]) / 2 + _SHIFT * b]
-    return torch.cat(parts)
-
-
-_EDGES = _edges()
 
 
 def encode(x: Tensor, bits: Tensor) -> Tensor:
@@ -142,11 +137,21 @@ def _spread(scales: Tensor, n: int, group_size: int) -> Tensor:
 
 
 class Gaussian:
-    """The quantizer of `codebook="gaussian"`; see `quantizer.Quantizer`."""
+    """The quantizer of `codebook="gaussian"`; `quantizer.py` describes its methods."""
 
     name = "gaussian"
     zero_points = False
-    distortion: tuple[float, ...] = DISTORTION
+    distortion = (
+        1.0,
+        0.36338,
+        0.117482,
+        0.034623,
+        0.0096878,
+        0.0026494,
+        7.161e-4,
+        1.92e-4,
+        5.109e-5,
+    )
 
     def fit(
         self, x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None
@@ -178,24 +183,15 @@ class Gaussian:
     def decode(
         self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: Tensor, group_size: int
     ) -> Tensor:
-        """Compute `level * scale`, float32 `[k, n]`.
-
-        Raises:
-            ValueError: scales are not `[k, G]`.
-        """
-        k, n = codes.shape
-        if tuple(scales.shape) != (k, groups := group_count(n, group_size)):
-            raise ValueError(
-                f"codes {list(codes.shape)} at group size {group_size} need scales "
-                f"[{k}, {groups}], got {list(scales.shape)}"
-            )
+        """Compute `level * scale`, float32 `[k, n]`; ValueError as `check_groups`."""
+        check_groups(codes, group_size, scales)
         values = torch.empty_like(codes, dtype=torch.float32)
         for some in _some_rows(codes):
-            levels = decode(codes[some], bits[some, None])
-            torch.mul(levels, _spread(scales[some], n, group_size), out=values[some])
+            spread = _spread(scales[some], codes.shape[1], group_size)
+            torch.mul(decode(codes[some], bits[some, None]), spread, out=values[some])
         return values
 
-    def rounder(self, bits: Tensor) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]:
+    def rounder(self, bits: Tensor) -> Rounder:
         """Round to the nearest level times `scale`."""
 
         def rounded(values: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor) -> Tensor:

@@ -21,14 +21,12 @@ that saves a third of the time and 2 GB. Two uses share one sweep:
   0-bit column rounds to 0 and the other ranks absorb all of it. Ranks stay in the given order
   (descending sigma): six other orders were within 2 % of it or worse on the same matrices.
 
-Differences from the textbook loop, none of which changes the result in exact arithmetic:
-
-* The factorisation, a Cholesky factorisation in reversed order, runs in float64 on the Hessian
-  scaled to unit diagonal. GPTQ is equivariant under column scaling, and the rank Hessians of U
-  carry 1/sigma^2 terms over many orders of magnitude.
-* The weight is held transposed, so the coordinate being rounded is contiguous over all rows.
-  The sweep is left-looking: a block of coordinates gets the errors of all earlier blocks in one
-  matrix product, each of its coordinates those of the block's earlier ones when it is reached.
+Unlike the textbook loop, which in exact arithmetic gives the same, it factorises in float64 the
+Hessian scaled to unit diagonal (GPTQ is equivariant under column scaling, and the rank Hessians of
+U carry 1/sigma^2 terms over many orders of magnitude). The weight is held transposed, so that the
+coordinate being rounded is contiguous over all rows, and the sweep is left-looking: a block of
+coordinates gets the errors of all earlier blocks in one matrix product, each of its coordinates
+those of the block's earlier ones when it is reached.
 
 A dead coordinate (zero Hessian diagonal: an input never seen in calibration) is rounded to nearest
 on its own. GPTQ zeroes it; here that would erase the fine-tune's change for unseen inputs.
@@ -37,9 +35,10 @@ on its own. GPTQ zeroes it; here that would erase the fine-tune's change for uns
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ..linalg.cholesky import cholesky32
 from . import uniform
@@ -59,41 +58,38 @@ class Rounded:
     (0: one group), `bits` int64 `[k]`.
     """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
     group_size: int
-    bits: torch.Tensor
+    bits: Tensor
 
-    def dequantize(self) -> torch.Tensor:
+    def dequantize(self) -> Tensor:
         """Values float32 `[k, n]`."""
         quantizer = quantizer_of(self.zeros)
         return quantizer.decode(self.codes, self.scales, self.zeros, self.bits, self.group_size)
 
-    def scaled(self, gains: torch.Tensor) -> Rounded:
+    def scaled(self, gains: Tensor) -> Rounded:
         """Row i times `gains[i]`, in bfloat16 scales; the codes stay."""
-        scales = (self.scales * gains[:, None]).to(torch.bfloat16).float()
-        return Rounded(self.codes, scales, self.zeros, self.group_size, self.bits)
+        return replace(self, scales=(self.scales * gains[:, None]).to(torch.bfloat16).float())
 
-    def rows(self, index: torch.Tensor) -> Rounded:
+    def rows(self, index: Tensor) -> Rounded:
         """The rows picked by `index`: positions int64, or a mask bool `[k]`."""
         zeros = None if self.zeros is None else self.zeros[index]
-        return Rounded(
-            self.codes[index], self.scales[index], zeros, self.group_size, self.bits[index]
-        )
+        codes, scales, bits = self.codes[index], self.scales[index], self.bits[index]
+        return replace(self, codes=codes, scales=scales, zeros=zeros, bits=bits)
 
 
 def round_rows(
-    weight: torch.Tensor,
-    bits: torch.Tensor,
+    weight: Tensor,
+    bits: Tensor,
     group_size: int,
     quantizer: Quantizer = MIN_MAX,
-    weights: torch.Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Rounded:
     """Round every element of `weight` `[r, c]` to the nearest value, row i at width `bits[i]`.
 
-    `weights` `[c]`: what an error in each column costs, if the quantizer's scales can be fitted
-    for it.
+    `weights` `[c]`: what an error in each column costs, if scales can be fitted for it.
     """
     weight, bits = weight.float(), bits.to(weight.device)
     scales, zeros = quantizer.fit(weight, bits, group_size, weights)
@@ -102,9 +98,9 @@ def round_rows(
 
 
 def gptq_rows(
-    weight: torch.Tensor,
-    hessian: torch.Tensor | None,
-    bits: torch.Tensor,
+    weight: Tensor,
+    hessian: Tensor | None,
+    bits: Tensor,
     group_size: int,
     quantizer: Quantizer = MIN_MAX,
     damping: float = 0.0,
@@ -112,14 +108,8 @@ def gptq_rows(
     """Round `weight` `[r, c]`, row i at width `bits[i]`, for least error in `hessian` `[c, c]`.
 
     `damping` times its mean diagonal is added to `hessian`; a diagonal `[c]` or None, the identity,
-    leave plain rounding. Scales are fitted for the Hessian's diagonal.
-
-    Returns:
-        codes `[r, c]`.
-
-    Raises:
-        ValueError: wrong shapes, values that are not finite, or a Hessian that stays indefinite
-            after damping.
+    leave plain rounding. Scales are fitted for the Hessian's diagonal. Raises ValueError for wrong
+    shapes, values that are not finite, or a Hessian that stays indefinite after damping.
     """
     rows, columns = weight.shape
     _check(weight, hessian, bits, rows, columns)
@@ -135,7 +125,7 @@ def gptq_rows(
     step_zeros = None if zeros is None else zeros.t().float().contiguous()
     codes = torch.empty_like(work, dtype=torch.uint8)
 
-    def round_step(i: int, values: torch.Tensor) -> torch.Tensor:
+    def round_step(i: int, values: Tensor) -> Tensor:
         zero = None if step_zeros is None else step_zeros[group[i]]
         return round_values(values, step_scales[group[i]], zero, codes[i])
 
@@ -145,9 +135,7 @@ def gptq_rows(
     return Rounded(ordered.t().contiguous(), scales, zeros, group_size, bits)
 
 
-def gptq_columns(
-    weight: torch.Tensor, hessian: torch.Tensor | None, bits: torch.Tensor, group_size: int
-) -> Rounded:
+def gptq_columns(weight: Tensor, hessian: Tensor | None, bits: Tensor, group_size: int) -> Rounded:
     """Round `weight` `[m, k]`, column i at width `bits[i]`, with `hessian` `[k, k]` over columns.
 
     Same conventions as `gptq_rows`, but the result is rank-major: codes `[k, m]` and
@@ -168,37 +156,32 @@ def gptq_columns(
     scales = work.new_empty(ranks, groups)
     zeros = work.new_empty(ranks, groups, dtype=torch.uint8)
 
-    def round_step(i: int, values: torch.Tensor) -> torch.Tensor:
+    def round_step(i: int, values: Tensor) -> Tensor:
         grouped = values.view(groups, width)
         low, high = torch.aminmax(grouped, dim=1)
         scales[i], zeros[i] = uniform.fit_range(low, high, top[i].expand(groups))
         zero = zeros[i].to(torch.float32)
         scale = scales[i, :, None]
-        return uniform.round_values(grouped, scale, zero[:, None], top[i], codes[i]).view(-1)
+        return uniform.round_values(grouped, scale, zero[:, None], codes[i], top[i]).view(-1)
 
     _sweep(work, hessian.to(work.device), round_step, torch.arange(ranks, device=work.device))
     return Rounded(codes.view(ranks, -1)[:, :m].contiguous(), scales, zeros, group_size, bits)
 
 
-def _mixing(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
-    """float32 `[s, s]`: entry (i, j) is R_ji / R_ii, what the error of step j adds to step i."""
-    reversed_lower = cholesky32(hessian, damping, order.flip(0))  # R flipped
-    reversed_lower.div_(reversed_lower.diagonal().clone())
-    return reversed_lower.t().flip(0, 1)
-
-
 def _sweep(
-    work: torch.Tensor,
-    hessian: torch.Tensor,
-    round_step: Callable[[int, torch.Tensor], torch.Tensor],
-    order: torch.Tensor,
+    work: Tensor,
+    hessian: Tensor,
+    round_step: Callable[[int, Tensor], Tensor],
+    order: Tensor,
     damping: float = 0.0,
 ) -> None:
     """Round the rows of `work` `[s, l]` in turn; `round_step(i, values [l])` rounds row i.
 
-    Row i is coordinate `order[i]` of the Hessian.
+    Row i is coordinate `order[i]` of the Hessian `[s, s]`.
     """
-    mixing = _mixing(hessian, order, damping)
+    mixing = cholesky32(hessian, damping, order.flip(0))  # R, rows and columns reversed
+    mixing.div_(mixing.diagonal().clone())
+    mixing = mixing.t().flip(0, 1)  # (i, j): R_ji / R_ii, what the error of step j adds to step i
     errors = torch.empty_like(work)
     for start in range(0, len(work), _BLOCK):
         stop = min(start + _BLOCK, len(work))
@@ -210,9 +193,8 @@ def _sweep(
             torch.sub(work[i], round_step(i, values), out=errors[i])
 
 
-def _check(
-    weight: torch.Tensor, hessian: torch.Tensor | None, bits: torch.Tensor, ranks: int, steps: int
-) -> None:
+def _check(weight: Tensor, hessian: Tensor | None, bits: Tensor, ranks: int, steps: int) -> None:
+    """Raise a ValueError for wrong shapes or values that are not finite."""
     if tuple(bits.shape) != (ranks,):
         raise ValueError(f"need one width for each of {ranks} ranks, got {list(bits.shape)}")
     if not bool(torch.isfinite(weight).all()):

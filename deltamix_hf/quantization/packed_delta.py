@@ -14,75 +14,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import bitpacking, uniform
+from . import bitpacking, packed_layout, uniform
 from .gptq import Rounded
-from .packed_layout import (
-    GroupSizes,
-    Runs,
-    bytes_by_kind,
-    checked_layouts,
-    exponent_of,
-    layout_of,
-    part_names,
-    parts,
-    row_bits,
-    scale_counts,
-    zero_points,
-)
+from .packed_layout import GroupSizes, Runs
 from .quantizer import Quantizer, quantizer_of
 
 
 @dataclass
 class PackedDelta:
-    """Packed ΔW ≈ Û·V̂ of an [m, n] matrix, or of the experts of a 3-D parameter.
+    """Packed ΔW ≈ Û·V̂ of an [m, n] matrix, or of the experts of a 3-D parameter."""
 
-    Attributes:
-        m, n: outputs and inputs, of every expert alike.
-        group_sizes: elements of V and of U that share a scale; 0: the whole vector.
-        runs: (count, v_bits, u_bits) of equal ranks; empty for experts, whose own `split` reads.
-        v, u, ranks, zeros, counts: the tensors of `packed_layout`. `zeros` is None with the
-            Gaussian codebook, `counts` for one matrix.
-    """
-
-    m: int
+    m: int  # outputs and inputs, of every expert alike
     n: int
     group_sizes: GroupSizes
-    runs: Runs
-    v: Tensor
+    runs: Runs  # of equal ranks; empty for experts, whose own `split` reads
+    v: Tensor  # this and the other tensors: see `packed_layout`
     u: Tensor
     ranks: Tensor
-    zeros: Tensor | None = None
-    counts: Tensor | None = None
+    zeros: Tensor | None = None  # None with the Gaussian codebook
+    counts: Tensor | None = None  # None for one matrix
 
     @classmethod
     def pack(cls, v: Rounded, u: Rounded) -> PackedDelta:
         """Sort ranks by width, drop the empty ones, pack: V̂ [k, n] and Ûᵀ [k, m]."""
-        k, n = v.codes.shape
-        m = u.codes.shape[1]
-        v_bits, u_bits, group_sizes = v.bits, u.bits, (v.group_size, u.group_size)
-        keep = [i for i in range(k) if v_bits[i] > 0 and u_bits[i] > 0]
-        keep.sort(key=lambda i: (-int(v_bits[i]), -int(u_bits[i])))  # stable: σ order within a run
-        order = torch.tensor(keep, dtype=torch.long, device=v.codes.device)
-        widths = v_bits.to(order.device)[order] + 16 * u_bits.to(order.device)[order]
-        widths += 256 * exponent_of(group_sizes)
+        group_sizes = v.group_size, u.group_size
+        v_bits, u_bits = v.bits.to(v.codes.device), u.bits.to(v.codes.device)
+        order = (16 * v_bits + u_bits).argsort(descending=True, stable=True)  # σ order within a run
+        order = order[((v_bits > 0) & (u_bits > 0))[order]]
+        widths = (v_bits + 16 * u_bits)[order] + 256 * packed_layout.exponent_of(group_sizes)
         scales = uniform.scales_to_bits(torch.cat([v.scales[order], u.scales[order]], 1))
         ranks = torch.cat([widths.to(torch.int16)[:, None], scales], 1)
-        runs, _ = layout_of(ranks, v.group_size)
-        return cls(
-            m=m,
-            n=n,
-            group_sizes=group_sizes,
-            runs=runs,
-            v=bitpacking.pack(v.codes[order], [(c, b) for c, b, _ in runs]),
-            u=bitpacking.pack(u.codes[order], [(c, b) for c, _, b in runs]),
-            ranks=ranks,
-            zeros=None
-            if v.zeros is None or u.zeros is None
-            else bitpacking.pack(
-                torch.cat([v.zeros[order], u.zeros[order]], 1),
-                [(c, max(b, d)) for c, b, d in runs],
-            ),
-        )
+        runs, _ = packed_layout.layout_of(ranks, v.group_size)
+        plain = {"v": v.codes[order], "u": u.codes[order]}
+        if v.zeros is not None and u.zeros is not None:
+            plain["zeros"] = torch.cat([v.zeros[order], u.zeros[order]], 1)
+        own = packed_layout.packed_runs(runs)
+        packed = {part: bitpacking.pack(codes, own[part]) for part, codes in plain.items()}
+        n, m = v.codes.shape[1], u.codes.shape[1]
+        return cls(m, n, group_sizes, runs, ranks=ranks, **packed)
 
     @classmethod
     def join(cls, experts: Sequence[PackedDelta | None]) -> PackedDelta:
@@ -106,14 +75,11 @@ class PackedDelta:
     ) -> PackedDelta:
         """Take the tensors, by part, of an [m, n] matrix or of `experts` of them.
 
-        Args:
-            group_size: of V, and of U where the ranks do not say otherwise.
-            tensors: `v` and `u` may be meta.
-
-        Raises:
-            DeltaMixError: they are not those of such matrices, or hold what no compressor writes.
+        `group_size` is V's, and U's where the ranks do not say otherwise; `v` and `u` may be meta.
+        Raises DeltaMixError if they are not those of such matrices, or hold what no compressor
+        writes.
         """
-        layouts, group_sizes = checked_layouts(m, n, group_size, tensors, experts)
+        layouts, group_sizes = packed_layout.checked_layouts(m, n, group_size, tensors, experts)
         return cls(m, n, group_sizes, layouts[0] if experts is None else [], **tensors)
 
     @classmethod
@@ -127,18 +93,14 @@ class PackedDelta:
         quantizer: Quantizer,
         experts: int | None = None,
     ) -> PackedDelta:
-        """Read the tensors stored for `prefix`, which `get` gives by name, as `checked` does.
-
-        Raises:
-            DeltaMixError: as `checked`.
-        """
-        names = part_names(prefix, quantizer, experts is not None)
+        """Take the tensors stored for `prefix`, which `get` gives by name, as `checked` does."""
+        names = packed_layout.part_names(prefix, quantizer, experts is not None)
         tensors = {part: get(name) for part, name in names.items()}
         return cls.checked(m, n, group_size, tensors, experts)
 
     def names(self, prefix: str) -> dict[str, str]:
         """Name the tensors by part, as they are stored for the module or parameter `prefix`."""
-        return part_names(prefix, self.quantizer, self.counts is not None)
+        return packed_layout.part_names(prefix, self.quantizer, self.counts is not None)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -146,7 +108,7 @@ class PackedDelta:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        held = parts(self.quantizer, self.counts is not None)
+        held = packed_layout.parts(self.quantizer, self.counts is not None)
         return {part: getattr(self, part) for part in held}
 
     @property
@@ -185,27 +147,29 @@ class PackedDelta:
     def nbytes(self) -> dict[str, int]:
         """Count the bytes by kind, as `bytes_by_kind`."""
         sizes = {part: t.numel() * t.element_size() for part, t in self.tensors.items()}
-        return bytes_by_kind(sizes, self.rank)
+        return packed_layout.bytes_by_kind(sizes, self.rank)
 
-    def _side(self, codes: Tensor, length: int, v_side: bool) -> Tensor:
-        runs = [(c, v if v_side else u) for c, v, u in self.runs]
-        split, _ = scale_counts(self.m, self.n, self.group_sizes)
-        part = slice(None, split) if v_side else slice(split, None)
-        group_size = self.group_sizes[0 if v_side else 1]
-        plain = bitpacking.unpack(codes, runs, length)
-        scales = uniform.scales_from_bits(self.ranks[:, 1:].contiguous())[:, part]
+    def _side(self, side: str, length: int) -> Tensor:
+        """Decode V̂ or Ûᵀ of one matrix, float32 [k, length]."""
+        number, runs = ("v", "u").index(side), packed_layout.packed_runs(self.runs)[side]
+        groups = packed_layout.scale_counts(self.m, self.n, self.group_sizes)
+        codes = bitpacking.unpack(getattr(self, side), runs, length)
+        scales = uniform.scales_from_bits(self.ranks[:, 1:].contiguous()).split(groups, 1)[number]
         points = None
         if self.zeros is not None:
-            points = zero_points(self.zeros, self.runs, self.ranks.shape[1] - 1)[:, part]
-        return self.quantizer.decode(plain, scales, points, row_bits(runs, codes), group_size)
+            points = packed_layout.zero_points(self.zeros, self.runs, sum(groups)).split(groups, 1)[
+                number
+            ]
+        bits, group_size = packed_layout.row_bits(runs, codes), self.group_sizes[number]
+        return self.quantizer.decode(codes, scales, points, bits, group_size)
 
     def right(self) -> Tensor:
         """Decode V̂ of one matrix, float32 [k, n]."""
-        return self._side(self.v, self.n, v_side=True)
+        return self._side("v", self.n)
 
     def left(self) -> Tensor:
         """Decode Û of one matrix with σ folded in, transposed: float32 [k, m]."""
-        return self._side(self.u, self.m, v_side=False)
+        return self._side("u", self.m)
 
     def dense(self) -> Tensor:
         """Multiply out the delta of one matrix, float32 [m, n]."""
@@ -215,20 +179,20 @@ class PackedDelta:
         """Give every expert its own, as views, None for one without a rank; a matrix is itself."""
         if self.counts is None:
             return [self]
-        counts = self.counts.tolist()
-        layouts = [layout_of(part, self.group_sizes[0])[0] for part in self.ranks.split(counts)]
-        rows = {
-            "v": [sum(c * v for c, v, _ in runs) for runs in layouts],
-            "u": [sum(c * u for c, _, u in runs) for runs in layouts],
-            "ranks": counts,
-            "zeros": [sum(c * max(v, u) for c, v, u in runs) for runs in layouts],
+        each, quantizer = self.ranks.split(self.counts.tolist()), self.quantizer
+        layouts = [packed_layout.layout_of(ranks, self.group_sizes[0])[0] for ranks in each]
+        size = self.m, self.n
+        shapes = [
+            packed_layout.part_shapes(*size, runs, self.group_sizes, quantizer) for runs in layouts
+        ]
+        pieces = {
+            part: self.tensors[part].split([shape[part][0] for shape in shapes])
+            for part in packed_layout.parts(quantizer)
         }
-        pieces = {p: t.split(rows[p]) for p, t in self.tensors.items() if p in rows}
         found: list[PackedDelta | None] = []
         for number, runs in enumerate(layouts):
-            own: Any = {part: piece[number] for part, piece in pieces.items()}
-            packed = PackedDelta(self.m, self.n, self.group_sizes, runs, **own)
-            found.append(packed if runs else None)
+            own = {part: piece[number] for part, piece in pieces.items()}
+            found.append(PackedDelta(*size, self.group_sizes, runs, **own) if runs else None)
         return found
 
     def chosen(self, experts: Tensor) -> tuple[PackedDelta, Tensor]:

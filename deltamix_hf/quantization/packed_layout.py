@@ -21,6 +21,7 @@ their first dimension, so that a parameter takes five tensors at most. One more 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import groupby
 
@@ -30,7 +31,6 @@ from torch import Tensor
 from ..errors import DeltaMixError
 from . import bitpacking, uniform
 from .quantizer import Quantizer, quantizer_of
-from .uniform import MIN_MAX
 
 PREFIX = "dm_"
 PARTS = ("v", "u", "ranks", "zeros")  # of a matrix; experts have "counts" too
@@ -39,11 +39,8 @@ GROUP_EXPONENTS = range(4, 16)  # 2^e elements: the kernels want a multiple of 1
 # and NaN lie outside too. Then Û·V̂ is finite in float32: 255·2^32 each, over less than 2^40 ranks.
 SCALE_LIMIT = 0x4F80
 DTYPES = {
-    "v": torch.uint8,
-    "u": torch.uint8,
-    "ranks": torch.int16,
-    "zeros": torch.uint8,
-    "counts": torch.int32,
+    **dict.fromkeys(("v", "u", "zeros"), torch.uint8),
+    **{"ranks": torch.int16, "counts": torch.int32},
 }
 
 Runs = list[tuple[int, int, int]]  # (count, v_bits, u_bits)
@@ -70,21 +67,43 @@ def scale_counts(m: int, n: int, group_sizes: GroupSizes) -> tuple[int, int]:
     return uniform.group_count(n, group_sizes[0]), uniform.group_count(m, group_sizes[1])
 
 
-def rank_bytes(
+def packed_runs(runs: Runs) -> dict[str, list[tuple[int, int]]]:
+    """Give each bit-packed part its runs (count, bits), as `bitpacking` takes them."""
+    return {
+        "v": [(count, v) for count, v, _ in runs],
+        "u": [(count, u) for count, _, u in runs],
+        "zeros": [(count, max(v, u)) for count, v, u in runs],
+    }
+
+
+def part_shapes(
     m: int,
     n: int,
-    v_bits: int,
-    u_bits: int,
+    runs: Runs,
     group_sizes: GroupSizes,
-    quantizer: Quantizer = MIN_MAX,
-) -> int:
-    """Count the bytes of one rank: codes of both vectors, scales, zero points and widths."""
-    if v_bits == 0 or u_bits == 0:
-        return 0  # a rank with an empty side contributes nothing and is not stored
+    quantizer: Quantizer,
+    experts: int | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Look up the shapes that `runs` imply for an [m, n] matrix, or for `experts` of them."""
+    rows = {part: bitpacking.packed_rows(own) for part, own in packed_runs(runs).items()}
     scale_groups = sum(scale_counts(m, n, group_sizes))
-    codes = v_bits * -(-n // 8) + u_bits * -(-m // 8)
-    zeros = max(v_bits, u_bits) * -(-scale_groups // 8) if quantizer.zero_points else 0
-    return codes + 2 * (1 + scale_groups) + zeros
+    shapes: dict[str, tuple[int, ...]] = {
+        "v": (rows["v"], -(-n // 8)),
+        "u": (rows["u"], -(-m // 8)),
+        "ranks": (sum(count for count, _, _ in runs), 1 + scale_groups),
+        "zeros": (rows["zeros"], -(-scale_groups // 8)),
+        "counts": (experts or 0,),
+    }
+    return {part: shapes[part] for part in parts(quantizer, experts is not None)}
+
+
+def rank_bytes(
+    m: int, n: int, v_bits: int, u_bits: int, group_sizes: GroupSizes, quantizer: Quantizer
+) -> int:
+    """Count the bytes of one rank; one with an empty side is not stored."""
+    runs = [(1, v_bits, u_bits)] if v_bits and u_bits else []
+    shapes = part_shapes(m, n, runs, group_sizes, quantizer)
+    return sum(DTYPES[part].itemsize * math.prod(shape) for part, shape in shapes.items())
 
 
 def bytes_by_kind(part_bytes: Mapping[str, int], ranks: int) -> dict[str, int]:
@@ -101,45 +120,11 @@ def bytes_by_kind(part_bytes: Mapping[str, int], ranks: int) -> dict[str, int]:
     }
 
 
-def part_shapes(
-    m: int,
-    n: int,
-    runs: Runs,
-    group_sizes: GroupSizes,
-    quantizer: Quantizer = MIN_MAX,
-    experts: int | None = None,
-) -> dict[str, tuple[int, ...]]:
-    """Look up the shapes that `runs` imply for an [m, n] matrix, or for `experts` of them."""
-    scale_groups = sum(scale_counts(m, n, group_sizes))
-    shapes: dict[str, tuple[int, ...]] = {
-        "v": (sum(c * v for c, v, _ in runs), -(-n // 8)),
-        "u": (sum(c * u for c, _, u in runs), -(-m // 8)),
-        "ranks": (sum(c for c, _, _ in runs), 1 + scale_groups),
-        "zeros": (sum(c * max(v, u) for c, v, u in runs), -(-scale_groups // 8)),
-        "counts": (experts or 0,),
-    }
-    return {part: shapes[part] for part in parts(quantizer, experts is not None)}
-
-
-def largest_parts(
-    m: int, n: int, group_sizes: GroupSizes, quantizer: Quantizer, experts: int | None = None
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Bound every part, dtype and shape, by that of all ranks at 8 bits."""
-    runs = [((1 if experts is None else experts) * min(m, n), 8, 8)]
-    shapes = part_shapes(m, n, runs, group_sizes, quantizer, experts)
-    return {part: (DTYPES[part], shape) for part, shape in shapes.items()}
-
-
 def layout_of(ranks: Tensor, group_size: int) -> tuple[Runs, GroupSizes]:
-    """Read column 0 of `ranks`: runs of equal (v_bits, u_bits), and the group sizes.
+    """Read column 0 of the int16 `ranks` [k, 1 + groups] of a matrix: its runs and group sizes.
 
-    Args:
-        ranks: int16 [k, 1 + groups], of one matrix.
-        group_size: of V, and of U where the column does not say otherwise.
-
-    Raises:
-        DeltaMixError: a width outside 1..8, ranks that are not sorted, or a group size that does
-            not exist.
+    `group_size` is V's, and U's where the column does not say otherwise. Raises DeltaMixError for a
+    width outside 1..8, ranks that are not sorted, or a group size that does not exist.
     """
     if ranks.ndim != 2 or ranks.shape[1] == 0 or ranks.dtype != DTYPES["ranks"]:
         raise DeltaMixError(
@@ -169,20 +154,11 @@ def exponent_of(group_sizes: GroupSizes) -> int:
 
 
 def checked_layouts(
-    m: int,
-    n: int,
-    group_size: int,
-    tensors: Mapping[str, Tensor],
-    experts: int | None = None,
+    m: int, n: int, group_size: int, tensors: Mapping[str, Tensor], experts: int | None = None
 ) -> tuple[list[Runs], GroupSizes]:
-    """Read the runs of a matrix, or of each of the `experts`, and refuse what no compressor writes.
+    """Read the runs of a matrix, or of each of the `experts`, as `PackedDelta.checked` does.
 
-    Args:
-        group_size: of V, and of U where the ranks do not say otherwise.
-        tensors: by part; `v` and `u` are not read and may be meta.
-
-    Raises:
-        DeltaMixError: not the tensors of such matrices, or scales or zero points that are damaged.
+    Of `tensors`, `v` and `u` may be meta. Raises DeltaMixError for what no compressor writes.
     """
     ranks, zeros = tensors["ranks"], tensors.get("zeros")
     each = [ranks] if experts is None else _split_ranks(m, n, ranks, tensors["counts"], experts)
@@ -194,7 +170,7 @@ def checked_layouts(
         )
     (group_sizes,) = sizes
     check_parts(m, n, [run for runs, _ in layouts for run in runs], group_sizes, tensors, experts)
-    rows = [sum(c * max(v, u) for c, v, u in runs) for runs, _ in layouts]
+    rows = [bitpacking.packed_rows(packed_runs(runs)["zeros"]) for runs, _ in layouts]
     points = [None] * len(rows) if zeros is None else zeros.split(rows)
     for (runs, _), part, point in zip(layouts, each, points, strict=True):
         _check_values(m, n, runs, group_sizes, part, point)
@@ -202,7 +178,7 @@ def checked_layouts(
 
 
 def _split_ranks(m: int, n: int, ranks: Tensor, counts: Tensor, experts: int) -> list[Tensor]:
-    """The ranks of every expert, int16 [k, 1 + groups]."""
+    """The ranks of every expert, int16 [k, 1 + groups]; DeltaMixError if `counts` do not fit."""
     if counts.dtype != DTYPES["counts"] or tuple(counts.shape) != (experts,):
         raise DeltaMixError(
             f"the ranks' counts are {counts.dtype} {list(counts.shape)}, {experts} experts need "
@@ -228,9 +204,8 @@ def check_parts(
 ) -> None:
     """Refuse tensors that are not those of an [m, n] matrix, or `experts` of them, by `runs`.
 
-    Raises:
-        DeltaMixError: names the first part of another shape or dtype, or more ranks than there can
-            be.
+    The DeltaMixError names the first part of another shape or dtype, or says that there are more
+    ranks than there can be.
     """
     rank, matrices = sum(count for count, _, _ in runs), 1 if experts is None else experts
     if rank > matrices * min(m, n):
@@ -261,21 +236,19 @@ def _check_values(
         raise DeltaMixError("a scale is negative, NaN, infinite or above 2^32: the file is damaged")
     if zeros is None or all(v == u for _, v, u in runs):
         return  # as wide as the codes: every value is one
-    points = zero_points(zeros, runs, scales.shape[1])
-    split, _ = scale_counts(m, n, group_sizes)
-    for side, index in ((points[:, :split], 0), (points[:, split:], 1)):
-        widths = row_bits([(count, bits[index]) for count, *bits in runs], ranks)
-        if bool((side >= 2 ** widths[:, None]).any()):
+    sides = zero_points(zeros, runs, scales.shape[1]).split(scale_counts(m, n, group_sizes), 1)
+    for side, points in zip(("v", "u"), sides, strict=True):
+        widths = row_bits(packed_runs(runs)[side], ranks)
+        if bool((points >= 2 ** widths[:, None]).any()):
             raise DeltaMixError("a zero point is no code of its rank: the file is damaged")
 
 
 def row_bits(runs: list[tuple[int, int]], like: Tensor) -> Tensor:
     """Expand (count, bits) runs to the width of every rank, int64 [k], on the device of `like`."""
-    counts = torch.tensor([c for c, _ in runs], dtype=torch.int64, device=like.device)
-    widths = torch.tensor([b for _, b in runs], dtype=torch.int64, device=like.device)
+    counts, widths = torch.tensor(runs, dtype=torch.int64, device=like.device).view(-1, 2).T
     return widths.repeat_interleave(counts)
 
 
 def zero_points(zeros: Tensor, runs: Runs, groups: int) -> Tensor:
     """Unpack the zero points, uint8 [k, groups], of both sides: Gn of V̂, then Gm of Û."""
-    return bitpacking.unpack(zeros, [(c, max(v, u)) for c, v, u in runs], groups)
+    return bitpacking.unpack(zeros, packed_runs(runs)["zeros"], groups)

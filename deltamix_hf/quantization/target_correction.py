@@ -19,9 +19,11 @@ Hessian. H is float64: the 1/sigma^2 terms span many orders of magnitude.
 """
 
 import torch
+from torch import Tensor
 
 from ..linalg.cholesky import cholesky
 from ..linalg.second_moments import Metric, energies, product, times
+from ..linalg.whitened_svd import Factors
 
 _BLOCK_ROWS = 1024
 
@@ -35,12 +37,8 @@ PLAIN_DAMPING = 1e-2
 
 
 def corrected_left_factor(
-    delta: torch.Tensor,
-    gram: Metric,
-    right: torch.Tensor,
-    sigma: torch.Tensor,
-    damping: float = RTC_DAMPING,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    delta: Tensor, gram: Metric, right: Tensor, sigma: Tensor, damping: float = RTC_DAMPING
+) -> tuple[Tensor, Tensor]:
     """RTC: the best left factor T = U* S for the rounded right factor, and its Hessian.
 
     `delta` `[m, n]`, `gram` C `[n, n]` (None: identity), `right` V_hat `[k, n]`, `sigma` `[k]`
@@ -59,12 +57,8 @@ def corrected_left_factor(
 
 
 def plain_left_factor(
-    left: torch.Tensor,
-    gram: Metric,
-    right: torch.Tensor,
-    sigma: torch.Tensor,
-    damping: float = PLAIN_DAMPING,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    left: Tensor, gram: Metric, right: Tensor, sigma: Tensor, damping: float = PLAIN_DAMPING
+) -> tuple[Tensor, Tensor]:
     """Delta-CoMe: the SVD's own T = U S `[m, k]` and the same Hessian, float64 `[k, k]`.
 
     `left` U `[m, k]`; the other arguments as in `corrected_left_factor`.
@@ -73,14 +67,12 @@ def plain_left_factor(
     return left * sigma, scaled / root
 
 
-def metric_error(
-    delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, gram: Metric
-) -> float:
+def metric_error(delta: Tensor, left: Tensor, right: Tensor, gram: Metric) -> float:
     """tr((D - A) C (D - A)^T) / tr(D C D^T) for D `[m, n]` and A = left `[m, k]` right `[k, n]`.
 
-    `gram` None is the identity. Products are formed in the dtype of `delta`, sums in float64, a
-    block of rows at a time. The error of a zero delta is 0 if it is met exactly and infinite
-    otherwise.
+    Products are formed in the dtype of `delta`, sums in float64, a block of rows at a time. The
+    error of a zero delta is 0 if it is met exactly and infinite otherwise. Raises ValueError for
+    other shapes.
     """
     if delta.shape != (shape := (len(left), right.shape[1])):
         raise ValueError(f"delta {list(delta.shape)} and its approximation {list(shape)} differ")
@@ -89,14 +81,17 @@ def metric_error(
         error += float(energies(rows - near @ right, gram).sum())
         total += float(energies(rows, gram).sum())
     if total == 0:
-        return 0.0 if error == 0 else float("inf")
+        return float("inf") if error else 0.0
     return error / total
 
 
 def _scaled_hessian(
-    gram: Metric, right: torch.Tensor, sigma: torch.Tensor, damping: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """C V^T `[n, k]`, K = S V C V^T S + lambda I `[k, k]` float64, and sigma_i sigma_j `[k, k]`."""
+    gram: Metric, right: Tensor, sigma: Tensor, damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C V^T `[n, k]`, K = S V C V^T S + lambda I `[k, k]` float64, and sigma_i sigma_j `[k, k]`.
+
+    Raises ValueError for another number of sigmas, or one that is not positive.
+    """
     if tuple(sigma.shape) != (len(right),):
         raise ValueError(f"sigma {list(sigma.shape)} does not match right {list(right.shape)}")
     if bool((sigma <= 0).any()):
@@ -112,29 +107,23 @@ def _scaled_hessian(
 
 
 def unbiased_gains(
-    left: torch.Tensor,
-    sigma: torch.Tensor,
-    left_hat: torch.Tensor,
-    right: torch.Tensor,
-    right_hat: torch.Tensor,
-    outputs: Metric,
-    inputs: Metric,
-) -> torch.Tensor:
+    exact: Factors, left_hat: Tensor, right_hat: Tensor, outputs: Metric, inputs: Metric
+) -> Tensor:
     """Gain of each rank, float32 `[k]`, that undoes the shrinking of rounded factors.
 
     Least squares pulls every kept component towards zero, the same way in all layers, and this adds
-    up; random errors do not. With exact factors `left` `[m, k]`, `sigma` `[k]` (S) and `right`
-    `[k, n]`, M = (S·leftᵀ·A·left_hat) ∘ (right·C·right_hatᵀ) is how much of exact component i
-    rounded component j carries (`left_hat` `[m, k]` with its sigma folded in), and d = M⁻¹·λ, λ_i
-    the energy of component i, makes all of them whole. Clamped to 0.5-3. On rxnfp at 1/16 it takes
-    KL from 0.0131 to 0.0102, and with dropped ranks charged four times from 0.0131 to 0.0055.
+    up; random errors do not. With exact factors left, S and right, M = (S·leftᵀ·A·left_hat) ∘
+    (right·C·right_hatᵀ) is how much of exact component i rounded component j carries (`left_hat`
+    `[m, k]` with its sigma folded in, `right_hat` `[k, n]`), and d = M⁻¹·λ, λ_i the energy of
+    component i, makes all of them whole. Clamped to 0.5-3. On rxnfp at 1/16 it takes KL from 0.0131
+    to 0.0102, and with dropped ranks charged four times from 0.0131 to 0.0055.
     """
-    sigma = sigma.double()
-    outer = product(left, outputs, left_hat).double() * sigma[:, None]
-    inner = (times(right, inputs) @ right_hat.t()).double()
-    energy = energies(left.t(), outputs) * sigma**2 * energies(right, inputs)
+    sigma = exact.sigma.double()
+    outer = product(exact.left, outputs, left_hat).double() * sigma[:, None]
+    inner = (times(exact.right, inputs) @ right_hat.t()).double()
+    energy = energies(exact.left.t(), outputs) * sigma**2 * energies(exact.right, inputs)
     matrix = outer * inner
     gains, info = torch.linalg.solve_ex(matrix, energy[:, None])
     if bool(info.any()) or not bool(torch.isfinite(gains).all()):
-        return torch.ones(len(energy), device=left.device)
+        return torch.ones(len(energy), device=energy.device)
     return gains[:, 0].float().clamp(0.5, 3.0)

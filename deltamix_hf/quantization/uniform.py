@@ -21,20 +21,33 @@ code 0, so it decodes to 0 like any other row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Mean squared error of each width 0..8 on a standard normal variable, in groups of 128.
-DISTORTION = (1.0, 0.979, 0.2533, 0.0466, 0.01014, 0.002376, 5.75e-4, 1.42e-4, 3.53e-5)
+# Rounds values, given scales and zero points (all float32 `[k]`), writes codes uint8 `[k]`.
+Rounder = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
 def group_count(n: int, group_size: int) -> int:
-    """Groups in a vector of `n` elements; `group_size` 0 means one group."""
+    """Groups in a vector of `n` elements; raises ValueError for a negative `group_size`."""
     if group_size < 0:
         raise ValueError(f"group_size must be >= 0, got {group_size}")
     return 1 if group_size == 0 else max(1, -(-n // group_size))
+
+
+def check_groups(codes: Tensor, group_size: int, *parts: Tensor) -> None:
+    """Raise a ValueError unless scales and zero points of `codes` `[k, n]` are `[k, G]`."""
+    expected = [len(codes), group_count(codes.shape[1], group_size)]
+    found = [list(part.shape) for part in parts]
+    if any(shape != expected for shape in found):
+        needed = " and ".join(["scales", "zeros"][: len(parts)])
+        raise ValueError(
+            f"codes {list(codes.shape)} at group size {group_size} need {needed} {expected}, "
+            f"got {' and '.join(map(str, found))}"
+        )
 
 
 def top_code(bits: Tensor) -> Tensor:
@@ -44,16 +57,11 @@ def top_code(bits: Tensor) -> Tensor:
     return torch.exp2(bits.to(torch.float32)) - 1
 
 
-def fit(x: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Grid of the groups `x` `[..., g]` at widths `bits` (broadcast to `x.shape[:-1]`).
+def fit_range(low: Tensor, high: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Grid from the smallest and largest element of each group `[...]` and `top_code(bits)`.
 
     Returns `scale` float32 `[...]`, exactly representable in bfloat16, and `zero` uint8 `[...]`.
     """
-    return fit_range(x.amin(-1), x.amax(-1), top_code(bits))
-
-
-def fit_range(low: Tensor, high: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """`fit` from the smallest and largest element of each group and `top_code(bits)`."""
     low, high = low.clamp(max=0).float(), high.clamp(min=0).float()
     scale = ((high - low) / top.clamp(min=1)).to(torch.bfloat16).float()
     scale = torch.where((scale > 0) & (top > 0), scale, 1.0)
@@ -61,15 +69,11 @@ def fit_range(low: Tensor, high: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     return scale, zero.to(torch.uint8)
 
 
-def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: Tensor) -> Tensor:
-    """Codes uint8 `[..., g]` of `x` `[..., g]` on the grid `scale`, `zero` `[...]`."""
-    top = top_code(bits)[..., None]
-    code = torch.round(x / scale[..., None]) + zero[..., None]
-    return torch.clamp(code, torch.zeros_like(top), top).to(torch.uint8)
-
-
-def round_values(values: Tensor, scale: Tensor, zero: Tensor, top: Tensor, codes: Tensor) -> Tensor:
+def round_values(
+    values: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, top: Tensor
+) -> Tensor:
     """Round `values` float32 to a grid of `top + 1` codes, which are written to `codes` uint8."""
+    assert zero is not None
     code = (values / scale).round_().add_(zero).clamp_(min=0)
     torch.minimum(code, top, out=code)
     codes.copy_(code)
@@ -83,75 +87,61 @@ def _grouped(x: Tensor, group_size: int) -> Tensor:
     return F.pad(x, (0, groups * width - n)).view(k, groups, width)
 
 
+def _ungrouped(x: Tensor, n: int) -> Tensor:
+    """`[k, n]` of `[k, G, g]`, without what the last group was filled with."""
+    return x.flatten(1)[:, :n].contiguous()
+
+
 def scales_to_bits(scales: Tensor) -> Tensor:
-    """int16 bit patterns of the nearest bfloat16; exact for scales made by `fit`."""
+    """int16 bit patterns of the nearest bfloat16; exact for fitted scales."""
     return scales.to(torch.bfloat16).view(torch.int16)
 
 
 def scales_from_bits(bits: Tensor) -> Tensor:
-    """float32 scales from the int16 bit patterns of bfloat16."""
+    """float32 scales from the int16 bit patterns of bfloat16; ValueError for another dtype."""
     if bits.dtype != torch.int16:
         raise ValueError(f"scale bit patterns must be int16, got {bits.dtype}")
     return bits.view(torch.bfloat16).to(torch.float32)
 
 
 class MinMax:
-    """The quantizer of `codebook="min-max"`; see `quantizer.Quantizer`."""
+    """The quantizer of `codebook="min-max"`; `quantizer.py` describes its methods."""
 
     name = "min-max"
     zero_points = True
-    distortion: tuple[float, ...] = DISTORTION
+    # Of a standard normal variable, in groups of 128.
+    distortion = (1.0, 0.979, 0.2533, 0.0466, 0.01014, 0.002376, 5.75e-4, 1.42e-4, 3.53e-5)
 
     def fit(
         self, x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Take the range of every group: a grid has no choice that `weights` could change."""
-        return fit(_grouped(x, group_size), bits[:, None])
+        groups = _grouped(x, group_size)
+        return fit_range(groups.amin(-1), groups.amax(-1), top_code(bits[:, None]))
 
     def encode(
         self, x: Tensor, scales: Tensor, zeros: Tensor | None, bits: Tensor, group_size: int
     ) -> Tensor:
         """Round to the nearest code, uint8 `[k, n]`."""
         assert zeros is not None
-        codes = quantize(_grouped(x, group_size), scales, zeros, bits[:, None])
-        return codes.flatten(1)[:, : x.shape[1]].contiguous()
+        top = top_code(bits)[:, None, None]
+        code = torch.round(_grouped(x, group_size) / scales[..., None]) + zeros[..., None]
+        code = torch.clamp(code, torch.zeros_like(top), top).to(torch.uint8)
+        return _ungrouped(code, x.shape[1])
 
     def decode(
         self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: Tensor, group_size: int
     ) -> Tensor:
-        """Compute `(code - zero) * scale`, float32 `[k, n]`.
-
-        Raises:
-            ValueError: scales or zero points are not `[k, G]`.
-        """
+        """Compute `(code - zero) * scale`, float32 `[k, n]`; ValueError as `check_groups`."""
         assert zeros is not None
-        k, n = codes.shape
-        groups = group_count(n, group_size)
-        if tuple(scales.shape) != (k, groups) or tuple(zeros.shape) != (k, groups):
-            raise ValueError(
-                f"codes {list(codes.shape)} at group size {group_size} need scales and zeros "
-                f"[{k}, {groups}], got {list(scales.shape)} and {list(zeros.shape)}"
-            )
-        values = codes.to(torch.float32)
-        scales, zeros = scales.to(torch.float32), zeros.to(torch.float32)
-        if groups == 1:
-            return values.sub_(zeros).mul_(scales)
-        whole = n // group_size
-        body = values[:, : whole * group_size].unflatten(1, (whole, group_size))
-        body.sub_(zeros[:, :whole, None]).mul_(scales[:, :whole, None])
-        if whole < groups:
-            values[:, whole * group_size :].sub_(zeros[:, whole:]).mul_(scales[:, whole:])
-        return values
+        check_groups(codes, group_size, scales, zeros)
+        values = _grouped(codes, group_size).to(torch.float32)
+        values.sub_(zeros[..., None].float()).mul_(scales[..., None])
+        return _ungrouped(values, codes.shape[1])
 
-    def rounder(self, bits: Tensor) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]:
+    def rounder(self, bits: Tensor) -> Rounder:
         """Round to the grid `scale`, `zero`; its largest code is computed once."""
-        top = top_code(bits)
-
-        def rounded(values: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor) -> Tensor:
-            assert zero is not None
-            return round_values(values, scale, zero, top, codes)
-
-        return rounded
+        return partial(round_values, top=top_code(bits))
 
 
 MIN_MAX = MinMax()

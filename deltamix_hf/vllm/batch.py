@@ -30,8 +30,7 @@ class Batch:
     def of_tokens(self, x: Tensor, known: Collection[int]) -> Groups:
         """Find the rows of x [tokens, ...] of each delta that is among `known`.
 
-        Raises:
-            DeltaMixError: x has another number of rows.
+        Raises DeltaMixError if x has another number of rows.
         """
         return self._of(self.tokens, x, known)
 

@@ -25,11 +25,7 @@ def install() -> None:
 
 
 def _manager(vllm_config: Any, device: Any, *args: Any) -> Any:
-    """Make the adapters' manager of a model.
-
-    Raises:
-        DeltaMixError: adapters beside a delta repo.
-    """
+    """Make the adapters' manager of a model; DeltaMixError for adapters beside a delta repo."""
     config = vllm_config.quant_config
     if config is None or config.get_name() != QUANT_METHOD:
         return _vllms_own(vllm_config, device, *args)

@@ -123,33 +123,25 @@ def deltas_of(model: nn.Module) -> dict[int, tuple[Any, LayerDeltas]]:
     return found
 
 
-def _make_place(layer: nn.Module) -> None:
-    """Give a layer its place for deltas, and the names under which their tensors are stored."""
-    layers = get_current_vllm_config().compilation_config.static_forward_context
-    deltas = LayerDeltas(f"deltamix.{len(layers)}")
-    layers[deltas.name] = deltas
-    layer.deltas = deltas  # type: ignore[assignment]
-    for part, name in part_names("", MIN_MAX).items():
-        empty = nn.Parameter(torch.empty(0, dtype=DTYPES[part]), requires_grad=False)
-        empty.weight_loader = partial(deltas.receive, part)  # type: ignore[attr-defined]
-        layer.register_parameter(name, empty)
-
-
 class _Method(QuantizeMethodBase):
-    """What linear layers and embeddings share.
+    """What linear layers and embeddings share, made of a `DeltaMixQuantization`."""
 
-    Args:
-        config: a `DeltaMixQuantization`.
-    """
-
-    plain: Any
+    plain_type: type[Any]  # vLLM's own method
 
     def __init__(self, config: Any):
-        self.settings = config.settings
+        self.settings, self.plain = config.settings, self.plain_type()
 
     def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Give a layer its place for deltas too, and the names under which they are stored."""
         self.plain.create_weights(layer, *args, **kwargs)
-        _make_place(layer)
+        layers = get_current_vllm_config().compilation_config.static_forward_context
+        deltas = LayerDeltas(f"deltamix.{len(layers)}")
+        layers[deltas.name] = deltas
+        layer.deltas = deltas  # type: ignore[assignment]
+        for part, name in part_names("", MIN_MAX).items():
+            empty = nn.Parameter(torch.empty(0, dtype=DTYPES[part]), requires_grad=False)
+            empty.weight_loader = partial(deltas.receive, part)  # type: ignore[attr-defined]
+            layer.register_parameter(name, empty)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         deltas: LayerDeltas = layer.deltas
@@ -172,17 +164,13 @@ class _Method(QuantizeMethodBase):
 class DeltaMixLinearMethod(_Method, LinearMethodBase):
     """A linear layer, whatever its partition, and the packed deltas to its matrices."""
 
-    def __init__(self, config: Any):
-        super().__init__(config)
-        self.plain = UnquantizedLinearMethod()
+    plain_type = UnquantizedLinearMethod
 
 
 class DeltaMixEmbeddingMethod(_Method):
     """An embedding or output head by token, and the packed delta to it."""
 
-    def __init__(self, config: Any):
-        super().__init__(config)
-        self.plain = UnquantizedEmbeddingMethod()
+    plain_type = UnquantizedEmbeddingMethod
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         y: Tensor = self.plain.embedding(layer, ids)

@@ -40,8 +40,7 @@ class DeltaMixModelLoader(DefaultModelLoader):
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Read the weights of base and delta into the model.
 
-        Raises:
-            DeltaMixError: the base is another one or not found, or the delta repo is damaged.
+        Raises DeltaMixError if the base is another one or not found, or the delta repo is damaged.
         """
         if not is_delta_repo(model_config):
             super().load_weights(model, model_config)

@@ -31,12 +31,9 @@ from .repo import BaseRepo, check_arrived, finding_places
 class VllmDeltaManager:
     """What vLLM's model runner asks of its LoRA manager, for packed deltas.
 
-    Args:
-        vllm_config: of a base that is served with `--quantization deltamix --enable-lora`.
-        device: where its weights are.
-
-    Raises:
-        DeltaMixError: the model would run compiled, or as CUDA graphs.
+    It is made with the configuration of a base that is served with `--quantization deltamix
+    --enable-lora`, and the device of its weights. Raises DeltaMixError if the model would run
+    compiled, or as CUDA graphs.
     """
 
     is_enabled = True
@@ -71,8 +68,7 @@ class VllmDeltaManager:
     def add_adapter(self, request: Any) -> bool:
         """Read a delta repo and put it beside the base; again only if it is to be reloaded.
 
-        Raises:
-            DeltaMixError: no delta repo of this base, or one that cannot share it.
+        Raises DeltaMixError for no delta repo of this base, or one that cannot share it.
         """
         number = request.lora_int_id
         if number in self.names and not request.load_inplace:
@@ -129,11 +125,8 @@ class VllmDeltaManager:
             owner, _, leaf = name.rpartition(".")
             module: Any = self.model.get_submodule(owner)
             deltas = getattr(module, "deltas", None)
-            if (
-                deltas is not None
-                and leaf == "bias"
-                and not getattr(module, "skip_bias_add", False)
-            ):
+            added = leaf == "bias" and not getattr(module, "skip_bias_add", False)
+            if deltas is not None and added:
                 if not isinstance(module, RowParallelLinear) or module.tp_rank == 0:
                     deltas.biases[number] = value.float() - module.bias.float()
             elif "norm" in type(module).__name__.lower():

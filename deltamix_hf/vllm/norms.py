@@ -16,8 +16,8 @@ Overlay = dict[str, nn.Parameter]  # name of a parameter of one module -> a delt
 def by_row(module: Any, batch: Batch) -> dict[int, Overlay]:
     """Make a module run each row by the tensors of its delta.
 
-    Returns:
-        What the deltas put in place of the module's own tensors, by number; change it at will.
+    What it returns says what each delta, by number, puts in place of the module's own; change it at
+    will.
     """
     if "dm_overlays" in module.__dict__:
         return module.dm_overlays

@@ -59,8 +59,7 @@ def pieces(
 ) -> list[Piece]:
     """Cut this rank's part out of the packed tensors of one stored matrix.
 
-    Raises:
-        DeltaMixError: they do not fit the layer, or the layer cannot be shared out.
+    Raises DeltaMixError if they do not fit the layer, or the layer cannot be shared out.
     """
     if layer.tp_size != 1 and type(layer) not in _KNOWN:
         raise DeltaMixError(

@@ -24,8 +24,7 @@ from ..ops.dispatch import TRITON_DTYPES
 class DeltaMixQuantization(QuantizationConfig):
     """What vLLM asks of a quantization method.
 
-    Args:
-        settings: of the delta repo that is served; None: the base, which many deltas may share.
+    `settings` are those of the delta repo that is served, None for a base many deltas may share.
     """
 
     def __init__(self, settings: DeltaMixConfig | None = None):
@@ -44,11 +43,7 @@ class DeltaMixQuantization(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DeltaMixQuantization:
-        """From the `quantization_config` of a delta repo.
-
-        Raises:
-            DeltaMixError: a value is out of range.
-        """
+        """From a delta repo's `quantization_config`; DeltaMixError if a value is out of range."""
         return cls(DeltaMixConfig.from_dict(config))
 
     def get_name(self) -> str:

@@ -28,13 +28,7 @@ Weights = list[tuple[str, Tensor]]
 
 
 class BaseRepo:
-    """The base of one or more deltas.
-
-    Args:
-        files: its safetensors files.
-        config: transformers' config of the model, the base's or a delta repo's.
-        name: a folder or Hub id, for errors.
-    """
+    """The base of one or more deltas: its safetensors files, transformers' config, and its name."""
 
     def __init__(self, files: list[str], config: Any, name: str):
         self.where = repr(name)
@@ -43,11 +37,7 @@ class BaseRepo:
         self.checkpoint = BaseCheckpoint(files, model)
 
     def read(self, source: str, files: list[str], settings: DeltaMixConfig) -> StoredDelta:
-        """Read a delta of this base.
-
-        Raises:
-            DeltaMixError: it is of another base, damaged, incomplete, or of another model.
-        """
+        """Read a delta; DeltaMixError if it is of another base or model, damaged or incomplete."""
         recorded = settings.base_fingerprints
         check_base(recorded, self.checkpoint.infos, self.where, self.checkpoint.fingerprints)
         return read_delta(source, files, settings, self.checkpoint.keys)
@@ -95,8 +85,7 @@ class BaseRepo:
 def base_of(repo: str, settings: DeltaMixConfig, delta_files: list[str], config: Any) -> BaseRepo:
     """Find the base that a delta repo names, at its pinned revision.
 
-    Raises:
-        DeltaMixError: it is not found, or is not for a delta repo to name.
+    Raises DeltaMixError if it is not found, or is not for a delta repo to name.
     """
     files, _ = find_base(settings, repo, delta_files[0])
     return BaseRepo(files, config, str(settings.base_model))

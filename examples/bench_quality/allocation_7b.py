@@ -18,6 +18,7 @@ import torch
 
 from deltamix_hf.allocation.whole_model import Choices, solve_global
 from deltamix_hf.quantization.packed_layout import rank_bytes
+from deltamix_hf.quantization.uniform import MIN_MAX
 
 LAYERS = 32
 # Rows and columns of q, k, v, o, gate, up, down.
@@ -44,7 +45,7 @@ def model(pairs: Pairs, seed: int) -> tuple[list[torch.Tensor], list[Choices], i
         # About 6 dB a bit; how far above the ideal differs between matrices and sides.
         noise_v, noise_u = generator.uniform(1.5, 3.0, 2)
         left = [1 - (1 - noise_v * 4.0**-v) * (1 - noise_u * 4.0**-u) for v, u in pairs[1:]]
-        cost = [rank_bytes(m, n, v, u, (GROUP, GROUP)) for v, u in pairs]
+        cost = [rank_bytes(m, n, v, u, (GROUP, GROUP), MIN_MAX) for v, u in pairs]
         choices.append(Choices(torch.tensor([1.0, *left]), torch.tensor(cost)))
         total += 2 * m * n
     return energies, choices, int(total * BUDGET)

@@ -38,7 +38,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from deltamix_hf.evaluation.quality import Batch
-from deltamix_hf.linalg.second_moments import damp
+from deltamix_hf.linalg.second_moments import damped
 from deltamix_hf.linalg.svd import thin_svd
 from deltamix_hf.nn.layers import weight_of
 from deltamix_hf.quantization.gptq import round_rows
@@ -89,7 +89,7 @@ def low_rank(deltas: Deltas, grams: Grams, budget_bytes: int, whitened: bool) ->
         share = left * delta.numel() // weight
         target = delta
         if whitened and name in grams:
-            target = delta @ torch.linalg.cholesky(damp(grams[name].double()))
+            target = delta @ torch.linalg.cholesky(damped(grams[name].double(), 0.01))
         u = thin_svd(target, rank=max(share, 0) // (2 * sum(delta.shape)))[0]
         b = u.T @ delta
         found[name] = u.bfloat16().float() @ b.bfloat16().float()

@@ -55,12 +55,6 @@ class Turned(Rounded):
     def dequantize(self) -> Tensor:
         return rotate(super().dequantize(), back=True)
 
-    def rows(self, index: Tensor) -> Rounded:
-        return Turned(**vars(super().rows(index)))
-
-    def scaled(self, gains: Tensor) -> Rounded:
-        return Turned(**vars(super().scaled(gains)))
-
 
 def turned_rows(
     weight: Tensor,

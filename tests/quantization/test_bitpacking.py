@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamix_hf.quantization.bitpacking import pack, packed_rows, runs_of, unpack, unpack_columns
+from deltamix_hf.quantization.bitpacking import pack, packed_rows, unpack, unpack_columns
 
 RUNS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 8)), min_size=1, max_size=5)
 
@@ -71,11 +71,6 @@ def test_noncontiguous_and_empty():
     assert unpack(pack(codes[:0], []), [], 24).shape == (0, 24)
     assert unpack(pack(codes[:, :0], runs), runs, 0).shape == (4, 0)
     assert unpack_columns(pack(codes, runs), runs, torch.tensor([], dtype=torch.int64)).numel() == 0
-
-
-def test_runs_of():
-    assert runs_of([8, 8, 3, 0, 0, 3]) == [(2, 8), (1, 3), (2, 0), (1, 3)]
-    assert runs_of(torch.tensor([], dtype=torch.int64)) == []
 
 
 def test_errors_name_the_problem():

@@ -1,11 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from packed_cases import quantizer
 
-from deltamix_hf.linalg.second_moments import damp
+from deltamix_hf.linalg.second_moments import damped
 from deltamix_hf.linalg.svd import thin_svd
+from deltamix_hf.linalg.whitened_svd import Factors
 from deltamix_hf.quantization.error_table import error_table, pick
 from deltamix_hf.quantization.gptq import gptq_rows
+from deltamix_hf.quantization.uniform import MIN_MAX
 
 WIDTHS = (0, 2, 3, 8)
 
@@ -14,15 +18,16 @@ def problem(m=50, n=40):
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(m, n, generator=generator) * torch.logspace(0, -2, n)
     x = torch.randn(200, n, generator=generator) @ torch.randn(n, n, generator=generator)
-    return *thin_svd(delta), x.t() @ x / len(x)
+    return Factors(*thin_svd(delta)), x.t() @ x / len(x)
 
 
-def slow_table(right, sigma, gram, widths, group_size, gaussian):
+def slow_table(factors, gram, widths, group_size, gaussian):
+    right, sigma = factors.right, factors.sigma
     table = torch.zeros(len(right), len(widths), dtype=torch.float64)
     for b, width in enumerate(widths):
         for i in range(len(right)):
             row = right[i : i + 1]
-            hessian = None if gram is None else damp(gram)
+            hessian = None if gram is None else damped(gram, 0.01)
             near = gptq_rows(row, hessian, torch.tensor([width]), group_size, quantizer(gaussian))
             error = (row.double() - near.dequantize().double())[0]
             metric = torch.eye(len(error)).double() if gram is None else gram.double()
@@ -34,60 +39,61 @@ def slow_table(right, sigma, gram, widths, group_size, gaussian):
 @pytest.mark.parametrize("with_gram", [True, False])
 @pytest.mark.parametrize("group_size", [0, 16])
 def test_against_one_rank_and_width_at_a_time(with_gram, group_size, gaussian):
-    _, sigma, right, gram = problem()
+    factors, gram = problem()
     gram = gram if with_gram else None
-    table, candidates = error_table(right, sigma, gram, WIDTHS, group_size, quantizer(gaussian))
-    assert table.dtype == torch.float64 and table.shape == (len(right), 4)
+    table, rounded = error_table(factors, gram, WIDTHS, group_size, quantizer(gaussian))
+    assert table.dtype == torch.float64 and table.shape == (len(factors.right), 4)
     # A value on a rounding edge may fall either way, so entries are compared to 2 %.
     torch.testing.assert_close(
         table,
-        slow_table(right, sigma, gram, WIDTHS, group_size, gaussian),
+        slow_table(factors, gram, WIDTHS, group_size, gaussian),
         rtol=0.02,
         atol=0,
     )
-    assert (candidates.rounded.zeros is None) == gaussian
-    assert candidates.widths == WIDTHS
+    assert (rounded.zeros is None) == gaussian
+    assert rounded.bits.tolist() == [width for width in WIDTHS for _ in factors.right]
 
 
 def test_rows_sum_to_the_layer_error():
-    left, sigma, right, gram = problem()
-    table, candidates = error_table(right, sigma, gram, WIDTHS, 16)
-    bits = torch.tensor(WIDTHS * (len(right) // 4))
-    near = pick(candidates, bits).dequantize()
-    position = torch.tensor([WIDTHS.index(b) for b in bits.tolist()])
-    delta = ((left * sigma) @ (right - near)).double()
+    factors, gram = problem()
+    table, rounded = error_table(factors, gram, WIDTHS, 16, MIN_MAX)
+    choice = torch.arange(4).repeat(len(table) // 4)
+    near = pick(table, rounded, choice).dequantize()
+    delta = ((factors.left * factors.sigma) @ (factors.right - near)).double()
     total = (delta @ gram.double() * delta).sum().item()
-    assert table.gather(1, position[:, None]).sum().item() == pytest.approx(total, rel=1e-4)
+    assert table.gather(1, choice[:, None]).sum().item() == pytest.approx(total, rel=1e-4)
 
 
 def test_width_zero_is_the_energy_and_more_bits_help():
-    _, sigma, right, gram = problem()
-    table, _ = error_table(right, sigma, gram, WIDTHS, 16)
-    energy = sigma.double() ** 2 * (right.double() @ gram.double() * right.double()).sum(1)
+    factors, gram = problem()
+    table, _ = error_table(factors, gram, WIDTHS, 16, MIN_MAX)
+    right = factors.right.double()
+    energy = factors.sigma.double() ** 2 * (right @ gram.double() * right).sum(1)
     assert torch.allclose(table[:, 0], energy)
     assert (table.sum(0).diff() < 0).all()
 
 
 @pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
 def test_pick_returns_the_rows_a_second_run_would(gaussian):
-    _, sigma, right, gram = problem()
-    _, candidates = error_table(right, sigma, gram, WIDTHS, 16, quantizer(gaussian))
-    bits = torch.tensor([8, 3, 2, 0] * (len(right) // 4))
-    picked = pick(candidates, bits)
-    again = gptq_rows(right, damp(gram), bits, 16, quantizer(gaussian))
+    factors, gram = problem()
+    table, rounded = error_table(factors, gram, WIDTHS, 16, quantizer(gaussian))
+    choice = torch.arange(4).flip(0).repeat(len(table) // 4)
+    bits = torch.tensor(WIDTHS)[choice]
+    picked = pick(table, rounded, choice)
+    again = gptq_rows(factors.right, damped(gram, 0.01), bits, 16, quantizer(gaussian))
     assert torch.equal(picked.codes, again.codes) and torch.equal(picked.scales, again.scales)
     assert torch.equal(picked.bits, bits) and torch.equal(picked.dequantize(), again.dequantize())
     assert picked.codes[3::4].eq(0).all()
 
 
 def test_errors_name_the_problem():
-    _, sigma, right, gram = problem()
+    factors, gram = problem()
     with pytest.raises(ValueError, match="distinct"):
-        error_table(right, sigma, gram, (2, 2), 0)
+        error_table(factors, gram, (2, 2), 0, MIN_MAX)
     with pytest.raises(ValueError, match="does not match right"):
-        error_table(right, sigma[:3], gram, WIDTHS, 0)
-    _, candidates = error_table(right, sigma, gram, (2, 3), 0)
-    with pytest.raises(ValueError, match=r"\[8\] are not among the candidates \(2, 3\)"):
-        pick(candidates, torch.full((len(right),), 8))
-    with pytest.raises(ValueError, match=f"need {len(right)} widths"):
-        pick(candidates, torch.tensor([2]))
+        error_table(replace(factors, sigma=factors.sigma[:3]), gram, WIDTHS, 0, MIN_MAX)
+    table, rounded = error_table(factors, gram, (2, 3), 0, MIN_MAX)
+    with pytest.raises(RuntimeError, match="index 2 is out of bounds"):
+        pick(table, rounded, torch.full((len(table),), 2))
+    with pytest.raises(ValueError, match=f"a choice for each of {len(table)} ranks"):
+        pick(table, rounded, torch.tensor([1]))

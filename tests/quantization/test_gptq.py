@@ -6,7 +6,7 @@ import pytest
 import torch
 from packed_cases import quantizer
 
-from deltamix_hf.linalg.second_moments import damp
+from deltamix_hf.linalg.second_moments import damped
 from deltamix_hf.quantization import gaussian as codebook
 from deltamix_hf.quantization.gaussian import GAUSSIAN
 from deltamix_hf.quantization.gptq import Rounded, gptq_columns, gptq_rows, round_rows
@@ -103,7 +103,7 @@ def cost(delta, hessian):
 @pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
 @pytest.mark.parametrize("group_size", [0, 8, 32, 200])
 def test_rows_match_the_textbook(group_size, gaussian):
-    weight, hessian = normal(6, 150), damp(gram(150))
+    weight, hessian = normal(6, 150), damped(gram(150), 0.01)
     bits = torch.tensor([1, 2, 3, 4, 8, 0])
     fast = gptq_rows(weight, hessian, bits, group_size, quantizer(gaussian)).dequantize()
     slow = (slow_gaussian_rows if gaussian else slow_rows)(weight, hessian, bits, group_size)
@@ -118,7 +118,9 @@ def test_rows_match_the_textbook(group_size, gaussian):
 @pytest.mark.parametrize("group_size", [0, 16, 33])
 def test_columns_match_the_textbook(group_size):
     weight = normal(70, 100, seed=3) * torch.logspace(1, -2, 100)
-    hessian = damp(gram(100, seed=1)).double() + torch.diag(torch.logspace(-4, 2, 100).double())
+    hessian = damped(gram(100, seed=1), 0.01).double() + torch.diag(
+        torch.logspace(-4, 2, 100).double()
+    )
     bits = torch.tensor([8, 4, 3, 2, 0] * 20)
     fast = gptq_columns(weight, hessian, bits, group_size).dequantize()
     slow = slow_columns(weight, hessian, bits, group_size)
@@ -134,12 +136,12 @@ def test_better_than_rounding_to_nearest():
     ratios = []
     for seed in range(5):
         weight, bits = normal(40, 96, seed=seed), torch.tensor([2, 3, 4, 8] * 10)
-        hessian = damp(gram(96, seed))
+        hessian = damped(gram(96, seed), 0.01)
         near, plain = gptq_rows(weight, hessian, bits, 32), gptq_rows(weight, None, bits, 32)
         ratios.append(
             cost(near.dequantize() - weight, hessian) / cost(plain.dequantize() - weight, hessian)
         )
-        factor, hessian = weight.t(), damp(gram(40, seed))
+        factor, hessian = weight.t(), damped(gram(40, seed), 0.01)
         near, plain = gptq_columns(factor, hessian, bits, 32), gptq_columns(factor, None, bits, 32)
         ratios.append(
             cost(near.dequantize().t() - factor, hessian)
@@ -154,7 +156,7 @@ def test_gaussian_rows_beat_rounding_to_nearest(bits, group_size):
     """In the Hessian, at every width; plain rounding is better without it."""
     ratios = []
     for seed in range(3):
-        weight, hessian = normal(24, 96, seed=seed), damp(gram(96, seed))
+        weight, hessian = normal(24, 96, seed=seed), damped(gram(96, seed), 0.01)
         widths = torch.full((24,), bits)
         swept, plain = (
             gptq_rows(weight, h, widths, group_size, quantizer=GAUSSIAN) for h in (hessian, None)
@@ -173,7 +175,7 @@ def test_gaussian_rows_beat_rounding_to_nearest(bits, group_size):
 
 def test_gaussian_beats_min_max_on_normal_rows():
     """One scale a row and no zero points, against groups of 128 with them: fewer bytes too."""
-    weight, hessian = normal(30, 256), damp(gram(256))
+    weight, hessian = normal(30, 256), damped(gram(256), 0.01)
     for bits in (2, 3, 4):
         widths = torch.full((30,), bits)
         near, grouped = (
@@ -185,7 +187,7 @@ def test_gaussian_beats_min_max_on_normal_rows():
 
 def test_gaussian_rows_of_width_zero_decode_to_zero():
     weight, bits = normal(4, 20), torch.tensor([3, 0, 2, 8])
-    for hessian in (None, damp(gram(20))):
+    for hessian in (None, damped(gram(20), 0.01)):
         found = gptq_rows(weight, hessian, bits, 8, quantizer=GAUSSIAN)
         assert found.codes[1].eq(0).all() and found.dequantize()[1].eq(0).all()
         assert found.dequantize()[[0, 2, 3]].ne(0).all()  # no level is 0
@@ -237,7 +239,7 @@ def test_dead_columns_are_rounded_on_their_own(gaussian):
 
 
 def test_ranks_absorb_a_dropped_rank():
-    weight, hessian = normal(30, 20), damp(gram(20))
+    weight, hessian = normal(30, 20), damped(gram(20), 0.01)
     bits = torch.tensor([0] * 4 + [8] * 16)
     result = gptq_columns(weight, hessian, bits, 0)
     values = result.dequantize().t()
@@ -248,7 +250,7 @@ def test_ranks_absorb_a_dropped_rank():
 
 
 def test_columns_are_equivariant_under_scaling():
-    weight, hessian, bits = normal(16, 12), damp(gram(12)), torch.tensor([2, 3, 4] * 4)
+    weight, hessian, bits = normal(16, 12), damped(gram(12), 0.01), torch.tensor([2, 3, 4] * 4)
     scale = 2.0 ** torch.arange(-30, 30, 5)
     plain = gptq_columns(weight, hessian, bits, 8)
     scaled = gptq_columns(weight * scale, hessian / scale[:, None] / scale, bits, 8)
@@ -280,7 +282,7 @@ def test_singular_hessians_are_damped_and_indefinite_ones_refused():
 
 def test_damp():
     hessian = gram(6)
-    added = damp(hessian, 0.1) - hessian
+    added = damped(hessian, 0.1) - hessian
     assert torch.allclose(added, 0.1 * hessian.diagonal().mean() * torch.eye(6))
 
 
@@ -298,7 +300,7 @@ def test_errors_name_the_problem():
 
 def test_grid_and_rounded_agree():
     weight, bits = normal(3, 20), torch.tensor([2, 4, 8])
-    result = gptq_rows(weight, damp(gram(20)), bits, 8)
+    result = gptq_rows(weight, damped(gram(20), 0.01), bits, 8)
     assert torch.equal(
         result.dequantize(),
         MIN_MAX.decode(result.codes, result.scales, result.zeros, bits, 8),

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from deltamix_hf.linalg.svd import thin_svd
-from deltamix_hf.linalg.whitened_svd import factorise
+from deltamix_hf.linalg.whitened_svd import Factors, factorise
 from deltamix_hf.quantization.target_correction import (
     PLAIN_DAMPING,
     corrected_left_factor,
@@ -111,30 +113,27 @@ def test_metric_error():
     assert metric_error(zero, delta, one, gram) == float("inf")
 
 
-ONES = torch.ones(6)
-
-
 def gain_problem(k=6):
     """Exact and rounded factors of a delta, and metrics of both sides; float32."""
     delta, _, gram, left, sigma, right = (t.float() for t in problem(k=k))
     noise = torch.Generator().manual_seed(1)
     left = left * sigma
+    exact = Factors(left, torch.ones(k), thin_svd(delta, k)[2])
     down_project = torch.linspace(0.6, 0.9, k)  # as rounding to few levels shrinks
     left_hat = left * down_project + 0.05 * torch.randn(left.shape, generator=noise)
-    exact_right = thin_svd(delta, k)[2]
     x = torch.randn(50, len(left), generator=noise)
-    return left, left_hat, exact_right, right, x.T @ x / 50, gram
+    return exact, left_hat, right, x.T @ x / 50, gram
 
 
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "full"])
 def test_unbiased_gains_make_every_component_whole(kind):
     """What the rounded factors carry of an exact component, in the metric, is all of it."""
-    left, left_hat, right, right_hat, outputs, inputs = gain_problem()
+    exact, left_hat, right_hat, outputs, inputs = gain_problem()
     if kind == "identity":
         outputs = inputs = None
     elif kind == "diagonal":
         outputs, inputs = outputs.diagonal(), inputs.diagonal()
-    gains = unbiased_gains(left, ONES, left_hat, right, right_hat, outputs, inputs)
+    gains = unbiased_gains(exact, left_hat, right_hat, outputs, inputs)
     assert gains.shape == (6,) and gains.dtype == torch.float32
     assert gains.min() > 0.5 and gains.max() < 3 and gains.mean() > 1.05
     found = (left_hat * gains) @ right_hat
@@ -143,7 +142,7 @@ def test_unbiased_gains_make_every_component_whole(kind):
         for metric, d in ((outputs, 20), (inputs, 14))
     )
     for i in range(6):
-        component = torch.outer(left[:, i], right[i])
+        component = torch.outer(exact.left[:, i], exact.right[i])
         weighted = (a @ component @ c).double()
         assert (weighted * found).sum() == pytest.approx(
             (weighted * component).sum().item(), rel=1e-3
@@ -152,9 +151,10 @@ def test_unbiased_gains_make_every_component_whole(kind):
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e15])
 def test_unbiased_gains_do_not_depend_on_the_size_of_the_delta(scale):
-    left, left_hat, *others = gain_problem()
-    plain = unbiased_gains(left, ONES, left_hat, *others)
-    scaled = unbiased_gains(left, ONES * scale, left_hat * scale, *others)
+    exact, left_hat, *others = gain_problem()
+    plain = unbiased_gains(exact, left_hat, *others)
+    larger = replace(exact, sigma=exact.sigma * scale)
+    scaled = unbiased_gains(larger, left_hat * scale, *others)
     torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=0)
 
 
@@ -163,18 +163,16 @@ def test_gains_of_exact_factors_are_one():
     delta = problem()[0].float()
     for metrics in ((None, None), (outputs, inputs), (outputs.diagonal(), None)):
         found = factorise(delta, *metrics, 6)
-        exact = found.left * found.sigma
-        right = found.right
-        gains = unbiased_gains(found.left, found.sigma, exact, right, right, *metrics)
+        gains = unbiased_gains(found, found.left * found.sigma, found.right, *metrics)
         torch.testing.assert_close(gains, torch.ones(6), rtol=1e-3, atol=0)
 
 
 def test_gains_are_clamped_and_fall_back_to_one():
-    left, left_hat, right, right_hat, outputs, inputs = gain_problem()
+    exact, left_hat, right_hat, outputs, inputs = gain_problem()
     for factor, bound in ((0.01, 3.0), (100.0, 0.5)):
-        gains = unbiased_gains(left, ONES, left_hat * factor, right, right_hat, outputs, inputs)
+        gains = unbiased_gains(exact, left_hat * factor, right_hat, outputs, inputs)
         assert gains.eq(bound).all()
-    lost = unbiased_gains(left, ONES, left_hat * 0, right, right_hat, outputs, inputs)
+    lost = unbiased_gains(exact, left_hat * 0, right_hat, outputs, inputs)
     assert torch.equal(lost, torch.ones(6))
 
 

@@ -48,10 +48,10 @@ def test_error_is_at_most_half_a_step_inside_the_range(bits, n, group_size, seed
 
 def test_against_the_formula():
     x = torch.tensor([[-1.0, 0.5, 2.0, 0.1]])
-    scale, zero = uniform.fit(x, torch.tensor([2]))
+    codes, scale, zero = rounded(x, torch.tensor([2]), 0)
     assert scale.item() == 1.0 and zero.item() == 1
-    assert uniform.quantize(x, scale, zero, torch.tensor([2])).tolist() == [[0, 1, 3, 1]]
-    scale, zero = uniform.fit(torch.tensor([[0.3, 0.9]]), torch.tensor([4]))
+    assert codes.tolist() == [[0, 1, 3, 1]]
+    scale, zero = MIN_MAX.fit(torch.tensor([[0.3, 0.9]]), torch.tensor([4]), 0)
     assert scale.item() == torch.tensor(0.9 / 15).bfloat16().item() and zero.item() == 0
 
 
@@ -75,7 +75,7 @@ def test_last_group_may_be_shorter():
 
 
 def test_scale_bit_patterns():
-    scales = uniform.fit(spread(6, 9, 2), torch.tensor([1, 2, 3, 4, 6, 8]))[0]
+    scales = MIN_MAX.fit(spread(6, 9, 2), torch.tensor([1, 2, 3, 4, 6, 8]), 0)[0]
     bits = uniform.scales_to_bits(scales)
     assert bits.dtype == torch.int16
     assert torch.equal(uniform.scales_from_bits(bits), scales)
@@ -88,6 +88,6 @@ def test_errors_name_the_problem():
     with pytest.raises(ValueError, match=r"\[2, 3\], got \[2, 2\]"):
         dequantize(codes, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.uint8), 4)
     with pytest.raises(ValueError, match=r"0\.\.8"):
-        uniform.fit(torch.ones(1, 2), torch.tensor([9]))
+        MIN_MAX.fit(torch.ones(1, 2), torch.tensor([9]), 0)
     with pytest.raises(ValueError, match="group_size"):
         uniform.group_count(4, -1)
