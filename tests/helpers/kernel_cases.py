@@ -18,6 +18,9 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 EVERY = list(range(8, 0, -1))
 
 
+FEW_BITS = (0, 2, 4)  # of models that the interpreter runs: every width is a tile of its own
+
+
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Outputs begin as NaN, so that an element no program writes shows."""

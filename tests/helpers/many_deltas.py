@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tiny_pairs import Pair, fine_tune, logits, quick
 from torch import Tensor
@@ -30,14 +31,16 @@ class Family:
         return logits(self.pair.load(folder), ids)
 
 
-def family_of(source: Pair, folder: Path) -> Family:
+def family_of(source: Pair, folder: Path, **options: Any) -> Family:
+    """`options`: of compression, for those with the Gaussian codebook."""
     repos = {}
     for seed, (name, method) in enumerate(zip(NAMES, METHODS, strict=True), 2):
         model = source.load(source.base)
         fine_tune(model, seed=seed)
         model.save_pretrained(folder / f"{name}-tuned")
         tuned = replace(source, tuned=folder / f"{name}-tuned")
-        tuned.compress(method=method, **quick(method)).save_pretrained(folder / name)
+        chosen = quick(method) | (options if method == "deltamix-kl" else {})
+        tuned.compress(method=method, **chosen).save_pretrained(folder / name)
         repos[name] = folder / name
     return Family(source, repos)
 

@@ -6,4 +6,7 @@ from many_deltas import family_of
 
 @pytest.fixture(scope="module")
 def make_family(pair, tmp_path_factory):
-    return lambda name: family_of(pair(name), tmp_path_factory.mktemp("tenants"))
+    def make(name, **options):
+        return family_of(pair(name), tmp_path_factory.mktemp("tenants"), **options)
+
+    return make

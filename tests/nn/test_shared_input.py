@@ -9,7 +9,7 @@ from dataclasses import replace
 import deltamix_kernels as dk
 import pytest
 import torch
-from kernel_cases import large_blocks
+from kernel_cases import FEW_BITS, large_blocks
 from tiny_pairs import DECODER, FAMILIES, logits, make_pair, quick, token_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,8 +33,10 @@ def _build():
 def repo(tmp_path_factory):
     """A pair and the folder of its delta, compressed without Triton's interpreter (30 s)."""
     folder = tmp_path_factory.mktemp("one block")
-    source = make_pair("one block", folder, replace(FAMILIES["llama"], build=_build))
-    source.compress(**quick("deltamix-kl")).save_pretrained(folder / "delta")
+    source = make_pair(
+        "one block", folder, replace(FAMILIES["llama"], build=_build, budget={"ratio": 0.1})
+    )
+    source.compress(**quick("deltamix-kl"), bits=FEW_BITS).save_pretrained(folder / "delta")
     return source, folder / "delta"
 
 

@@ -105,7 +105,7 @@ assert deltamix_kernels.__file__ == {str(SOURCE / "__init__.py")!r}
 open(os.path.join({str(tmp_path)!r}, sys.argv[2]), "w").write(sys.argv[1])
 print(0.0)
 """
-    assert check(code)
+    assert check(code, 300)
     assert {name: (tmp_path / name).read_text() for name in CASES} == dict.fromkeys(
         CASES, str(DEVICE)
     )
