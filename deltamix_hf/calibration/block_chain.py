@@ -12,9 +12,8 @@ keeps the hidden states of one place; by default the weights are there, and the 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -23,20 +22,22 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..jobs import resume_store
-from .statistics import attached, inputs_of
+from .statistics import hooked, inputs_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # a call's
 BlockArgs = list[Arguments]
 """All arguments of a block's calls but the hidden states, a batch each."""
 TensorList = list[Tensor] | resume_store.TensorList
 Hold = Callable[[nn.Module], AbstractContextManager[Any]]
+Act = Callable[[int, Tensor, Arguments], Tensor]
+"""Called with a block's number, hidden states [rows, length, d] and the rest in its place."""
 
 
 class Reached(Exception):
     """Ends a forward pass at the layer it was meant to reach."""
 
 
-def find_blocks(model: nn.Module, targets: Sequence[str]) -> list[list[str]]:
+def find_blocks(model: nn.Module, targets: Collection[str]) -> list[list[str]]:
     """Find the outermost `ModuleList`s that hold targets; the names of their blocks."""
     stacks: list[list[str]] = []
     for name, module in model.named_modules():
@@ -54,14 +55,9 @@ def tensor_of(output: Any) -> Tensor:
 
 
 class BlockChain:
-    """A chain of blocks and the calibration batches that run through it.
+    """A chain of blocks, by name in order, and the batches of token ids that run through it.
 
-    Args:
-        model: in evaluation mode.
-        blocks: names of the blocks, in order.
-        batches: token ids int64 [rows, length].
-        hold: brings a block's weights into memory for a while.
-        tensor_list: makes a list of that name, for hidden states.
+    `batches` are int64 [rows, length]; the model is in evaluation mode.
 
     Attributes:
         block_args: of every block, what its calls get besides hidden states.
@@ -94,63 +90,45 @@ class BlockChain:
     @torch.no_grad()
     def capture(self) -> bool:
         """Record what enters the fine-tune's blocks; False if they are no chain."""
-        self._capture_by_hooks(self.batches[0])
-        for ids in self.batches[1:]:
+        for ids in self.batches:
             if not self.usable:
                 break
-            if self.plain:
-                self._capture_by_stubs(ids)
+            if len(self.reference) and self.plain:
+                with self._stubs(self._record):
+                    self._forward(ids)
             else:
                 self._capture_by_hooks(ids)
         return self.usable
+
+    def _record(self, i: int, hidden: Tensor, block_args: Arguments) -> Tensor:
+        self.block_args[i].append(block_args)
+        if i == 0:
+            self.reference.append(hidden)
+        return hidden
 
     def _capture_by_hooks(self, ids: Tensor) -> None:
         last: list[Tensor | None] = [None]
         batch = len(self.block_args[0])
 
-        def before(i: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                chained = bool(args) and (i == 0 or args[0] is last[0])
-                if not chained or len(self.block_args[i]) != batch:
-                    self.usable = False
-                    raise Reached
-                self._enter(i, args, kwargs)
+        def before(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            i = self.names.index(name)
+            chained = bool(args) and (i == 0 or args[0] is last[0])
+            if not chained or len(self.block_args[i]) != batch:
+                self.usable = False
+                raise Reached
+            self._record(i, args[0], (args[1:], kwargs))
 
-            return hook
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
             last[0] = tensor_of(output)
             self.plain = self.plain and isinstance(output, Tensor)
 
-        handles = [
-            b.register_forward_pre_hook(before(i), with_kwargs=True)
-            for i, b in enumerate(self.blocks)
-        ]
-        handles += [b.register_forward_hook(after) for b in self.blocks]
-        with attached(handles):
-            self.forward(ids)
-        self.usable = self.usable and all(
-            len(block_args) == batch + 1 for block_args in self.block_args
-        )
-
-    def _capture_by_stubs(self, ids: Tensor) -> None:
-        def stub(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            self._enter(i, (hidden, *args), kwargs)
-            return hidden
-
-        with self.stubs(stub):
-            self.forward(ids)
-
-    def _enter(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.block_args[i].append((args[1:], kwargs))
-        if i == 0:
-            self.reference.append(args[0])
+        with hooked(dict(zip(self.names, self.blocks, strict=True)), before, after):
+            self._forward(ids)
+        self.usable = self.usable and all(len(args) == batch + 1 for args in self.block_args)
 
     @contextmanager
-    def stubs(
-        self, act: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
-    ) -> Iterator[None]:
-        """Context manager: call `act(i, hidden, args, kwargs)` in place of block i."""
+    def _stubs(self, act: Act) -> Iterator[None]:
+        """Context manager: call `act(i, hidden, block_args)` in place of block i."""
         owner = self.model.get_submodule(self.names[0].rpartition(".")[0])
         for i, block in enumerate(self.blocks):
             owner._modules[str(i)] = _Stub(block, i, act)
@@ -169,36 +147,42 @@ class BlockChain:
         (the encoder's output in a decoder, say) is present too.
         """
         hidden = self.empty("compressed")
-        first: BlockArgs = []
-
-        def enter(i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        present: list[BlockArgs] = [[] for _ in self.blocks]
+        for b, ids in enumerate(self.batches):
+            x, new = self.before_blocks(ids)
             hidden.append(x)
-            first.append((args, kwargs))
-            raise Reached
-
-        with self.stubs(enter):
-            for ids in self.batches:
-                self.forward(ids)
-        present = [
-            [
-                _shared(old, self.block_args[0][b], new)
-                for b, (old, new) in enumerate(zip(block_args, first, strict=True))
-            ]
-            for block_args in self.block_args
-        ]
+            for found, block_args in zip(present, self.block_args, strict=True):
+                found.append(_shared(block_args[b], self.block_args[0][b], new))
         return hidden, present
 
-    def forward(self, ids: Tensor) -> None:
+    def before_blocks(self, ids: Tensor) -> tuple[Tensor, Arguments]:
+        """Run what precedes the blocks: what the first gets, hidden states first."""
+        found: list[tuple[Tensor, Arguments]] = []
+
+        def stop(i: int, hidden: Tensor, block_args: Arguments) -> Tensor:
+            found.append((hidden, block_args))
+            raise Reached
+
+        with self._stubs(stop):
+            self._forward(ids)
+        return found[0]
+
+    def after_blocks(self, ids: Tensor, hidden: Tensor) -> Any:
+        """Run what follows the blocks; the model's output for `hidden` [rows, length, d]."""
+        with self._stubs(lambda i, x, block_args: hidden):
+            return self.model(**inputs_of(self.model, ids))
+
+    def _forward(self, ids: Tensor) -> None:
         """Run the model up to its last hidden states, or to where `Reached` is raised."""
         inner = getattr(self.model, self.model.base_model_prefix, self.model)  # no logits needed
-        with contextlib.suppress(Reached):
+        with suppress(Reached):
             inner(**inputs_of(self.model, ids))
 
 
 class _Stub(nn.Module):
     """Stands in a block's place; whatever else is asked of it, the block answers."""
 
-    def __init__(self, block: nn.Module, i: int, act: Callable[..., Tensor]):
+    def __init__(self, block: nn.Module, i: int, act: Act):
         super().__init__()
         self.__dict__["block"] = block  # not as a submodule
         self.i, self.act = i, act
@@ -207,7 +191,7 @@ class _Stub(nn.Module):
         return getattr(self.__dict__["block"], name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.act(self.i, hidden, args, kwargs)
+        return self.act(self.i, hidden, (args, kwargs))
 
 
 def run(
@@ -218,32 +202,20 @@ def run(
     watched: Sequence[str] = (),
     stop: str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run one batch through a block with some weights replaced.
+    """Run one batch `hidden` [rows, length, d] through a block, up to its module `stop`.
 
-    Args:
-        weights: new values of the block's parameters, by name.
-        hidden: what enters it, [rows, length, d].
-        block_args: the other arguments of its call.
-        watched: modules within; "" is the block.
-        stop: the module to end at.
-
-    Returns:
-        Inputs of the watched modules, and what leaves the block (its input if it was stopped).
+    `weights` are new values of the block's parameters, by name. Returns the inputs of the `watched`
+    modules ("" is the block), and what leaves the block (its input if it was stopped).
     """
     seen: dict[str, Tensor] = {"": hidden} if "" in watched else {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = args[0]
-            if name == stop:
-                raise Reached
+    def keep(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[name] = args[0]
+        if name == stop:
+            raise Reached
 
-        return keep
-
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watched if name
-    ]
-    with attached(handles), contextlib.suppress(Reached):
+    modules = {name: block.get_submodule(name) for name in watched if name}
+    with hooked(modules, keep), suppress(Reached):
         output = functional_call(block, dict(weights), (hidden, *block_args[0]), block_args[1])
         return seen, tensor_of(output)
     return seen, hidden

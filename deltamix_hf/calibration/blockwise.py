@@ -6,13 +6,16 @@ gradients; backward, where each block is run again and its statistics are comple
 have passed; and backward through what precedes the blocks. Without gradients the forward pass is
 enough. Everything is kept on disk, so an interrupted pass goes on at the block where it was.
 
-Several workers take a share of the batches each, and their sums are merged when they are read.
+Several workers take a share of the batches each and keep the sums over them. Who reads a statistic
+merges those of all workers, in the order of their ranks: nobody waits for another before the next
+block, and each moment is merged only by the one or two workers that need it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +23,21 @@ from transformers.utils import logging
 
 from ..jobs.resume_store import ResumeStore
 from ..jobs.workers import Workers
-from .block_chain import BlockChain, Reached, run
-from .statistics import attached, backward, embeddings_need_gradients, frozen, inputs_of, prediction
-from .statistics_store import StatisticsStore
+from ..linalg.second_moments import SecondMoment
+from ..nn.experts import Expert
+from .block_chain import BlockChain, run
+from .expert_statistics import FEWEST
+from .statistics import (
+    LayerStatistics,
+    backward,
+    device_of,
+    frozen,
+    hooked,
+    observed,
+    output_gradients,
+    prediction,
+    sampled_backward,
+)
 
 
 class BlockwisePass:
@@ -34,7 +49,6 @@ class BlockwisePass:
         fisher: measure gradients too.
         seed: of ε; each worker adds its rank.
         store: with a folder.
-        device: where the statistics are wanted.
         workers: who share the batches.
 
     Raises:
@@ -48,12 +62,11 @@ class BlockwisePass:
         fisher: bool,
         seed: int,
         store: ResumeStore,
-        device: torch.device,
         workers: Workers,
     ):
         self.chain, self.fisher, self.seed, self.store = chain, fisher, seed, store
-        self.device, self.workers = device, workers
-        self.found = StatisticsStore(store, device, workers)
+        self.workers, self.device = workers, device_of(chain.model)
+        self.found = StatisticsStore(store, self.device, workers)
         self.mine = workers.share(len(chain.batches))
         self.inside = [
             {n: m for n, m in modules.items() if n.startswith(f"{name}.")} for name in chain.names
@@ -77,10 +90,10 @@ class BlockwisePass:
         for i in reversed(range(blocks if self.fisher else 0)):
             if not self.found.done(_place(i)):
                 self._back_through(i)
-            self.forget("gradient", i + 1, self.mine)
+            self._forget("gradient", i + 1, self.mine)
             self._bar.update()
         self._entry({n: m for n, m in outside.items() if n in first})
-        self.forget("gradient", 0, self.mine)
+        self._forget("gradient", 0, self.mine)
         self._bar.close()
 
     # What waits between the blocks: hidden states ("level") and their gradients, by batch
@@ -97,10 +110,14 @@ class BlockwisePass:
     def _put(self, kind: str, i: int, b: int, item: Tensor) -> None:
         self.store.write(f"{kind} {i} of batch {b}", {"item": item})
 
-    def forget(self, kind: str, i: int, batches: range) -> None:
-        """Drop what `get` reads."""
+    def _forget(self, kind: str, i: int, batches: range) -> None:
         for b in batches:
             self.store.forget(f"{kind} {i} of batch {b}")
+
+    def forget(self) -> None:
+        """Drop all that `get` reads, of all workers."""
+        for i in range(len(self.chain.names)):
+            self._forget("level", i + 1, range(len(self.chain.batches)))
 
     # Passes
 
@@ -109,17 +126,15 @@ class BlockwisePass:
         for i, block in enumerate(self.chain.blocks):
             missing = [b for b in self.mine if f"level {i + 1} of batch {b}" not in self.store]
             if not self.fisher and not self.found.done(_place(i)):
-                with (
-                    self.chain.hold(block),
-                    self.found.observing(_place(i), self.inside[i], False),
-                ):
+                observing = self.found.observing(_place(i), self.inside[i], False)
+                with self.chain.hold(block), observing:
                     self._advance(i, block, self.mine)
             elif missing:
                 with self.chain.hold(block):
                     self._advance(i, block, missing)
             self._bar.update()
 
-    def _advance(self, i: int, block: nn.Module, batches: Any) -> None:
+    def _advance(self, i: int, block: nn.Module, batches: Iterable[int]) -> None:
         for b in batches:
             hidden = self.get("level", i, b)
             self._put("level", i + 1, b, run(block, {}, hidden, self.chain.block_args[i][b])[1])
@@ -128,12 +143,11 @@ class BlockwisePass:
         """Which of the modules are called before the first block."""
         found: set[str] = set()
 
-        def note(name: str) -> Callable[..., None]:
-            return lambda module, args: found.add(name)
+        def note(name: str, module: nn.Module, args: object, kwargs: object) -> None:
+            found.add(name)
 
-        handles = [m.register_forward_pre_hook(note(n)) for n, m in outside.items()]
-        with attached(handles), torch.no_grad(), self.chain.stubs(_stop):
-            self.chain.forward(self.chain.batches[0])
+        with hooked(outside, note), torch.no_grad():
+            self.chain.before_blocks(self.chain.batches[0])
         return found
 
     def _exit(self, modules: dict[str, nn.Module]) -> None:
@@ -147,83 +161,121 @@ class BlockwisePass:
         ):
             for b in self.mine:
                 hidden = self.get("level", last, b).detach().requires_grad_(self.fisher)
-                output = prediction(after_blocks(self.chain, batches[b], hidden))
+                output = prediction(self.chain.after_blocks(batches[b], hidden))
                 if self.fisher:
-                    found: list[Tensor] = []
-                    take = _taker(hidden, found)
-                    counts["scored"] += backward(output, len(batches), random, take)
+                    scored, found = sampled_backward(output, len(batches), random, hidden)
+                    counts["scored"] += scored
                     self._put("gradient", last, b, torch.stack(found))
 
     def _back_through(self, i: int) -> None:
         """Run block i again with gradients, and take them from its output to its input."""
         block = self.chain.blocks[i]
-        with (
-            self.chain.hold(block),
-            frozen(block),
-            self.found.observing(_place(i), self.inside[i], True),
-        ):
+        observing = self.found.observing(_place(i), self.inside[i], True)
+        with self.chain.hold(block), frozen(block), observing:
             for b in self.mine:
                 hidden = self.get("level", i, b).detach().requires_grad_()
                 with torch.enable_grad():
                     output = run(block, {}, hidden, self.chain.block_args[i][b])[1]
                 incoming = self.get("gradient", i + 1, b)
-                self._put("gradient", i, b, _back(output, incoming, hidden))
+                found = backward(output, incoming, len(incoming), hidden)
+                self._put("gradient", i, b, torch.stack(found))
 
     def _entry(self, modules: dict[str, nn.Module]) -> None:
         """Through what precedes the blocks, and back to its embeddings."""
-        model = self.chain.model
-        entered: list[Tensor] = []
-
-        def stub(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            entered.append(hidden)
-            raise Reached
-
-        with (
-            frozen(model),
-            embeddings_need_gradients(model, self.fisher),
-            self.found.observing("entry", modules, self.fisher),
-            self.chain.stubs(stub),
-            torch.set_grad_enabled(self.fisher),
-        ):
+        observing = self.found.observing("entry", modules, self.fisher)
+        with output_gradients(self.chain.model, self.fisher), observing:
             for b in self.mine:
-                self.chain.forward(self.chain.batches[b])
-                output = entered.pop()
+                output, _ = self.chain.before_blocks(self.chain.batches[b])
                 if output.requires_grad:
-                    _back(output, self.get("gradient", 0, b))
-
-
-def after_blocks(chain: BlockChain, ids: Tensor, hidden: Tensor) -> Any:
-    """Run what follows the blocks; the model's output for `hidden` [rows, length, d]."""
-
-    def stub(i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return hidden
-
-    with chain.stubs(stub):
-        return chain.model(**inputs_of(chain.model, ids))
-
-
-def _stop(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    raise Reached
+                    incoming = self.get("gradient", 0, b)
+                    backward(output, incoming, len(incoming))
 
 
 def _place(i: int) -> str:
     return f"block {i}"
 
 
-def _back(output: Tensor, gradients: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """Gradients [draws, ...] of `output` taken back; those at the leaf `hidden` [draws, ...]."""
-    found: list[Tensor] = []
-    for draw, gradient in enumerate(gradients):
-        output.backward(gradient, retain_graph=draw + 1 < len(gradients))
-        if hidden is not None:
-            _taker(hidden, found)()
-    return torch.stack(found) if found else gradients.new_zeros(0)
+class StatisticsStore(Mapping[str, LayerStatistics]):
+    """Statistics of every module that was called, each read onto `device` when it is asked for.
 
+    `workers` measure them together; the store has a folder.
+    """
 
-def _taker(hidden: Tensor, found: list[Tensor]) -> Callable[[], None]:
-    def take() -> None:
-        assert hidden.grad is not None
-        found.append(hidden.grad)
-        hidden.grad = None
+    def __init__(self, store: ResumeStore, device: torch.device, workers: Workers):
+        self.store, self.device, self.workers = store, device, workers
+        self.parts: dict[str, list[dict[str, str]]] = {}  # of each worker, by kind of statistic
 
-    return take
+    def done(self, place: str) -> bool:
+        """Tell whether this worker has measured its batches at a place."""
+        return self._place(place, self.workers.rank) in self.store
+
+    @contextmanager
+    def observing(
+        self, place: str, modules: Mapping[str, nn.Module], fisher: bool
+    ) -> Iterator[Counter[str]]:
+        """Context manager: as `observed`; what is counted meanwhile is kept too."""
+        counts = Counter[str]()
+        with observed(modules, fisher, seed=self.workers.rank) as found:
+            yield counts
+        written: dict[int, str] = {}  # q/k/v share their inputs
+        kept = {name: self._write(name, layer, written) for name, layer in found.items()}
+        tokens = {n: found[n].inputs.count for n in found if isinstance(modules[n], Expert)}
+        facts = {"modules": kept, "experts": tokens, "counts": counts}
+        self.store.write(self._place(place, self.workers.rank), {}, facts)
+
+    def complete(self, place: str) -> Counter[str]:
+        """Wait for all workers at a place; returns what they have counted there."""
+        counts, experts = Counter[str](), Counter[str]()
+        for rank in range(self.workers.size):
+            part = self._place(place, rank)
+            self.workers.wait(self.store, part)
+            facts = self.store.load(part)[1]
+            for name, kept in facts["modules"].items():
+                self.parts.setdefault(name, []).append(kept)
+            experts.update(facts["experts"])
+            counts.update(facts["counts"])
+        for name, tokens in experts.items():
+            if tokens < FEWEST:
+                self.parts.pop(name, None)
+        return counts
+
+    def _place(self, place: str, rank: int) -> str:
+        return f"statistics of {place} by {rank}"
+
+    def _write(self, name: str, layer: LayerStatistics, written: dict[int, str]) -> dict[str, str]:
+        """Keep a module's statistics; the names of their parts."""
+        kept: dict[str, str] = {}
+        for side, moment in (("inputs", layer.inputs), ("gradients", layer.gradients)):
+            if moment is None:
+                continue
+            if id(moment) not in written:
+                written[id(moment)] = f"{side} of {name} by {self.workers.rank}"
+                self.store.write(written[id(moment)], *moment.state())
+            kept[side] = written[id(moment)]
+        if layer.tokens is not None:
+            kept["tokens"] = f"tokens of {name} by {self.workers.rank}"
+            self.store.write(kept["tokens"], {"tokens": layer.tokens})
+        return kept
+
+    def _merged(self, name: str, side: str) -> SecondMoment | None:
+        parts = [kept[side] for kept in self.parts[name] if side in kept]
+        moments = (SecondMoment.restored(*self.store.load(part, self.device)) for part in parts)
+        if (first := next(moments, None)) is not None:
+            for other in moments:
+                first.merge(other)
+        return first
+
+    # As a mapping
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        parts = [kept["tokens"] for kept in self.parts[name] if "tokens" in kept]
+        tokens = [self.store.load(part, self.device)[0]["tokens"] for part in parts]
+        inputs, gradients = self._merged(name, "inputs"), self._merged(name, "gradients")
+        assert inputs is not None
+        return LayerStatistics(inputs, gradients, sum(tokens[1:], tokens[0]) if tokens else None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)

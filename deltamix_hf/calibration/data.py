@@ -34,10 +34,7 @@ def no_text_given(config: DeltaMixConfig) -> bool:
 
 
 def describe(config: DeltaMixConfig) -> str:
-    """Say in a few words what the calibration data is, for config.json and the model card.
-
-    Text that the fine-tune is to write is described once it is there.
-    """
+    """Say in a few words what the calibration data is, before the fine-tune writes any."""
     data = config.calibration
     if no_text_given(config):
         return "weights alone"
@@ -57,14 +54,10 @@ def calibration_batches(
 ) -> list[Tensor]:
     """Make the token ids int64 [rows, length] of every batch, or read those the job began with.
 
-    Args:
-        config: its `calibration_source` says what they are.
-        store: keeps them, for texts may have changed when an interrupted job goes on.
-        commit: of the fine-tune's repo, for its tokenizer.
-        loaded: the model is in memory, so that it can write text.
-
-    Raises:
-        DeltaMixError: no tokens, no tokenizer, or token ids outside the vocabulary.
+    The store keeps them, for texts may have changed when an interrupted job goes on, and
+    `calibration_source` says what they are. `commit` is of the fine-tune's repo, for its tokenizer;
+    a `loaded` model can write text. Raises DeltaMixError if there are no tokens, no tokenizer, or
+    token ids outside the vocabulary.
     """
     if (found := store.read("calibration")) is not None:
         tensors, config.calibration_source = found
@@ -90,23 +83,21 @@ def _own_batches(
     from weights alone 0.0165. Others cannot, and their predictions on noise say nothing (`rxnfp`:
     0.088, from weights alone 0.005), so there is nothing to run: empty.
     """
-    asked = config.calibration == SELF
+    asked, source = config.calibration == SELF, model.config.name_or_path
     if not asked and not (config.method.fisher and writes_text(model)):
         return []
+    if asked and not loaded:  # each token written would read the whole model
+        raise DeltaMixError(
+            "a model that is not in memory cannot write calibration text; give texts"
+        )
+    tokenizer = None
     try:
-        tokenizer = _tokenizer(model.config.name_or_path, commit) if loaded else None
+        tokenizer = _tokenizer(source, commit) if loaded else None
     except DeltaMixError:
         if asked:
             raise
-        logger.warning(
-            "%s has no tokenizer: calibrated on random tokens", model.config.name_or_path
-        )
-        tokenizer = None
+        logger.warning("%s has no tokenizer: calibrated on random tokens", source)
     if tokenizer is None:
-        if asked:  # each token written would read the whole model
-            raise DeltaMixError(
-                "a model that is not in memory cannot write calibration text; give texts"
-            )
         config.calibration_source = "random tokens"
         return random_tokens(_vocabulary(model), config)
     length = min(config.seq_length, SELF_LENGTH)
@@ -132,21 +123,16 @@ def _tokenizer(source: str | None, commit: str | None) -> Any:
 def token_batches(config: DeltaMixConfig, load_tokenizer: Callable[[], Any]) -> list[Tensor]:
     """Make token ids int64 [rows, length] per batch; the tokenizer is only loaded for texts.
 
-    Raises:
-        DeltaMixError: the data set cannot be read, or no tokens are left.
+    Raises DeltaMixError if the data set cannot be read, or no tokens are left.
     """
-    data = config.calibration
+    data, cut = config.calibration, {"truncation": True, "max_length": config.seq_length}
     if isinstance(data, Tensor):
-        ids = data[: config.num_samples, : config.seq_length].long()
-        return list(split_rows(ids))
+        return list(split_rows(data[: config.num_samples, : config.seq_length].long()))
     texts = _read_texts(data) if isinstance(data, str) else list(data or ())
     texts = [text for text in texts if text and text.strip()]
     random.Random(config.seed).shuffle(texts)
     tokenizer = load_tokenizer()
-    chosen = texts[: config.num_samples]
-    rows = [
-        tokenizer(t, truncation=True, max_length=config.seq_length)["input_ids"] for t in chosen
-    ]
+    rows = [tokenizer(text, **cut)["input_ids"] for text in texts[: config.num_samples]]
     return stacked(rows, config.seed)
 
 
@@ -166,8 +152,7 @@ def split_rows(ids: Tensor, tokens: int = _TOKENS_PER_FORWARD) -> tuple[Tensor, 
 def stacked(rows: Sequence[list[int]], seed: int) -> list[Tensor]:
     """Batch rows of equal length, so that nothing is padded, in an order drawn by `seed`.
 
-    Raises:
-        DeltaMixError: no row holds a token.
+    Gives int64 [rows, length]; raises DeltaMixError if no row holds a token.
     """
     same_length: dict[int, list[list[int]]] = {}
     for ids in rows:

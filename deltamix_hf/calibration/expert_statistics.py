@@ -43,16 +43,15 @@ def observed_experts(
 
     `seed` is of sketches, for moments that are merged with others'.
     """
-    experts = {name: m for name, m in modules.items() if isinstance(m, Expert)}
     seen: dict[nn.Module, _Observed] = {}
     own: dict[str, Moments] = {}
-    for name, expert in experts.items():
+    for name, expert in modules.items():
+        if not isinstance(expert, Expert):
+            continue
         fused = expert.fused
         m, n = slice_shape(fused.module, fused.leaf)
-        inputs, gradients = expert_moment(n, fused.experts, seed), None
-        if fisher:
-            gradients = expert_moment(m, fused.experts, seed)
-        own[name] = inputs, gradients
+        gradients = expert_moment(m, fused.experts, seed) if fisher else None
+        own[name] = expert_moment(n, fused.experts, seed), gradients
         seen.setdefault(fused.module, {}).setdefault(fused.leaf, {})[expert.number] = own[name]
     try:
         for module, observed in seen.items():

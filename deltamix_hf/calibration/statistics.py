@@ -17,19 +17,20 @@ its columns by G of its output. Where it is tied to an output layer, the two use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import DeltaMixError
 from ..linalg.second_moments import Metric, SecondMoment, dense, diagonal
+from ..nn.experts import Expert
 from .expert_statistics import FEWEST, observed_experts
 
 # Draws of ε in all, at least; a classifier makes only one prediction a text.
@@ -54,38 +55,26 @@ class Metrics:
     inputs: Metric = None
 
 
-class Hooks:
-    """Accumulates the moments of every use of the given modules while the model runs.
+class _Layers:
+    """Accumulates the moments of every use of layers that `measure` is called for."""
 
-    Args:
-        modules: what is observed, by name.
-        fisher: measure gradients too.
-        seed: of sketches, for moments that are merged with others'.
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module], fisher: bool, seed: int = 0):
+    def __init__(self, fisher: bool, seed: int):
         self.found: dict[str, LayerStatistics] = {}
         self.fisher, self.seed = fisher, seed
-        self._last: tuple[Tensor | None, str] = (None, "")
-        self._owner: dict[str, str] = {}  # the first of the modules that share their inputs
-        self.handles = [
-            module.register_forward_hook(self._hook(name)) for name, module in modules.items()
-        ]
+        self._last: tuple[Tensor | None, SecondMoment] = (None, SecondMoment(0))
+        self._adding: set[str] = set()  # the first of the modules that share their inputs
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def measure(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-            x = args[0].detach()
-            if name not in self.found:
-                self.found[name] = self._start(name, module, args[0], y)
-            layer = self.found[name]
-            if layer.tokens is not None:
-                layer.tokens += torch.bincount(x.reshape(-1), minlength=len(layer.tokens))
-            elif self._owner[name] == name:
-                layer.inputs.add(x)
-            if layer.gradients is not None and y.requires_grad:
-                y.register_hook(layer.gradients.add)
-
-        return measure
+    def measure(self, name: str, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        x = args[0].detach()
+        if name not in self.found:
+            self.found[name] = self._start(name, module, args[0], y)
+        layer = self.found[name]
+        if layer.tokens is not None:
+            layer.tokens += torch.bincount(x.reshape(-1), minlength=len(layer.tokens))
+        elif name in self._adding:
+            layer.inputs.add(x)
+        if layer.gradients is not None and y.requires_grad:
+            y.register_hook(layer.gradients.add)
 
     def _start(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerStatistics:
         gradients = SecondMoment(y.shape[-1], seed=self.seed) if self.fisher else None
@@ -94,11 +83,26 @@ class Hooks:
             return LayerStatistics(SecondMoment(0), gradients, rows)
         # q/k/v and gate/up are called with the very same tensor object, one after the other
         if self._last[0] is not x:
-            self._last = (x, name)
-        owner = self._owner[name] = self._last[1]
-        if owner != name:
-            return LayerStatistics(self.found[owner].inputs, gradients)
-        return LayerStatistics(SecondMoment(x.shape[-1], seed=self.seed), gradients)
+            self._last = x, SecondMoment(x.shape[-1], seed=self.seed)
+            self._adding.add(name)
+        return LayerStatistics(self._last[1], gradients)
+
+
+@contextmanager
+def observed(
+    modules: Mapping[str, nn.Module], fisher: bool, seed: int = 0
+) -> Iterator[dict[str, LayerStatistics]]:
+    """Context manager: measure layers and experts, their gradients too with `fisher`, as they run.
+
+    Yields the statistics, in the end of all modules that were called. `seed` is of sketches, for
+    moments that are merged with others'. Raises DeltaMixError if some hold NaN.
+    """
+    layers = _Layers(fisher, seed)
+    found, measuring = layers.found, hooked(modules, after=layers.measure)
+    with measuring, observed_experts(modules, fisher, seed) as experts:
+        yield found
+    found |= {n: LayerStatistics(*moments) for n, moments in experts.items() if moments[0].count}
+    _check_finite(found)
 
 
 def collect(
@@ -123,30 +127,17 @@ def collect(
     """
     random = torch.Generator().manual_seed(seed)
     scored = 0
-    with (
-        observed_experts(modules, fisher) as experts,
-        frozen(model),
-        embeddings_need_gradients(model, fisher),
-        torch.set_grad_enabled(fisher),
-    ):
-        hooks = Hooks(modules, fisher)  # after those that ask embeddings for gradients
-        with attached(hooks.handles):
-            for ids in logging.tqdm(batches, desc="Calibrating", unit="batch"):
-                output = prediction(model(**inputs_of(model, ids)))
-                if fisher:
-                    scored += backward(output, len(batches), random)
-    enough = {n: LayerStatistics(*m) for n, m in experts.items() if m[0].count >= fewest}
-    found = hooks.found | enough
-    check_finite(found)
-    return found, scored
+    with output_gradients(model, fisher), observed(modules, fisher) as found:
+        for ids in logging.tqdm(batches, desc="Calibrating", unit="batch"):
+            output = prediction(model(**inputs_of(model, ids)))
+            if fisher:
+                scored += sampled_backward(output, len(batches), random)[0]
+    few = [n for n in found if isinstance(modules[n], Expert) and found[n].inputs.count < fewest]
+    return {name: layer for name, layer in found.items() if name not in few}, scored
 
 
-def check_finite(found: Mapping[str, LayerStatistics]) -> None:
-    """Check that all moments are finite.
-
-    Raises:
-        DeltaMixError: names the first module with NaN.
-    """
+def _check_finite(found: Mapping[str, LayerStatistics]) -> None:
+    """Raise DeltaMixError for the first module with NaN."""
     # inputs first: gradients of all layers before the culprit are NaN too
     moments = [(name, layer.inputs) for name, layer in found.items()]
     moments += [(name, layer.gradients) for name, layer in found.items() if layer.gradients]
@@ -159,8 +150,15 @@ def check_finite(found: Mapping[str, LayerStatistics]) -> None:
 
 
 @contextmanager
-def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Context manager: remove hooks at the end."""
+def hooked(named: Mapping[str, nn.Module], before: Any = None, after: Any = None) -> Iterator[None]:
+    """Context manager: call before(name, module, args, kwargs) and after(name, module, args, y)."""
+    handles = []
+    for name, module in named.items():
+        if before:
+            hook = partial(before, name)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if after:
+            handles.append(module.register_forward_hook(partial(after, name)))
     try:
         yield
     finally:
@@ -169,14 +167,18 @@ def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def embeddings_need_gradients(model: nn.Module, needed: bool) -> Iterator[None]:
-    """Context manager: let gradients flow to the output of every embedding."""
-    handles = [  # every one: encoder and decoder may each have their own
-        module.register_forward_hook(lambda module, args, y: y.requires_grad_(needed))
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-    ]
-    with attached(handles):
+def output_gradients(model: nn.Module, needed: bool) -> Iterator[None]:
+    """Context manager: let gradients flow to outputs, but not to parameters, or turn them off.
+
+    What measures embeddings comes after it: their outputs are asked for gradients by hooks.
+    """
+
+    def after(name: str, module: nn.Module, args: Any, y: Tensor) -> None:
+        y.requires_grad_(needed)
+
+    # every one: encoder and decoder may each have their own
+    tables = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    with frozen(model), hooked(tables, after=after), torch.set_grad_enabled(needed):
         yield
 
 
@@ -216,28 +218,32 @@ def prediction(output: Any) -> tuple[Tensor, bool]:
     return found.reshape(-1, found.shape[-1]), logits is not None
 
 
-def backward(
-    output: tuple[Tensor, bool],
-    batches: int,
-    random: torch.Generator,
-    after: Callable[[], None] = lambda: None,
-) -> int:
-    """Run a backward pass for every draw of ε, each followed by `after`.
+def sampled_backward(
+    output: tuple[Tensor, bool], batches: int, random: torch.Generator, leaf: Tensor | None = None
+) -> tuple[int, list[Tensor]]:
+    """Run a backward pass from a `prediction` for every draw of ε.
 
-    Args:
-        output: of `prediction`.
-        batches: how many there are in all, for fewer draws each.
-        random: draws ε.
-
-    Returns:
-        The draws of all predictions together.
+    Of `batches` in all, each needs so many draws fewer. Returns the draws of all its predictions
+    together, and the gradients at `leaf`.
     """
     values, is_logits = output
     draws = min(_MOST_PER_PREDICTION, -(-_LEAST_DRAWS // (len(values) * batches)))
-    for draw in range(draws):
-        values.backward(_drawn(values.detach(), is_logits, random), retain_graph=draw + 1 < draws)
-        after()
-    return len(values) * draws
+    gradients = (_drawn(values.detach(), is_logits, random) for _ in range(draws))
+    return len(values) * draws, backward(values, gradients, draws, leaf)
+
+
+def backward(
+    output: Tensor, gradients: Iterable[Tensor], draws: int, leaf: Tensor | None = None
+) -> list[Tensor]:
+    """Take so many gradients of `output` back, one after the other; returns those at `leaf`."""
+    found = []
+    for draw, gradient in enumerate(gradients, 1):
+        output.backward(gradient, retain_graph=draw < draws)
+        if leaf is not None:
+            assert leaf.grad is not None
+            found.append(leaf.grad)
+            leaf.grad = None
+    return found
 
 
 def _drawn(
@@ -265,9 +271,8 @@ def metrics_of(uses: list[LayerStatistics], scored: int, inputs: Metric = None) 
     by the trace of the other side. A use without gradients was measured on its inputs alone.
     """
     if inputs is not None:
-        return Metrics(
-            next((g for use in uses if (g := _fisher(use, scored)) is not None), None), inputs
-        )
+        measured = (_fisher(use, scored) for use in uses)
+        return Metrics(next((g for g in measured if g is not None), None), inputs)
     found = [_of_use(use, scored) for use in uses]
     complete = [(diagonal(u.outputs), dense(u.inputs)) for u in found if u.outputs is not None]
     if len(found) == 1 or len(complete) < len(found):

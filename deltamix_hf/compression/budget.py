@@ -59,14 +59,11 @@ def plan_budget(
         DeltaMixError: the overlay and headers alone exceed the budget, or no matrix could keep
             even one rank; names the smallest budget that works.
     """
-    quantizer = config.method.quantizer
-    numel = {name: torch.Size(shape).numel() for name, (_, shape) in overlay.items()}
+    quantizer, experts = config.method.quantizer, experts or {}
     reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})
     total = config.budget(reference)
-    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(overlay)
-    entries |= dict.fromkeys(guards, GUARD)
+    entries = dict(overlay) | dict.fromkeys(guards, GUARD)
     group_sizes = {name: config.method.group_sizes(name in embeddings) for name in shapes}
-    experts = experts or {}
     for name, (m, n) in shapes.items():
         fused = name.rpartition(".")[0]
         number = experts.get(fused)
@@ -74,7 +71,7 @@ def plan_budget(
         runs = [((number or 1) * min(m, n), 8, 8)]  # nothing is longer than all ranks at 8 bits
         shapes_of = part_shapes(m, n, runs, group_sizes[name], quantizer, number)
         entries |= {names[part]: (DTYPES[part], shape) for part, shape in shapes_of.items()}
-    whole = sum(numel[name] * dtype.itemsize for name, (dtype, _) in overlay.items())
+    whole = sum(math.prod(shape) * dtype.itemsize for dtype, shape in overlay.values())
     whole += len(guards)  # a byte each
     whole += torch.int32.itemsize * sum(experts.values())  # counts of their ranks
     least = min(b for b in config.method.bits if b > 0)

@@ -7,8 +7,7 @@ of a layer that is not running at that time is a direct read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..calibration.statistics import inputs_of
+from ..calibration.statistics import hooked, inputs_of
 from ..nn.layers import weight_of
 
 logger = logging.get_logger(__name__)
@@ -35,9 +34,7 @@ class _Watch(TorchFunctionMode):
         self.running: list[int] = []  # ids of the weights of the modules that run
         self.found: set[str] = set()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # not .dtype or .shape
             for leaf in tree_leaves((args, kwargs)):
@@ -55,24 +52,21 @@ def read_directly(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     modules = {name: model.get_submodule(name) for name in names}
     watch = _Watch({id(weight_of(module)): name for name, module in modules.items()})
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         watch.running.append(id(module.weight))
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
         watch.running.remove(id(module.weight))
 
-    with ExitStack() as stack:
-        for module in model.modules():  # a tied weight is read by its twins, too
-            if id(getattr(module, "weight", None)) in watch.owners:
-                stack.enter_context(module.register_forward_pre_hook(enter))
-                stack.enter_context(module.register_forward_hook(leave))
-        try:
-            inputs = _probe(model)
-            with watch:
-                model(**inputs)
-        except Exception as error:  # anything a model may say to inputs it does not like
-            logger.info("cannot try out which weights are read directly: %s", error)
-            return []
+    named = model.named_modules()  # a tied weight is read by its twins, too
+    users = {n: m for n, m in named if id(getattr(m, "weight", None)) in watch.owners}
+    try:
+        inputs = _probe(model)
+        with hooked(users, enter, leave), watch:
+            model(**inputs)
+    except Exception as error:  # anything a model may say to inputs it does not like
+        logger.info("cannot try out which weights are read directly: %s", error)
+        return []
     return [name for name in modules if name in watch.found]
 
 
@@ -80,18 +74,14 @@ def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
     """Small inputs of the kind the model takes."""
     config: Any = model.config
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    make: dict[str, Callable[[], tuple[int, ...]]] = {
-        "input_values": lambda: (1, _SAMPLES),
-        "pixel_values": lambda: (1, config.num_channels, *_sides(config.image_size)),
-        "input_features": lambda: (1, config.num_mel_bins, 2 * config.max_source_positions),
-    }
-    kind = model.main_input_name
-    if kind not in make:
+    kind, shape = model.main_input_name, [1, _SAMPLES]
+    if kind == "pixel_values":
+        size = config.image_size
+        shape = [1, config.num_channels, *([size] * 2 if isinstance(size, int) else size[:2])]
+    elif kind == "input_features":
+        shape = [1, config.num_mel_bins, 2 * config.max_source_positions]
+    elif kind != "input_values":
         return inputs_of(model, ids)
-    noise = torch.randn(make[kind](), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     inputs = {kind: noise.to(model.device, model.dtype)}
     return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
-
-
-def _sides(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

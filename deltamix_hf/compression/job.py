@@ -9,7 +9,7 @@ the scales of all of them last. What an interrupted run has left in the store is
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -22,9 +22,7 @@ from ..calibration.statistics import LayerStatistics, Metrics, metrics_of
 from ..checkpoint.base import BaseCheckpoint
 from ..config import DeltaMixConfig
 from ..jobs.instruments import Stopwatch, trim_heap
-from ..jobs.resume_store import ResumeStore
 from ..jobs.weight_access import Weights
-from ..jobs.workers import cost
 from ..linalg.second_moments import diagonal
 from ..nn.delta_module import oriented
 from ..nn.experts import Expert
@@ -39,31 +37,15 @@ _ROWS = 4096  # of a delta at once
 
 
 class Job:
-    """Compression of one model.
+    """Compression of one model; fills the config with records."""
 
-    Args:
-        runs: its weights, and where they run.
-        base: what it was fine-tuned from.
-        config: filled with records.
-        targets: layers and experts to compress, by name.
-        store: of finished parts.
-    """
-
-    def __init__(
-        self,
-        runs: Runs,
-        base: BaseCheckpoint,
-        config: DeltaMixConfig,
-        targets: dict[str, nn.Module],
-        store: ResumeStore,
-    ):
-        self.runs, self.base, self.config, self.targets = runs, base, config, targets
-        self.model, self.weights, self.workers, self.store = (
-            runs.model, runs.weights, runs.workers, store,
-        )  # fmt: skip
+    def __init__(self, runs: Runs, config: DeltaMixConfig):
+        self.runs, self.config, self.targets = runs, config, runs.targets
+        self.model, self.weights, self.base = runs.model, runs.weights, runs.weights.base
+        self.workers, self.store = runs.workers, runs.store
         # as the first worker sees it: all must leave out the same
-        finished = {n for n in targets if store.read(f"matrix {n}") is not None}
-        self.finished = self.workers.from_first(finished)
+        finished = {n for n in self.targets if self.store.read(f"matrix {n}") is not None}
+        self.finished: set[str] = self.workers.from_first(finished)
         self.batches: list[Tensor] = []
         self.tuning_data: scale_tuning.TuningRows = []
         self.found: Mapping[str, LayerStatistics] = {}
@@ -74,38 +56,26 @@ class Job:
     # What is measured on the fine-tune
 
     def measure(self, batches: list[Tensor]) -> None:
-        """Measure statistics and predictions of the fine-tune.
+        """Measure statistics and predictions of the fine-tune, if there are any batches.
 
-        Args:
-            batches: token ids int64 [rows, length]; nothing is measured without any.
-
-        Raises:
-            DeltaMixError: the model gives NaN.
+        Batches are token ids int64 [rows, length]. Raises DeltaMixError if the model gives NaN.
         """
         self.batches = batches
         if not batches:
             return
-        seed = self.config.seed
+        seed, fisher = self.config.seed, self.config.method.fisher
         if len(self.finished) < len(self.targets):
+            observed: dict[str, nn.Module] = {}
+            for users in map(self._users, self.targets):
+                if not fisher:  # a tied embedding is measured where it is a matrix
+                    users = {n: m for n, m in users.items() if not isinstance(m, nn.Embedding)}
+                observed |= users
             with self.watch.stage("statistics"):
-                observed = self._observed()
-                self.found, self.scored = self.runs.statistics(
-                    observed, batches, self.config.method.fisher, seed
-                )
+                self.found, self.scored = self.runs.statistics(observed, batches, fisher, seed)
         if self.config.method.tune_steps:
             with self.watch.stage("predictions"):
                 self.tuning_data = self.runs.predictions(batches, seed)
-        self.runs.forget(len(batches))
-
-    def _observed(self) -> dict[str, nn.Module]:
-        """The modules whose statistics make up those of the targets."""
-        observed: dict[str, nn.Module] = {}
-        for name in self.targets:
-            users = self._users(name)
-            if not self.config.method.fisher:  # a tied embedding is measured where it is a matrix
-                users = {n: m for n, m in users.items() if not isinstance(m, nn.Embedding)}
-            observed |= users
-        return observed
+        self.runs.forget()
 
     def _users(self, name: str) -> dict[str, nn.Module]:
         """The modules that use a target's weight, by name."""
@@ -144,34 +114,40 @@ class Job:
     def delta(self, name: str) -> Tensor:
         """Read ΔW float32 [m, n] of a target."""
         with self.watch.stage("read"):
-            delta = self._matrix(name, self.weights)
-            base = oriented(self.targets[name], self._read(name, self.base))
+            delta, base = self._copied(name, self.weights), self._matrix(name, self.base)
             for rows, other in zip(delta.split(_ROWS), base.split(_ROWS), strict=True):
                 rows -= other.to(rows.device, torch.float32)
         return delta
 
-    def _matrix(self, name: str, source: Weights | BaseCheckpoint) -> Tensor:
+    def _copied(self, name: str, source: Weights | BaseCheckpoint) -> Tensor:
         """A copy of a target's matrix, float32 [m, n]."""
-        weight = oriented(self.targets[name], self._read(name, source))
-        return weight.to(self.weights.device, torch.float32, copy=True)
+        return self._matrix(name, source).to(self.weights.device, torch.float32, copy=True)
 
-    def _read(self, name: str, source: Weights | BaseCheckpoint) -> Tensor:
+    def _matrix(self, name: str, source: Weights | BaseCheckpoint) -> Tensor:
         target = self.targets[name]
         if isinstance(target, Expert):
-            return source.read_expert(target.fused.name, target.number)
-        return source.read(f"{name}.weight")
+            return oriented(target, source.read_expert(target.fused.name, target.number))
+        return oriented(target, source.read(f"{name}.weight"))
 
     # Compression
 
     def run(self, budget: Budget) -> None:
         """Compress every target, then tune.
 
-        Raises:
-            DeltaMixError: a delta holds NaN, or a metric cannot be factorised.
+        Raises DeltaMixError if a delta holds NaN, or a metric cannot be factorised.
         """
+        matrices = {
+            name: Matrix(
+                shape_of(module),
+                partial(self.delta, name),
+                partial(self.metrics, name),
+                isinstance(module, nn.Embedding),
+            )
+            for name, module in self.targets.items()
+        }
         with self.watch.stage("allocation"):
             self._compressor = Compressor(
-                self._matrices(), budget, self.config, self.store, self.watch, self.workers
+                matrices, budget, self.config, self.store, self.watch, self.workers
             )
         chains = self._chains()
         blocks = tuple(f"{block}." for chain in chains for block in chain.names)
@@ -183,31 +159,16 @@ class Job:
             for name in self._compress_all(dict.fromkeys(plain)):
                 self._attach(name)
             for chain in chains:
-                compress_blocks(
-                    chain,
-                    chained,
-                    self._fit,
-                    self._attach_block,
-                    frozenset(self.finished),
-                    self.workers,
-                    self._owners,
-                )
+                finished = frozenset(self.finished)  # before this chain, as all workers see it
+                fit, attach = self._fit, self._attach_block
+                compress_blocks(chain, chained, fit, attach, finished, self.workers)
         self._bar.close()
         self.workers.barrier()  # after it nobody reads the store
         if self.tuning_data and self.workers.rank == 0:
+            steps, anew = self.config.method.tune_steps, self.runs.unpack_anew
             with self.watch.stage("tuning"), self.runs.tuning():
-                self._tune()
-
-    def _matrices(self) -> dict[str, Matrix]:
-        return {
-            name: Matrix(
-                shape_of(module),
-                partial(self.delta, name),
-                partial(self.metrics, name),
-                isinstance(module, nn.Embedding),
-            )
-            for name, module in self.targets.items()
-        }
+                scale_tuning.tune(self.model, self.tuning_data, steps, self.store, anew)
+                self.config.measured = scale_tuning.validation_kl(self.model, self.tuning_data)
 
     def _chains(self) -> list[BlockChain]:
         """The chains of blocks to fit one after the other, if there is anything to do."""
@@ -217,28 +178,19 @@ class Job:
         with self.watch.stage("sequential"):
             return self.runs.chains(self.batches)  # what is stored whole is rounded by now
 
-    def _tune(self) -> None:
-        steps, anew = self.config.method.tune_steps, self.runs.unpack_anew
-        scale_tuning.tune(self.model, self.tuning_data, steps, self.store, anew)
-        self.config.measured = scale_tuning.validation_kl(self.model, self.tuning_data)
-
     def _fit(self, changes: dict[str, Tensor | None], inputs: Tensor | None) -> dict[str, Tensor]:
         """Compress the targets of a stage; their compressed weights [m, n]."""
         weights = {}
         for name in self._compress_all(changes, inputs):
-            packed, weight = self._results[name].packed, self._matrix(name, self.base)
+            packed, weight = self._results[name].packed, self._copied(name, self.base)
             weights[name] = weight if packed is None else weight.add_(packed.dense())
         return weights
-
-    def _owners(self, names: Iterable[str]) -> dict[str, int]:
-        """The worker of each of `names`, if they are compressed together."""
-        return self.workers.owners({name: cost(*shape_of(self.targets[name])) for name in names})
 
     def _compress_all(
         self, changes: dict[str, Tensor | None], inputs: Tensor | None = None
     ) -> Iterator[str]:
         """Names of targets in turn as they are compressed, by this worker or by others."""
-        owners = self._owners(changes)
+        owners = self.workers.owners({name: shape_of(self.targets[name]) for name in changes})
         own = [name for name in changes if owners[name] == self.workers.rank]
         others = [name for name in changes if name not in own]
         for name in own:

@@ -25,7 +25,7 @@ from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..jobs.instruments import Stopwatch
 from ..jobs.resume_store import ResumeStore
-from ..jobs.workers import Workers, cost
+from ..jobs.workers import ALONE, Workers
 from ..linalg.second_moments import blended, damped, dense, diagonal
 from ..linalg.whitened_svd import Factors, factorise, spectrum
 from ..quantization.error_table import error_table, pick
@@ -55,14 +55,6 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Widths:
-    """Bits of both vectors of every rank, in order of falling sigma: int64 [k] each."""
-
-    v: Tensor
-    u: Tensor
-
-
-@dataclass(frozen=True)
 class Compressed:
     """Result for one matrix: packed factors (None: no rank was affordable) and relative error."""
 
@@ -87,52 +79,55 @@ class Compressor:
         config: DeltaMixConfig,
         store: ResumeStore | None = None,
         watch: Stopwatch | None = None,
-        workers: Workers | None = None,
+        workers: Workers = ALONE,
     ):
-        self.workers = workers or Workers()
+        self.workers = workers
         self.store, self.watch = store or ResumeStore(), watch or Stopwatch()
         self.shapes = {name: matrix.shape for name, matrix in matrices.items()}
         self.config, self.method = config, config.method
         self.quantizer = config.method.quantizer
         self.sizes = {name: m * n for name, (m, n) in self.shapes.items()}
         self.group_sizes = {n: config.method.group_sizes(m.embedding) for n, m in matrices.items()}
-        self.gap = 0.0
         self._left, self._weight = budget.ranks, sum(self.sizes.values())
-        self._plan: dict[str, Widths] = {}
-        if config.method.allocation == "global" and not self._recall_plan():
-            energies = self._spectra(matrices)
-            if self.workers.rank == 0:
-                self._solve(matrices, energies, budget.ranks)
-                self._keep_plan()
-            else:
-                self.workers.wait(self.store, "allocation")
-                self._recall_plan()
+        everywhere = config.method.allocation == "global"
+        self._plan = self._allocation(matrices, budget.ranks) if everywhere else {}
 
-    def _recall_plan(self) -> bool:
-        found = self.store.read("allocation")
-        if found is None:
-            return False
-        tensors, self.gap = found
-        self._plan = {name: Widths(*tensors[name].long()) for name in self.shapes}
-        return True
-
-    def _keep_plan(self) -> None:
-        widths = {n: torch.stack([w.v, w.u]).to(torch.uint8) for n, w in self._plan.items()}
-        self.store.write("allocation", widths, self.gap)
+    def _allocation(self, matrices: Mapping[str, Matrix], budget: int) -> dict[str, Tensor]:
+        """Widths of all ranks, read or solved for: uint8 [2, k], of V and U by falling sigma."""
+        if (found := self.store.read("allocation")) is not None:
+            return found[0]
+        energies = self._spectra(matrices)
+        if self.workers.rank:
+            self.workers.wait(self.store, "allocation")
+            return self.store.load("allocation")[0]
+        options = [
+            rank_options(matrix.shape, self.group_sizes[name], self.config)
+            for name, matrix in matrices.items()
+        ]
+        with self.watch.stage("HiGHS"):
+            gap = self.config.allocation_gap or DEFAULT_GAP
+            choices = [choices for choices, _ in options]
+            picked = solve_global(energies, choices, budget, gap).choice
+        plan = {}
+        for name, (_, pairs), ranks in zip(matrices, options, picked, strict=True):
+            widths = torch.tensor(pairs, dtype=torch.uint8)[ranks]
+            # Among equal energies the solver may drop any; the kept ones must come first.
+            plan[name] = widths[torch.argsort((widths[:, 0] == 0).int(), stable=True)].T
+        self.store.write("allocation", plan)
+        return plan
 
     def _spectra(self, matrices: Mapping[str, Matrix]) -> list[Tensor]:
         """Energies of the ranks of every matrix; each worker measures a share of them."""
-        owners = self.workers.owners({name: cost(*m.shape) for name, m in matrices.items()})
+        owners = self.workers.owners(self.shapes)
         mine = [name for name in matrices if owners[name] == self.workers.rank]
         measured: dict[str, Tensor] = {}
         for name in logging.tqdm(mine, desc="Measuring spectra", unit="matrix"):
             if found := self.store.read(f"spectrum of {name}"):
                 measured[name] = found[0]["energies"]
                 continue
-            matrix = matrices[name]
             with _named(name):
-                delta = matrix.delta()
-                whitening = self._whitening(self._informed(delta, matrix.metrics()))
+                delta = matrices[name].delta()
+                whitening = self._whitening(self._informed(delta, matrices[name].metrics()))
                 with self.watch.stage("spectra"):
                     sigma = spectrum(delta, whitening.outputs, whitening.inputs, DAMPING)
             measured[name] = (sigma**2).cpu()
@@ -141,21 +136,6 @@ class Compressor:
             self.workers.wait(self.store, f"spectrum of {name}")
             measured[name] = self.store.load(f"spectrum of {name}")[0]["energies"]
         return [measured[name] for name in matrices if name in measured]
-
-    def _solve(self, matrices: Mapping[str, Matrix], energies: list[Tensor], budget: int) -> None:
-        options = [
-            rank_options(matrix.shape, self.group_sizes[name], self.config)
-            for name, matrix in matrices.items()
-        ]
-        with self.watch.stage("HiGHS"):
-            gap = self.config.allocation_gap or DEFAULT_GAP
-            found = solve_global(energies, [choices for choices, _ in options], budget, gap)
-        self.gap = found.gap
-        for name, (_, pairs), picked in zip(matrices, options, found.choice, strict=True):
-            widths = torch.tensor(pairs)[picked]
-            # Among equal energies the solver may drop any; the kept ones must come first.
-            widths = widths[torch.argsort((widths[:, 0] == 0).int(), stable=True)]
-            self._plan[name] = Widths(widths[:, 0], widths[:, 1])
 
     def _factors(self, delta: Tensor, metrics: Metrics, rank: int | None = None) -> Factors:
         """Ranks of ΔW."""
@@ -184,17 +164,10 @@ class Compressor:
             blended(metrics.outputs, delta, share), blended(metrics.inputs, delta.T, share)
         )
 
-    def _damped(self, metrics: Metrics) -> Metrics:
-        return Metrics(
-            damped(metrics.outputs, OUTPUT_DAMPING) if self.method.fisher else None,
-            damped(metrics.inputs, INPUT_DAMPING),
-        )
-
     def compress(self, name: str, delta: Tensor, metrics: Metrics) -> Compressed:
         """Compress ΔW float32 [m, n] into its part of the budget.
 
-        Raises:
-            DeltaMixError: the delta holds NaN or infinity, or a metric cannot be factorised.
+        Raises DeltaMixError if it holds NaN or infinity, or a metric cannot be factorised.
         """
         with _named(name), self.watch.stage("quantization"):
             result = self._compress(name, delta, metrics)
@@ -223,38 +196,36 @@ class Compressor:
         method, group_sizes, measured = self.method, self.group_sizes[name], metrics.inputs
         metrics = self._informed(delta, metrics)
         if name in self._plan:
-            widths = self._plan[name]
-            kept = int((widths.v > 0).sum())
-            factors = self._factors(delta, metrics, kept)
+            v_bits, u_bits = self._plan[name].long()
+            factors = self._factors(delta, metrics, int((v_bits > 0).sum()))
             k = len(factors.sigma)
-            v = self._round_v(factors.right, metrics, widths.v[:k])
-            widths = Widths(widths.v[:k], widths.u[:k])
+            v, u_bits = self._round_v(factors.right, metrics, v_bits[:k]), u_bits[:k]
         else:
             share = self._left * self.sizes[name] // self._weight
             factors, v = self._within(share, delta, metrics, group_sizes)
-            widths = Widths(v.bits, v.bits)
-        kept_ranks = (widths.v > 0).to(delta.device)
-        v, factors = v.rows(kept_ranks), factors.kept(kept_ranks)
+            u_bits = v.bits
+        kept = (v.bits > 0).to(delta.device)
+        u_bits, v, factors = u_bits.to(delta.device)[kept], v.rows(kept), factors.kept(kept)
         left, sigma, right = factors.left, factors.sigma, factors.right
         if not len(sigma):
             return Compressed(None, metric_error(delta, left, right, measured))
-        right_hat, u_bits = v.dequantize(), widths.u.to(delta.device)[kept_ranks]
+        right_hat = v.dequantize()
         if method.correct_target:
             target, inner = corrected_left_factor(delta, metrics.inputs, right_hat, sigma)
         else:
             target, inner = plain_left_factor(left, metrics.inputs, right_hat, sigma)
-        near = self._damped(metrics)
+        outputs = damped(metrics.outputs, OUTPUT_DAMPING) if method.fisher else None
         if not self.quantizer.zero_points:
             # GPTQ in A is no better here: KL at 1/16 and 1/64 0.00041 and 0.0229 on
             # pocket-shakespeare, 0.00042 and 0.0229 without it. The gains make up for it.
-            costs = diagonal(near.outputs)
+            costs = diagonal(outputs)
             u = round_rows(target.T, u_bits, group_sizes[1], self.quantizer, costs)
         else:
             u = gptq_columns(target, inner, u_bits, group_sizes[1])
         del target, inner
         if method.unbiased_gains:
-            left_hat = u.dequantize().T
-            u = u.scaled(unbiased_gains(factors, left_hat, right_hat, near.outputs, near.inputs))
+            left_hat, inputs = u.dequantize().T, damped(metrics.inputs, INPUT_DAMPING)
+            u = u.scaled(unbiased_gains(factors, left_hat, right_hat, outputs, inputs))
             del left_hat
         error = metric_error(delta, u.dequantize().T, right_hat, measured)
         packed = PackedDelta.pack(v, u)
@@ -265,16 +236,11 @@ class Compressor:
         return gptq_rows(right, inputs, bits, group_size, self.quantizer, INPUT_DAMPING)
 
     def _within(
-        self,
-        share: int,
-        delta: Tensor,
-        metrics: Metrics,
-        group_sizes: GroupSizes,
+        self, share: int, delta: Tensor, metrics: Metrics, group_sizes: GroupSizes
     ) -> tuple[Factors, Rounded]:
         """Widths that fit `share` bytes, and V rounded to them."""
         method, (m, n) = self.method, tuple(delta.shape)
-        widths = range(9)
-        cost = {b: rank_bytes(m, n, b, b, group_sizes, self.quantizer) for b in widths}
+        cost = {b: rank_bytes(m, n, b, b, group_sizes, self.quantizer) for b in range(9)}
         least = min(b for b in method.bits if b > 0)
         if method.allocation == "bands":
             factors = self._factors(delta, metrics, max(share // cost[least], 0))

@@ -46,14 +46,10 @@ def estimate_memory(
     sequential: bool,
     result: int,
 ) -> MemoryEstimate:
-    """Estimate the peaks of compressing a model from its files.
+    """Estimate the peaks of compressing `targets`, by name, of a model from its files.
 
-    Args:
-        model: with or without weights.
-        targets: layers and experts to compress, by name.
-        batches: token ids [rows, length].
-        sequential: blocks are fitted one after the other, with exact input metrics.
-        result: bytes of the delta.
+    Batches are token ids [rows, length], `result` the delta's bytes. If `sequential`, blocks are
+    fitted one after the other, with exact input metrics.
     """
     shapes = {name: shape_of(module) for name, module in targets.items()}
     peaks = [_compressing(shape, bool(batches), sequential) for shape in shapes.values()]
@@ -64,7 +60,7 @@ def estimate_memory(
     itemsize, most = model.dtype.itemsize, max(ids.numel() for ids in batches)
     peaks.append(itemsize * classes * (2 * most + hidden) + _PER_DRAWN * min(classes * most, DRAWN))
     widest = max((n for m, n in shapes.values() if _is_exact(m, n)), default=0)
-    blocks = [name for names in find_blocks(model, list(targets)) for name in names]
+    blocks = [name for names in find_blocks(model, targets) for name in names]
     steps = largest = 0
     for block in blocks:
         nbytes = sum(p.nbytes for p in model.get_submodule(block).parameters())

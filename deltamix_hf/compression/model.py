@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +27,13 @@ from ..jobs.resume_store import ResumeStore, job_identity
 from ..nn.experts import Expert, fused_sizes
 from ..nn.layers import shape_of, weight_of
 from ..storage.headers import fingerprints
-from .budget import Budget, plan_budget
+from .budget import plan_budget
 from .direct_reads import read_directly
 from .job import Job
 from .memory_estimate import estimate_memory
 from .runs import Source
 
 logger = logging.get_logger(__name__)
-
 
 # What the result depends on besides weights, options and text.
 _PACKAGES = ("deltamix-hf", "torch", "transformers", "highspy")
@@ -69,9 +67,16 @@ def compress(source: Source, base: BaseCheckpoint, config: DeltaMixConfig) -> Ou
             "the fine-tune is identical to its base: the delta is empty", UserWarning, stacklevel=2
         )
         return Outcome({}, ResumeStore(), {})
-    budget = _budget(model, base, config, targets, overlay)
+    budget = plan_budget(
+        {name: shape_of(module) for name, module in targets.items()},
+        {n: (overlay_dtype(t.dtype, config), tuple(t.shape)) for n, t in overlay.items()},
+        guard_names(model, base, overlay),
+        config,
+        {name for name, module in targets.items() if isinstance(module, nn.Embedding)},
+        fused_sizes(model, targets),
+    )
     store = _resume_store(source, config)
-    job = Job(source.runs(base, overlay, list(targets), store), base, config, targets, store)
+    job = Job(source.runs(base, overlay, targets, store), config)
     batches = calibration_batches(model, config, store, source.commit, source.files is None)
     if source.files is not None and source.workers.rank == 0:
         sequential = config.method.sequential
@@ -95,8 +100,11 @@ def _sorted(
     model, files = source.model, source.files
     skip = config.modules_to_not_convert or []
     targets, overlay = sort_tensors(model, base, skip, files)
+    if files is not None:
+        with torch.device("meta"):  # where it can run without weights
+            model = type(model)(model.config).eval()
     layers = [name for name, target in targets.items() if not isinstance(target, Expert)]
-    if direct := read_directly(model if files is None else _empty(model), layers):
+    if direct := read_directly(model, layers):
         logger.warning(
             "%d matrices are stored whole, because the model reads their weights past the layers: "
             "%s ...", len(direct), direct[0],
@@ -115,32 +123,6 @@ def _begin_records(model: PreTrainedModel, base: BaseCheckpoint, config: DeltaMi
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     config.seq_length = min(config.seq_length, positions or config.seq_length)
     config.calibration_source = describe(config)
-
-
-def _budget(
-    model: PreTrainedModel,
-    base: BaseCheckpoint,
-    config: DeltaMixConfig,
-    targets: Mapping[str, nn.Module],
-    overlay: Mapping[str, Tensor],
-) -> Budget:
-    return plan_budget(
-        {name: shape_of(module) for name, module in targets.items()},
-        {
-            name: (overlay_dtype(tensor.dtype, config), tuple(tensor.shape))
-            for name, tensor in overlay.items()
-        },
-        guard_names(model, base, overlay),
-        config,
-        {name for name, module in targets.items() if isinstance(module, nn.Embedding)},
-        fused_sizes(model, targets),
-    )
-
-
-def _empty(model: PreTrainedModel) -> PreTrainedModel:
-    """One like it on the meta device, which can run without weights."""
-    with torch.device("meta"):
-        return type(model)(model.config).eval()
 
 
 def _resume_store(source: Source, config: DeltaMixConfig) -> ResumeStore:

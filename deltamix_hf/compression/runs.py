@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.block_chain import BlockChain, find_blocks
-from ..calibration.blockwise import BlockwisePass, after_blocks
+from ..calibration.blockwise import BlockwisePass
 from ..calibration.data import split_rows
 from ..calibration.statistics import LayerStatistics, collect
 from ..checkpoint.base import BaseCheckpoint
 from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore, TensorList
 from ..jobs.weight_access import LazyWeights, LoadedWeights
-from ..jobs.workers import Workers
+from ..jobs.workers import ALONE, Workers
 from ..quantization.packed_delta import PackedDelta
 from .scale_tuning import TOKENS_PER_STEP, TuningRows, tuning_batches
 
-_ALONE = Workers()
 Statistics = tuple[Mapping[str, LayerStatistics], int]
+Targets = dict[str, nn.Module]
+"""Layers and experts to compress, by name."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,17 @@ class Source:
     commit: str | None = None
     files: BaseCheckpoint | None = None
     device: torch.device | str = "cpu"
-    workers: Workers = _ALONE
+    workers: Workers = ALONE
 
     def runs(
-        self,
-        base: BaseCheckpoint,
-        overlay: Mapping[str, Tensor],
-        targets: Sequence[str],
-        store: ResumeStore,
+        self, base: BaseCheckpoint, overlay: dict[str, Tensor], targets: Targets, store: ResumeStore
     ) -> Runs:
         """Give access to weights and runs; `overlay` is what is stored whole.
 
-        Raises:
-            DeltaMixError: a parameter of the model is in no file.
+        Raises DeltaMixError for a parameter of the model that is in no file.
         """
         if self.files is None:
-            return LoadedRuns(self.model, base, targets)
+            return LoadedRuns(LoadedWeights(self.model, base), targets, store)
         device = torch.device(self.device)
         weights = LazyWeights(self.model, self.files, base, device, overlay)
         return FileRuns(weights, targets, store, self.workers)
@@ -72,11 +68,11 @@ class Source:
 class LoadedRuns:
     """Weights and runs of a model in memory."""
 
-    workers = _ALONE
+    workers = ALONE
     unpack_anew = False  # factors, whenever a module runs while its scales are tuned
 
-    def __init__(self, model: PreTrainedModel, base: BaseCheckpoint, targets: Sequence[str]):
-        self.model, self.weights, self.targets = model, LoadedWeights(model, base), targets
+    def __init__(self, weights: LoadedWeights, targets: Targets, store: ResumeStore):
+        self.model, self.weights, self.targets, self.store = weights.model, weights, targets, store
 
     def statistics(
         self, modules: Mapping[str, nn.Module], batches: Sequence[Tensor], fisher: bool, seed: int
@@ -88,7 +84,7 @@ class LoadedRuns:
         """Record what scales are tuned by."""
         return tuning_batches(self.model, batches, seed)
 
-    def forget(self, batches: int) -> None:
+    def forget(self) -> None:
         """Drop what only `statistics` and `predictions` need."""
 
     def chains(self, batches: Sequence[Tensor]) -> list[BlockChain]:
@@ -112,7 +108,7 @@ class FileRuns:
     unpack_anew = True  # all of them take half as much memory as the model
 
     def __init__(
-        self, weights: LazyWeights, targets: Sequence[str], store: ResumeStore, workers: Workers
+        self, weights: LazyWeights, targets: Targets, store: ResumeStore, workers: Workers
     ):
         self.model, self.weights, self.targets = weights.model, weights, targets
         self.store, self.workers = store, workers
@@ -121,15 +117,9 @@ class FileRuns:
     def statistics(
         self, modules: Mapping[str, nn.Module], batches: Sequence[Tensor], fisher: bool, seed: int
     ) -> Statistics:
-        """Measure modules block by block.
-
-        Raises:
-            DeltaMixError: the model is no single chain of blocks.
-        """
-        (chain,), device = self.chains(batches), self.weights.device
-        found = BlockwisePass(chain, modules, fisher, seed, self.store, device, self.workers)
-        self._passes = found
-        return found.found, found.scored
+        (chain,) = self.chains(batches)
+        self._passes = BlockwisePass(chain, modules, fisher, seed, self.store, self.workers)
+        return self._passes.found, self._passes.scored
 
     def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningRows:
         if self.workers.rank:  # the first tunes
@@ -144,16 +134,16 @@ class FileRuns:
             assert passes is not None  # statistics are measured in the same run
             (b, start), last = places[i], len(passes.chain.blocks)
             hidden = passes.get("level", last, b)[start : start + len(ids)]
-            return after_blocks(passes.chain, ids, hidden)
+            return passes.chain.after_blocks(ids, hidden)
 
         return tuning_batches(self.model, batches, seed, partial(TensorList, self.store), output)
 
-    def forget(self, batches: int) -> None:
+    def forget(self) -> None:
         if self._passes is not None and self.workers.rank == 0:  # nobody is in the passes any more
-            for i in range(len(self._passes.chain.blocks)):
-                self._passes.forget("level", i + 1, range(batches))
+            self._passes.forget()
 
     def chains(self, batches: Sequence[Tensor]) -> list[BlockChain]:
+        """Capture the chain of blocks; DeltaMixError if the model is no single one."""
         blocks = find_blocks(self.model, self.targets)
         own, device = self.store.of(self.workers.rank), self.weights.device
         tensor_list = partial(TensorList, own, device=device)

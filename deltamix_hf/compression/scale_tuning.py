@@ -16,15 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..calibration.block_chain import TensorList
@@ -64,8 +62,6 @@ class TuningData:
         return len(self.wanted)
 
     def __getitem__(self, i: int) -> TuningBatch:
-        if i >= len(self):
-            raise IndexError(i)
         return TuningBatch(self.pieces[i], self.positions[i], self.wanted[i])
 
 
@@ -81,14 +77,11 @@ def tuning_batches(
     output: Callable[[int, Tensor], Any] | None = None,
     most_bytes: int = _MOST_BYTES,
 ) -> TuningData:
-    """Run the fine-tune over the batches and keep its predictions at random positions.
+    """Run the fine-tune over the batches and keep its predictions at positions drawn by the seed.
 
-    Args:
-        batches: token ids int64 [rows, length].
-        seed: of the positions.
-        tensor_list: makes the lists that keep them.
-        output: gives the model's output for piece i, if running it would be slow.
-        most_bytes: of log-probabilities, float16, that are kept.
+    Batches are token ids int64 [rows, length]; `tensor_list` makes the lists that keep the rest, up
+    to `most_bytes` of log-probabilities, float16. `output` gives the model's output for a piece by
+    its number, if running it would be slow.
     """
     random = torch.Generator().manual_seed(seed)
     pieces = [piece for ids in batches for piece in split_rows(ids, TOKENS_PER_STEP)]
@@ -144,11 +137,7 @@ def tune(
 
 
 def _train(
-    model: PreTrainedModel,
-    gains: list[Tensor],
-    data: TuningRows,
-    steps: int,
-    store: ResumeStore,
+    model: PreTrainedModel, gains: list[Tensor], data: TuningRows, steps: int, store: ResumeStore
 ) -> list[float]:
     """Adam on the gains; they end at 0 if they do not help on the texts kept out."""
     optimizer = torch.optim.Adam(gains, lr=LEARNING_RATE)
@@ -199,21 +188,8 @@ def validation_kl(model: PreTrainedModel, data: TuningRows) -> dict[str, float]:
     """Measure KL(fine-tune ‖ model) on the texts kept out, in nats per position; {} without any."""
     validation = validation_rows(data)
     positions = sum(len(item.positions) for item in validation)
-    if not positions:
-        return {}
-    return {
-        "kl": sum(_exact(model, item) for item in validation) / positions,
-        "positions": positions,
-    }
-
-
-@torch.no_grad()
-def _exact(model: PreTrainedModel, item: TuningBatch) -> float:
-    """`_divergence` of proper distributions: as they are kept, rounded and cut, it may be < 0."""
-    values, _ = prediction(model(**inputs_of(model, item.ids)))
-    found = values[item.positions.to(values.device)].double().log_softmax(-1)
-    wanted = item.wanted.to(found.device).double().log_softmax(-1)
-    return F.kl_div(found, wanted, reduction="sum", log_target=True).item()
+    kl = _mean(model, validation, exact=True)
+    return {"kl": kl, "positions": positions} if positions else {}
 
 
 def _state(optimizer: torch.optim.Optimizer, gains: list[Tensor]) -> dict[str, Tensor]:
@@ -223,14 +199,16 @@ def _state(optimizer: torch.optim.Optimizer, gains: list[Tensor]) -> dict[str, T
 
 @torch.no_grad()
 def _restore(
-    optimizer: torch.optim.Optimizer, gains: list[Tensor], state: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, gains: list[Tensor], kept: dict[str, Tensor]
 ) -> None:
-    for i, gain in enumerate(gains):
-        prefix = f"{i}."
-        found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        gain.copy_(found.pop("gain"))
-        step = {"step": found.pop("step")} if found else {}  # stays on the CPU
-        optimizer.state[gain] = {name: value.to(gain) for name, value in found.items()} | step
+    states: list[dict[str, Tensor]] = [{} for _ in gains]
+    for key, value in kept.items():
+        i, name = key.split(".")
+        states[int(i)][name] = value
+    for gain, state in zip(gains, states, strict=True):
+        gain.copy_(state.pop("gain"))
+    found = {i: state for i, state in enumerate(states) if state}  # not of what text never met
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": found})
 
 
 def _tunable(model: PreTrainedModel) -> dict[str, DeltaModule]:
@@ -250,17 +228,25 @@ def ranks_of(module: DeltaModule) -> Tensor:
 
 
 @torch.no_grad()
-def _mean(model: PreTrainedModel, data: Sequence[TuningBatch]) -> float:
+def _mean(model: PreTrainedModel, data: Sequence[TuningBatch], exact: bool = False) -> float:
     """KL(fine-tune ‖ model), nats per scored position."""
     scored = sum(len(item.positions) for item in data)
-    return sum(_divergence(model, item).item() for item in data) / max(scored, 1)
+    return sum(_divergence(model, item, exact).item() for item in data) / max(scored, 1)
 
 
-def _divergence(model: PreTrainedModel, item: TuningBatch) -> Tensor:
-    """Sum of KL(fine-tune ‖ model) over the scored positions."""
+def _divergence(model: PreTrainedModel, item: TuningBatch, exact: bool = False) -> Tensor:
+    """Sum of KL(fine-tune ‖ model) over the scored positions.
+
+    As predictions are kept, rounded and cut, it may be < 0; `exact` takes proper distributions.
+    """
     values, _ = prediction(model(**inputs_of(model, item.ids)))
-    found = values[item.positions.to(values.device)].float().log_softmax(-1).clamp(min=_LEAST)
-    wanted = item.wanted.to(found.device).float()
+    values = values[item.positions.to(values.device)]
+    if exact:
+        found = values.double().log_softmax(-1)
+        wanted = item.wanted.to(found).log_softmax(-1)
+    else:
+        found = values.float().log_softmax(-1).clamp(min=_LEAST)
+        wanted = item.wanted.to(found)
     return F.kl_div(found, wanted, reduction="sum", log_target=True)
 
 
@@ -276,26 +262,15 @@ def _open(module: DeltaModule, gain: Tensor, small: bool = False) -> None:
 
     def low_rank(x: Tensor) -> Tensor:
         right, left = kept or unpacked()
+        if isinstance(module, DeltaEmbedding):
+            return (left.T[x] * gain.exp().to(dtype)) @ right
         return (F.linear(x, right) * gain.exp().to(dtype)) @ left
 
-    def low_rank_rows(ids: Tensor) -> Tensor:
-        right, left = kept or unpacked()
-        return (left.T[ids] * gain.exp().to(dtype)) @ right
+    def forward(x: Tensor) -> Any:
+        y = module.plain((x,), {})
+        return y + (low_rank(x) if kept else checkpoint(low_rank, x, use_reentrant=False))
 
-    def added(branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if kept:
-            return branch(x)
-        return cast(Tensor, checkpoint(branch, x, use_reentrant=False))
-
-    def linear(self: nn.Linear, x: Tensor) -> Tensor:
-        return plain.forward(self, x) + added(low_rank, x)
-
-    def embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
-        return nn.Embedding.forward(self, ids) + added(low_rank_rows, ids)
-
-    plain: Any = Conv1D if isinstance(module, Conv1D) else nn.Linear
-    chosen = embedding if isinstance(module, DeltaEmbedding) else linear
-    object.__setattr__(module, "forward", MethodType(chosen, module))
+    object.__setattr__(module, "forward", forward)
 
 
 def _close(module: DeltaModule) -> None:

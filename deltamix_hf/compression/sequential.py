@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.block_chain import Arguments, BlockArgs, BlockChain, TensorList, run, tensor_of
-from ..calibration.statistics import attached
-from ..jobs.workers import Workers
+from ..calibration.statistics import hooked
+from ..jobs.workers import ALONE, Workers
 from ..nn.delta_module import oriented
 from ..nn.experts import expert_place, replace_expert
 from ..nn.layers import matrix_of, shape_of, weight_of
@@ -34,8 +34,6 @@ from .sequential_sums import StageSums, moved_targets, target_shift
 
 Finish = Callable[[dict[str, Tensor | None], Tensor | None], dict[str, Tensor]]
 """({target: change of its delta [m, n]}, their input Gram [n, n]) -> compressed weights [m, n]."""
-Owners = Callable[[Sequence[str]], dict[str, int]]
-"""The worker that compresses each of the targets of a stage."""
 
 
 @dataclass
@@ -48,6 +46,11 @@ class Stage:
     names: list[str]
     residual: str | None = None
 
+    @property
+    def watched(self) -> list[str]:
+        """The modules whose inputs are summed: the first, which ends a run, and the residual's."""
+        return [self.names[0], *([] if self.residual is None else [self.residual])]
+
 
 @torch.no_grad()
 def compress_blocks(
@@ -56,8 +59,7 @@ def compress_blocks(
     finish: Finish,
     done: Callable[[str], None],
     finished: Container[str] = (),
-    workers: Workers | None = None,
-    owners: Owners = lambda names: dict.fromkeys(names, 0),
+    workers: Workers = ALONE,
 ) -> None:
     """Compress all blocks in order.
 
@@ -69,15 +71,13 @@ def compress_blocks(
         finish: compresses the targets of a stage and returns their new weights.
         done: called with a block's name when its new weights may be put into the model.
         finished: targets that `finish` needs no measurement for; the same for all `workers`.
-        owners: the worker that compresses each of the targets of a stage.
     """
-    workers = workers or Workers()
     compressed, present = chain.entry()
     mine = workers.share(len(compressed))  # another's hidden states stay those of the first block
     stages: list[Stage] = []
     before: list[str] | None = None
     for i, name in enumerate(chain.names):
-        state = BlockState(chain, i, targets, compressed, present[i])
+        state = BlockState(chain, i, targets, compressed, present[i], workers)
         onward = () if i + 1 == len(chain.names) else mine  # hidden states nobody needs
         measured = not all(state.full(target) in finished for target in state.targets)
         with chain.hold(state.block):
@@ -87,14 +87,7 @@ def compress_blocks(
                 stages = find_stages(state.block, state.targets, entry, block_args)
             state.run_reference(stages if measured else (), mine if measured else onward)
         for stage in stages:
-            names = [state.full(target) for target in stage.names]
-            if all(target in finished for target in names):
-                state.keep(finish(dict.fromkeys(names), None))
-            else:
-                missing = [target for target in stage.names if state.full(target) not in finished]
-                changes, inputs = _targets(state, stage, missing, workers, owners(names))
-                state.keep(finish(dict.fromkeys(names) | changes, inputs))
-                del inputs
+            state.keep(finish(*state.changes(stage, finished)))
         staged = {target for stage in stages for target in stage.names}
         if others := [state.full(target) for target in state.targets if target not in staged]:
             state.keep(finish(dict.fromkeys(others), None))  # not called once: plain target
@@ -102,25 +95,6 @@ def compress_blocks(
             state.run_compressed(onward)
         chain.block_args[i], present[i] = [], []
         done(name)
-
-
-def _targets(
-    state: BlockState,
-    stage: Stage,
-    missing: Sequence[str],
-    workers: Workers,
-    owners: dict[str, int],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Measure a stage: changes [m, n] of the `missing` targets by full name, and their C [n, n]."""
-    with state.chain.hold(state.block):
-        sums = state.sums(stage, workers)
-        weights = {
-            state.full(target): matrix_of(state.block.get_submodule(target)).detach()
-            for target in missing
-        }
-        moved = moved_targets(weights, sums, workers)
-        del weights
-    return target_shift(moved, owners, sums, workers), sums.inputs
 
 
 @dataclass
@@ -138,6 +112,7 @@ class BlockState:
     all_targets: Sequence[str]
     compressed: TensorList  # hidden states of the compressed model
     block_args: BlockArgs
+    workers: Workers
     seen: dict[str, TensorList] = field(default_factory=dict)
     made: dict[str, TensorList] = field(default_factory=dict)
 
@@ -150,13 +125,12 @@ class BlockState:
         """Return a target's name in the model."""
         return f"{self.chain.names[self.index]}.{target}"
 
-    # Functions of their own, so that the last batch (0.5 GB in a block of 7B) is freed on return.
+    # Methods of their own, so that the last batch (0.5 GB in a block of 7B) is freed on return.
 
     def run_reference(self, stages: Sequence[Stage], batches: Sequence[int]) -> None:
         """Take the fine-tune's hidden states through the block, and see the inputs of stages."""
         reference, block_args = self.chain.reference, self.chain.block_args[self.index]
-        watched = [stage.names[0] for stage in stages]
-        watched += [stage.residual for stage in stages if stage.residual is not None]
+        watched = [name for stage in stages for name in stage.watched]
         self.seen = {name: self.chain.empty(f"input {name}") for name in dict.fromkeys(watched)}
         for b in batches:
             inputs, reference[b] = run(self.block, {}, reference[b], block_args[b], list(self.seen))
@@ -169,18 +143,33 @@ class BlockState:
         for b in batches:
             _, self.compressed[b] = run(self.block, weights, self.compressed[b], self.block_args[b])
 
-    def sums(self, stage: Stage, workers: Workers) -> StageSums:
+    def changes(
+        self, stage: Stage, finished: Container[str]
+    ) -> tuple[dict[str, Tensor | None], Tensor | None]:
+        """Measure a stage: by full name the changes [m, n] of targets to do, and their C [n, n]."""
+        modules = {self.full(target): self.block.get_submodule(target) for target in stage.names}
+        missing = [name for name in modules if name not in finished]
+        if not missing:
+            return dict.fromkeys(modules), None
+        with self.chain.hold(self.block):
+            sums = self.sums(stage)
+            weights = {name: matrix_of(modules[name]).detach() for name in missing}
+            moved = moved_targets(weights, sums, self.workers)
+            del weights
+        owners = self.workers.owners({name: shape_of(m) for name, m in modules.items()})
+        return dict.fromkeys(modules) | target_shift(moved, owners, sums, self.workers), sums.inputs
+
+    def sums(self, stage: Stage) -> StageSums:
         """Run the compressed model up to a stage; its sums over all workers' batches."""
-        first, residual = stage.names[0], stage.residual
-        watched, weights = [name for name in (first, residual) if name is not None], self.weights()
+        first, residual, weights = stage.names[0], stage.residual, self.weights()
         layer = self.block.get_submodule(first)
         sums = StageSums(*shape_of(layer), residual is not None, weight_of(layer).device)
-        for at, b in enumerate(workers.share(len(self.compressed))):
-            hidden = self.compressed[b]
-            found, _ = run(self.block, weights, hidden, self.block_args[b], watched, stop=first)
+        for at, b in enumerate(self.workers.share(len(self.compressed))):
+            hidden, block_args = self.compressed[b], self.block_args[b]
+            found, _ = run(self.block, weights, hidden, block_args, stage.watched, stop=first)
             pair = None if residual is None else (self.seen[residual][at], found[residual])
             sums.add(self.seen[first][at], found[first], pair)
-        sums.reduce(workers)
+        sums.reduce(self.workers)
         return sums
 
     def keep(self, matrices: dict[str, Tensor]) -> None:
@@ -219,12 +208,8 @@ def find_stages(
 ) -> list[Stage]:
     """Group the targets of a block by input tensor, in call order, with their residual streams.
 
-    Targets that are called more or less than once are left out.
-
-    Args:
-        targets: names within the block.
-        hidden: what enters the block, [rows, length, d].
-        block_args: the other arguments of its call.
+    Targets, by name within the block, that are called more or less than once are left out. `hidden`
+    [rows, length, d] enters the block.
     """
     calls = _capture(block, targets, hidden, block_args)
     stages: list[Stage] = []
@@ -247,24 +232,17 @@ def _capture(
     """Run a block and keep inputs and outputs; experts, slices of a parameter, are no modules."""
     calls = _Calls([], {}, {}, hidden)
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                calls.inputs.setdefault(name, []).append(args[0])
-                calls.order.append(name)
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            calls.inputs.setdefault(name, []).append(args[0])
+            calls.order.append(name)
 
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            calls.outputs[name] = output
-
-        return hook
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        calls.outputs[name] = output
 
     modules = {n: m for n, m in block.named_modules() if n}
-    handles = [m.register_forward_pre_hook(before(n)) for n, m in modules.items()]
-    handles += [modules[t].register_forward_hook(after(t)) for t in targets if t in modules]
-    with attached(handles):
+    inside = {name: modules[name] for name in targets if name in modules}
+    with hooked(modules, before), hooked(inside, after=after):
         calls.result = tensor_of(block(hidden, *block_args[0], **block_args[1]))
     return calls
 

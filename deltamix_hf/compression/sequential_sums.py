@@ -42,17 +42,11 @@ class StageSums:
         self.lag = torch.zeros(m, n, device=device) if residual else None
 
     def add(
-        self,
-        reference: Tensor,
-        compressed: Tensor,
-        residuals: tuple[Tensor, Tensor] | None = None,
+        self, reference: Tensor, compressed: Tensor, residuals: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Add the products of one batch.
+        """Add a batch: inputs [..., n] of both models' layers, and both residual streams [..., m].
 
-        Args:
-            reference: inputs [..., n] of the fine-tune's layer, of any dtype.
-            compressed: of the compressed model's.
-            residuals: both residual streams [..., m].
+        They are of any dtype.
         """
         x = compressed.flatten(0, -2).to(self.inputs)
         self.inputs.addmm_(x.T, x)

@@ -32,42 +32,36 @@ SUFFIX = ".part.safetensors"
 
 
 class ResumeStore:
-    """Finished parts of one job, by name.
+    """Finished parts of one job, by name, in a folder (None keeps none).
 
-    Args:
-        folder: where they are kept; None keeps none.
-        identity: of the job, from `job_identity`.
-
-    Raises:
-        DeltaMixError: the folder cannot be made.
+    `identity` is of the job, from `job_identity`. Raises DeltaMixError if the folder cannot be
+    made.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, identity: str = ""):
         self.folder = None if folder is None else Path(folder)
         self.identity = identity
-        if self.folder is not None:
-            try:
+        try:
+            if self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DeltaMixError(
-                    f"cannot keep finished parts in {folder}: {error}; give another checkpoint_dir"
-                ) from error
+        except OSError as error:
+            raise DeltaMixError(
+                f"cannot keep finished parts in {folder}: {error}; give another checkpoint_dir"
+            ) from error
 
     def _path(self, name: str) -> Path | None:
         safe = hashlib.sha256(name.encode()).hexdigest()[:24]
         return self.folder and self.folder / f"{self.identity[:24]}-{safe}{SUFFIX}"
 
     def __contains__(self, name: str) -> bool:
-        path = self._path(name)
-        return path is not None and path.is_file()
+        return (path := self._path(name)) is not None and path.is_file()
 
     def read(self, name: str, mapped: bool = False) -> tuple[dict[str, Tensor], Any] | None:
         """Read tensors and facts of a finished part; None if there is none that can be read.
 
         `mapped` tensors lie in the file, and come into memory where they are looked at.
         """
-        path = self._path(name)
-        if path is None or not path.is_file():
+        if (path := self._path(name)) is None or not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as handle:
@@ -80,24 +74,17 @@ class ResumeStore:
             return None
 
     def load(self, name: str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Any]:
-        """Read a part that this job has written, onto a device.
-
-        Raises:
-            DeltaMixError: it is gone.
-        """
-        found = self.read(name)
-        if found is None:
+        """Read a part that this job has written, onto a device; DeltaMixError if it is gone."""
+        if (found := self.read(name)) is None:
             raise DeltaMixError(f"{self.folder} was changed while it was in use")
         return {key: tensor.to(device) for key, tensor in found[0].items()}, found[1]
 
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Any = None) -> None:
         """Keep a finished part: tensors, and facts that JSON can hold.
 
-        Raises:
-            DeltaMixError: the disk is full, or the folder has gone.
+        Raises DeltaMixError if the disk is full, or the folder has gone.
         """
-        path = self._path(name)
-        if path is None:
+        if (path := self._path(name)) is None:
             return
         # An unfinished file cannot be taken for a part: it has another suffix.
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -122,8 +109,7 @@ class ResumeStore:
 
     def forget(self, name: str) -> None:
         """Drop a part, if it is there."""
-        path = self._path(name)
-        if path is not None:
+        if (path := self._path(name)) is not None:
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:

@@ -8,9 +8,9 @@ weight is read again then. Where a matrix has been compressed, its weight is the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,10 +49,9 @@ class LoadedWeights:
 
 
 def unloaded(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model in its config's dtype whose parameters have shapes and no values.
+    """Build a model in its config's dtype, its parameters without values.
 
-    Raises:
-        DeltaMixError: the class refuses the config.
+    Raises DeltaMixError if the class refuses the config.
     """
     make: Any = cls
     try:
@@ -63,26 +62,12 @@ def unloaded(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrained
     return model.requires_grad_(False).eval()
 
 
-@dataclass
-class _Part:
-    """A block with all it holds, or another module with its own parameters alone."""
-
-    owners: list[tuple[str, nn.Module]]  # full names of modules and themselves
-    users: int = 0
-    taken: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
-
-
 class LazyWeights:
-    """Weights of a model, as `unloaded` makes it, which has them while its modules run.
+    """Weights of a model, as `unloaded` makes it, which has them while its modules run on `device`.
 
-    Args:
-        tuned: where its weights are.
-        base: where they are once `put_base` was called.
-        device: where it runs.
-        overlay: what is in memory all the time, by name, and may be changed there.
-
-    Raises:
-        DeltaMixError: a parameter of the model is in no file.
+    They are read from `tuned`, or from `base` once `put_base` was called; `overlay` is in memory
+    all the time, by name, and may be changed there. Raises DeltaMixError for a parameter of the
+    model that is in no file.
     """
 
     def __init__(
@@ -99,29 +84,29 @@ class LazyWeights:
         self.experts_of_base: dict[str, list[int]] = {}
         self._ties: dict[str, str] = dict(model.all_tied_weights_keys)
         self._addresses: dict[int, str] = {}  # of weights in memory -> their names
-        self._parts: dict[nn.Module, _Part] = {}
+        # By block, or another module with parameters: modules inside, what it has, running calls.
+        self._owners: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
+        self._taken: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+        self._calls = Counter[nn.Module]()
         for name, _ in model.named_parameters():
             if self._ties.get(name, name) not in tuned:
                 raise DeltaMixError(f"the fine-tune's files hold no {name}: they are incomplete")
-        named = list(model.named_modules())
-        lists = [m for _, m in named if isinstance(m, nn.ModuleList)]
-        blocks = {id(block) for blocks in lists for block in blocks}
-        prefixes: tuple[str, ...] = ()
-        for name, module in named:
-            if name.startswith(prefixes or "\n"):
-                continue
-            if id(module) in blocks:
-                prefixes += (f"{name}.",)
-                inside = [(n, m) for n, m in named if n == name or n.startswith(f"{name}.")]
-                self._add(module, _Part(inside))
-            elif module._parameters:
-                self._add(module, _Part([(name, module)]))
-        for name, module in named:
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        blocks = {block for blocks in lists for block in blocks}
+        inside: tuple[str, ...] = ()  # prefixes of names in blocks
+        for name, module in model.named_modules():
             for leaf, buffer in module._buffers.items():
                 full = f"{name}.{leaf}".lstrip(".")
                 if buffer is not None:
                     value = tuned.read(full).to(buffer.dtype) if full in tuned else buffer
                     module._buffers[leaf] = value.to(device)
+            if name.startswith(inside):
+                continue
+            if module in blocks:
+                inside += (f"{name}.",)
+                self._add(module, list(module.named_modules(prefix=name)))
+            elif module._parameters:
+                self._add(module, [(name, module)])
 
     def read(self, name: str) -> Tensor:
         """Read the present value of a parameter, on the CPU, in the dtype of its file."""
@@ -171,39 +156,37 @@ class LazyWeights:
         with saved_tensors_hooks(pack, unpack):
             yield
 
-    def _add(self, module: nn.Module, part: _Part) -> None:
-        self._parts[module] = part
+    def _add(self, module: nn.Module, owners: list[tuple[str, nn.Module]]) -> None:
+        self._owners[module] = owners
         module.register_forward_pre_hook(lambda module, args: self._take(module))
         module.register_forward_hook(
             lambda module, args, output: self._release(module), always_call=True
         )
 
     def _take(self, module: nn.Module) -> None:
-        part = self._parts[module]
-        part.users += 1
-        if part.users > 1:
+        self._calls[module] += 1
+        if self._calls[module] > 1:
             return
-        for name, owner in part.owners:
+        taken = self._taken[module] = []
+        for name, owner in self._owners[module]:
             for leaf, empty in owner._parameters.items():
                 if empty is None or empty.device.type != "meta":
                     continue  # packed factors
                 full = f"{name}.{leaf}".lstrip(".")
                 value = self.read(full).to(self.device, empty.dtype).contiguous()
                 self._addresses[value.untyped_storage().data_ptr()] = full
-                part.taken.append((owner, leaf, empty))
+                taken.append((owner, leaf, empty))
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _release(self, module: nn.Module) -> None:
-        part = self._parts[module]
-        part.users -= 1
-        if part.users:
+        self._calls[module] -= 1
+        if self._calls[module]:
             return
-        for owner, leaf, empty in part.taken:
+        for owner, leaf, empty in self._taken.pop(module):
             held = owner._parameters[leaf]
             assert held is not None
             self._addresses.pop(held.untyped_storage().data_ptr(), None)
             owner._parameters[leaf] = empty
-        part.taken.clear()
 
 
 Weights = LoadedWeights | LazyWeights

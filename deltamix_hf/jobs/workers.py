@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -24,14 +24,13 @@ from .resume_store import ResumeStore
 
 _INTERVAL = 0.02  # seconds between two looks for a part
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Workers:
     """This process is number `rank` of `size`.
 
-    It waits `patience` seconds for the others: one that died is for the launcher to notice.
+    It waits `patience` seconds for the others: one that died is for the launcher to notice. What
+    they do together raises DeltaMixError if they cannot find each other.
     """
 
     rank: int = 0
@@ -47,8 +46,9 @@ class Workers:
         """Return which of `count` things are this process's: a slice, as long as anyone's."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Assign a rank to every name, dearest first to whoever has least to do."""
+    def owners(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        """Assign a rank to every matrix [m, n], dearest first to whoever has least to do."""
+        costs = {name: float(m * n * min(m, n)) for name, (m, n) in shapes.items()}
         loads = [0.0] * self.size
         found: dict[str, int] = {}
         for name in sorted(costs, key=lambda name: (-costs[name], name)):
@@ -56,43 +56,27 @@ class Workers:
             loads[found[name]] += costs[name]
         return found
 
-    def from_first(self, value: T) -> T:
-        """Broadcast what the first process gives, anything that can be pickled.
-
-        Raises:
-            DeltaMixError: the processes cannot find each other.
-        """
+    def from_first(self, value: Any) -> Any:
+        """Broadcast what the first process gives, anything that can be pickled."""
         shared = [value]
         if self.size > 1:
-            dist.broadcast_object_list(shared, 0, group=_group(self.size, self.patience))
+            dist.broadcast_object_list(shared, 0, group=_group(self))
         return shared[0]
 
     def add_up(self, tensor: Tensor) -> None:
-        """All-reduce a tensor of any shape and dtype, in place.
-
-        Raises:
-            DeltaMixError: the processes cannot find each other.
-        """
+        """All-reduce a tensor of any shape and dtype, in place."""
         if self.size > 1:
             total = tensor.cpu()
-            dist.all_reduce(total, group=_group(self.size, self.patience))
+            dist.all_reduce(total, group=_group(self))
             tensor.copy_(total)
 
     def barrier(self) -> None:
-        """Wait until all processes are here.
-
-        Raises:
-            DeltaMixError: the processes cannot find each other.
-        """
+        """Wait until all processes are here."""
         if self.size > 1:
-            dist.barrier(group=_group(self.size, self.patience))
+            dist.barrier(group=_group(self))
 
     def wait(self, store: ResumeStore, part: str) -> None:
-        """Return when another process has finished `part`.
-
-        Raises:
-            DeltaMixError: it does not come.
-        """
+        """Return when another process has finished `part`; DeltaMixError if it does not come."""
         until = time.monotonic() + self.patience
         while part not in store:
             if time.monotonic() > until:
@@ -100,24 +84,18 @@ class Workers:
             time.sleep(_INTERVAL)
 
 
-@cache
-def _group(size: int, patience: float) -> dist.ProcessGroup:
-    """Make a group of all processes on the CPU, whatever else they talk through.
+ALONE = Workers()
 
-    Raises:
-        DeltaMixError: they were not started together.
-    """
+
+@cache
+def _group(workers: Workers) -> dist.ProcessGroup:
+    """Make a group of all processes on the CPU, whatever else they talk through."""
     if not dist.is_initialized():
         try:
             dist.init_process_group("gloo")
         except (ValueError, RuntimeError) as error:
             raise DeltaMixError(
-                f"the {size} workers cannot find each other: {first_line(error)}; start them by "
-                "torchrun or accelerate launch"
+                f"the {workers.size} workers cannot find each other: {first_line(error)}; start "
+                "them by torchrun or accelerate launch"
             ) from error
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
-
-
-def cost(m: int, n: int) -> float:
-    """Estimate what compressing an [m, n] matrix costs, in multiplications."""
-    return float(m * n * min(m, n))
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=workers.patience))

@@ -36,8 +36,7 @@ def by_block(model, folder, fisher, workers=ALONE):
         tensor_list = partial(TensorList, store.of(workers.rank))
         chain = BlockChain(model, blocks, BATCHES, tensor_list=tensor_list)
         assert chain.capture() and chain.plain
-        device = torch.device("cpu")
-        return BlockwisePass(chain, modules, fisher, 0, store, device, workers)
+        return BlockwisePass(chain, modules, fisher, 0, store, workers)
 
 
 @pytest.mark.parametrize("fisher", [True, False])

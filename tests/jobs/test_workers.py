@@ -30,12 +30,15 @@ def test_every_batch_is_somebodys(count, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@given(costs=st.dictionaries(st.text("ab", min_size=1), st.floats(0.1, 9)), size=st.integers(1, 4))
-def test_matrices_are_shared_by_cost(costs, size):
-    owners = {rank: Workers(rank, size).owners(costs) for rank in range(size)}
-    found = owners[0]
+SIDES = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@given(shapes=st.dictionaries(st.text("ab", min_size=1), SIDES), size=st.integers(1, 4))
+def test_matrices_are_shared_by_cost(shapes, size):
+    owners = {rank: Workers(rank, size).owners(shapes) for rank in range(size)}
+    found, costs = owners[0], {name: m * n * min(m, n) for name, (m, n) in shapes.items()}
     assert all(other == found for other in owners.values())
-    assert found.keys() == costs.keys() and set(found.values()) <= set(range(size))
+    assert found.keys() == shapes.keys() and set(found.values()) <= set(range(size))
     loads = [sum(costs[n] for n in costs if found[n] == rank) for rank in range(size)]
     assert max(loads) - min(loads) <= max(costs.values(), default=0)  # no fairer by one matrix
 
