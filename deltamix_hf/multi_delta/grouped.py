@@ -55,8 +55,9 @@ class FactorTable(LayerTable):
     def __init__(self, module: Any, device: torch.device):
         super().__init__()
         m, n = module.weight.shape
-        self.table = triton_kernels().Table(module.dm_row_deltas.router.slots.size, m, n, device)
-        self.linear = isinstance(module, nn.Linear)
+        self.linear, self.dtype = isinstance(module, nn.Linear), module.weight.dtype
+        size = module.dm_row_deltas.router.slots.size
+        self.table = triton_kernels().Table(size, m, n, device, embedding=not self.linear)
 
     def _enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
         self.table.clear(slot)
@@ -64,7 +65,11 @@ class FactorTable(LayerTable):
         if (packed is None and not overlay) or not known:
             return False
         factors = None if packed is None else kernel_packed(packed)
-        return self.table.put(slot, factors, overlay.get("bias"))
+        return self.table.put(slot, factors, self.dtype, overlay.get("bias"))
+
+    def is_long(self, x: Tensor, deltas: int) -> bool:
+        """Whether x has so many rows a delta that dequantizing its factors for each is faster."""
+        return self.linear and x.numel() > deltas * triton_kernels().DECODE_ROWS * x.shape[-1]
 
     def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
         y = module.plain((x,), {}).contiguous()
@@ -153,6 +158,8 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
         here &= set(route.names)
         if not here:
             return None
+        if isinstance(table, FactorTable) and table.is_long(x, len(here)):
+            return None
     if rows == 0 or not here <= table.names:
         return None
     return table.run(module, x, plan)
@@ -162,17 +169,25 @@ def _table(module: Any, x: Tensor, recording: bool) -> LayerTable | None:
     """The module's table, made when it first runs: trying out what a norm does takes a while."""
     deltas = module.dm_row_deltas
     if not deltas.tried and not recording:
-        weights = _tensors(module)
-        plain = all(t.dtype in TRITON_DTYPES and t.device == x.device for t in weights.values())
-        if plain and (isinstance(module, DeltaEmbedding) or module.dm_plain_class is nn.Linear):
-            deltas.table = FactorTable(module, x.device)
-        elif plain and x.dim() > 1 and _multiplies_rows(module, x):
-            deltas.table = VectorTable(module, x.device)
+        deltas.table = triton_kernels().persistent(x.device, lambda: _new_table(module, x))
         deltas.tried = True
-        if deltas.table is not None:
-            for name in {*deltas.packed, *deltas.overlay}:
-                deltas.table.refresh(module, name)
     return deltas.table
+
+
+def _new_table(module: Any, x: Tensor) -> LayerTable | None:
+    weights, deltas = _tensors(module), module.dm_row_deltas
+    table: LayerTable
+    if not all(t.dtype in TRITON_DTYPES and t.device == x.device for t in weights.values()):
+        return None
+    if isinstance(module, DeltaEmbedding) or module.dm_plain_class is nn.Linear:
+        table = FactorTable(module, x.device)
+    elif x.dim() > 1 and _multiplies_rows(module, x):
+        table = VectorTable(module, x.device)
+    else:
+        return None
+    for name in {*deltas.packed, *deltas.overlay}:
+        table.refresh(module, name)
+    return table
 
 
 def _tensors(module: Any) -> dict[str, Tensor]:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeltaMixError
+from ..nn import compiled
 from ..nn.delta_module import DeltaModule, first_tensor, joined_class
 from ..nn.experts import DeltaExperts, is_experts
 from ..nn.layers import change_class, routable_class
 from ..quantization.packed_delta import PackedDelta
-from . import compiled
 from .grouped import run_grouped
 from .routing import PackedRoute, Route, Router
 
@@ -46,15 +46,14 @@ class RoutedDeltas:
         packed: delta name -> its packed form for this layer's weight, or for experts.
         overlay: delta name -> tensors in place of the base's; the weight is never among them if
             the delta packs it.
-        number: its module's number among those that compiled code asks for.
         has_batch: whether the first dimension of the input is the batch, or 1 for all rows alike.
             (T5's table of relative positions is looked up without one.)
         table: a `grouped.LayerTable`, once `tried` what the kernels can do for it.
         captured: a CUDA graph was recorded with it.
     """
 
-    def __init__(self, router: Router, number: int):
-        self.router, self.number = router, number
+    def __init__(self, router: Router):
+        self.router = router
         self.packed: dict[str, PackedDelta | ExpertDeltas] = {}
         self.overlay: dict[str, Overlay] = {}
         self.has_batch = True
@@ -63,8 +62,6 @@ class RoutedDeltas:
 
     def run(self, module: DeltaModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the output of `module` by the route now in force."""
-        if torch.compiler.is_compiling():
-            return compiled.opaque(module, args, kwargs)
         route = self.router.route
         if isinstance(route, PackedRoute) and not route.alike:
             return self._by_token(module, route.seen_by(module), args, kwargs)
@@ -76,6 +73,23 @@ class RoutedDeltas:
         if route.alike:
             return self.output(module, route.names[0], None, args, kwargs)
         return self._by_row(module, route, args, kwargs)
+
+    def run_compiled(self, module: DeltaModule, x: Tensor) -> Tensor:
+        """Return the output for x, whose rows may be those that were named, repeated.
+
+        Raises:
+            DeltaMixError: the module sees one row for the whole batch.
+        """
+        route = self.router.route
+        fits = x.dim() > 0 and x.shape[0] % len(route.rows) == 0
+        with self.router.using(route.of_batch(x.shape[0]) if fits else route):
+            y: Tensor = self.run(module, (x,), {})
+        if y.shape[:1] != x.shape[:1]:
+            raise DeltaMixError(
+                f"a {module.dm_plain_class.__name__} sees one row for the whole batch, which a "
+                "compiled model cannot give different deltas: pass one for each row (position_ids)"
+            )
+        return y
 
     def touched(self, delta: str) -> bool:
         """Whether a delta changes this layer."""
@@ -164,7 +178,8 @@ def make_routed(module: nn.Module, router: Router) -> DeltaModule:
     experts = is_experts(module)
     change_class(module, joined_class(cls, (DeltaExperts, cls)) if experts else routable_class(cls))
     assert isinstance(module, DeltaModule)
-    module.dm_row_deltas = RoutedDeltas(router, compiled.register(module))
+    module.dm_row_deltas = RoutedDeltas(router)
+    module.dm_number = compiled.register(module)
     return module
 
 

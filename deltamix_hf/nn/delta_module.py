@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaMixError
+from ..ops.dispatch import TRITON, choose
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import PREFIX, GroupSizes, Runs
+from . import compiled
 
 
 def oriented(module: nn.Module, weight: Tensor) -> Tensor:
@@ -29,6 +31,9 @@ class RowDeltas(Protocol):
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the output of `module`, each row with its own delta."""
+
+    def run_compiled(self, module: Any, x: Tensor) -> Tensor:
+        """Return the same for the one tensor x, called by compiled code."""
 
     def moved(self, module: Any, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow `module`, whose tensors went through `fn`."""
@@ -54,16 +59,42 @@ class DeltaModule(nn.Module):
         dm_plain_class: the class it was made from, whose forward makes the base's output.
         dm_own: the layer's own delta by the weight's name, `weight` or a 3-D parameter's.
         dm_row_deltas: the named deltas; None: all rows take the layer's own.
+        dm_number: under which compiled code finds the module.
     """
 
     dm_plain_class: Any
     dm_own: dict[str, OwnDelta]
     dm_row_deltas: RowDeltas | None = None
+    dm_number: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and self._is_opaque(args, kwargs):
+            return compiled.opaque(self, args, kwargs)
         if self.dm_row_deltas is not None:
             return self.dm_row_deltas.run(self, args, kwargs)
         return self.straight(*args, **kwargs)
+
+    def _is_opaque(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether compilers must not look into it: its kernels look up what there is, and how.
+
+        With gradients, and on a CPU, what they see are the ops of `ops/low_rank.py`.
+        """
+        if self.dm_row_deltas is not None:
+            return True
+        device = first_tensor(args, kwargs).device
+        plain = len(args) == 1 and not kwargs and not torch.is_grad_enabled()
+        return plain and choose(device) == TRITON and not torch.is_autocast_enabled(device.type)
+
+    def run_compiled(self, x: Tensor) -> Tensor:
+        """Return the output for x, called by compiled code."""
+        if self.dm_row_deltas is not None:
+            return self.dm_row_deltas.run_compiled(self, x)
+        y: Tensor = self.straight(x)
+        return y
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["dm_number"] = compiled.register(self)  # a copy is another module
 
     def straight(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output with the layer's own delta for all rows."""
@@ -99,6 +130,7 @@ class DeltaModule(nn.Module):
         names = packed.names("" if leaf == "weight" else leaf)
         own = OwnDelta(packed.m, packed.n, packed.group_sizes, packed.runs, names)
         self.__dict__.setdefault("dm_own", {})[leaf] = own
+        self.__dict__["dm_number"] = compiled.register(self)
         for part, tensor in packed.tensors.items():
             parameter: Any = tensor
             if not isinstance(tensor, nn.Parameter):

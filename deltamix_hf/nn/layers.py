@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaMixError
-from ..ops.low_rank import cheapest, delta_linear, expand_linear, low_rank, low_rank_rows
+from ..ops.low_rank import cheapest, delta_linear, low_rank, low_rank_rows
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import PREFIX, check_parts
 from .delta_module import DeltaModule, joined_class, merged_name, oriented, own_deltas
@@ -66,7 +66,13 @@ class DeltaLinear(DeltaModule, nn.Linear):
 
     dm_plain_class = nn.Linear
     dm_merged: Tensor | None  # see `merging.py`
-    dm_shared_input: Any = None  # a `shared_input.SharedInput`, if h is shared with other layers
+    dm_shared_input: Any = None  # a `shared_input.SharedInput`, of this layer alone or of several
+
+    def _is_opaque(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        group = self.dm_shared_input  # is one op for all its members
+        if self.dm_row_deltas is None and group is not None and group.usable(self, *args, **kwargs):
+            return False
+        return super()._is_opaque(args, kwargs)
 
     def straight(self, x: Tensor) -> Tensor:
         if self.dm_merged is not None:
@@ -74,15 +80,19 @@ class DeltaLinear(DeltaModule, nn.Linear):
         packed = self.packed()
         if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
             return self.with_delta(packed, None, (x,), {})
+        if self.dm_shared_input is not None and self.dm_shared_input.usable(self, x):
+            return self.dm_shared_input.output(self, x)
         *tensors, runs, _, _, group_sizes = packed.op_arguments
-        if self.dm_shared_input is not None and self.dm_shared_input.usable(x):
-            h, first = self.dm_shared_input.down_project(self, x)
-            return cheapest(expand_linear)(x, self.weight, self.bias, h, first, *tensors[:3], runs)
         linear = cheapest(delta_linear)
         return linear(x, self.weight, self.bias, *tensors, runs, group_sizes)
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
         return cheapest(low_rank)(x.to(dtype), *packed.op_arguments, transposed=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.dm_shared_input is not None:
+            self.dm_shared_input.forget()
+        return super()._apply(fn, recurse)
 
 
 class DeltaConv1D(DeltaModule, Conv1D):
@@ -117,7 +127,7 @@ class DeltaEmbedding(DeltaModule, nn.Embedding):
         return nn.Embedding.forward(self, *args, **kwargs)  # a subclass's forward calls ours
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return cheapest(low_rank_rows)(x.long(), *packed.op_arguments).to(dtype)
+        return cheapest(low_rank_rows)(x.long(), *packed.op_arguments, dtype)
 
 
 _CLASSES: dict[type[nn.Module], type[DeltaModule]] = {
@@ -201,7 +211,7 @@ def detach(module: DeltaModule) -> None:
     """Drop the layer's own delta and restore the plain class (weights untouched)."""
     for name in [*module.delta_parameters(), *map(merged_name, module.dm_own)]:
         delattr(module, name)
-    for name in ("dm_own", "dm_shared_input"):
+    for name in ("dm_own", "dm_number", "dm_shared_input"):
         module.__dict__.pop(name, None)
     change_class(module, module.dm_plain_class)
 

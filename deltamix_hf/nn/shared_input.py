@@ -1,11 +1,12 @@
-"""Layers that read the same tensor (q/k/v, gate/up) compute h = x·V̂ᵀ together.
+"""Layers that read the same tensor (q/k/v, gate/up) make their products together.
 
-By Triton that is one launch for all. On a CPU it is one look-up of all their codes: at one token
-the overhead of small tensor operations is most of the delta's time.
+On a GPU that is two launches for all of them: h = x·V̂ᵀ, then the base's products with Û's part of
+them. On a CPU it is one look-up of all codes of V: at one token the overhead of small tensor
+operations is most of the delta's time.
 
 Which layers may share an input is known by name; whether they do is seen at run time: the first one
-that is called computes h = x·V̂ᵀ for all, the others take theirs if they are called with the very
-same tensor. If grouped layers share no input, the extra projection is wasted; after two misses the
+that is called computes all outputs, the others take theirs if they are called with the very same
+tensor. If grouped layers share no input, the others' products are wasted; after two misses the
 group dissolves. With gradients, every layer is on its own.
 """
 
@@ -16,10 +17,14 @@ from threading import get_ident
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import cpu, low_rank
-from ..ops.dispatch import TRITON, choose
+from ..ops import cpu
+from ..ops.dispatch import TRITON, choose, kernel_packed, state_of, triton_kernels
+from ..ops.low_rank import plain_delta_linear
+from . import compiled
+from .delta_module import own_deltas
 from .layers import DeltaLinear, weight_of
 
 NAMES = (
@@ -36,17 +41,19 @@ _CROSS = ("cross", "encdec", "encoder_attn")
 
 @dataclass
 class _Shared:
-    """x, its h for all members, and the members that have not taken theirs yet."""
+    """x as it was, the outputs of all members, and those that have not been taken yet."""
 
     x: Tensor
-    h: Tensor
-    waiting: list[int]
+    state: Any
+    outputs: dict[int, Tensor]
 
 
 class SharedInput:
-    """A group of layers with one input; holds h only until the last of them has taken it.
+    """One to three layers with one input; holds outputs only until the last of them is taken.
 
     Attributes:
+        members: whose deltas have the Gaussian codebook and one scale a vector.
+        lengths: outputs of each.
         most_misses: after this many calls with other inputs the group dissolves.
     """
 
@@ -54,83 +61,140 @@ class SharedInput:
 
     def __init__(self, members: list[DeltaLinear]):
         self.members = members
+        self.lengths = [weight_of(member).shape[0] for member in members]
         self.misses = 0
-        self._quick = all(
-            cpu.supported(tuple(p.runs), p.zeros is None, p.group_sizes)
-            for p in (member.packed() for member in members)
+        packed = [member.packed() for member in members]
+        self._quick = len(members) > 1 and all(
+            cpu.supported(tuple(p.runs), p.zeros is None, p.group_sizes) for p in packed
         )
-        self._running: dict[int, _Shared] = {}  # by thread
+        self._begin()
 
-    def usable(self, x: Tensor) -> bool:
-        """Tell whether Triton or look-up runs, without gradients, on all members where x is."""
+    def _begin(self) -> None:
+        self.number = compiled.register(self)
+        self._running: dict[int, _Shared] = {}  # by thread
+        self._plan: Any = None
+        self._planned: Any = None  # what the plan was made of
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("number", "_running", "_plan", "_planned")
+        return {key: value for key, value in vars(self).items() if key not in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    def usable(self, member: DeltaLinear, x: Tensor) -> bool:
+        """Tell whether the kernels or look-up run, without gradients, on all members where x is."""
         if torch.is_grad_enabled() and x.requires_grad:
             return False
-        if choose(x.device) != TRITON and not (
-            self._quick
-            and x.device.type == "cpu"
-            and x.dtype != torch.float64
-            and not torch.compiler.is_compiling()
-        ):
-            return False
-        return all(member.dm_v.device == x.device for member in self.members)
+        if choose(x.device) == TRITON:
+            k, compiling = triton_kernels(), torch.compiler.is_compiling()
+            few = compiling or 0 < x.numel() <= k.DECODE_ROWS * x.shape[-1]
+            fits = few and x.dtype in k.DECODE_DTYPES
+        else:
+            fits = self._quick and x.device.type == "cpu" and x.dtype != torch.float64
+            fits = fits and not torch.compiler.is_compiling()
+        # a shadow of a member, or a replica of one, has tensors of its own
+        return fits and any(one is member for one in self.members) and self._is_at(x)
 
-    def down_project(self, member: DeltaLinear, x: Tensor) -> tuple[Tensor, int]:
-        """Return h of all members for x [..., n], and the column where this member's ranks begin.
+    def _is_at(self, x: Tensor) -> bool:
+        """Whether all members' weights and codes are where x is, and of its dtype."""
+        for member in self.members:
+            weight, v = member._parameters["weight"], member._parameters["dm_v"]
+            if not weight.device == v.device == x.device or weight.dtype != x.dtype:
+                return False
+        return True
 
-        h is float32 [splits, rows, all ranks], partial sums.
-        """
-        index = self.members.index(member)
-        thread = 0 if torch.compiler.is_compiling() else get_ident()
-        shared = self._running.get(thread)
-        if shared is None or shared.x is not x or index not in shared.waiting:
+    def output(self, member: DeltaLinear, x: Tensor) -> Tensor:
+        """Return the member's output [..., m] for x [..., n]; its first call computes all."""
+        compiling = torch.compiler.is_compiling()
+        if len(self.members) == 1 and not compiling:
+            return self.products(x)[0]
+        thread, state = (0, None) if compiling else (get_ident(), state_of(x))
+        key, shared = id(member), self._running.get(thread)
+        same = shared is not None and shared.x is x and shared.state == state
+        if not same or key not in shared.outputs:
             if shared is not None:
                 self._miss()
-            h = low_rank.cheapest(low_rank.down_project)(x, *_arguments(self.members))
-            shared = self._running[thread] = _Shared(x, h, list(range(len(self.members))))
-        shared.waiting.remove(index)
-        if not shared.waiting:
+            made = compiled.layers_of_one_input(x, self.number) if compiling else self.products(x)
+            outputs = {id(one): y for one, y in zip(self.members, made, strict=True)}
+            shared = self._running[thread] = _Shared(x, state, outputs)
+        y = shared.outputs.pop(key)
+        if not shared.outputs:
             del self._running[thread]
-        return shared.h, sum(_rank(m) for m in self.members[:index])
+        return y
+
+    def products(self, x: Tensor) -> list[Tensor]:
+        """Return x·Wᵀ + (x·V̂ᵀ)·Ûᵀ + bias [..., m] of every member for x [..., n]."""
+        weights, biases = [m.weight for m in self.members], [m.bias for m in self.members]
+        flat = x.reshape(-1, x.shape[-1])
+        if choose(x.device) == TRITON:
+            if len(flat) > triton_kernels().DECODE_ROWS or not len(flat):
+                return [self._alone(member, x) for member in self.members]
+            found = self._plan_for(x).linear(flat, weights, biases)
+            return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
+        packed = [member.packed() for member in self.members]
+        runs = [tuple(p.runs) for p in packed]
+        with torch.autocast(x.device.type, enabled=False):
+            h = cpu.down_project(
+                flat, [p.v for p in packed], [p.ranks for p in packed], runs, x.shape[-1]
+            )
+            found, first = [], 0
+            for p, own, weight, bias in zip(packed, runs, weights, biases, strict=True):
+                inner = h[:, first : first + p.rank]
+                delta = cpu.up_project(inner, p.u, p.ranks, own, p.m, x.dtype)
+                y = F.linear(x, weight, bias)
+                found.append(y.add_(delta.view(y.shape)))
+                first += p.rank
+        return found
+
+    def _alone(self, member: DeltaLinear, x: Tensor) -> Tensor:
+        *tensors, runs, _, _, group_sizes = member.packed().op_arguments
+        return plain_delta_linear(x, member.weight, member.bias, *tensors, runs, group_sizes)
+
+    def _plan_for(self, x: Tensor) -> Any:
+        """The members' `DecodePlan`, made anew when their codes have moved or changed."""
+        of: list[Any] = [x.dtype]
+        for member in self.members:
+            of.append(member.dm_own["weight"])
+            held = member._parameters
+            of += [state_of(held[name]) for name in ("dm_v", "dm_u", "dm_ranks")]
+        if of != self._planned:
+            packed = [kernel_packed(member.packed()) for member in self.members]
+            k = triton_kernels()
+            self._plan = k.persistent(x.device, lambda: k.DecodePlan(packed, x.dtype))
+            self._planned = of
+        return self._plan
+
+    def forget(self) -> None:
+        """Drop the plan, whose codes would stay on the device that the members leave."""
+        self._plan = self._planned = None
 
     def _miss(self) -> None:
         self.misses += 1
         if self.misses >= self.most_misses:
             for member in self.members:
-                member.dm_shared_input = None
+                member.dm_shared_input = SharedInput([member])
 
 
 def link_shared_inputs(model: nn.Module) -> None:
     """Find the groups of a model; call it again when its layers have changed."""
+    layers = [m for m in own_deltas(model).values() if isinstance(m, DeltaLinear)]
+    packed = {m: m.packed() for m in layers}
+    for member, p in packed.items():
+        plain = p.zeros is None and not any(p.group_sizes)
+        member.dm_shared_input = SharedInput([member]) if plain else None
     for name, parent in model.named_modules():
         if any(mark in name.lower() for mark in _CROSS):
             continue
         children = dict(parent.named_children())
         for names in NAMES:
             found = [c for n in names if isinstance(c := children.get(n), DeltaLinear)]
-            members = [m for m in found if "dm_own" in m.__dict__]
-            packed = {m: m.packed() for m in members}
-            alike = [m for m, p in packed.items() if p.zeros is None and not any(p.group_sizes)]
-            alike = [m for m in alike if weight_of(m).shape[1] == weight_of(alike[0]).shape[1]]
-            for member in members:
-                member.dm_shared_input = None
+            alike = [m for m in found if m in packed and m.dm_shared_input is not None]
+            # transformers hands a layer its part of a weight that processes share: its own only
+            alike = [m for m in alike if not hasattr(m.weight, "device_mesh")]
+            alike = [m for m in alike if packed[m].n == packed[alike[0]].n]
             if len(alike) > 1:
                 group = SharedInput(alike)
                 for member in alike:
                     member.dm_shared_input = group
-
-
-def _rank(member: DeltaLinear) -> int:
-    return sum(count for count, _, _ in member.dm_own["weight"].runs)
-
-
-def _arguments(members: list[DeltaLinear]) -> tuple[Any, ...]:
-    """The lists that `low_rank.down_project` takes."""
-    flat = [[number for run in m.dm_own["weight"].runs for number in run] for m in members]
-    return (
-        [m.dm_v for m in members],
-        [m.dm_u for m in members],
-        [m.dm_ranks for m in members],
-        [number for runs in flat for number in runs],
-        [len(runs) for runs in flat],
-        [weight_of(m).shape[0] for m in members],
-    )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import DeltaMixError, first_line
@@ -80,6 +81,11 @@ def kernel_packed(packed: PackedDelta) -> Any:
     tensors = packed.v, packed.u, packed.ranks, packed.zeros
     layout = tuple(packed.runs), packed.m, packed.n, packed.group_sizes
     return triton_kernels().Packed(*tensors, *layout)
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Tell one content of a tensor from another: its address, and how often it was changed."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def capturing(device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from ..quantization import uniform
 from ..quantization.packed_delta import PackedDelta
 from ..transformers_private import moe
 from . import cpu
-from .dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
+from .dispatch import TRITON, capturing, choose, kernel_packed, state_of, triton_kernels
 
 Project = Callable[[str, Tensor, Tensor], Tensor]
 """(name of a 3-D parameter, x [S, n] sorted by expert, ends int32 [experts]) -> [S, m].
@@ -186,15 +186,15 @@ def add_delta(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> Tensor
 
 
 class _ExpertTable:
-    """Addresses of all experts' factors; `sound` if the kernels know them."""
+    """Addresses of all experts' factors; `sound` if the kernels know them for `dtype`."""
 
-    def __init__(self, packed: PackedDelta):
-        self.addresses = _addresses(packed)
+    def __init__(self, packed: PackedDelta, dtype: torch.dtype):
+        self.of = _table_of(packed, dtype)
         device, factors = packed.v.device, packed.untied().split()
         self.slots = torch.arange(len(factors), dtype=torch.int32, device=device)
         self.table = triton_kernels().Table(len(factors), packed.m, packed.n, device)
         self.sound = all(
-            own is None or self.table.put(number, kernel_packed(own))
+            own is None or self.table.put(number, kernel_packed(own), dtype)
             for number, own in enumerate(factors)
         )
 
@@ -207,23 +207,25 @@ def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> b
 
     Rows and `ends` as for `Project`. Not for min-max grids, gradients or autocast.
     """
-    fits = packed.zeros is None and y.dtype == x.dtype and x.dtype in TRITON_DTYPES
+    fits = packed.zeros is None and y.dtype == x.dtype
     if not fits or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
     if choose(x.device) != TRITON:
         return False
     found = _tables.get(packed.v)
-    if found is None or found.addresses != _addresses(packed):  # the model was moved
+    k = triton_kernels()
+    if found is None or found.of != _table_of(packed, x.dtype):  # the model was moved
         if capturing(x.device):
             return False
-        found = _tables[packed.v] = _ExpertTable(packed)
+        table = k.persistent(x.device, lambda: _ExpertTable(packed, x.dtype))
+        found = _tables[packed.v] = table
     if not found.sound:
         return False
-    k, numbers = triton_kernels(), torch.arange(len(x), dtype=torch.int32, device=x.device)
+    numbers = torch.arange(len(x), dtype=torch.int32, device=x.device)
     rows = k.Rows(numbers, torch.cat([ends.new_zeros(1), ends]), found.slots)
     k.grouped_add(y, x, found.table, rows)
     return True
 
 
-def _addresses(packed: PackedDelta) -> tuple[int, ...]:
-    return tuple(tensor.data_ptr() for tensor in packed.tensors.values())
+def _table_of(packed: PackedDelta, dtype: torch.dtype) -> list[Any]:
+    return [dtype, *map(state_of, packed.tensors.values())]

@@ -14,18 +14,18 @@ dL/dx = (g·Û)·V̂. No gradient flows to the packed factors, they are frozen i
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..quantization import bitpacking, gaussian, uniform
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import GroupSizes, row_bits, scale_counts, zero_points
 from . import cpu
-from .dispatch import TRITON, TRITON_DTYPES, choose, triton_kernels
+from .dispatch import TRITON, TRITON_DTYPES, choose, kernel_packed, state_of, triton_kernels
 
 
 def _unflatten(runs: list[int]) -> list[tuple[int, int, int]]:
@@ -152,85 +152,6 @@ def _linear_backward(ctx, grad):
 delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 
-def plain_down_project(
-    x: Tensor,
-    v: list[Tensor],
-    u: list[Tensor],
-    ranks: list[Tensor],
-    runs: list[int],
-    run_lengths: list[int],
-    m: list[int],
-) -> Tensor:
-    """Multiply x [..., n] by V̂ᵀ of several matrices: partial sums float32 [splits, rows, ranks].
-
-    Of Gaussian codebooks with one scale a vector; without Triton, of what `cpu` supports.
-    `runs` are the flattened runs of all matrices, `run_lengths` how many numbers belong to each.
-    No gradients.
-    """
-    n, ends = x.shape[-1], accumulate(run_lengths)
-    pieces = [
-        tuple(_unflatten(runs[end - length : end]))
-        for end, length in zip(ends, run_lengths, strict=True)
-    ]
-    if choose(x.device) != TRITON:
-        with torch.autocast(x.device.type, enabled=False):
-            return cpu.down_project(x.reshape(-1, n), v, ranks, pieces, n)[None]
-    k = triton_kernels()
-    matrices = [
-        k.Packed(*tensors, None, piece, outputs, n, (0, 0))
-        for *tensors, piece, outputs in zip(v, u, ranks, pieces, m, strict=True)
-    ]
-    return k.shrink(x, matrices)
-
-
-down_project = torch.library.custom_op("deltamix::down_project", mutates_args=())(
-    plain_down_project
-)
-
-
-@down_project.register_fake
-def _(x, v, u, ranks, runs, run_lengths, m):
-    rows, n, splits = x.numel() // x.shape[-1], x.shape[-1], 1
-    if choose(x.device) == TRITON:
-        _, splits = triton_kernels().split_columns(x.device, rows, n)
-    return x.new_empty(splits, rows, sum(len(r) for r in ranks), dtype=torch.float32)
-
-
-def plain_expand_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h: Tensor,
-    first: int,
-    v: Tensor,
-    u: Tensor,
-    ranks: Tensor,
-    runs: list[int],
-) -> Tensor:
-    """Run `delta_linear` with h of `down_project`; its ranks begin at column `first`."""
-    m, n = weight.shape
-    if choose(x.device) != TRITON:
-        y = F.linear(x, weight, bias)
-        inner = h[0, :, first : first + len(ranks)]
-        with torch.autocast(x.device.type, enabled=False):
-            delta = cpu.up_project(inner, u, ranks, tuple(_unflatten(runs)), m, x.dtype)
-        return y.add_(delta.view(y.shape))
-    k = triton_kernels()
-    packed = k.Packed(v, u, ranks, None, k.runs_of(runs), m, n, (0, 0))
-    y = k.finish_linear(x, weight, bias, h, packed, first)
-    return y.view(*x.shape[:-1], m)
-
-
-expand_linear = torch.library.custom_op("deltamix::expand_linear", mutates_args=())(
-    plain_expand_linear
-)
-
-
-@expand_linear.register_fake
-def _(x, weight, bias, h, first, v, u, ranks, runs):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 def _by_triton(x: Tensor, group_sizes: list[int], kernel: str | None) -> bool:
     """The kernels know three dtypes and scale groups of 16·i elements; the rest is torch's."""
     if choose(x.device, kernel) != TRITON:
@@ -248,13 +169,19 @@ def plain_low_rank_rows(
     m: int,
     n: int,
     group_sizes: list[int],
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Decode rows `index` (int64, any shape, below m) of Û·V̂: float32 [*index.shape, n]."""
+    """Decode rows `index` (int64, any shape, below m) of Û·V̂: [*index.shape, n] in `dtype`."""
     triples = _unflatten(runs)
+    packed = PackedDelta(m, n, _pair(group_sizes), triples, v, u, ranks, zeros)
+    if choose(index.device) == TRITON and (table := _row_table(packed, dtype)) is not None:
+        y = v.new_zeros(*index.shape, n, dtype=dtype)
+        triton_kernels().grouped_embed(y, index, *table)
+        return y
     sides = [(c, b) for c, _, b in triples]
     flat = index.reshape(-1)
     codes = bitpacking.unpack_columns(u, sides, flat)
-    v_groups, _ = scale_counts(m, n, _pair(group_sizes))
+    v_groups, _ = scale_counts(m, n, packed.group_sizes)
     group = v_groups + (flat // group_sizes[1] if group_sizes[1] else torch.zeros_like(flat))
     scales = uniform.scales_from_bits(ranks[:, 1:].contiguous())[:, group]
     if zeros is None:
@@ -265,12 +192,13 @@ def plain_low_rank_rows(
         left = (codes.to(torch.int16) - points) * scales
     with torch.autocast(index.device.type, enabled=False):
         if index.device.type == "cpu" and cpu.supported(
-            tuple(triples), zeros is None, _pair(group_sizes)
+            tuple(triples), zeros is None, packed.group_sizes
         ):
             h = (left * uniform.scales_from_bits(ranks[:, 1:2].contiguous())).T
-            return cpu.times_right(h, v, tuple(triples), n).reshape(*index.shape, n)
-        right = PackedDelta(m, n, _pair(group_sizes), triples, v, u, ranks, zeros).right()
-        return (left.T @ right).reshape(*index.shape, n)
+            found = cpu.times_right(h, v, tuple(triples), n)
+        else:
+            found = left.T @ packed.right()
+    return found.to(dtype).reshape(*index.shape, n)
 
 
 low_rank_rows = torch.library.custom_op("deltamix::low_rank_rows", mutates_args=())(
@@ -279,16 +207,35 @@ low_rank_rows = torch.library.custom_op("deltamix::low_rank_rows", mutates_args=
 
 
 @low_rank_rows.register_fake
-def _(index, v, u, ranks, zeros, runs, m, n, group_sizes):
-    return torch.empty(*index.shape, n, dtype=torch.float32, device=index.device)
+def _(index, v, u, ranks, zeros, runs, m, n, group_sizes, dtype=torch.float32):
+    return torch.empty(*index.shape, n, dtype=dtype, device=index.device)
+
+
+def _row_table(packed: PackedDelta, dtype: torch.dtype) -> tuple[Any, Any] | None:
+    """The kernels' table of one embedding's delta, and rows that all use it; None: not for them."""
+    of = [dtype, *map(state_of, packed.tensors.values())]
+    found = _row_tables.get(packed.v)
+    if found is None or found[0] != of:
+        k, device = triton_kernels(), packed.v.device
+
+        def make() -> tuple[Any, Any] | None:
+            table = k.Table(1, packed.m, packed.n, device, embedding=True)
+            rows = (torch.tensor(t, dtype=torch.int32).to(device) for t in ([0], [0, 1], [0]))
+            known = table.put(0, kernel_packed(packed), dtype)
+            return (table, k.Rows(*rows)) if known else None
+
+        found = _row_tables[packed.v] = of, k.persistent(device, make)
+    return found[1]
+
+
+# By `v`, which lives with its model. A table must not keep `v` alive: it holds codes of its own.
+_row_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 _PLAIN: dict[Any, Any] = {
     low_rank: plain_low_rank,
     delta_linear: plain_delta_linear,
     low_rank_rows: plain_low_rank_rows,
-    down_project: plain_down_project,
-    expand_linear: plain_expand_linear,
 }
 
 

@@ -3,8 +3,9 @@
     python -m deltamix_hf.ops.self_check cuda:0 "odd float16"
 
 Every path that a layer takes runs once: one delta at one row, a few and many; two layers of one
-input; a table of deltas; an embedding. Real layers have sizes that 16 divides, for which Triton
-compiles other code than for odd ones; both are cases. The last line printed is the largest error.
+input; a table of deltas; an embedding; factors on a min-max grid in memory. Real layers have sizes
+that 16 divides, for which Triton compiles other code than for odd ones; both are cases. The last
+line printed is the largest error.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ class _Layer:
         weight = torch.randn(self.m, self.n, generator=random).to(self.dtype)
         self.delta, self.exact = delta.dense().double(), weight.double()
         self.packed, self.weight = kernel_packed(delta.to(device)), weight.to(device)
-        self.table = triton_kernels().Table(1, self.m, self.n, device)
-        self.table.put(0, self.packed)
+        k = triton_kernels()
+        self.table, self.rows_table = (
+            k.Table(1, self.m, self.n, device, embedding) for embedding in (False, True)
+        )
+        for table in (self.table, self.rows_table):
+            table.put(0, self.packed, self.dtype)
 
     def inputs(self, rows: int, random: torch.Generator) -> Tensor:
         return torch.randn(rows, self.n, generator=random).to(self.dtype)
@@ -59,24 +64,26 @@ def errors(case: str, device: torch.device) -> Iterator[float]:
     """The error of each product as a share of its largest output."""
     random = torch.Generator().manual_seed(0)
     layer, other = (_Layer(case, device, random) for _ in range(2))
-    k = triton_kernels()
-    for rows in (1, 16, 80):
+    k, decodes = triton_kernels(), layer.dtype in triton_kernels().DECODE_DTYPES
+    plan = k.DecodePlan([layer.packed, other.packed], layer.dtype) if decodes else None
+    for rows in (1, 16, 40, 80):
         x = layer.inputs(rows, random)
         found = k.delta_linear(x.to(device), layer.weight, None, layer.packed)
         yield _distance(found, layer.expected(x))
-        if rows != 16:  # few and many rows run the same code but for the block size
-            y = F.linear(x.to(device), layer.weight)
-            k.grouped_add(y, x.to(device), layer.table, _all_rows(k, rows, device), None)
-            yield _distance(y, layer.expected(x))
-    x = layer.inputs(16, random)
-    h, first = k.shrink(x.to(device), [layer.packed, other.packed]), 0
-    for one in (layer, other):
-        found = k.finish_linear(x.to(device), one.weight, None, h, one.packed, first)
-        yield _distance(found, one.expected(x))
-        first += _RANKS
+        if plan is None:
+            continue
+        y = F.linear(x.to(device), layer.weight)
+        k.grouped_add(y, x.to(device), layer.table, _all_rows(k, rows, device), None)
+        yield _distance(y, layer.expected(x))
+        if rows <= k.DECODE_ROWS:
+            both = plan.linear(x.to(device), [layer.weight, other.weight], [None, None])
+            for one, found in zip((layer, other), both, strict=True):
+                yield _distance(found, one.expected(x))
+    if plan is None:
+        return
     ids = torch.randint(layer.m, (16,), generator=random)
     y = F.embedding(ids.to(device), layer.weight)
-    k.grouped_embed(y, ids.to(device), layer.table, _all_rows(k, 16, device))
+    k.grouped_embed(y, ids.to(device), layer.rows_table, _all_rows(k, 16, device))
     yield _distance(y, (layer.exact + layer.delta)[ids])
 
 

@@ -85,11 +85,11 @@ class LayerDeltas:
     def add_rows(self, y: Tensor, ids: Tensor) -> None:
         """Add rows `ids` [...] of the deltas to an embedding to y [..., n]."""
         for piece in self.own:
-            y += cheapest(low_rank_rows)(ids, *piece.packed.op_arguments).to(y.dtype)
+            y += cheapest(low_rank_rows)(ids, *piece.packed.op_arguments, y.dtype)
         for number, rows in self._groups(ids, head=False):
             for piece in self.requested.get(number, ()):
-                found = cheapest(low_rank_rows)(ids[rows], *piece.packed.op_arguments)
-                y.index_add_(0, rows, found.to(y.dtype))
+                found = cheapest(low_rank_rows)(ids[rows], *piece.packed.op_arguments, y.dtype)
+                y.index_add_(0, rows, found)
 
     def _groups(self, x: Tensor, head: bool) -> Groups:
         known = self.requested.keys() | self.biases.keys()

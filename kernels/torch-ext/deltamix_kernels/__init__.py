@@ -1,37 +1,28 @@
 """Triton kernels for a frozen matrix plus a packed mixed-precision low-rank delta."""
 
 from .config import DECODE_ROWS
+from .decode_plan import DECODE_DTYPES, DecodePlan, decodable
 from .grouped_launch import Rows, Table, gather, grouped_add, grouped_embed
-from .launch import (
-    INTERPRETED,
-    Packed,
-    delta_linear,
-    dequantize,
-    expand,
-    finish_linear,
-    low_rank,
-    shrink,
-    split_columns,
-    supported,
-)
+from .launch import INTERPRETED, Packed, delta_linear, dequantize, low_rank, supported
 from .layout import runs_of
+from .persistent import persistent
 
 __all__ = [
+    "DECODE_DTYPES",
     "DECODE_ROWS",
     "INTERPRETED",
+    "DecodePlan",
     "Packed",
     "Rows",
     "Table",
+    "decodable",
     "delta_linear",
     "dequantize",
-    "expand",
-    "finish_linear",
     "gather",
     "grouped_add",
     "grouped_embed",
     "low_rank",
+    "persistent",
     "runs_of",
-    "shrink",
-    "split_columns",
     "supported",
 ]

@@ -111,14 +111,6 @@ def code_of(packed, row, bits: tl.constexpr, element, columns, mask):
 
 
 @triton.jit
-def dot(a, b, sums, WIDEN: tl.constexpr):
-    """sums + a·b in float32. WIDEN: Triton's interpreter cannot multiply bfloat16."""
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="ieee")
-
-
-@triton.jit
 def factor(
     packed,  # uint8 [byte rows, columns] of one side
     ranks,  # int16 [k, stride]: widths, then scales

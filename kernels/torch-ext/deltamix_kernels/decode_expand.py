@@ -1,7 +1,7 @@
 """y += h·Ûᵀ from prepacked codes (prepack.py): expand for decoding.
 
 One program makes 8 byte columns (64 outputs) of one matrix from all ranks, width after width. Warp
-j of 8 takes element j of the byte columns, and SHARE such eights of warps share the ranks.
+j of 8 takes element j of the byte columns.
 """
 
 import triton
@@ -11,16 +11,86 @@ from .decode_product import lanes, multiply, over_warps, prefetch
 
 
 @triton.jit
-def runs_of(runs, matrix, WIDTHS: tl.constexpr):
-    """Of each width 1 to 8, (first code, first slot, slots) of its ranks, in units of 16."""
+def runs_of(runs, known, WIDTHS: tl.constexpr):
+    """Of each width 1 to 8, (first code, first slot, slots) of its ranks, in units of 16.
+
+    None of any width if `known` is false; `runs` may be anything then.
+    """
     found = ()
     for b in tl.static_range(8):
-        at = runs + (matrix * 8 + b) * 4
         if (WIDTHS >> (b + 1)) & 1:
-            found = found + ((tl.load(at), tl.load(at + 1), tl.load(at + 2)),)
+            at = runs + b * 4
+            some = ()
+            for i in tl.static_range(3):
+                some = some + (tl.load(at + i, mask=known, other=0),)
+            found = found + (some,)
         else:
             found = found + ((0, 0, 0),)
     return found
+
+
+@triton.jit
+def expand_tile(
+    outputs,  # of every eight tokens pointers: output 0 of token `first` + g
+    change,  # float32 to add to the sums of outputs (2·t + 0 and 1)·8 + j, a tuple
+    inputs,  # of every eight tokens int32 pointers: slot 0 of h
+    runs,  # see `runs_of`
+    known,
+    codes,
+    tile,  # of 8 byte columns
+    length,  # outputs of the matrix
+    first,
+    tokens,
+    dtype: tl.constexpr,
+    ADD: tl.constexpr,  # add to what the outputs hold
+    WIDTHS: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,  # launched before its predecessor ended: fetch codes, then wait for h
+    TOKENS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Write one tile of outputs of up to TOKENS tokens from `first` on; 8 warps."""
+    columns = (length + 7) // 8
+    j, g, t = lanes(8)
+    words = tl.pointer_type(tl.int32)
+    found = runs_of(runs, known, WIDTHS)
+    if PTX:
+        for b in tl.static_range(1, 9):
+            if (WIDTHS >> b) & 1:
+                begin, slot, size = found[b - 1]
+                here = tl.minimum(8, columns - tile * 8) * size * 16
+                at = codes + begin.to(tl.int64) * 16 + tile * 8 * size * 16
+                prefetch(at, columns * size * 16, here, b, 8)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    column = tl.minimum(tile * 8 + g, columns - 1)  # past the end: any codes
+    sums = ()
+    for i in tl.static_range(TOKENS):
+        value = tl.zeros(g.shape, tl.float32)
+        if i % 8 < 2:
+            value += change[i % 8]
+            if ADD:
+                output = (tile * 8 + 2 * t + i % 8) * 8 + j
+                live = (output < length) & (first + g + i // 8 * 8 < tokens)
+                value += tl.load(outputs[i // 8] + output, mask=live, other=0.0).to(tl.float32)
+        sums = sums + (value,)
+    for b in tl.static_range(1, 9):
+        if (WIDTHS >> b) & 1:
+            begin, slot, size = found[b - 1]
+            at = codes.to(words) + begin.to(tl.int64) * 4 + column * size * 4
+            given = ()
+            for i in tl.static_range(TOKENS // 8):
+                given = given + (inputs[i] + slot * 8,)
+            sums = multiply(
+                sums, at, columns * size * 4, given, j, t, size, first + g, tokens,
+                b, dtype, TOKENS, 4, UNROLL, PTX,
+            )  # fmt: skip
+    sums = over_warps(sums, TOKENS, 1)
+    for i in tl.static_range(TOKENS // 4):
+        output = (tile * 8 + 2 * t + i % 2) * 8 + j
+        live = (output < length) & (first + g + i // 2 * 8 < tokens)
+        to = outputs[i // 2]
+        tl.store(to + output, sums[i].to(to.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["rows", "total", "m0", "m1", "m2"])
@@ -36,63 +106,33 @@ def decode_expand_kernel(
     m0,
     m1,
     m2,
-    ADD: tl.constexpr,  # add to what y holds
+    ADD: tl.constexpr,
     WIDTHS: tl.constexpr,
     PTX: tl.constexpr,
-    PDL: tl.constexpr,  # launched before its predecessor ended: fetch codes, then wait for h
-    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
     TOKENS: tl.constexpr,
-    SHARE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    """Grid: tiles of all matrices, blocks of TOKENS rows."""
     tile = tl.program_id(0)
-    matrix, y, length = 0, y0, m0
+    y, length = y0, m0
     if tile >= (m0 + 63) // 64:
         tile -= (m0 + 63) // 64
-        matrix, y, length = 1, y1, m1
+        runs += 32
+        y, length = y1, m1
         if tile >= (m1 + 63) // 64:
             tile -= (m1 + 63) // 64
-            matrix, y, length = 2, y2, m2
-    columns = (length + 7) // 8
-    warp, g, t = lanes(8 * SHARE)
-    j = warp // SHARE
-    token = tl.program_id(1) * TOKENS + g
-    words = tl.pointer_type(tl.int32)
-    found = runs_of(runs, matrix, WIDTHS)
-    if PREFETCH:
-        for b in tl.static_range(1, 9):
-            if (WIDTHS >> b) & 1:
-                first, slot, size = found[b - 1]
-                here = tl.minimum(8, columns - tile * 8) * size * 16
-                at = codes + first.to(tl.int64) * 16 + tile * 8 * size * 16
-                prefetch(at, columns * size * 16, here, b, 8 * SHARE)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    column = tl.minimum(tile * 8 + g, columns - 1)  # past the end: any codes
-    sums = ()
-    for i in tl.static_range(TOKENS):
-        value = tl.zeros(g.shape, tl.float32)
-        if ADD and i % 8 < 2:
-            output = (tile * 8 + 2 * t + i % 8) * 8 + j
-            to = y + (token + i // 8 * 8).to(tl.int64) * length + output
-            live = (output < length) & (token + i // 8 * 8 < rows) & (warp % SHARE == 0)
-            value = tl.load(to, mask=live, other=0.0).to(tl.float32)
-        sums = sums + (value,)
-    for b in tl.static_range(1, 9):
-        if (WIDTHS >> b) & 1:
-            first, slot, size = found[b - 1]
-            at = codes.to(words) + first.to(tl.int64) * 4 + column * size * 4
-            inputs = h.to(words) + token * total * 8 + slot * 8
-            sums = multiply(
-                sums, at, columns * size * 4, inputs, 8 * total * 8, j, warp % SHARE * 4 + t, size,
-                token, rows, b, y.dtype.element_ty, TOKENS, 4 * SHARE,
-                UNROLL, PTX,
-            )  # fmt: skip
-    sums = over_warps(sums, TOKENS, SHARE)
-    j, g, t = lanes(8)
-    token = tl.program_id(1) * TOKENS + g
-    for i in tl.static_range(TOKENS // 4):
-        output = (tile * 8 + 2 * t + i % 2) * 8 + j
-        to = y + (token + i // 2 * 8).to(tl.int64) * length + output
-        live = (output < length) & (token + i // 2 * 8 < rows)
-        tl.store(to, sums[i].to(y.dtype.element_ty), mask=live)
+            runs += 32
+            y, length = y2, m2
+    _, g, _ = lanes(8)
+    first = tl.program_id(1) * TOKENS
+    none = tl.zeros(g.shape, tl.float32)
+    inputs, outputs = (), ()
+    for i in tl.static_range(TOKENS // 8):
+        token = (first + 8 * i + g).to(tl.int64)
+        inputs = inputs + (h.to(tl.pointer_type(tl.int32)) + token * total * 8,)
+        outputs = outputs + (y + token * length,)
+    expand_tile(
+        outputs, (none, none), inputs, runs, True, codes, tile, length, first, rows,
+        h.dtype.element_ty, ADD, WIDTHS, PTX, PDL, TOKENS, UNROLL,
+    )  # fmt: skip

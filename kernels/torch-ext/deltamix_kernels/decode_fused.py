@@ -84,6 +84,10 @@ def decode_fused_kernel(
     m0,
     m1,
     m2,
+    b0,  # [m] of each matrix
+    b1,
+    b2,
+    BIASED: tl.constexpr,
     DELTA: tl.constexpr,  # False: the base product alone
     WIDTHS: tl.constexpr,
     PTX: tl.constexpr,
@@ -95,19 +99,21 @@ def decode_fused_kernel(
 ):
     tile = tl.program_id(0)
     outputs: tl.constexpr = 8 * COLUMNS
-    matrix, w, y, length = 0, w0, y0, m0
+    w, y, bias, length = w0, y0, b0, m0
     if tile >= (m0 + outputs - 1) // outputs:
         tile -= (m0 + outputs - 1) // outputs
-        matrix, w, y, length = 1, w1, y1, m1
+        runs += 32
+        w, y, bias, length = w1, y1, b1, m1
         if tile >= (m1 + outputs - 1) // outputs:
             tile -= (m1 + outputs - 1) // outputs
-            matrix, w, y, length = 2, w2, y2, m2
+            runs += 32
+            w, y, bias, length = w2, y2, b2, m2
     columns = (length + 7) // 8
     warp, g, t = lanes(WARPS)
     words = tl.pointer_type(tl.int32)
     dtype: tl.constexpr = x.dtype.element_ty
     if DELTA:
-        found = runs_of(runs, matrix, WIDTHS)
+        found = runs_of(runs, True, WIDTHS)
     if DELTA and PTX:
         for b in tl.static_range(1, 9):
             if (WIDTHS >> b) & 1:
@@ -131,18 +137,26 @@ def decode_fused_kernel(
         mine = some_of(sums, c * TOKENS, TOKENS)
         if DELTA:
             column = tl.minimum(tile * COLUMNS + c, columns - 1)
+            inputs = ()
+            for i in tl.static_range(TOKENS // 8):
+                inputs = inputs + (h.to(words) + (g + 8 * i) * total * 8,)
             for b in tl.static_range(1, 9):
                 if (WIDTHS >> b) & 1:
                     first, slot, size = found[b - 1]
                     at = codes.to(words) + first.to(tl.int64) * 4 + (g * 0 + column) * size * 4
+                    given = ()
+                    for i in tl.static_range(TOKENS // 8):
+                        given = given + (inputs[i] + slot * 8,)
                     mine = multiply(
-                        mine, at, columns * size * 4, h.to(words) + g * total * 8 + slot * 8,
-                        8 * total * 8, g, warp * 4 + t, size, g, rows, b, dtype, TOKENS,
-                        4 * WARPS, 1, PTX,
+                        mine, at, columns * size * 4, given, g, warp * 4 + t, size,
+                        g, rows, b, dtype, TOKENS, 4 * WARPS, 1, PTX,
                     )  # fmt: skip
         mine = over_warps(mine, TOKENS, WARPS)
         for i in tl.static_range(TOKENS // 4):
             output = tile * outputs + c * 8 + 2 * pair + i % 2
             token = row + i // 2 * 8
             live = (output < length) & (token < rows)
-            tl.store(y + token * length + output, mine[i].to(y.dtype.element_ty), mask=live)
+            value = mine[i]
+            if BIASED:
+                value += tl.load(bias + output, mask=output < length, other=0.0).to(tl.float32)
+            tl.store(y + token * length + output, value.to(y.dtype.element_ty), mask=live)

@@ -178,8 +178,7 @@ def multiply(
     sums,  # see `mma`
     codes,  # int32 pointers: first byte row of this thread's column of the product
     plane,  # words from one byte row to the next
-    inputs,  # int32 pointers: first input of token g
-    eighth,  # words from token g to token g + 8
+    inputs,  # of every eight tokens int32 pointers: first input of token g
     j,  # element of the byte columns
     first,  # this thread's first 16 terms, in units of 16
     length,  # terms, in units of 16
@@ -193,7 +192,6 @@ def multiply(
     PTX: tl.constexpr,
 ):
     """sums + the product of all terms."""
-    live = token < tokens
     for start in range(0, length, STEP * UNROLL):
         rows, given, loads = (), (), ()
         for u in tl.static_range(UNROLL):
@@ -202,10 +200,10 @@ def multiply(
             rows = rows + (byte_rows(codes + at * 4, plane, j, inside, bits),)
             loads = loads + rows[u]
             for half in tl.static_range(2):
-                to = inputs + at * 8 + half * 4
-                some = (four(to, inside & live),)
-                if TOKENS == 16:
-                    some = some + (four(to + eighth, inside & (token + 8 < tokens)),)
+                some = ()
+                for i in tl.static_range(TOKENS // 8):
+                    to = inputs[i] + at * 8 + half * 4
+                    some = some + (four(to, inside & (token + 8 * i < tokens)),)
                 given = given + (some,)
                 loads = loads + some
         for u in tl.static_range(UNROLL):

@@ -9,7 +9,7 @@ from .decode import factor, whole_scales
 @triton.jit
 def dequantize_kernel(
     out,  # [ranks, out_stride]
-    tiles,  # int32 [tiles, 8], see layout.py
+    tiles,  # int32 [tiles, 7], see layout.py
     packed,
     ranks,
     zeros,
@@ -28,7 +28,7 @@ def dequantize_kernel(
     C: tl.constexpr,
 ):
     """out[r] = the vector of rank r, with its scales. Grid: rank tiles, blocks of byte columns."""
-    tile = tiles + tl.program_id(0) * 8
+    tile = tiles + tl.program_id(0) * 7
     column = tl.program_id(1) * C
     first_rank = tl.load(tile + 3)
     count = tl.load(tile + 4)

@@ -1,113 +1,96 @@
-"""The delta product where every row may have a delta of its own: one launch, however many.
+"""Decoding where every row may have a delta of its own: one launch, however many deltas.
 
-A matrix has a table of slots, int64 [slots, 6]: the addresses of a delta's v, u, ranks and tile
-table (layout.py), its number of tiles, and the address of its own bias, or 0; an empty slot is
-zeros. Which rows use which slot is in
-three int32 tensors: `order` [batch], the batch's rows sorted by delta, `starts` [entries + 1],
-where each entry's rows begin in `order`, and `slots` [entries]. Neither the grid nor an argument
-depends on which deltas these are, so a captured graph follows when their contents change.
+A matrix has a table of slots, int64 [slots, 8]: the addresses of a delta's prepacked V and U, its
+tiles and their number, its runs, slots of h and scales (decode_plan.py), and the address of its own
+bias, or 0; an empty slot is zeros. Which rows use which slot is in three int32 tensors: `order`
+[batch], the batch's rows sorted by delta, `starts` [entries + 1], where each entry's rows begin in
+`order`, and `slots` [entries]. Neither the grid nor an argument depends on which deltas these are,
+so a captured graph follows when their contents change.
 
-Every program serves one entry. It walks over the entry's rank tiles and rows in the strides of the
-grid, and unpacks a delta's codes once for all of the entry's rows (up to M at a time): the work
-grows with the deltas in use, not with rows. Rows of no delta are neither read nor written.
-
-Deltas have the Gaussian codebook and one scale for a vector of V.
+A row of the batch is `length` rows of x. Position p, of the rows sorted by delta, is row p % length
+of row `order[p // length]`; a launch makes the positions `low` to `high`, h is in their order.
+A program serves one entry: the work grows with the deltas in use, and rows of none are neither
+read nor written.
 """
 
 import triton
 import triton.language as tl
 
 from .decode import bfloat, code_of, cubic
-from .expand import add_tiles
-from .shrink import tile_sums
+from .decode_expand import expand_tile
+from .decode_product import lanes
+from .decode_shrink import shrink_tile
 
-EVERY = tl.constexpr(0b111111110)  # a delta with a width not seen before compiles nothing
-FIELDS = tl.constexpr(6)
-
-
-@triton.jit
-def _rows(order, begin, i, count, length):
-    """Rows [M] of the flattened batch at positions `i` of an entry, and which are there.
-
-    A row of the batch is `length` rows of the flattened one.
-    """
-    live = i < count
-    return tl.load(order + begin + i // length, mask=live, other=0) * length + i % length, live
+FIELDS = tl.constexpr(8)
+V, U, TILES, TILE_COUNT, RUNS, SLOTS, SCALES, BIAS = (tl.constexpr(i) for i in range(8))
 
 
 @triton.jit
+def _entry(starts, slots, table, length, low, high):
+    """(first position, position past the last, slot's fields) of this program's entry."""
+    entry = tl.program_id(2)
+    begin = tl.maximum(tl.load(starts + entry) * length, low)
+    end = tl.minimum(tl.load(starts + entry + 1) * length, high)
+    return begin, end, table + tl.load(slots + entry) * FIELDS
+
+
+@triton.jit
+def _tensor(fields, number: tl.constexpr, dtype: tl.constexpr):
+    return tl.multiple_of(tl.load(fields + number).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def _rows(order, first, length, end, TOKENS: tl.constexpr):
+    """Of every eight positions from `first` on, the row of x of each thread's position."""
+    _, g, _ = lanes(8)
+    found = ()
+    for i in tl.static_range(TOKENS // 8):
+        p = first + 8 * i + g
+        row = tl.load(order + p // length, mask=p < end, other=0)
+        found = found + (row.to(tl.int64) * length + p % length,)
+    return found
+
+
+@triton.jit(do_not_specialize=["length", "low", "high", "stride", "total", "units"])
 def grouped_shrink_kernel(
-    x,  # [rows, n]
-    out,  # float32 [splits, rows, total]
+    x,  # [rows, 128·units] 16-bit floats, rows of `stride` 16 bytes, aligned
+    h,  # [high - low, 16·total] of x's dtype
     table,
     order,
     starts,
     slots,
     length,
-    rows,
-    n,
-    total,  # at least every delta's rank
-    splits,
-    x_stride,
-    stride,  # of `ranks`
-    columns,
-    GROUP: tl.constexpr,  # of U; V has one scale a vector
-    SPLIT: tl.constexpr,
-    WIDEN: tl.constexpr,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
+    low,
+    high,
+    stride,
+    total,  # slots of h in units of 16: at least every delta's
+    units,
+    WIDTHS: tl.constexpr,
+    PTX: tl.constexpr,
+    TOKENS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """h = x·V̂ᵀ. Grid: tile programs, splits × row programs, entries."""
-    entry = tl.program_id(2)
-    split = tl.program_id(1) % splits
-    begin = tl.load(starts + entry)
-    count = (tl.load(starts + entry + 1) - begin) * length
-    slot = table + tl.load(slots + entry) * FIELDS
-    v = tl.multiple_of(tl.load(slot).to(tl.pointer_type(tl.uint8)), 16)
-    ranks = tl.multiple_of(tl.load(slot + 2).to(tl.pointer_type(tl.int16)), 16)
-    tiles = tl.multiple_of(tl.load(slot + 3).to(tl.pointer_type(tl.int32)), 16)
-    tile_count = tl.load(slot + 4).to(tl.int32)
-    r = tl.arange(0, R)
-    step = tl.num_programs(1) // splits * M
-    for t in range(tl.program_id(0), tile_count, tl.num_programs(0)):
-        tile = tiles + t * 8
-        for start in range(tl.program_id(1) // splits * M, count, step):
-            row, live = _rows(order, begin, start + tl.arange(0, M), count, length)
-            sums = tile_sums(
-                x,
-                row,
-                live,
-                tile,
-                v,
-                ranks,
-                v,
-                split * SPLIT,
-                tl.minimum((split + 1) * SPLIT, columns),
-                n,
-                x_stride,
-                stride,
-                1,
-                1,
-                columns,
-                0,
-                0,
-                True,
-                EVERY,
-                0,
-                WIDEN,
-                M,
-                R,
-                C,
-            )
-            rank = tl.load(tile + 3) + r
-            at = (split * rows + row).to(tl.int64)[None, :] * total + rank[:, None]
-            tl.store(out + at, sums, mask=(r < tl.load(tile + 4))[:, None] & live[None, :])
+    """h = x·V̂ᵀ. Grid: tile programs, row programs, entries."""
+    begin, end, fields = _entry(starts, slots, table, length, low, high)
+    tiles = _tensor(fields, TILES, tl.int32)
+    count = tl.load(fields + TILE_COUNT).to(tl.int32)
+    h -= low.to(tl.int64) * total * 16
+    step = tl.num_programs(1) * TOKENS
+    for tile in range(tl.program_id(0), count, tl.num_programs(0)):
+        for first in range(begin + tl.program_id(1) * TOKENS, end, step):
+            rows, inputs = _rows(order, first, length, end, TOKENS), ()
+            for i in tl.static_range(TOKENS // 8):
+                inputs = inputs + (x.to(tl.pointer_type(tl.int32)) + rows[i] * stride * 4,)
+            shrink_tile(
+                inputs, h, tiles + tile * 4, _tensor(fields, V, tl.uint8),
+                _tensor(fields, SLOTS, tl.int32), _tensor(fields, SCALES, tl.float32),
+                first, end, total, units, x.dtype.element_ty, WIDTHS, PTX, TOKENS, UNROLL,
+            )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "low", "high", "m", "total"])
 def grouped_expand_kernel(
-    h,  # float32 [splits, rows, total]
+    h,  # [high - low, 16·total] of y's dtype
     y,  # [rows, m]; holds the base's product
     bias,  # [m] of the base, which y contains
     table,
@@ -115,121 +98,95 @@ def grouped_expand_kernel(
     starts,
     slots,
     length,
-    rows,
+    low,
+    high,
     m,
     total,
-    splits,
-    stride,
-    scale_column,
-    columns,
-    SIDE: tl.constexpr,  # 1: U, 0: V (embeddings)
-    BIAS: tl.constexpr,
-    GROUP: tl.constexpr,  # of this side
-    WIDEN: tl.constexpr,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
+    BIASED: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    PTX: tl.constexpr,
+    TOKENS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """y += h·Ûᵀ, and the delta's bias for the base's. Grid: columns, row programs, entries."""
-    entry = tl.program_id(2)
-    column = tl.program_id(0) * C
-    begin = tl.load(starts + entry)
-    count = (tl.load(starts + entry + 1) - begin) * length
-    slot = table + tl.load(slots + entry) * FIELDS
-    packed = tl.multiple_of(tl.load(slot + SIDE).to(tl.pointer_type(tl.uint8)), 16)
-    ranks = tl.multiple_of(tl.load(slot + 2).to(tl.pointer_type(tl.int16)), 16)
-    tiles = tl.multiple_of(tl.load(slot + 3).to(tl.pointer_type(tl.int32)), 16)
-    tile_count = tl.load(slot + 4).to(tl.int32)
-    output = column * 8 + tl.arange(0, 8 * C)
-    for start in range(tl.program_id(1) * M, count, tl.num_programs(1) * M):
-        row, live = _rows(order, begin, start + tl.arange(0, M), count, length)
-        mask = live[:, None] & (output < m)[None, :]
-        y_at = y + row.to(tl.int64)[:, None] * m + output[None, :]
-        sums = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
-        sums = add_tiles(
-            sums,
-            h,
-            row,
-            live,
-            tiles,
-            tile_count,
-            packed,
-            ranks,
-            packed,
-            column,
-            columns,
-            0,
-            rows,
-            splits,
-            total,
-            stride,
-            scale_column,
-            1,
-            y.dtype.element_ty,
-            SIDE,
-            GROUP,
-            True,
-            EVERY,
-            0,
-            WIDEN,
-            M,
-            R,
-            C,
-        )
-        if BIAS:
-            own = tl.load(slot + 5)
-            if own != 0:
-                own_at = own.to(tl.pointer_type(y.dtype.element_ty)) + output
-                change = tl.load(own_at, mask=output < m, other=0.0).to(tl.float32)
-                change -= tl.load(bias + output, mask=output < m, other=0.0).to(tl.float32)
-                sums += change[None, :]
-        tl.store(y_at, sums.to(y.dtype.element_ty), mask=mask)
+    """y += h·Ûᵀ, and the delta's bias for the base's. Grid: tiles, row programs, entries."""
+    begin, end, fields = _entry(starts, slots, table, length, low, high)
+    tile, words = tl.program_id(0), tl.pointer_type(tl.int32)
+    runs, known = _tensor(fields, RUNS, tl.int32), tl.load(fields + RUNS) != 0
+    j, g, t = lanes(8)
+    for first in range(begin + tl.program_id(1) * TOKENS, end, tl.num_programs(1) * TOKENS):
+        none = tl.zeros(g.shape, tl.float32)
+        change = (none, none)
+        if BIASED:
+            own = tl.load(fields + BIAS)
+            has = g * 0 + own != 0
+            found = ()
+            for i in tl.static_range(2):
+                output = (tile * 8 + 2 * t + i) * 8 + j
+                live = has & (output < m)
+                at = own.to(tl.pointer_type(y.dtype.element_ty)) + output
+                more = tl.load(at, mask=live, other=0.0).to(tl.float32)
+                less = tl.load(bias + output, mask=live, other=0.0).to(tl.float32)
+                found = found + (more - less,)
+            change = found
+        rows, inputs, outputs = _rows(order, first, length, end, TOKENS), (), ()
+        for i in tl.static_range(TOKENS // 8):
+            token = (first - low + 8 * i + g).to(tl.int64)
+            inputs = inputs + (h.to(words) + token * total * 8,)
+            outputs = outputs + (y + rows[i] * m,)
+        expand_tile(
+            outputs, change, inputs, runs, known, _tensor(fields, U, tl.uint8), tile, m, first,
+            end, h.dtype.element_ty, True, WIDTHS, PTX, False, TOKENS, UNROLL,
+        )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "low", "high", "stride", "columns", "total"])
 def grouped_rows_kernel(
     ids,  # int64 [rows]
-    out,  # float32 [rows, total]
+    h,  # [high - low, 16·total] of y's dtype
     table,
     order,
     starts,
     slots,
     length,
+    low,
+    high,
+    stride,  # of `ranks`
+    columns,  # byte columns of U
     total,
-    stride,
-    columns,
-    GROUP: tl.constexpr,  # of U
-    M: tl.constexpr,
+    GROUP: tl.constexpr,  # elements of U that share a scale; 0: all
+    WIDTHS: tl.constexpr,
     R: tl.constexpr,
 ):
-    """h = Û[ids], to be multiplied with V̂. Grid: tile programs, row programs, entries."""
-    entry = tl.program_id(2)
-    begin = tl.load(starts + entry)
-    count = (tl.load(starts + entry + 1) - begin) * length
-    slot = table + tl.load(slots + entry) * FIELDS
-    u = tl.load(slot + 1).to(tl.pointer_type(tl.uint8))
-    ranks = tl.load(slot + 2).to(tl.pointer_type(tl.int16))
-    tiles = tl.multiple_of(tl.load(slot + 3).to(tl.pointer_type(tl.int32)), 16)
-    tile_count = tl.load(slot + 4).to(tl.int32)
-    r = tl.arange(0, R)
-    for t in range(tl.program_id(0), tile_count, tl.num_programs(0)):
-        tile = tiles + t * 8
-        first_row = tl.load(tile + 1)
-        rank = tl.load(tile + 3) + r
-        bits = tl.load(tile + 6)
-        for start in range(tl.program_id(1) * M, count, tl.num_programs(1) * M):
-            row, live = _rows(order, begin, start + tl.arange(0, M), count, length)
-            element = tl.load(ids + row, mask=live, other=0).to(tl.int32)
-            mask = (r < tl.load(tile + 4))[:, None] & live[None, :]
-            value = tl.zeros([R, M], tl.float32)
+    """h = Û[ids], scales of both sides included. Grid: rank programs, row programs, entries.
+
+    Of an embedding, where V takes the place that U has elsewhere: U's codes are as stored, SCALES
+    are the int16 ranks and TILES is int32 [ranks, 3], each rank's first byte row, width and slot;
+    a width of 0 marks slots of no rank.
+    """
+    begin, end, fields = _entry(starts, slots, table, length, low, high)
+    codes, ranks = _tensor(fields, V, tl.uint8), _tensor(fields, SCALES, tl.int16)
+    places = _tensor(fields, TILES, tl.int32)
+    count = tl.load(fields + TILE_COUNT).to(tl.int32)
+    for block in range(tl.program_id(0), (count + R - 1) // R, tl.num_programs(0)):
+        r = block * R + tl.arange(0, R)
+        live = r < count
+        row = tl.load(places + r * 3, mask=live, other=0)
+        bits = tl.load(places + r * 3 + 1, mask=live, other=0)
+        slot = tl.load(places + r * 3 + 2, mask=live, other=0)
+        ranked = bits > 0  # other slots get zeros
+        scale_at = ranks + r.to(tl.int64) * stride
+        v_scale = bfloat(tl.load(scale_at + 1, mask=ranked, other=0))
+        for p in range(begin + tl.program_id(1), end, tl.num_programs(1)):
+            at = tl.load(order + p // length).to(tl.int64) * length + p % length
+            element = tl.load(ids + at).to(tl.int32)
+            value = tl.zeros([R], tl.float32)
             for b in tl.static_range(1, 9):
-                if bits == b:
-                    byte_row = (first_row + r * b)[:, None]
-                    value = cubic(code_of(u, byte_row, b, element[None, :], columns, mask), b)
-            group = element * 0
+                if (WIDTHS >> b) & 1:
+                    found = cubic(code_of(codes, row, b, element, columns, bits == b), b)
+                    value = tl.where(bits == b, found, value)
+            group = 0
             if GROUP > 0:
                 group = element // GROUP
-            scale_at = rank.to(tl.int64)[:, None] * stride + 2 + group[None, :]
-            value *= bfloat(tl.load(ranks + scale_at, mask=mask, other=0))
-            at = row.to(tl.int64)[None, :] * total + rank[:, None]
-            tl.store(out + at, value, mask=mask)
+            value *= v_scale * bfloat(tl.load(scale_at + 2 + group, mask=ranked, other=0))
+            to = h + (p - low).to(tl.int64) * total * 16 + slot
+            tl.store(to, value.to(h.dtype.element_ty), mask=live)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from .config import config
+from .decode_plan import Codes, aligned, decodable, token_block, u_table
 from .gather import gather_kernel
-from .grouped import (
-    FIELDS,
-    grouped_expand_kernel,
-    grouped_rows_kernel,
-    grouped_shrink_kernel,
-)
-from .launch import INTERPRETED, Packed, U, V, columns_at_once, flat, launch, split_columns
-from .layout import tile_table
+from .grouped import FIELDS, grouped_expand_kernel, grouped_rows_kernel, grouped_shrink_kernel
+from .launch import CHUNK, INTERPRETED, Packed, U, flat, launch
+from .layout import canonical, widths_mask
+from .prepack import ALIGN, pack_u, padded
 
-TILE = 16  # ranks of a tile, for few rows and for many: a delta has one tile table
-_ALIGNED = 16  # bytes
+_PROGRAMS = 64  # that share a delta's ranks
+_RANKS = 64  # of a program that decodes rows of an embedding
 
 
 class Rows(NamedTuple):
@@ -32,172 +30,191 @@ class Rows(NamedTuple):
 
 
 class Table:
-    """The deltas of one [m, n] matrix by slot.
+    """The deltas of one [m, n] matrix by slot; of an `embedding`, rows of U are looked up.
 
     Attributes:
-        data: int64 [slots, 6] on the device, always the same tensor.
-        group: elements of U that share a scale, of all deltas in it; 0: all.
-        captured: a CUDA graph has recorded launches with this `group`, which stays.
+        data: int64 [slots, 8] on the device, always the same tensor.
+        group: of an embedding, elements of U that share a scale, of all deltas in it; 0: all.
+        widths: the set of widths that the kernels are compiled for.
+        captured: a CUDA graph has recorded launches with this `group` and `widths`, which stay.
     """
 
-    def __init__(self, slots: int, m: int, n: int, device: torch.device):
-        self.m, self.n = m, n
+    def __init__(self, slots: int, m: int, n: int, device: torch.device, embedding: bool = False):
+        self.m, self.n, self.embedding = m, n, embedding
         self.data = torch.zeros(slots, FIELDS.value, dtype=torch.int64, device=device)
-        self.group = 0
-        self.captured = False
+        self.group, self.widths, self.captured = 0, canonical(0), False
         self._kept: dict[int, tuple[Tensor, ...]] = {}  # what the addresses point to
 
     @property
     def total(self) -> int:
-        """Ranks there is room for in the partial sums."""
-        return min(self.m, self.n)
+        """Slots of h there is room for, in units of 16: every width's ranks are padded."""
+        return padded(min(self.m, self.n)) // ALIGN + 7
 
-    def put(self, slot: int, packed: Packed | None, bias: Tensor | None = None) -> bool:
+    def put(
+        self, slot: int, packed: Packed | None, dtype: torch.dtype, bias: Tensor | None = None
+    ) -> bool:
         """Enter a delta; False: the kernels cannot run it beside the others.
 
-        `packed` None: it has a bias of its own [m] and nothing else.
+        Args:
+            packed: None: it has a bias of its own [m] and nothing else.
+            dtype: of x and y, bfloat16 or float16.
         """
-        if packed is not None:
-            if not packed.groupable or packed.rank > self.total:
-                return False
-            if (self._kept or self.captured) and packed.group_sizes[U] != self.group:
-                return False
-            self.group = packed.group_sizes[U]
-        device = self.data.device
-        kept: tuple[Tensor, ...] = ()
         fields = [0] * FIELDS.value
+        kept: tuple[Tensor, ...] = ()
         if packed is not None:
-            tiles = tile_table((packed.runs,), TILE, device)
-            kept = tuple(_aligned(t) for t in (packed.v, packed.u, packed.ranks, tiles))
-            fields[:5] = [*(t.data_ptr() for t in kept), len(tiles)]
+            widths = canonical(self.widths | widths_mask(b for r in packed.runs for b in r[1:]))
+            if not self._fits(packed, dtype, widths):
+                return False
+            self.group, self.widths = packed.group_sizes[U], widths
+            kept = _embedding(packed) if self.embedding else _linear(packed)
+            addresses = [t.data_ptr() for t in kept]
+            fields[:7] = [*addresses[:3], len(kept[2]), *addresses[3:]]
         if bias is not None:
             kept = *kept, bias
-            fields[5] = bias.data_ptr()
+            fields[7] = bias.data_ptr()
         self._kept[slot] = kept
-        self.data[slot] = torch.tensor(fields, device=device)
+        self.data[slot] = torch.tensor(fields).to(self.data.device)
         return True
+
+    def _fits(self, packed: Packed, dtype: torch.dtype, widths: int) -> bool:
+        if not decodable(packed._replace(group_sizes=(packed.group_sizes[0], 0)), dtype):
+            return False
+        others, group = self.captured or bool(self._kept), packed.group_sizes[U]
+        if packed.rank > min(self.m, self.n) or (self.captured and widths != self.widths):
+            return False
+        return group == self.group or (self.embedding and not others)
 
     def clear(self, slot: int) -> None:
         if self._kept.pop(slot, None) is not None:
             self.data[slot] = 0
 
 
+def _linear(packed: Packed) -> tuple[Tensor, ...]:
+    """What the fields of a slot point to, in their order without the number of tiles."""
+    codes = Codes.of([packed])
+    return codes.v, codes.u, codes.tiles, codes.runs, codes.slots, codes.scales
+
+
+def _embedding(packed: Packed) -> tuple[Tensor, ...]:
+    """The same of an embedding."""
+    swapped = tuple((count, u, v) for count, v, u in packed.runs)
+    table, slots, pads = u_table([(swapped, packed.n)])
+    row, places, slot = 0, [], iter(slots)
+    for count, _, bits in packed.runs:
+        places += [[row + i * bits, bits, next(slot)] for i in range(count)]
+        row += count * bits
+    places += [[0, 0, pad] for pad in pads]
+    device = packed.v.device
+    runs, where = (torch.tensor(t, dtype=torch.int32).to(device) for t in (table, places))
+    u, ranks = _aligned(packed.u), _aligned(packed.ranks)
+    return u, pack_u(packed.v, swapped), where, runs, where, ranks
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """The kernels read 16 bytes at a time; tensors inside a file may begin anywhere."""
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % _ALIGNED == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % ALIGN == 0 else tensor.clone()
 
 
 def grouped_add(y: Tensor, x: Tensor, table: Table, rows: Rows, bias: Tensor | None = None) -> None:
-    """y [..., m] += (x·V̂ᵀ)·Ûᵀ of each row's own delta, in place; x [..., n].
+    """y [..., m] += (x·V̂ᵀ)·Ûᵀ of each row's own delta, in place; x [..., n] of y's dtype.
 
     Args:
         y: contiguous; the base's product with `bias`, which a delta's own bias replaces.
         rows: of the batch; x has its rows, each one or more times in place.
     """
-    x = flat(x)
-    length = _length(x, rows)
-    count, n = x.shape
-    assert n == table.n and y.is_contiguous()
-    if x.numel() == 0:
-        return
-    chosen = config(x.device, count, "grouped_shrink")
-    split, splits = split_columns(x.device, count, n, kernel="grouped_shrink")
-    h = x.new_empty(splits, count, table.total, dtype=torch.float32)
-    blocks = _row_programs(chosen, count)
-    grid = _tile_programs(chosen, table), splits * blocks, len(rows.slots)
-    launch(
-        grouped_shrink_kernel,
-        grid,
-        x,
-        h,
-        table.data,
-        *rows,
-        length,
-        count,
-        n,
-        table.total,
-        splits,
-        x.stride(0),
-        _stride(table),
-        triton.cdiv(n, 8),
-        GROUP=table.group,
-        SPLIT=split,
-        WIDEN=INTERPRETED,
-        M=chosen["M"],
-        R=TILE,
-        C=chosen["C"],
-        num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"],
-    )
-    _expand(h, y, table, rows, length, U, bias)
+    columns = padded(-(-table.n // 8))
+    x = aligned(flat(x), columns)
+
+    def shrink(h: Tensor, where: tuple[Any, ...], tokens: int) -> None:
+        unroll = config(x.device)[str(tokens)]["shrink"]["UNROLL"]
+        launch(
+            grouped_shrink_kernel,
+            (_PROGRAMS, _row_programs(len(h), tokens), len(rows.slots)),
+            x,
+            h,
+            *where,
+            x.stride(0) // 8,
+            table.total,
+            columns // ALIGN,
+            **_options(table, tokens, unroll),
+        )
+
+    _add(y, len(x), table, rows, shrink, table.m, bias)
 
 
 def grouped_embed(y: Tensor, ids: Tensor, table: Table, rows: Rows) -> None:
-    """y [..., n] += Û[ids]·V̂ of each row's own delta, in place; ids int64 [...]."""
-    ids = ids.reshape(-1, 1).contiguous()
-    length, count = _length(ids, rows), len(ids)
-    assert y.is_contiguous()
-    if count == 0:
-        return
-    chosen = config(ids.device, count, "grouped_rows")
-    h = ids.new_empty(1, count, table.total, dtype=torch.float32)
-    grid = _tile_programs(chosen, table), _row_programs(chosen, count), len(rows.slots)
-    launch(
-        grouped_rows_kernel,
-        grid,
-        ids,
-        h,
-        table.data,
-        *rows,
-        length,
-        table.total,
-        _stride(table),
-        triton.cdiv(table.m, 8),
-        GROUP=table.group,
-        M=chosen["M"],
-        R=TILE,
-        num_warps=chosen["num_warps"],
-    )
-    _expand(h, y, table, rows, length, V, None)
+    """y [..., n] += Û[ids]·V̂ of each row's own delta, in place; ids int64 [...].
+
+    Every row by itself: its bits do not depend on the batch.
+    """
+    ids = ids.reshape(-1).contiguous()
+
+    def look_up(h: Tensor, where: tuple[Any, ...], tokens: int) -> None:
+        launch(
+            grouped_rows_kernel,
+            (triton.cdiv(16 * table.total, _RANKS), min(len(h), 64), len(rows.slots)),
+            ids,
+            h,
+            *where,
+            2 + (triton.cdiv(table.m, table.group) if table.group else 1),
+            triton.cdiv(table.m, 8),
+            table.total,
+            GROUP=table.group,
+            WIDTHS=table.widths,
+            R=_RANKS,
+            num_warps=1,
+        )
+
+    _add(y, len(ids), table, rows, look_up, table.n, None)
 
 
-def _expand(
-    h: Tensor, y: Tensor, table: Table, rows: Rows, length: int, side: int, bias: Tensor | None
+def _add(
+    y: Tensor,
+    count: int,
+    table: Table,
+    rows: Rows,
+    enter: Callable[[Tensor, tuple[Any, ...], int], None],
+    outputs: int,
+    bias: Tensor | None,
 ) -> None:
-    splits, count, total = h.shape
-    group = table.group if side == U else 0
-    chosen = config(h.device, count, "grouped_expand")
-    c = columns_at_once(chosen["C"], group)
-    outputs = table.m if side == U else table.n
-    columns = triton.cdiv(outputs, 8)
-    grid = triton.cdiv(columns, c), _row_programs(chosen, count), len(rows.slots)
-    launch(
-        grouped_expand_kernel,
-        grid,
-        h,
-        y,
-        y if bias is None else bias,
-        table.data,
-        *rows,
-        length,
-        count,
-        outputs,
-        total,
-        splits,
-        _stride(table),
-        1 + side,
-        columns,
-        SIDE=side,
-        BIAS=bias is not None,
-        GROUP=group,
-        WIDEN=INTERPRETED,
-        M=chosen["M"],
-        R=TILE,
-        C=c,
-        num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"],
-    )
+    """h by `enter`, then y += h·Ûᵀ; `CHUNK` rows at a time."""
+    length, rest = divmod(count, len(rows.order))
+    assert rest == 0 and y.is_contiguous()
+    for low in range(0, count, CHUNK):
+        high = min(low + CHUNK, count)
+        tokens = token_block(high - low)
+        h = y.new_empty(high - low, 16 * table.total)
+        where = table.data, *rows, length, low, high
+        enter(h, where, tokens)
+        unroll = config(y.device)[str(tokens)]["expand"]["UNROLL"]
+        launch(
+            grouped_expand_kernel,
+            (triton.cdiv(outputs, 64), _row_programs(len(h), tokens), len(rows.slots)),
+            h,
+            y,
+            y if bias is None else bias,
+            *where,
+            outputs,
+            table.total,
+            BIASED=bias is not None,
+            **_options(table, tokens, unroll),
+        )
+
+
+def _options(table: Table, tokens: int, unroll: int) -> dict[str, Any]:
+    return {
+        "WIDTHS": table.widths,
+        "PTX": not INTERPRETED,
+        "TOKENS": tokens,
+        "UNROLL": unroll,
+        "num_warps": 8,
+    }
+
+
+def _row_programs(rows: int, tokens: int) -> int:
+    """Programs that share an entry's rows."""
+    return min(16, triton.cdiv(rows, tokens))
 
 
 def gather(base: Tensor, addresses: Tensor, of_rows: Tensor) -> Tensor:
@@ -207,23 +224,3 @@ def gather(base: Tensor, addresses: Tensor, of_rows: Tensor) -> Tensor:
     grid = len(of_rows), triton.cdiv(len(base), block)
     launch(gather_kernel, grid, base, out, addresses, of_rows, len(base), BLOCK=block)
     return out
-
-
-def _length(x: Tensor, rows: Rows) -> int:
-    """Rows of x for each row of the batch."""
-    length, rest = divmod(len(x), len(rows.order))
-    assert rest == 0
-    return length
-
-
-def _stride(table: Table) -> int:
-    """Row length of `ranks`: a width word, V's scale, U's scales."""
-    return 2 + (triton.cdiv(table.m, table.group) if table.group else 1)
-
-
-def _tile_programs(chosen: dict[str, int], table: Table) -> int:
-    return min(chosen["programs"], triton.cdiv(table.total, TILE))
-
-
-def _row_programs(chosen: dict[str, int], rows: int) -> int:
-    return min(chosen["row_programs"], triton.cdiv(rows, chosen["M"]))

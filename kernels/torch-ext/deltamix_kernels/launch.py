@@ -1,13 +1,11 @@
-"""Host side: choose tiles, allocate outputs, launch.
+"""Products with a packed delta by dequantized factors and `torch.mm`, whatever its form and dtype.
 
-Few rows of x take `shrink` and `expand`, which read packed codes only. Above `DECODE_ROWS`, both
-factors are dequantized once and multiplied by `torch.mm`. Kernels run on the device of their
-tensors, whatever the current one is: Triton itself launches on the current device.
+What decodes few rows without unpacking anything is in decode_plan.py. Kernels run on the device of
+their tensors, whatever the current one is: Triton itself launches on the current device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,11 +14,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .config import DECODE_ROWS, config
+from .config import config
 from .dequantize import dequantize_kernel
-from .expand import expand_kernel
-from .layout import Runs, rank_count, tile_table, widths_mask
-from .shrink import shrink_kernel
+from .layout import Runs, canonical, rank_count, tile_table, widths_mask
 
 INTERPRETED = triton.knobs.runtime.interpret
 V, U = 0, 1
@@ -56,11 +52,6 @@ class Packed(NamedTuple):
         size = self.group_sizes[V]
         return 1 + (-(-self.n // size) if size else 1)
 
-    @property
-    def groupable(self) -> bool:
-        """May share a shrink launch: one scale a vector, no zero points."""
-        return self.zeros is None and self.group_sizes[V] == 0
-
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: Any) -> None:
     """Launch on the device of `first`, the kernel's first argument."""
@@ -73,189 +64,38 @@ def supported(group_sizes: tuple[int, int]) -> bool:
     return all(size % 16 == 0 for size in group_sizes)
 
 
-def split_columns(
-    device: torch.device, rows: int, n: int, group_size: int = 0, kernel: str = "shrink"
-) -> tuple[int, int]:
-    """Byte columns of one program of `shrink`, and how many programs share a tile's columns.
-
-    The latter is the first dimension of `shrink`'s sums: 1 where rows are many.
-    """
-    if kernel == "shrink" and rows > DECODE_ROWS:
-        return triton.cdiv(n, 8), 1
-    chosen = config(device, rows, kernel)
-    c = columns_at_once(chosen["C"], group_size)
-    columns = triton.cdiv(n, 8)
-    split = triton.cdiv(triton.cdiv(columns, chosen["splits"]), c) * c
-    return split, max(1, triton.cdiv(columns, split))
-
-
-def shrink(x: Tensor, matrices: Sequence[Packed], side: int = V) -> Tensor:
-    """Partial sums float32 [splits, rows, ranks of all matrices] of x [..., n] times V̂ᵀ.
-
-    `side=U` multiplies with Û's codes instead (x is [rows, m]). Several matrices must read the same
-    x and be `groupable`.
-    """
-    one = matrices[0]
-    if len(matrices) > 1 and not all(p.groupable and p.n == one.n for p in matrices):
-        raise ValueError("only matrices of one input and one scale a vector share a launch")
-    if len(matrices) > 3:
-        raise ValueError(f"at most three matrices share a launch, got {len(matrices)}")
-    x = flat(x)
-    rows, n = x.shape
-    assert n == one.length(side)
-    if rows > DECODE_ROWS:
-        with _no_autocast(x):
-            parts = [x @ dequantize(p, side, x.dtype).T for p in matrices]
-        return torch.cat(parts, 1).float()[None]
-    chosen = config(x.device, rows, "shrink")
-    r, c, m = chosen["R"], columns_at_once(chosen["C"], one.group_sizes[side]), chosen["M"]
-    tiles = tile_table(tuple(p.runs for p in matrices), r, x.device)
-    ranks = [p.rank for p in matrices]
-    columns = triton.cdiv(n, 8)
-    split, splits = split_columns(x.device, rows, n, one.group_sizes[side])
-    out = x.new_empty(splits, rows, sum(ranks), dtype=torch.float32)
-    if out.numel() == 0:
-        return out
-    full = [*matrices, one, one][:3]
-    launch(
-        shrink_kernel,
-        (len(tiles), splits, triton.cdiv(rows, m)),
-        x,
-        out,
-        tiles,
-        *(p.codes(side) for p in full),
-        *(p.ranks for p in full),
-        one.ranks if one.zeros is None else one.zeros,
-        ranks[0],
-        sum(ranks[:2]),
-        rows,
-        n,
-        sum(ranks),
-        x.stride(0),
-        one.ranks.shape[1],
-        one.scale_column(side),
-        1 if one.zeros is None else one.zeros.shape[1],
-        columns,
-        SIDE=side,
-        GROUP=one.group_sizes[side],
-        GAUSSIAN=one.zeros is None,
-        WIDTHS=widths_mask(run[1 + side] for p in matrices for run in p.runs),
-        ZERO_WIDTHS=_zero_widths(one),
-        SPLIT=split,
-        WIDEN=INTERPRETED,
-        M=m,
-        R=r,
-        C=c,
-        num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"],
-    )
-    return out
-
-
-def expand(
-    h: Tensor,
-    packed: Packed,
-    dtype: torch.dtype,
-    side: int = U,
-    *,
-    first: int = 0,
-    x: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """y [rows, m] = base + h·Ûᵀ (+ bias), the base x·weightᵀ or nothing; few rows.
-
-    `h` are `shrink`'s partial sums; this matrix's ranks begin at column `first`.
-    """
-    splits, rows, total = h.shape
-    m = packed.length(side)
-    chosen = config(h.device, rows, "expand")
-    r, c, block = chosen["R"], columns_at_once(chosen["C"], packed.group_sizes[side]), chosen["M"]
-    y = h.new_empty(rows, m, dtype=dtype)
-    if y.numel() == 0:
-        return y
-    tiles = tile_table((packed.runs,), r, h.device)
-    columns = triton.cdiv(m, 8)
-    source, matrix = (y, y) if x is None or weight is None else (x, weight)
-    launch(
-        expand_kernel,
-        (triton.cdiv(columns, c), triton.cdiv(rows, block)),
-        source,
-        matrix,
-        y if bias is None else bias,
-        h,
-        y,
-        tiles,
-        packed.codes(side),
-        packed.ranks,
-        packed.ranks if packed.zeros is None else packed.zeros,
-        len(tiles),
-        first,
-        rows,
-        source.shape[1],
-        m,
-        splits,
-        total,
-        source.stride(0),
-        matrix.stride(0),
-        packed.ranks.shape[1],
-        packed.scale_column(side),
-        1 if packed.zeros is None else packed.zeros.shape[1],
-        columns,
-        SIDE=side,
-        BASE=weight is not None,
-        BIAS=bias is not None,
-        GROUP=packed.group_sizes[side],
-        GAUSSIAN=packed.zeros is None,
-        WIDTHS=widths_mask(run[1 + side] for run in packed.runs),
-        ZERO_WIDTHS=_zero_widths(packed),
-        WIDEN=INTERPRETED,
-        M=block,
-        R=r,
-        C=c,
-        K=chosen["K"],
-        num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"],
-    )
-    return y
-
-
 def low_rank(x: Tensor, packed: Packed, transposed: bool = False) -> Tensor:
     """x [..., n] -> (x·V̂ᵀ)·Ûᵀ [..., m] in x's dtype; `transposed`: [..., m] -> [..., n]."""
     enter, leave = (U, V) if transposed else (V, U)
     rows = flat(x)
-    if len(rows) > DECODE_ROWS:
-        y = x.new_empty(len(rows), packed.length(leave))
-        for part, h, factor in _chunks(rows, packed, enter, leave):
-            torch.mm(h, factor, out=y[part])
-    else:
-        y = expand(shrink(rows, [packed], enter), packed, x.dtype, leave)
+    y = x.new_empty(len(rows), packed.length(leave))
+    _multiply(y, rows, packed, enter, leave, add=False)
     return y.view(*x.shape[:-1], packed.length(leave))
 
 
 def delta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
-    """y [..., m] = x·weightᵀ + (x·V̂ᵀ)·Ûᵀ (+ bias)."""
-    rows = flat(x)
-    if len(rows) > DECODE_ROWS:
-        with _no_autocast(x):
-            y = F.linear(rows, weight, bias)
-        for part, h, factor in _chunks(rows, packed, V, U):
-            y[part].addmm_(h, factor)
-    else:
-        y = finish_linear(rows, weight, bias, shrink(rows, [packed]), packed)
-    return y.view(*x.shape[:-1], packed.m)
+    """y [..., m] = x·weightᵀ + (x·V̂ᵀ)·Ûᵀ (+ bias).
 
-
-def finish_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, packed: Packed, first: int = 0
-) -> Tensor:
-    """The rest of `delta_linear`, [rows, m], of x [..., n] and h; few rows: with the base."""
-    x = flat(x)
-    if len(x) <= DECODE_ROWS:
-        return expand(h, packed, x.dtype, first=first, x=x, weight=weight, bias=bias)
-    inner = h[0, :, first : first + packed.rank].to(x.dtype)
+    Above m·n/(m + n) rows the sum of the matrices takes fewer operations than two more products.
+    """
+    rows, (m, n) = flat(x), weight.shape
     with _no_autocast(x):
-        return F.linear(x, weight, bias).addmm_(inner, dequantize(packed, U, x.dtype))
+        if len(rows) > m * n // (m + n):
+            right, left = (dequantize(packed, side, weight.dtype) for side in (V, U))
+            y = F.linear(rows, torch.addmm(weight, left.T, right), bias)
+        else:
+            y = F.linear(rows, weight, bias)
+            _multiply(y, rows, packed, V, U, add=True)
+    return y.view(*x.shape[:-1], m)
+
+
+def _multiply(y: Tensor, x: Tensor, packed: Packed, enter: int, leave: int, add: bool) -> None:
+    """Write or add x·V̂ᵀ·Ûᵀ to y, `CHUNK` rows at a time."""
+    right, left = (dequantize(packed, side, x.dtype) for side in (enter, leave))
+    with _no_autocast(x):
+        for start in range(0, len(x), CHUNK):
+            part = slice(start, start + CHUNK)
+            torch.addmm(y[part], x[part] @ right.T, left, beta=int(add), out=y[part])
 
 
 def dequantize(packed: Packed, side: int, dtype: torch.dtype) -> Tensor:
@@ -268,9 +108,9 @@ def dequantize(packed: Packed, side: int, dtype: torch.dtype) -> Tensor:
     out = packed.ranks.new_empty(packed.rank, 8 * columns, dtype=dtype)
     if out.numel() == 0:
         return out[:, :length]
-    chosen = config(out.device, DECODE_ROWS + 1, "dequantize")
+    chosen = config(out.device)["dequantize"]
     r, c = chosen["R"], columns_at_once(chosen["C"], packed.group_sizes[side])
-    tiles = tile_table((packed.runs,), r, out.device)
+    tiles = tile_table(packed.runs, r, packed.ranks)
     launch(
         dequantize_kernel,
         (len(tiles), triton.cdiv(columns, c)),
@@ -288,24 +128,13 @@ def dequantize(packed: Packed, side: int, dtype: torch.dtype) -> Tensor:
         SIDE=side,
         GROUP=packed.group_sizes[side],
         GAUSSIAN=packed.zeros is None,
-        WIDTHS=widths_mask(run[1 + side] for run in packed.runs),
+        WIDTHS=canonical(widths_mask(run[1 + side] for run in packed.runs)),
         ZERO_WIDTHS=_zero_widths(packed),
         R=r,
         C=c,
         num_warps=chosen["num_warps"],
     )
     return out[:, :length]
-
-
-def _chunks(
-    x: Tensor, packed: Packed, enter: int, leave: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their h = x·V̂ᵀ, Ûᵀ) of up to `CHUNK` rows of x [rows, n] at a time."""
-    right, left = dequantize(packed, enter, x.dtype), dequantize(packed, leave, x.dtype)
-    with _no_autocast(x):
-        for start in range(0, len(x), CHUNK):
-            part = slice(start, start + CHUNK)
-            yield part, x[part] @ right.T, left
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -329,4 +158,4 @@ def columns_at_once(wanted: int, group_size: int) -> int:
 def _zero_widths(packed: Packed) -> int:
     if packed.zeros is None:
         return 0
-    return widths_mask(max(v, u) for _, v, u in packed.runs)
+    return canonical(widths_mask(max(v, u) for _, v, u in packed.runs))

@@ -1,22 +1,22 @@
 """Rank tiles: where the packed codes of up to `TILE` ranks of equal widths lie.
 
-Ranks are stored sorted by width, so equal widths are runs (count, v_bits, u_bits). A kernel handles
-one tile at a time, and inside a tile both widths are compile-time constants. The table is int32
-[tiles, 8] on the device: first byte row of V and of U, first row of the zero points, first rank,
-number of ranks, v_bits, u_bits, and which matrix of a group it belongs to.
+Ranks are stored sorted by width, so equal widths are runs (count, v_bits, u_bits). `dequantize`
+handles one tile at a time. The table is int32 [tiles, 7] on the device: first byte row of V and of
+U, first row of the zero points, first rank, number of ranks, v_bits, u_bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .persistent import persistent
 
 Run = tuple[int, int, int]
 Runs = tuple[Run, ...]
-FIELDS = 8
 
 
 def runs_of(flat: Sequence[int]) -> Runs:
@@ -33,21 +33,36 @@ def widths_mask(widths: Iterable[int]) -> int:
     return sum(1 << width for width in set(widths))
 
 
-def tile_rows(runs: Runs, tile: int, matrix: int = 0) -> list[list[int]]:
-    """The table of one matrix as a list."""
+# Kernels are compiled for one of two sets of widths: what the default method makes, or all. A set
+# for each layer's own would be some thirty variants for a model.
+_USUAL, _EVERY = widths_mask((2, 3, 4, 8)), widths_mask(range(1, 9))
+
+
+def canonical(mask: int) -> int:
+    """The smallest set of widths that kernels are compiled for and that has all of `mask`."""
+    return _EVERY if mask & ~_USUAL else _USUAL
+
+
+def tile_rows(runs: Runs, tile: int) -> list[list[int]]:
+    """The table as a list."""
     rows = []
     v_row = u_row = zero_row = rank = 0
     for count, v_bits, u_bits in runs:
         for start in range(0, count, tile):
             size = min(tile, count - start)
-            rows.append([v_row, u_row, zero_row, rank, size, v_bits, u_bits, matrix])
+            rows.append([v_row, u_row, zero_row, rank, size, v_bits, u_bits])
             v_row, u_row = v_row + size * v_bits, u_row + size * u_bits
             zero_row, rank = zero_row + size * max(v_bits, u_bits), rank + size
     return rows
 
 
-@lru_cache(maxsize=4096)
-def tile_table(group: tuple[Runs, ...], tile: int, device: torch.device) -> Tensor:
-    """The tables of a group of matrices, one below the other; made once per layout and device."""
-    rows = [row for i, runs in enumerate(group) for row in tile_rows(runs, tile, i)]
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, FIELDS).to(device)
+def tile_table(runs: Runs, tile: int, ranks: Tensor) -> Tensor:
+    """The table on the device of `ranks`; lives as long as that, as captured graphs need it."""
+    found = _tables.get(ranks)
+    if found is None or found.device != ranks.device:
+        rows = torch.tensor(tile_rows(runs, tile), dtype=torch.int32)
+        found = _tables[ranks] = persistent(ranks.device, lambda: rows.to(ranks.device))
+    return found
+
+
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

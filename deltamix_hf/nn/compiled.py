@@ -1,8 +1,8 @@
-"""Layers with named deltas under `torch.compile`: one opaque op each.
+"""Layers with deltas under `torch.compile`: opaque ops that find the layer by a number.
 
-The compiler sees the op's input, the module's number and the shape that comes out. Which deltas
-there are and which rows take them is looked up while the compiled code runs, so nothing it could
-guard on changes when deltas do.
+The compiler sees the op's input, the number and the shape that comes out. Which deltas there are,
+which rows take them, and how their products are launched is looked up while the compiled code runs,
+so nothing it could guard on changes when deltas do. Without gradients only.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import DeltaMixError
 
-_modules: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_numbered: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = count()
 
 
-def register(module: nn.Module) -> int:
-    """Return the number under which the op finds a module."""
+def register(layer: Any) -> int:
+    """Return a new number under which the ops find a module or a group of them."""
     number = next(_numbers)
-    _modules[number] = module
+    _numbered[number] = layer
     return number
 
 
@@ -41,30 +41,19 @@ def opaque(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
             f"a {module.dm_plain_class.__name__} with deltas takes more than one tensor and "
             "cannot be compiled"
         )
-    return routed(values[0], module.dm_row_deltas.number)
+    return layer(values[0], module.dm_number)
 
 
-@torch.library.custom_op("deltamix::routed", mutates_args=())
-def routed(x: Tensor, number: int) -> Tensor:
-    """Return what module `number` makes of x, by the route in force; contiguous."""
-    module = _modules[number]
-    deltas = module.dm_row_deltas
-    router = deltas.router
-    route = router.route
-    fits = x.dim() > 0 and x.shape[0] % len(route.rows) == 0  # rows repeated since they were named
-    with router.using(route.of_batch(x.shape[0]) if fits else route):
-        y = deltas.run(module, (x,), {})
-    if y.shape[:1] != x.shape[:1]:
-        raise DeltaMixError(
-            f"a {module.dm_plain_class.__name__} sees one row for the whole batch, which a "
-            "compiled model cannot give different deltas: pass one for each row (position_ids)"
-        )
-    return y.contiguous()
+@torch.library.custom_op("deltamix::layer", mutates_args=())
+def layer(x: Tensor, number: int) -> Tensor:
+    """Return what module `number` makes of x, contiguous."""
+    y: Tensor = _numbered[number].run_compiled(x)
+    return y.clone() if y is x else y.contiguous()
 
 
-@routed.register_fake
+@layer.register_fake
 def _(x: Tensor, number: int) -> Tensor:
-    module = _modules[number]
+    module = _numbered[number]
     tensors = {**module._parameters, **module._buffers}
     like = {key: _fake(t, x) for key, t in tensors.items() if t is not None}
     try:
@@ -79,3 +68,15 @@ def _(x: Tensor, number: int) -> Tensor:
 
 def _fake(tensor: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(tensor.shape, dtype=tensor.dtype)
+
+
+@torch.library.custom_op("deltamix::layers_of_one_input", mutates_args=())
+def layers_of_one_input(x: Tensor, number: int) -> list[Tensor]:
+    """Return what the members of group `number` make of x [..., n]: [..., m] each."""
+    found: list[Tensor] = _numbered[number].products(x)
+    return found
+
+
+@layers_of_one_input.register_fake
+def _(x: Tensor, number: int) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], m) for m in _numbered[number].lengths]
