@@ -33,34 +33,6 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
-def pairs(first, second):
-    """Every pair of both on a GPU; by the interpreter each with the other's first: it is slow."""
-    if DEVICE.type == "cuda":
-        return [(a, b) for a in first for b in second]
-    return [(a, second[0]) for a in first] + [(first[0], b) for b in second[1:]]
-
-
-def named(value):
-    """The id of a case: its layout's sizes, or its dtype."""
-    return "x".join(map(str, value[:2])) if isinstance(value, tuple) else str(value)
-
-
-def large_blocks(monkeypatch):
-    """Make the interpreter, which takes its time for every program and step, run few large ones.
-
-    For tests of models: those of the kernels themselves keep the tiles that are shipped.
-    """
-    if DEVICE.type == "cuda":
-        return
-    few = {"C": 32, "splits": 1, "programs": 1}
-    usual = dk.config.read("cpu")
-    large = {
-        stage: {kernel: {**chosen, **few} for kernel, chosen in kernels.items()}
-        for stage, kernels in usual.items()
-    }
-    monkeypatch.setattr(dk.config, "read", lambda _: large)
-
-
 def packed_of(m, n, v_bits, u_bits, group_size, gaussian):
     packed, delta = pack(m, n, v_bits, u_bits, group_size, gaussian=gaussian)
     on = {k: t.to(DEVICE) for k, t in packed.tensors.items()}

@@ -8,17 +8,8 @@ from __future__ import annotations
 import deltamix_kernels as dk
 import pytest
 import torch
-from kernel_cases import (
-    DEVICE,
-    EVERY,
-    TOLERANCES,
-    error,
-    inputs,
-    named,
-    packed_of,
-    pairs,
-    poisoned,
-)
+from deltamix_kernels import grouped_launch
+from kernel_cases import DEVICE, EVERY, TOLERANCES, error, inputs, packed_of, poisoned
 from torch.nn import functional as F
 
 # Not under coverage, which makes Triton's interpreter three times slower.
@@ -27,17 +18,20 @@ pytestmark = pytest.mark.interpreter
 __all__ = ["poisoned"]  # a fixture for every test here too
 MIXED = [8, 3, 3, 2, 1], [2, 3, 4, 2, 6]
 LAYOUTS = [  # m, n, group_size, widths of two deltas
-    (50, 130, 0, (EVERY, EVERY[::-1]), MIXED),
-    (130, 50, (0, 128), ([4], [2]), (EVERY, EVERY)),  # groups of U, rank 1
-    (64, 64, 0, ([3] * 40 + [2] * 9, [2] * 40 + [4] * 9), MIXED),  # many tiles
+    pytest.param(50, 130, 0, (EVERY, EVERY[::-1]), MIXED, id="every width"),
+    pytest.param(33, 64, 0, ([4], [2]), MIXED, id="rank 1"),
+    pytest.param(64, 64, 0, ([3] * 20 + [2] * 9, [2] * 20 + [4] * 9), MIXED, id="many tiles"),
 ]
-ROWS = [  # dtype, slot of each row, or -1 (5: an empty slot), length
-    (torch.float32, [3, 5, 7, -1, 3], 3),
-    (torch.float32, [3], 1),
-    (torch.float32, [7, -1, 3], 1),
+EMBEDDINGS = [
+    LAYOUTS[0],
+    pytest.param(130, 50, (0, 128), ([4], [2]), (EVERY, EVERY), id="groups of U, rank 1"),
+]
+ROWS = [  # dtype; slot of each row, or -1 (5: an empty slot); length
+    (torch.float16, [3], 1),
     (torch.bfloat16, [3, 5, 7, -1, 3], 3),
     (torch.float16, [7, -1, 3], 1),
 ]
+HALF = torch.float16
 
 
 def rows_of(slots, entries=None):
@@ -58,10 +52,10 @@ def deltas_of(m, n, group_size, *widths):
     return dict(zip((3, 7), made, strict=False))
 
 
-def table_of(m, n, deltas):
-    table = dk.Table(8, m, n, DEVICE)
+def table_of(m, n, deltas, dtype=HALF, embedding=False):
+    table = dk.Table(8, m, n, DEVICE, embedding)
     for slot, (packed, _) in deltas.items():
-        assert table.put(slot, packed)
+        assert table.put(slot, packed, dtype)
     return table
 
 
@@ -74,11 +68,11 @@ def expected_of(base, x, slots, deltas):
     return base.double() + torch.stack(added)
 
 
-@pytest.mark.parametrize("layout, rows", pairs(LAYOUTS, ROWS), ids=named)
-def test_against_float64(layout, rows):
-    (m, n, *_), (dtype, slots, length) = layout, rows
-    deltas = deltas_of(*layout)
-    table = table_of(m, n, deltas)
+@pytest.mark.parametrize("dtype, slots, length", ROWS, ids=str)
+@pytest.mark.parametrize("m, n, group_size, one, two", LAYOUTS)
+def test_against_float64(m, n, group_size, one, two, dtype, slots, length):
+    deltas = deltas_of(m, n, group_size, one, two)
+    table = table_of(m, n, deltas, dtype)
     x = inputs(len(slots) * length, n, dtype).view(len(slots), length, n)
     base = F.linear(x, inputs(m, n, dtype, 1))
     found = []
@@ -93,26 +87,27 @@ def test_against_float64(layout, rows):
 
 
 @pytest.mark.parametrize("rows, length", [(64, 1), (3, 40)])
-def test_many_rows(rows, length):
+def test_many_rows(rows, length, monkeypatch):
     """Decoding 64 rows, and prompts of more rows than are handled at a time."""
+    monkeypatch.setattr(grouped_launch, "CHUNK", 50)
     deltas = deltas_of(50, 130, 0, MIXED, (EVERY, EVERY))
     slots = [(3, -1, 7)[i % 3] for i in range(rows)]
     x = inputs(rows * length, 130, torch.bfloat16).view(rows, length, 130)
     base = F.linear(x, inputs(50, 130, torch.bfloat16, 1))
     y = base.clone()
-    dk.grouped_add(y, x, table_of(50, 130, deltas), rows_of(slots))
+    dk.grouped_add(y, x, table_of(50, 130, deltas, torch.bfloat16), rows_of(slots))
     assert error(y, expected_of(base, x, slots, deltas)) < TOLERANCES[torch.bfloat16]
     assert torch.equal(y[1::3], base[1::3])
 
 
 def test_rows_that_no_delta_has_are_not_even_read():
     deltas = deltas_of(50, 130, 0, MIXED)
-    x = inputs(2, 130, torch.float32)
+    x = inputs(2, 130, HALF)
     x[1] = y1 = float("nan")
-    y = torch.full((2, 50), y1, device=DEVICE)
+    y = torch.full((2, 50), y1, dtype=HALF, device=DEVICE)
     y[0] = 0
     dk.grouped_add(y, x, table_of(50, 130, deltas), rows_of([3, -1]))
-    assert error(y[:1], x[:1].double() @ deltas[3][1].T) < 2e-6 and y[1].isnan().all()
+    assert error(y[:1], x[:1].double() @ deltas[3][1].T) < TOLERANCES[HALF] and y[1].isnan().all()
 
 
 def test_tenants_change_in_the_same_tensors():
@@ -121,41 +116,44 @@ def test_tenants_change_in_the_same_tensors():
     table = table_of(50, 130, {3: deltas[7]})
     rows = rows_of([3, -1, -1], 3)
     addresses = [t.data_ptr() for t in (table.data, *rows)]
-    assert table.put(3, deltas[3][0]) and table.put(7, deltas[7][0])
+    assert table.put(3, deltas[3][0], HALF) and table.put(7, deltas[7][0], HALF)
     for tensor, value in zip(rows, rows_of([7, 3, 7], 3), strict=True):
         tensor.copy_(value)
     assert addresses == [t.data_ptr() for t in (table.data, *rows)]
-    x = inputs(3, 130, torch.float32)
-    y = torch.zeros(3, 50, device=DEVICE)
+    x = inputs(3, 130, HALF)
+    y = torch.zeros(3, 50, dtype=HALF, device=DEVICE)
     dk.grouped_add(y, x, table, rows)
-    assert error(y, expected_of(torch.zeros_like(y), x, [7, 3, 7], deltas)) < 2e-6
+    assert error(y, expected_of(torch.zeros_like(y), x, [7, 3, 7], deltas)) < TOLERANCES[HALF]
     table.clear(3)
-    y = torch.zeros(3, 50, device=DEVICE)
+    y = torch.zeros(3, 50, dtype=HALF, device=DEVICE)
     dk.grouped_add(y, x, table, rows)
-    assert torch.equal(y[1], torch.zeros_like(y[1])) and table.data.count_nonzero() == 5
+    assert (
+        torch.equal(y[1], torch.zeros_like(y[1]))
+        and table.data[7].count_nonzero() == table.data.count_nonzero()
+    )
 
 
 @pytest.mark.parametrize("own", [None, 3])
 def test_a_bias_in_place_of_the_base_s(own):
     deltas = deltas_of(50, 130, 0, MIXED)
     table = dk.Table(8, 50, 130, DEVICE)
-    bias, other = inputs(2, 50, torch.float32, 2)
-    assert table.put(3, deltas[3][0] if own else None, other)
-    x, weight = inputs(3, 130, torch.float32), inputs(50, 130, torch.float32, 1)
+    bias, other = inputs(2, 50, HALF, 2)
+    assert table.put(3, deltas[3][0] if own else None, HALF, other)
+    x, weight = inputs(3, 130, HALF), inputs(50, 130, HALF, 1)
     base = F.linear(x, weight, bias)
     y = base.clone()
     dk.grouped_add(y, x, table, rows_of([-1, 3, -1]), bias)
     expected = x[1].double() @ weight.double().T + other
     expected += x[1].double() @ deltas[3][1].T if own else 0
-    assert error(y[1], expected) < 2e-6
+    assert error(y[1], expected) < TOLERANCES[HALF]
     assert torch.equal(y[::2], base[::2])
 
 
-@pytest.mark.parametrize("layout, dtype", pairs(LAYOUTS, list(TOLERANCES)), ids=named)
-def test_embedded_rows(layout, dtype):
-    m, n, *_ = layout
-    deltas = deltas_of(*layout)
-    table, slots = table_of(m, n, deltas), [7, -1, 3]
+@pytest.mark.parametrize("dtype", dk.DECODE_DTYPES, ids=str)
+@pytest.mark.parametrize("m, n, group_size, one, two", EMBEDDINGS)
+def test_embedded_rows(m, n, group_size, one, two, dtype):
+    deltas = deltas_of(m, n, group_size, one, two)
+    table, slots = table_of(m, n, deltas, dtype, embedding=True), [7, -1, 3]
     ids = torch.randint(m, (3, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     base = F.embedding(ids, inputs(m, n, dtype, 1))
     y = base.clone()
@@ -165,6 +163,9 @@ def test_embedded_rows(layout, dtype):
         expected[i] += deltas[slots[i]][1][ids[i]]
     assert error(y, expected) < TOLERANCES[dtype]
     assert torch.equal(y[1], base[1])
+    alone = base[2, :1].clone()
+    dk.grouped_embed(alone, ids[2, :1], table, rows_of([3]))
+    assert torch.equal(alone, y[2, :1])  # whatever else is in the batch
 
 
 def test_gathered_vectors():
@@ -179,24 +180,37 @@ def test_gathered_vectors():
 
 
 def test_what_a_table_cannot_hold():
-    table = dk.Table(8, 50, 130, DEVICE)
+    linear, rows = (dk.Table(8, 50, 130, DEVICE, embedding) for embedding in (False, True))
     plain, grouped = (packed_of(50, 130, *MIXED, size, True)[0] for size in (0, (0, 16)))
-    assert not table.put(0, packed_of(50, 130, *MIXED, 0, False)[0])  # zero points
-    assert not table.put(0, packed_of(50, 130, *MIXED, 32, True)[0])  # groups of V
-    assert not table.put(0, packed_of(50, 130, [1] * 51, [1] * 51, 0, True)[0])  # rank 51
-    assert table.data.count_nonzero() == 0
-    assert table.put(0, plain) and not table.put(1, grouped)
-    table.clear(0)
-    assert table.put(1, grouped) and table.group == 16
-    table.clear(1)
+    for table in (linear, rows):
+        assert not table.put(0, plain, torch.float32)
+        assert not table.put(0, packed_of(50, 130, *MIXED, 0, False)[0], HALF)  # zero points
+        assert not table.put(0, packed_of(50, 130, *MIXED, 32, True)[0], HALF)  # groups of V
+        assert not table.put(0, packed_of(50, 130, [1] * 51, [1] * 51, 0, True)[0], HALF)
+        assert table.data.count_nonzero() == 0
+    assert not linear.put(0, grouped, HALF)
+    assert rows.put(0, plain, HALF) and not rows.put(1, grouped, HALF)
+    rows.clear(0)
+    assert rows.put(1, grouped, HALF) and rows.group == 16
+    rows.clear(1)
+    rows.captured = True
+    assert not rows.put(0, plain, HALF) and rows.put(0, grouped, HALF)
+
+
+def test_a_captured_table_takes_no_width_that_was_not_compiled():
+    usual, other = (packed_of(50, 130, [b], [b], 0, True)[0] for b in (3, 5))
+    table = dk.Table(8, 50, 130, DEVICE)
+    assert table.put(0, usual, HALF)
     table.captured = True
-    assert not table.put(0, plain) and table.put(0, grouped)
+    assert not table.put(1, other, HALF)
+    table.captured = False
+    assert table.put(1, other, HALF) and table.put(2, usual, HALF)
 
 
 def test_nothing_to_do():
     deltas = deltas_of(50, 130, 0, MIXED)
     table, nothing = table_of(50, 130, deltas), rows_of([-1, -1], 2)
-    x, y = inputs(2, 130, torch.float32), inputs(2, 50, torch.float32, 1)
+    x, y = inputs(2, 130, HALF), inputs(2, 50, HALF, 1)
     before = y.clone()
     dk.grouped_add(y, x, table, nothing)
     assert torch.equal(y, before)

@@ -1,6 +1,8 @@
 """Tile sizes, as JSON data: `configs/<device name>.json` where someone tuned them, else default.
 
-Of decoding by rows of x a program takes, 8 or 16. UNROLL: loads in flight a thread. WARPS: of a
+fused_rows: up to how many rows one launch makes the base's product and expand, at most 16; 0 for
+Triton's interpreter, whose time goes by programs, of which that launch has eight times as many.
+"8" and "16": decoding, by rows of x a program takes. UNROLL: loads in flight a thread. WARPS: of a
 program. COLUMNS: byte columns of a program. Of `dequantize`: R ranks and C byte columns of a tile.
 """
 
@@ -20,8 +22,6 @@ if not hasattr(triton, "knobs"):
 _FOLDER = Path(__file__).parent / "configs"
 # Above, the factors are unpacked into memory once and the products are the vendor's GEMM.
 DECODE_ROWS = 64
-# Up to these many, one launch makes the base's product as well.
-FUSED_ROWS = 16
 
 
 @lru_cache(maxsize=64)

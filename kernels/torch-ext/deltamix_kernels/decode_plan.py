@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .config import DECODE_ROWS, FUSED_ROWS, config
+from .config import DECODE_ROWS, config
 from .decode_expand import decode_expand_kernel
 from .decode_fused import decode_fused_kernel
 from .decode_shrink import decode_shrink_kernel
@@ -124,7 +124,7 @@ class DecodePlan:
     """The deltas of up to three matrices that read one input, ready for up to 64 rows.
 
     Attributes:
-        tiles: settings of the kernels by rows of a program, as in config.py.
+        tiles: settings of the kernels, as in config.py.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class DecodePlan:
         """
         same = all(b is None for b in biases) or all(b is not None for b in biases)
         whole = self.n % 8 == 0 and all(w.is_contiguous() for w in weights)
-        if len(x) <= FUSED_ROWS and same and whole:
+        if len(x) <= self.tiles["fused_rows"] and same and whole:
             outputs = [x.new_empty(len(x), m) for m in self.lengths]
             x = aligned(x, -(-self.n // 8))
             h = self.shrink(x, self.dependent)
@@ -234,7 +234,7 @@ class DecodePlan:
         multiple of 8 and the weights contiguous; all matrices have a bias or none has.
         """
         rows, codes = len(x), self.codes
-        assert rows <= FUSED_ROWS and self.n % 8 == 0 and x.stride(1) == 1
+        assert rows <= 16 and self.n % 8 == 0 and x.stride(1) == 1
         assert x.stride(0) % 8 == 0 and all(w.is_contiguous() for w in weights)
         assert all(y.is_contiguous() and y.dtype == self.dtype for y in outputs)
         given = [b for b in biases or () if b is not None]

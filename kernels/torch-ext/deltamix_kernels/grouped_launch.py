@@ -130,7 +130,7 @@ def grouped_add(y: Tensor, x: Tensor, table: Table, rows: Rows, bias: Tensor | N
         unroll = config(x.device)[str(tokens)]["shrink"]["UNROLL"]
         launch(
             grouped_shrink_kernel,
-            (_PROGRAMS, _row_programs(len(h), tokens), len(rows.slots)),
+            (min(_PROGRAMS, 2 * table.total), _row_programs(len(h), tokens), len(rows.slots)),
             x,
             h,
             *where,
