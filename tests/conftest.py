@@ -27,11 +27,14 @@ import torch
 import transformers
 from architectures import ARCHITECTURES
 from hypothesis import HealthCheck, settings
+from quick_interpreter import quicken
 from tiny_pairs import Pair, calibration_ids, logits, make_pair, quick, token_ids
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quicken()
 # Child processes of tests find the helpers too.
 HELPERS = os.path.join(os.path.dirname(__file__), "helpers")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HELPERS, os.environ.get("PYTHONPATH")]))

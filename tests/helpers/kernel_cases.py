@@ -6,9 +6,7 @@ import deltamix_kernels as dk
 import pytest
 import torch
 from packed_cases import pack
-from quick_interpreter import quicken
 
-quicken()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

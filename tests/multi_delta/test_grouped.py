@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny_pairs
 import torch
-from kernel_cases import DEVICE
+from kernel_cases import DEVICE, FEW_BITS
 from many_deltas import CLOSE, Family, loaded
 from tiny_pairs import FAMILIES, logits, token_ids
 from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
@@ -36,7 +36,7 @@ def family(tmp_path_factory, make_family) -> Family:
     small = replace(FAMILIES["qwen3"], build=_build, budget={"ratio": 0.1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "one block", small)
-        return make_family("one block")
+        return make_family("one block", bits=FEW_BITS)
 
 
 @pytest.fixture
