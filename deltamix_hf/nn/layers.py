@@ -77,12 +77,12 @@ class DeltaLinear(DeltaModule, nn.Linear):
     def straight(self, x: Tensor) -> Tensor:
         if self.dm_merged is not None:
             return F.linear(x, self.dm_merged, self.bias)
-        packed = self.packed()
         if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
-            return self.with_delta(packed, None, (x,), {})
-        if self.dm_shared_input is not None and self.dm_shared_input.usable(self, x):
-            return self.dm_shared_input.output(self, x)
-        *tensors, runs, _, _, group_sizes = packed.op_arguments
+            return self.with_delta(self.packed(), None, (x,), {})
+        group = self.dm_shared_input
+        if group is not None and group.usable(self, x):
+            return group.output(self, x)
+        *tensors, runs, _, _, group_sizes = self.packed().op_arguments
         linear = cheapest(delta_linear)
         return linear(x, self.weight, self.bias, *tensors, runs, group_sizes)
 

@@ -126,10 +126,12 @@ class SharedInput:
 
     def products(self, x: Tensor) -> list[Tensor]:
         """Return x·Wᵀ + (x·V̂ᵀ)·Ûᵀ + bias [..., m] of every member for x [..., n]."""
-        weights, biases = [m.weight for m in self.members], [m.bias for m in self.members]
+        held = [member._parameters for member in self.members]
+        weights: Any = [parameters["weight"] for parameters in held]
+        biases = [parameters["bias"] for parameters in held]
         flat = x.reshape(-1, x.shape[-1])
         if choose(x.device) == TRITON:
-            if len(flat) > triton_kernels().DECODE_ROWS or not len(flat):
+            if not 0 < flat.shape[0] <= triton_kernels().DECODE_ROWS:
                 return [self._alone(member, x) for member in self.members]
             found = self._plan_for(x).linear(flat, weights, biases)
             return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
@@ -156,7 +158,7 @@ class SharedInput:
         """The members' `DecodePlan`, made anew when their codes have moved or changed."""
         of: list[Any] = [x.dtype]
         for member in self.members:
-            of.append(member.dm_own["weight"])
+            of.append(member.__dict__["dm_own"]["weight"])
             held = member._parameters
             of += [state_of(held[name]) for name in ("dm_v", "dm_u", "dm_ranks")]
         if of != self._planned:

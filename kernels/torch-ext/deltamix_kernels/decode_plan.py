@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from .config import DECODE_ROWS, config
@@ -17,7 +16,7 @@ from .decode_fused import decode_fused_kernel
 from .decode_shrink import decode_shrink_kernel
 from .launch import INTERPRETED, Packed, launch
 from .layout import Runs, canonical, widths_mask
-from .prepack import ALIGN, pack_u, pack_v, padded, slots_of, v_runs, width_counts
+from .prepack import ALIGN, cdiv, pack_u, pack_v, padded, slots_of, v_runs, width_counts
 
 DECODE_DTYPES = torch.bfloat16, torch.float16  # of x, the base weight and y
 _TILE = 8  # ranks of a program of shrink
@@ -151,10 +150,10 @@ class DecodePlan:
         expand is part of and that begins while shrink runs (H200, a Llama-3-8B layer at one row:
         1.20 times the base alone, 1.34 one after the other).
         """
-        same = all(b is None for b in biases) or all(b is not None for b in biases)
+        rows, without = x.shape[0], sum(b is None for b in biases)
         whole = self.n % 8 == 0 and all(w.is_contiguous() for w in weights)
-        if len(x) <= self.tiles["fused_rows"] and same and whole:
-            outputs = [x.new_empty(len(x), m) for m in self.lengths]
+        if rows <= self.tiles["fused_rows"] and whole and without in (0, len(biases)):
+            outputs = [x.new_empty(rows, m) for m in self.lengths]
             x = aligned(x, -(-self.n // 8))
             h = self.shrink(x, self.dependent)
             self.fused(h, x, weights, outputs, biases, self.dependent)
@@ -168,13 +167,13 @@ class DecodePlan:
 
         `dependent`: let the launch that follows begin at once, if it is a dependent one.
         """
-        rows, codes = len(x), self.codes
+        rows, codes = x.shape[0], self.codes
         assert x.dtype == self.dtype and x.shape[1] == self.n and 0 < rows <= DECODE_ROWS
         tokens, x = token_block(rows), aligned(x, codes.columns)
         h = x.new_empty(rows, codes.total)
         launch(
             decode_shrink_kernel,
-            (len(codes.tiles), triton.cdiv(rows, tokens)),
+            (codes.tiles.shape[0], cdiv(rows, tokens)),
             x,
             h,
             codes.tiles,
@@ -198,12 +197,12 @@ class DecodePlan:
 
         `dependent`: launch before the preceding kernel of the stream ends, and wait for it inside.
         """
-        rows, codes = len(outputs[0]), self.codes
+        rows, codes = outputs[0].shape[0], self.codes
         assert all(y.is_contiguous() and y.dtype == self.dtype for y in outputs)
         tokens = token_block(rows)
         launch(
             decode_expand_kernel,
-            (sum(triton.cdiv(m, 64) for m in self.lengths), triton.cdiv(rows, tokens)),
+            (sum(cdiv(m, 64) for m in self.lengths), cdiv(rows, tokens)),
             h,
             *_three(outputs),
             codes.runs,
@@ -233,7 +232,7 @@ class DecodePlan:
         `dependent`: launch before shrink, the preceding kernel of the stream, ends. n must be a
         multiple of 8 and the weights contiguous; all matrices have a bias or none has.
         """
-        rows, codes = len(x), self.codes
+        rows, codes = x.shape[0], self.codes
         assert rows <= 16 and self.n % 8 == 0 and x.stride(1) == 1
         assert x.stride(0) % 8 == 0 and all(w.is_contiguous() for w in weights)
         assert all(y.is_contiguous() and y.dtype == self.dtype for y in outputs)
@@ -242,7 +241,7 @@ class DecodePlan:
         options = self._options(tokens, "fused")
         launch(
             decode_fused_kernel,
-            (sum(triton.cdiv(m, 8 * options["COLUMNS"]) for m in self.lengths),),
+            (sum(cdiv(m, 8 * options["COLUMNS"]) for m in self.lengths),),
             x,
             *_three(weights),
             h,
