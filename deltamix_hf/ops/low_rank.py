@@ -48,13 +48,14 @@ def plain_low_rank(
     n: int,
     group_sizes: list[int],
     transposed: bool,
-    kernel: str | None = None,
+    by: str | None = None,
 ) -> Tensor:
     """Multiply x [..., n]: [..., m] in x's dtype; `transposed` maps [..., m] to [..., n].
 
-    `runs` is the flattened list of (count, v_bits, u_bits); for the tensors see `packed_layout`.
+    `runs` is the flattened list of (count, v_bits, u_bits); for the tensors see `packed_layout`;
+    `by` is what `choose` takes. (Inductor cannot lower an op with an argument named `kernel`.)
     """
-    if _by_triton(x, group_sizes, kernel):
+    if _by_triton(x, group_sizes, by):
         k = triton_kernels()
         packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, _pair(group_sizes))
         return k.low_rank(x, packed, transposed)
@@ -79,14 +80,14 @@ low_rank = torch.library.custom_op("deltamix::low_rank", mutates_args=())(plain_
 
 
 @low_rank.register_fake
-def _(x, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, kernel=None):
+def _(x, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, by=None):
     return x.new_empty(*x.shape[:-1], n if transposed else m)
 
 
 def _low_rank_context(ctx, inputs, output):
-    _, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, kernel = inputs
+    _, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, by = inputs
     ctx.save_for_backward(v, u, ranks, zeros)
-    ctx.layout = (runs, m, n, group_sizes, not transposed, kernel)
+    ctx.layout = (runs, m, n, group_sizes, not transposed, by)
 
 
 def _low_rank_backward(ctx, grad):
@@ -106,16 +107,16 @@ def plain_delta_linear(
     zeros: Tensor | None,
     runs: list[int],
     group_sizes: list[int],
-    kernel: str | None = None,
+    by: str | None = None,
 ) -> Tensor:
     """Run a linear layer with its delta: x [..., n], weight [m, n], bias [m] -> [..., m]."""
     m, n = weight.shape
-    if _by_triton(x, group_sizes, kernel):
+    if _by_triton(x, group_sizes, by):
         k = triton_kernels()
         packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, _pair(group_sizes))
         return k.delta_linear(x, weight, bias, packed)
     y = F.linear(x, weight, bias)
-    return y.add_(plain_low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False, kernel))
+    return y.add_(plain_low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False, by))
 
 
 delta_linear = torch.library.custom_op("deltamix::delta_linear", mutates_args=())(
@@ -124,15 +125,15 @@ delta_linear = torch.library.custom_op("deltamix::delta_linear", mutates_args=()
 
 
 @delta_linear.register_fake
-def _(x, weight, bias, v, u, ranks, zeros, runs, group_sizes, kernel=None):
+def _(x, weight, bias, v, u, ranks, zeros, runs, group_sizes, by=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_context(ctx, inputs, output):
-    x, weight, _, v, u, ranks, zeros, runs, group_sizes, kernel = inputs
+    x, weight, _, v, u, ranks, zeros, runs, group_sizes, by = inputs
     _, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     ctx.save_for_backward(x if wants_weight else None, weight, v, u, ranks, zeros)
-    ctx.layout = (runs, *weight.shape, group_sizes, True, kernel)
+    ctx.layout = (runs, *weight.shape, group_sizes, True, by)
     ctx.wants_bias = wants_bias
 
 
@@ -152,9 +153,9 @@ def _linear_backward(ctx, grad):
 delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 
-def _by_triton(x: Tensor, group_sizes: list[int], kernel: str | None) -> bool:
+def _by_triton(x: Tensor, group_sizes: list[int], by: str | None) -> bool:
     """The kernels know three dtypes and scale groups of 16·i elements; the rest is torch's."""
-    if choose(x.device, kernel) != TRITON:
+    if choose(x.device, by) != TRITON:
         return False
     return x.dtype in TRITON_DTYPES and triton_kernels().supported(_pair(group_sizes))
 
