@@ -282,9 +282,11 @@ def test_a_graph_reads_what_changes(family, model, layer, launched, recording):
             recording(False)
     assert read is model.dm_deltas.router._fixed[3, model.device]
     assert addresses == [t.data_ptr() for t in (read.order, read.starts, read.slots, read.of_rows)]
-    with pytest.raises(DeltaMixError, match="name the deltas with use_deltas"):
-        recording(True)
-        triton_logits(model, IDS, delta_names=MIXED)
+    recording(True)
+    named = model.dm_deltas.router.using(routing.Route(MIXED))  # as forward(delta_names=...) does
+    refused = pytest.raises(DeltaMixError, match="name the deltas with use_deltas")
+    with refused, named, torch.no_grad():
+        layer(make(layer))
     recording(False)
     with pytest.raises(DeltaMixError, match="a CUDA graph would keep"):
         model.load_delta(family.repos["two"], "two")  # on a min-max grid
