@@ -16,7 +16,10 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedding
 
 from deltamix_hf import DeltaEmbedding, DeltaLinear, DeltaMixError
+from deltamix_hf.nn.compiled import layer, layers_of_one_input
 from deltamix_hf.nn.layers import attach, delta_class, delta_modules, detach
+from deltamix_hf.ops.experts import expert_low_rank
+from deltamix_hf.ops.low_rank import delta_linear, low_rank, low_rank_rows
 from deltamix_hf.quantization.packed_layout import parts
 
 # Relative RMS of packed against merged dense weights: base and delta are added after the product
@@ -227,7 +230,6 @@ def test_compiles_without_graph_breaks(backend, gaussian):
 
 def test_no_argument_that_inductor_has_itself():
     """It passes an op's arguments by name beside its own `kernel`."""
-    ops = torch.ops.deltamix
-    for name in ("delta_linear", "low_rank", "low_rank_rows", "expert_low_rank", "layer"):
-        schema = getattr(ops, name).default._schema
+    for op in (delta_linear, low_rank, low_rank_rows, expert_low_rank, layer, layers_of_one_input):
+        schema = op._opoverload._schema
         assert not {"kernel", "cls"} & {argument.name for argument in schema.arguments}
