@@ -7,13 +7,13 @@ one CUDA graph. `share` is of the rate at which a large copy moves bytes.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from cases import tell
 from shapes import MODELS
 from timing import DEVICE, spread, synchronize, time_graph, time_host
 
@@ -24,10 +24,6 @@ SETS, CACHE = 8, 120e6  # sets of weights at least, and bytes of them
 @triton.jit
 def _one(x):
     tl.store(x + tl.program_id(0), 1.0)
-
-
-def tell(**row: object) -> None:
-    print(json.dumps(row), flush=True)
 
 
 def median(seconds: list[float]) -> float:

@@ -19,30 +19,20 @@ from torch import Tensor
 # Operands are rounded to 2^-9 and 2^-12: a wrong bit or scale is above 0.1.
 TOLERANCES = {"bf16": 1e-2, "fp16": 2e-3}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ROWS = (1, 16, 64, 512)
-MODEL = "Llama-3-8B"
-ODD = (131, 203)
+SMALL = False
 
 
 def layouts() -> dict[str, tuple[int, int, list[tuple[int, int, int]]]]:
     """Name -> m, n and runs of the layers of a block, and of odd shapes."""
-    from factors import EVERY, MIXED
+    from factors import EVERY, MIXED, TINY
     from shapes import MODELS, runs
 
-    found = {li.name: (li.m, li.n, runs(li)) for li in MODELS[MODEL]}
-    found |= {"odd": (*ODD, MIXED), "rank1": (64, 520, [(1, 4, 2)])}
-    return found | {"every": (*((96, 136) if MODEL == "tiny" else (4096, 1024)), EVERY)}
-
-
-def poison() -> None:
-    """Let fresh tensors begin as NaN, so that an element no program writes shows."""
-    empty = torch.Tensor.new_empty
-
-    def new_empty(self: Tensor, *shape: object, **kwargs: object) -> Tensor:
-        made = empty(self, *shape, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    torch.Tensor.new_empty = new_empty
+    block, every, odd, wide = MODELS["Llama-3-8B"], (4096, 1024), (131, 203), (64, 520)
+    if SMALL:
+        block, every, odd, wide = TINY, (40, 72), (43, 51), (16, 136)
+    found = {li.name: (li.m, li.n, runs(li)) for li in block}
+    found |= {"odd": (*odd, MIXED), "rank1": (*wide, [(1, 4, 2)])}
+    return found | {"every": (*every, EVERY)}
 
 
 def judged(run: Callable[[], Tensor], expected: Tensor, tolerance: float) -> dict:
@@ -70,7 +60,10 @@ def inputs(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def single(kind: str, layer: str, dtype_name: str, rows_list: tuple[int, ...]) -> Iterator[dict]:
-    """One matrix: with its base ("linear"), alone ("alone") or its transpose ("transposed")."""
+    """One matrix by factors in memory: with its base ("linear"), alone ("alone") or transposed.
+
+    "groups of U" and "min-max" are with the base too, in forms that decoding has no kernels for.
+    """
     import deltamix_kernels as dk
     from factors import exact, kernel_form, random_factors
     from timing import DEVICE
@@ -105,8 +98,10 @@ def _widths_of_v(runs: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
     return [(sum(c for c, v, _ in runs if v == bits), bits) for bits in widths]
 
 
-def group(layers: list[str], dtype_name: str, rows_list: tuple[int, ...]) -> Iterator[dict]:
-    """Layers of one input: one shrink, then an expand each."""
+def decode(
+    layers: list[str], dtype_name: str, rows_list: tuple[int, ...], biased: bool = False
+) -> Iterator[dict]:
+    """Layers of one input by their plan, with the base."""
     import deltamix_kernels as dk
     from factors import exact, kernel_form, random_factors
     from timing import DEVICE
@@ -116,32 +111,29 @@ def group(layers: list[str], dtype_name: str, rows_list: tuple[int, ...]) -> Ite
     for i, layer in enumerate(layers):
         m, n, runs = layouts()[layer]
         made.append(random_factors(m, n, runs, DEVICE, i))
-    packed = [kernel_form(factors) for factors in made]
+    plan = dk.DecodePlan([kernel_form(factors) for factors in made], dtype)
     weights = [inputs(DEVICE, dtype, f.m, f.n) / f.n**0.5 for f in made]
+    biases = [inputs(DEVICE, dtype, f.m) if biased else None for f in made]
     for rows in rows_list:
         x = inputs(DEVICE, dtype, rows, made[0].n)
+        expected = [
+            exact(f, x) + x.double() @ w.double().T + (0 if b is None else b.double())
+            for f, w, b in zip(made, weights, biases, strict=True)
+        ]
 
         def run(x: Tensor = x) -> Tensor:
-            h, first, found = dk.shrink(x, packed), 0, []
-            for weight, p in zip(weights, packed, strict=True):
-                found.append(dk.finish_linear(x, weight, None, h, p, first))
-                first += p.rank
-            return torch.cat(found, 1)
+            return torch.cat(plan.linear(x, weights, biases), 1)
 
-        expected = torch.cat(
-            [
-                exact(f, x) + x.double() @ weight.double().T
-                for f, weight in zip(made, weights, strict=True)
-            ],
-            1,
-        )
-        yield {"rows": rows, **judged(run, expected, tolerance)}
+        yield {"rows": rows, **judged(run, torch.cat(expected, 1), tolerance)}
 
 
 def grouped(
-    layer: str, dtype_name: str, tenants: int, rows_list: tuple[int, ...], embed: bool = False
+    layer: str, dtype_name: str, tenants: int, rows_list: tuple[int, ...], kind: str = "linear"
 ) -> Iterator[dict]:
-    """Rows in random order over `tenants` deltas and the base: a linear layer or an embedding."""
+    """Rows in random order over `tenants` deltas and the base.
+
+    kind: "linear", "biased", where each delta has its own bias, or "embedding".
+    """
     import deltamix_kernels as dk
     from factors import exact, kernel_form, random_factors
     from timing import DEVICE
@@ -149,13 +141,14 @@ def grouped(
     from deltamix_hf.multi_delta.routing import RowSlots
 
     m, n, runs = layouts()[layer]
-    dtype, tolerance = DTYPES[dtype_name], TOLERANCES[dtype_name]
+    dtype, tolerance, embed = DTYPES[dtype_name], TOLERANCES[dtype_name], kind == "embedding"
     group_sizes = (0, 128) if embed else (0, 0)
     made = [random_factors(m, n, runs, DEVICE, i, group_sizes) for i in range(tenants)]
-    table = dk.Table(256, m, n, DEVICE)
+    bias, *own = [inputs(DEVICE, dtype, m) if kind == "biased" else None for _ in [0, *made]]
+    table = dk.Table(256, m, n, DEVICE, embed)
     slots = {str(i): (7 * i + 3) % 256 for i in range(tenants)}
     for i, factors in enumerate(made):
-        assert table.put(slots[str(i)], kernel_form(factors))
+        assert table.put(slots[str(i)], kernel_form(factors), dtype, own[i])
     weight = inputs(DEVICE, dtype, m, n) / n**0.5
     for rows in rows_list:
         chosen = torch.randint(-1, tenants, (rows,)).tolist()
@@ -164,24 +157,24 @@ def grouped(
         of_batch = dk.Rows(plan.order, plan.starts, plan.slots)
         ids = torch.randint(m, (rows,), device=DEVICE)
         x = ids if embed else inputs(DEVICE, dtype, rows, n)
-        base = F.embedding(ids, weight) if embed else F.linear(x, weight)
+        base = F.embedding(ids, weight) if embed else F.linear(x, weight, bias)
         expected = base.double()
         for i, factors in enumerate(made):
             mine = torch.tensor([c == i for c in chosen], device=DEVICE)
-            if not mine.any():
-                continue
             if embed:
                 left, right = factors.left().double(), factors.right().double()
                 expected[mine] += left[:, ids[mine]].T @ right
             else:
-                expected[mine] += exact(factors, x[mine])
+                expected[mine] = exact(factors, x[mine]) + F.linear(
+                    x[mine].double(), weight.double(), None if bias is None else own[i].double()
+                )
 
         def run(x: Tensor = x, base: Tensor = base, of_batch: dk.Rows = of_batch) -> Tensor:
             y = base.clone()
             if embed:
                 dk.grouped_embed(y, x, table, of_batch)
             else:
-                dk.grouped_add(y, x, table, of_batch)
+                dk.grouped_add(y, x, table, of_batch, bias)
             return y
 
         row = judged(run, expected, tolerance)
@@ -208,19 +201,23 @@ def gather(dtype_name: str) -> Iterator[dict]:
 def all_cases(tiny: bool) -> dict[str, cases.Case]:
     """Those that compile longest first."""
     real = ["q_proj", "k_proj", "gate_proj", "down_proj"]
-    classes = [(1, 16), (64,), (512,)]
+    few, classes = (1, 8, 9, 16), [(1, 16), (64,), (512,)]
     big, wide = "q_proj", "down_proj"
     qkv, mlp = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
     if tiny:
-        real, classes, big, wide = ["k_proj"], [(1, 3)], "k_proj", "down_proj"
+        real, few, classes, big, wide = ["k_proj"], (1,), [(1, 3)], "k_proj", "down_proj"
     found: dict[str, cases.Case] = {}
+    for rows in (few,) if tiny else (few, (37, 64)):
+        for layers in (qkv, mlp, [wide], ["odd", "odd"], ["every"], ["rank1"]):
+            found[f"decode {layers[0]} bf16 {rows}"] = partial(decode, layers, "bf16", rows)
+        found[f"decode k_proj fp16 {rows}"] = partial(decode, ["k_proj"], "fp16", rows)
+        found[f"decode biased bf16 {rows}"] = partial(decode, qkv, "bf16", rows, True)
     for rows in classes:
         for layer, tenants in ((big, 16), (wide, 4), ("odd", 3)):
             key = f"grouped {layer} bf16 {rows}"
             found[key] = partial(grouped, layer, "bf16", tenants, rows)
-        found[f"grouped embedding {rows}"] = partial(grouped, "every", "bf16", 3, rows, True)
-        for members in (qkv, mlp):
-            found[f"group {members[0]} bf16 {rows}"] = partial(group, members, "bf16", rows)
+        for kind in ("biased", "embedding"):
+            found[f"grouped {kind} {rows}"] = partial(grouped, "every", "bf16", 3, rows, kind)
         for layer in [*real, "odd", "every", "rank1"]:
             found[f"linear {layer} bf16 {rows}"] = partial(single, "linear", layer, "bf16", rows)
         for layer in [big, "odd"]:
@@ -236,21 +233,22 @@ def all_cases(tiny: bool) -> dict[str, cases.Case]:
 
 
 def main() -> None:
-    global MODEL
+    global SMALL
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, in the interpreter")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tiny:
-        MODEL = "tiny"
+        SMALL = True
         TOLERANCES["bf16"] *= 2  # the interpreter truncates where a GPU rounds
     found = all_cases(options.tiny)
     if options.worker:
+        from factors import poisoned
+
         torch.manual_seed(0)
         torch.set_num_threads(1)
-        poison()
-        with torch.no_grad():
+        with torch.no_grad(), poisoned():
             cases.serve(found)
     else:
         cases.run(list(found), 2 if options.tiny else options.workers, 300 if options.tiny else 60)

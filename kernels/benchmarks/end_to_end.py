@@ -19,90 +19,23 @@ from functools import partial
 from pathlib import Path
 
 import cases
-
-NAMES = ("one", "two", "three")
-MIXED = ["one", None, "three", "one"]
-# Relative error of logits, RMS, after the rounding of activations in every layer.
-CLOSE = {"bfloat16": 4e-2, "float16": 6e-3, "float32": 1e-3}
-FOLDER, DEVICE = Path(), "cpu"
-SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 1000}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 256}
-
-
-def pair(sizes: dict[str, int]) -> Iterator[dict]:
-    """A base and its fine-tunes: every matrix moves by a tenth, along a falling spectrum."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": sizes["hidden_size"] // 16, "num_key_value_heads": 4}
-    config = LlamaConfig(**sizes, **heads, max_position_embeddings=2048, initializer_range=0.05)
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    model.save_pretrained(FOLDER / "base")
-    kept = {name: p.clone() for name, p in model.named_parameters()}
-    for seed, name in enumerate(NAMES, 1):
-        random = torch.Generator().manual_seed(seed)
-        for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=random)
-            if parameter.ndim < 2:
-                parameter.copy_(kept[key].float() + 0.02 * noise)
-                continue
-            m, n = parameter.shape
-            fall = 1 / torch.arange(1, min(m, n) + 1)
-            delta = torch.randn(m, len(fall), generator=random) * fall
-            delta = delta @ torch.randn(len(fall), n, generator=random)
-            delta = delta / delta.norm() + 0.05 * noise / noise.norm()
-            old = kept[key].float()
-            parameter.copy_(old + 0.1 * old.norm() * delta)
-        model.save_pretrained(FOLDER / f"{name}-tuned")
-    yield {"parameters": sum(p.numel() for p in model.parameters())}
-
-
-def ids(rows: int = 2, length: int = 8, seed: int = 0):
-    import torch
-
-    random = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 250, (rows, length), generator=random)
-
-
-def load(folder: str, device: str | None = None, dtype: str = "bfloat16", **options):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import deltamix_hf  # registers the method where no entry point is installed
-
-    assert deltamix_hf.__version__
-    device = device or DEVICE
-    return AutoModelForCausalLM.from_pretrained(
-        FOLDER / folder, dtype=getattr(torch, dtype), device_map=device, **options
-    ).eval()
-
-
-def with_deltas(names=NAMES):
-    model = load("base")
-    for name in names:
-        model.load_delta(FOLDER / name, name)
-    return model
-
-
-def logits(model, tokens, **options):
-    return model(tokens.to(model.device), **options).logits.float().cpu()
-
-
-def expected(name: str | None, tokens):
-    """Float32 on the CPU, by the reference."""
-    return logits(load(name or "base", "cpu", "float32"), tokens)
-
-
-def distance(found, right) -> float:
-    found, right = found.double(), right.double()
-    error = float((found - right).norm() / right.norm())
-    return float(f"{error:.3g}") if error == error else float("inf")
-
-
-def near(found, right, dtype: str = "bfloat16") -> dict:
-    error = distance(found, right)
-    return {"ok": error <= CLOSE[dtype], "error": error}
+from small_llama import (
+    MIXED,
+    NAMES,
+    SIZES,
+    TINY,
+    distance,
+    expected,
+    here,
+    ids,
+    load,
+    logits,
+    near,
+    pair,
+    subject,
+    using,
+    with_deltas,
+)
 
 
 def check(case: str) -> Iterator[dict]:
@@ -111,7 +44,7 @@ def check(case: str) -> Iterator[dict]:
 
     from deltamix_hf.ops import isolated_check, self_check
 
-    found = list(self_check.errors(case, torch.device(DEVICE)))
+    found = list(self_check.errors(case, torch.device(here.device)))
     good = max(found) <= isolated_check.TOLERANCE
     yield {"ok": good, "errors": [round(error, 5) for error in found]}
 
@@ -122,13 +55,13 @@ def kernel() -> Iterator[dict]:
 
     from deltamix_hf.ops import dispatch
 
-    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")
+    device = torch.device(here.device, 0) if here.device == "cuda" else torch.device("cpu")
     for attempt in ("first", "cached"):
         started = time.perf_counter()
         chosen = dispatch.choose(device, passed={})
         row = {"attempt": attempt, "chosen": chosen}
         row["seconds"] = round(time.perf_counter() - started, 1)
-        yield {**row, "ok": chosen == "triton" or DEVICE == "cpu"}
+        yield {**row, "ok": chosen == "triton" or here.device == "cpu"}
 
 
 def compress(name: str, device: str, method: str, folder: str) -> Iterator[dict]:
@@ -141,7 +74,7 @@ def compress(name: str, device: str, method: str, folder: str) -> Iterator[dict]
     if switches.tune_steps:
         switches = replace(switches, tune_steps=3)
     config = DeltaMixConfig(
-        base_model=FOLDER / "base",
+        base_model=here.folder / "base",
         method=switches,
         ratio=1 / 8,
         calibration=ids(16, 64, seed=5),
@@ -149,11 +82,11 @@ def compress(name: str, device: str, method: str, folder: str) -> Iterator[dict]
     )
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
-        FOLDER / f"{name}-tuned", quantization_config=config, device_map=device
+        here.folder / f"{name}-tuned", quantization_config=config, device_map=device
     )
     spent = {k: round(s, 2) for k, s in model.hf_quantizer.seconds.items()}
     row = {"seconds": round(time.perf_counter() - started, 1), "stages": spent}
-    model.save_pretrained(FOLDER / folder)
+    model.save_pretrained(here.folder / folder)
     yield {**row, "packed": len(model.config.quantization_config.errors)}
     found, again = logits(model, ids()), logits(load(folder, device), ids())
     yield {"check": "reload", "ok": distance(again, found) <= 1e-6, "error": distance(again, found)}
@@ -174,17 +107,6 @@ def forward(dtype: str, rows: int, length: int) -> Iterator[dict]:
     os.environ["DELTAMIX_KERNEL"] = "reference"
     yield {"check": "reference on the GPU", **near(logits(model, tokens), right, dtype)}
     del os.environ["DELTAMIX_KERNEL"]
-
-
-def generate() -> Iterator[dict]:
-    """Greedy tokens are those of the highest logits of one pass over all of them."""
-    model = load("one")
-    for rows in (1, 2):
-        tokens = ids(rows).to(DEVICE)
-        started = time.perf_counter()
-        out = model.generate(tokens, max_new_tokens=24, min_new_tokens=24, do_sample=False)
-        row = {"rows": rows, "seconds": round(time.perf_counter() - started, 2)}
-        yield {**row, **greedy(model, tokens, out)}
 
 
 def greedy(model, tokens, out, **options) -> dict:
@@ -216,7 +138,7 @@ def backward() -> Iterator[dict]:
     import torch
 
     model, found = load("one"), []
-    embedded = model.get_input_embeddings()(ids().to(DEVICE)).detach()
+    embedded = model.get_input_embeddings()(ids().to(here.device)).detach()
     for choice in (None, "reference"):
         if choice:
             os.environ["DELTAMIX_KERNEL"] = choice
@@ -239,17 +161,9 @@ def many() -> Iterator[dict]:
     yield {"check": "mixed and alone, bits", "ok": True, "same": bool((found[0] == alone[0]).all()),
            "error": distance(found[0], alone[0])}  # fmt: skip
     model.delete_delta("one")
-    model.load_delta(FOLDER / "two", "again")
+    model.load_delta(here.folder / "two", "again")
     found = logits(model, tokens, delta_names=["again", None, "three", "two"])
     yield {"check": "deltas came and went", **near(found[0], expected("two", tokens)[0])}
-
-
-def many_generate() -> Iterator[dict]:
-    """Mixed generation: each row as a pass over it by its own delta would choose."""
-    model, tokens = with_deltas(), ids(4).to(DEVICE)
-    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
-    out = model.generate(tokens, delta_names=MIXED, **options)
-    yield greedy(model, tokens, out, delta_names=MIXED)
 
 
 def memory() -> Iterator[dict]:
@@ -267,21 +181,17 @@ def graph(many_deltas: bool, embedded: bool) -> Iterator[dict]:
     """A captured forward; `embedded`: past the embedding. Replays follow new inputs and deltas."""
     import torch
 
-    model = with_deltas() if many_deltas else load("one")
-    tokens = ids(4, 1).to(DEVICE)
+    model, tokens = subject(many_deltas), ids(4, 1).to(here.device)
     table = load("base").get_input_embeddings()
 
     def inputs(tokens):
         return {"inputs_embeds": table(tokens)} if embedded else {"input_ids": tokens}
 
-    def using(names):
-        return model.use_deltas(names) if many_deltas else torch.no_grad()
-
     fixed = inputs(tokens)
-    with using(MIXED):
+    with using(model, MIXED, many_deltas):
         for _ in range(2):
             model(**fixed, use_cache=False)
-        if DEVICE == "cpu":
+        if here.device == "cpu":
             yield {"ok": True, "skipped": "no GPU"}
             return
         torch.cuda.synchronize()
@@ -290,36 +200,41 @@ def graph(many_deltas: bool, embedded: bool) -> Iterator[dict]:
             out = model(**fixed, use_cache=False).logits
     yield {"check": "captured"}
     for names in (MIXED, ["three", "two", None, "one"]):
-        fresh = inputs(ids(4, 1, seed=9).to(DEVICE))
+        fresh = inputs(ids(4, 1, seed=9).to(here.device))
         for key, tensor in fixed.items():
             tensor.copy_(fresh[key])
-        with using(names):
+        with using(model, names, many_deltas):
             right = model(**fresh, use_cache=False).logits.float().cpu()
             recorded.replay()
         torch.cuda.synchronize()
         yield {"check": "replay", **near(out.float().cpu(), right)}
 
 
-def static(many_deltas: bool) -> Iterator[dict]:
-    """`generate` with a static cache, which transformers compiles on a GPU (reduce-overhead)."""
-    model, tokens = (with_deltas() if many_deltas else load("one")), ids(4).to(DEVICE)
-    names = {"delta_names": MIXED} if many_deltas else {}
+def generate(many_deltas: bool, static: bool = False) -> Iterator[dict]:
+    """Greedy tokens are those of the highest logits of one pass over all of them.
+
+    `static`: with a static cache, which transformers compiles on a GPU (reduce-overhead).
+    """
+    model, names = subject(many_deltas), {"delta_names": MIXED} if many_deltas else {}
     options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, **names}
-    for attempt in ("first", "again"):
-        started = time.perf_counter()
-        out = model.generate(tokens, cache_implementation="static", **options)
-        row = {"attempt": attempt, "seconds": round(time.perf_counter() - started, 2)}
+    if static:
+        options["cache_implementation"] = "static"
+    for rows in (4, 4) if many_deltas or static else (1, 2):
+        tokens, started = ids(rows).to(here.device), time.perf_counter()
+        out = model.generate(tokens, **options)
+        row = {"rows": rows, "seconds": round(time.perf_counter() - started, 2)}
         yield {**row, **greedy(model, tokens, out, **names)}
-    was = getattr(model, "_compiled_call", None) is not None
-    yield {"check": "compiled", "ok": was or DEVICE == "cpu"}
+    if static:
+        was = getattr(model, "_compiled_call", None) is not None
+        yield {"check": "compiled", "ok": was or here.device == "cpu"}
 
 
 def compiled(many_deltas: bool, mode: str | None) -> Iterator[dict]:
     """`torch.compile` in one graph; deltas and inputs change, nothing is compiled again."""
     import torch
 
-    model, tokens = (with_deltas() if many_deltas else load("one")), ids(4, 4)
-    compiler = {"mode": mode} if DEVICE == "cuda" else {"backend": "aot_eager"}
+    model = subject(many_deltas)
+    compiler = {"mode": mode} if here.device == "cuda" else {"backend": "aot_eager"}
     fast = torch.compile(model, fullgraph=True, dynamic=False, **compiler)
     for i, names in enumerate((MIXED, ["three", "two", None, "one"], MIXED, MIXED)):
         tokens = ids(4, 4, seed=i)
@@ -327,7 +242,7 @@ def compiled(many_deltas: bool, mode: str | None) -> Iterator[dict]:
         started = time.perf_counter()
         with (
             torch._dynamo.config.patch(error_on_recompile=i > 0),
-            model.use_deltas(names) if many_deltas else torch.no_grad(),
+            using(model, names, many_deltas),
         ):
             found = logits(fast, tokens)
         yield {"run": i, "seconds": round(time.perf_counter() - started, 2), **near(found, right)}
@@ -352,11 +267,11 @@ def loading() -> Iterator[dict]:
     tokens = ids()
     right = expected("one", tokens)
     yield {"check": "auto", **near(logits(load("one", "auto"), tokens), right)}
-    moved = load("one", "cpu").to(DEVICE)
+    moved = load("one", "cpu").to(here.device)
     yield {"check": ".to", **near(logits(moved, tokens), right)}
-    parts = {"model.embed_tokens": DEVICE, "model.layers": DEVICE, "model.norm": "cpu"}
-    parts |= {"model.rotary_emb": DEVICE, "lm_head": "cpu"}
-    if DEVICE == "cuda":
+    parts = {"model.embed_tokens": here.device, "model.layers": here.device, "model.norm": "cpu"}
+    parts |= {"model.rotary_emb": here.device, "lm_head": "cpu"}
+    if here.device == "cuda":
         found = load("one", parts)
         yield {"check": "offload", **near(found(tokens.cuda()).logits.float().cpu(), right)}
 
@@ -364,28 +279,29 @@ def loading() -> Iterator[dict]:
 def phases(sizes: dict[str, int]) -> list[dict[str, cases.Case]]:
     """Checks that may run side by side, after those before; the longest first."""
     kl = "deltamix-kl"
+    tried = ("odd bfloat16", "aligned float16")
+    checks: dict[str, cases.Case] = {f"check {case}": partial(check, case) for case in tried}
     return [
         {"pair": partial(pair, sizes)},
         {
             "kernel": kernel,
-            "check odd bfloat16": partial(check, "odd bfloat16"),
-            "check aligned float16": partial(check, "aligned float16"),
-            "compress on the GPU": partial(compress, "one", DEVICE, kl, "gpu"),
+            **({} if here.device == "cpu" else checks),  # minutes in the interpreter
+            "compress on the GPU": partial(compress, "one", here.device, kl, "gpu"),
             **{f"compress {name}": partial(compress, name, "cpu", kl, name) for name in NAMES},
         },
         {
-            "static cache": partial(static, False),
-            "static cache, many": partial(static, True),
+            "static cache": partial(generate, False, True),
+            "static cache, many": partial(generate, True, True),
             "reduce-overhead": partial(compiled, False, "reduce-overhead"),
             "reduce-overhead, many": partial(compiled, True, "reduce-overhead"),
             "many": many,
-            "many, generate": many_generate,
+            "many, generate": partial(generate, True),
             "forward": partial(forward, "bfloat16", 2, 8),
             "graph": partial(graph, False, False),
             "graph past the embedding": partial(graph, False, True),
             "graph, many": partial(graph, True, False),
             "graph past the embedding, many": partial(graph, True, True),
-            "generate": generate,
+            "generate": partial(generate, False),
             "forward, long": partial(forward, "bfloat16", 2, 300),
             "forward, fp16": partial(forward, "float16", 2, 8),
             "backward": backward,
@@ -394,13 +310,12 @@ def phases(sizes: dict[str, int]) -> list[dict[str, cases.Case]]:
             "memory": memory,
             "loading": loading,
             "compile, default": partial(compiled, False, None),
-            "compress by delta-come": partial(compress, "two", DEVICE, "delta-come", "come"),
+            "compress by delta-come": partial(compress, "two", here.device, "delta-come", "come"),
         },
     ]
 
 
 def main() -> None:
-    global FOLDER, DEVICE
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a smaller model, on a CPU")
     parser.add_argument("--only", nargs="+", help="of the last checks; the pair is always made")
@@ -408,12 +323,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    DEVICE = "cpu" if options.tiny else "cuda"
+    here.device = "cpu" if options.tiny else "cuda"
     found = phases(TINY if options.tiny else SIZES)
     if options.worker:
         import torch
 
-        FOLDER = options.folder
+        here.folder = options.folder
         torch.set_num_threads(1 if options.tiny else 3)
         with torch.no_grad():
             cases.serve({name: case for phase in found for name, case in phase.items()})

@@ -52,34 +52,31 @@ def python(script: str, *arguments: str) -> tuple[str, ...]:
     return sys.executable, script, *arguments
 
 
-# The parts of the new decode kernels, wherever they are there.
-DECODE = tuple(
-    Step(f"d-{part}", limit, python(HERE + "decode_gpu.py", part), ())
-    for part, limit in (
-        ("compile", 60), ("check", 45), ("layer", 60), ("kernels", 40), ("sweep", 60)
-    )
-    if (ROOT / HERE / "decode_gpu.py").is_file()
-)  # fmt: skip
 STEPS = (  # in order of worth
-    Step("versions", 40, python(HERE + "versions.py")),
-    Step("ceilings", 40, python(HERE + "ceilings.py")),
+    Step("versions", 30, python(HERE + "versions.py")),
+    Step("compile", 60, python(HERE + "sweep.py", "compile"), None),
+    Step("ceilings", 30, python(HERE + "ceilings.py")),
     Step("correct", 75, python(HERE + "correct.py")),
-    *DECODE,
-    Step("library", 180, python(HERE + "end_to_end.py")),
+    Step("kernels", 45, python(HERE + "decode_gpu.py", "kernels"), ("--rows", "1")),
+    Step("ncu", 45, python(HERE + "decode_gpu.py", "ncu"), ()),
+    Step("sweep", 60, python(HERE + "sweep.py", "tune"), ()),
+    Step("tenants", 40, python(HERE + "tenants.py")),
+    Step("layer", 60, python(HERE + "bench.py", "--rows", "1", "4", "16")),
+    Step("library", 120, python(HERE + "end_to_end.py")),
+    Step("model", 120, python(HERE + "whole_model.py")),
     Step(
-        "old",
-        45,
-        python(HERE + "bench.py", "--model", "Llama-3-8B", "--rows", "1", "16", "--ways", "ab"),
-        ("--tiny",),
+        "prefill",
+        40,
+        python(HERE + "bench.py", "--rows", "64", "2048"),
+        ("--tiny", "--ways", "base", "reference"),
     ),
-    Step("gputests", 125, python(HERE + "gpu_tests.py")),
     Step(
         "compress",
         90,
         python("examples/bench_quality/block_7b.py", "--device", "cuda"),
         ("--device", "cpu", "--hidden", "128", "--tokens", "256"),
     ),
-    Step("tenants", 40, python(HERE + "tenants.py")),
+    Step("gputests", 125, python(HERE + "gpu_tests.py")),
 )
 
 
@@ -97,9 +94,7 @@ class Outcome:
 
 
 def is_bad(row: dict) -> bool:
-    if row.get("part") == "refused" or "refused" in row or "fault" in row:  # decode_gpu.py's words
-        return True
-    return not (row.get("ok", True) and row.get("right", True))
+    return not row.get("ok", True)
 
 
 class Sorter:

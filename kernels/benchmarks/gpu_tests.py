@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = (
-    "ops/test_isolated_check", "ops/test_dequantize", "ops/test_kernels", "ops/test_decode_kernels",
+    "ops/test_isolated_check", "ops/test_dequantize", "ops/test_decode_kernels",
     "ops/test_dispatch", "ops/test_grouped_kernels", "ops/test_expert_kernels",
     "ops/test_low_rank", "multi_delta/test_grouped", "nn/test_shared_input", "nn/test_layers",
 )  # fmt: skip

@@ -3,25 +3,22 @@
     python kernels/benchmarks/tenants.py [--model Llama-3-8B]
 
 A batch of 16 rows over 1, 4 and 16 deltas, by the grouped kernels in one CUDA graph, against the
-base products alone; memory as torch counts it; and how long the packed tensors of a whole model
-take from pinned host memory. One graph serves all spreads of tenants: only tables change. Prints
-one JSON line for each figure, as soon as it is there.
+base products alone, and memory as torch counts it. One graph serves all spreads of tenants: only
+tables change. Prints one JSON line for each figure, as soon as it is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 
 import torch
-import torch.nn.functional as F
-from bench import TOLERANCE, Layer
-from cases import last_lines
+from bench import DTYPE, LOOPS, TOLERANCE, Group
+from cases import last_lines, tell
 from deltamix_kernels import Rows, Table, grouped_add
+from factors import TINY, groups, kernel_form, layer_factors
 from model import block_costs
-from shapes import BLOCKS, MODELS, delta_bytes, runs
+from shapes import MODELS, Linear
 from timing import DEVICE, spread, time_graph
 from torch import Tensor
 
@@ -31,21 +28,39 @@ SETS = 2  # blocks whose weights take turns, 16 deltas each
 
 
 class Grouped:
-    """One linear layer of a block, with `max(SPREADS)` deltas in its table."""
+    """Layers of one input; each has a table of `max(SPREADS)` deltas, the first being its own."""
 
-    def __init__(self, layer: Layer, seed: int):
-        self.layer = layer
-        m, n = layer.weight.shape
-        self.table = Table(max(SPREADS), m, n, layer.weight.device)
-        others = range(1, max(SPREADS))
-        self.deltas = [layer] + [Layer(layer.linear, 1000 * seed + i, False) for i in others]
-        for slot, delta in enumerate(self.deltas):
-            assert self.table.put(slot, delta.packed)
+    def __init__(self, group: Group, seed: int):
+        self.group, self.deltas, self.tables = group, [], []
+        for linear, own in zip(group.linears, group.factors, strict=True):
+            others = range(1, max(SPREADS))
+            deltas = [own, *(layer_factors(linear, DEVICE, 1000 * seed + i) for i in others)]
+            table = Table(max(SPREADS), linear.m, linear.n, DEVICE)
+            for slot, delta in enumerate(deltas):
+                assert table.put(slot, kernel_form(delta), DTYPE)
+            self.deltas.append(deltas)
+            self.tables.append(table)
 
-    def __call__(self, x: Tensor, rows: Rows) -> Tensor:
-        y = F.linear(x, self.layer.weight, self.layer.bias)
-        grouped_add(y, x, self.table, rows, self.layer.bias)
-        return y
+    def __call__(self, x: Tensor, rows: Rows) -> list[Tensor]:
+        outputs = self.group.base(x)
+        for y, table, bias in zip(outputs, self.tables, self.group.biases, strict=True):
+            grouped_add(y, x, table, rows, bias)
+        return outputs
+
+    def check(self, x: Tensor, rows: Rows, tenants: int) -> None:
+        """Raise ValueError if a row is not within TOLERANCE of float64."""
+        group, found = self.group, self(x, rows)
+        for y, w, b, deltas, linear in zip(
+            found, group.weights, group.biases, self.deltas, group.linears, strict=True
+        ):
+            for i in range(ROWS):
+                delta = deltas[i * tenants // ROWS].dense().double()
+                expected = x[i].double() @ (w.double() + delta).T
+                if b is not None:
+                    expected += b.double()
+                off = float((y[i].double() - expected).abs().max() / expected.abs().max())
+                if not off <= TOLERANCE:
+                    raise ValueError(f"{linear.name}, row {i}: error {off:.3g}; nothing is timed")
 
 
 def rows_over(tenants: int) -> Rows:
@@ -56,41 +71,36 @@ def rows_over(tenants: int) -> Rows:
     return Rows(*(torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in numbers))
 
 
-def check(block: list[Grouped], inputs: dict[str, Tensor], rows: Rows, tenants: int) -> None:
-    for grouped in block:
-        x = inputs[grouped.layer.linear.reads]
-        y = grouped(x, rows).double()
-        for i in range(ROWS):
-            delta = grouped.deltas[i * tenants // ROWS].factors.dense().double()
-            expected = x[i].double() @ (grouped.layer.weight.double() + delta).T
-            if grouped.layer.bias is not None:
-                expected += grouped.layer.bias.double()
-            off = float((y[i] - expected).abs().max() / expected.abs().max())
-            if not off <= TOLERANCE:
-                name = grouped.layer.linear.name
-                raise ValueError(f"{name}, row {i}: error {off:.3g}; nothing is timed")
-
-
-def hot_load(name: str) -> dict[str, float]:
-    """Time to bring the packed tensors of a whole model from pinned memory."""
-    linears = MODELS[name] * BLOCKS[name]
-    halves = [delta_bytes(linear, runs(linear)) // 2 for linear in linears for _ in range(2)]
-    pool = torch.randint(256, (sum(halves),), dtype=torch.uint8).pin_memory()
-    host = pool.split(halves)
-    spent = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        placed = [t.to(DEVICE, non_blocking=True) for t in host]
-        torch.cuda.synchronize()
-        spent.append(time.perf_counter() - started)
-        del placed
-    seconds = statistics.median(spent)
-    return {"MB": round(len(pool) / 1e6), "ms": 1e3 * seconds, "GBps": len(pool) / seconds / 1e9}
-
-
-def tell(**row: object) -> None:
-    print(json.dumps(row), flush=True)
+def measure(linears: list[Linear], count: int, spreads: tuple[int, ...]) -> None:
+    costs, some = block_costs(linears), groups(linears)
+    blocks = [
+        [Grouped(Group(each, 10 * seed + i), 10 * seed + i) for i, each in enumerate(some)]
+        for seed in range(count)
+    ]
+    inputs = {one.reads: torch.randn(ROWS, one.n, device=DEVICE, dtype=DTYPE) for one, *_ in some}
+    base = time_graph(
+        lambda i: [one.group.base(inputs[one.group.reads]) for one in blocks[i]], count, LOOPS
+    )
+    tell(rows=ROWS, tenants=0, **spread(base))
+    if DEVICE.type == "cuda":
+        tell(allocated=torch.cuda.memory_allocated(), blocks=count, tenants=16)
+    for tenants in spreads:
+        row, rows = {"rows": ROWS, "tenants": tenants}, rows_over(tenants)
+        try:
+            for one in blocks[0]:
+                one.check(inputs[one.group.reads], rows, tenants)
+            seconds = time_graph(
+                lambda i, r=rows: [one(inputs[one.group.reads], r) for one in blocks[i]],
+                count,
+                LOOPS,
+            )
+        except Exception as error:
+            tell(**row, ok=False, error=last_lines(error))
+            continue
+        floor = 1 + tenants * costs["delta MB"] / costs["base MB"]
+        ratio = statistics.median(seconds) / statistics.median(base)
+        figures = {"of base": round(ratio, 3), "floor by bytes": round(floor, 3)}
+        tell(**row, **figures, **spread(seconds))
 
 
 def main() -> None:
@@ -98,46 +108,14 @@ def main() -> None:
     parser.add_argument("--model", default="Llama-3-8B", choices=MODELS)
     parser.add_argument("--tiny", action="store_true", help="small sizes, in the interpreter")
     options = parser.parse_args()
+    linears, count, spreads = MODELS[options.model], SETS, SPREADS
     if options.tiny:
-        options.model = "tiny"
+        linears, count, spreads = TINY[3:4], 1, (4,)
     elif DEVICE.type == "cpu":
         raise SystemExit("no GPU: docs/results/tenants.md has the figures of a CPU")
+    tell(model=options.model, tiny=options.tiny)
     with torch.no_grad():
-        measure(options.model, 1 if options.tiny else SETS, (1, 4) if options.tiny else SPREADS)
-
-
-def measure(model: str, count: int, spreads: tuple[int, ...]) -> None:
-    linears, costs = MODELS[model], block_costs(MODELS[model])
-    layers = [[Layer(linear, seed) for linear in linears] for seed in range(count)]
-    blocks = [[Grouped(layer, seed) for layer in block] for seed, block in enumerate(layers)]
-    inputs = {
-        layer.linear.reads: torch.randn(ROWS, layer.linear.n, device=DEVICE, dtype=torch.bfloat16)
-        for layer in layers[0]
-    }
-    base = time_graph(
-        lambda i: [F.linear(inputs[x.linear.reads], x.weight, x.bias) for x in layers[i]], count
-    )
-    middle = statistics.median(base)
-    tell(model=model, rows=ROWS, tenants=0, **spread(base))
-    if DEVICE.type == "cuda":
-        tell(model=model, allocated=torch.cuda.memory_allocated(), blocks=count, tenants=16)
-    for tenants in spreads:
-        row = {"model": model, "rows": ROWS, "tenants": tenants}
-        rows = rows_over(tenants)
-        try:
-            check(blocks[0], inputs, rows, tenants)
-            seconds = time_graph(
-                lambda i, r=rows: [g(inputs[g.layer.linear.reads], r) for g in blocks[i]], count
-            )
-        except Exception as error:
-            tell(**row, ok=False, error=last_lines(error))
-            continue
-        floor = 1 + tenants * costs["delta MB"] / costs["base MB"]
-        ratio = statistics.median(seconds) / middle
-        figures = {"of base": round(ratio, 3), "floor by bytes": round(floor, 3)}
-        tell(**row, **figures, **spread(seconds))
-    if DEVICE.type == "cuda":
-        tell(what="hot load", **hot_load(model))
+        measure(linears, count, spreads)
 
 
 if __name__ == "__main__":

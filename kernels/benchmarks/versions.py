@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "highspy", "peft")
+PACKAGES = (
+    "torch", "triton", "transformers", "accelerate", "safetensors", "highspy", "peft", "vllm",
+    "gemlite",
+)  # fmt: skip
 
 
 def driver() -> str | None:

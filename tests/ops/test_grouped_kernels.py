@@ -1,6 +1,7 @@
 """The grouped kernels against float64, by Triton's interpreter where there is no GPU.
 
-Errors and tolerances are those of `test_kernels.py`. The base's product is rounded once more.
+Errors and tolerances are those of `test_decode_kernels.py`; the base's product is rounded once
+more.
 """
 
 from __future__ import annotations
