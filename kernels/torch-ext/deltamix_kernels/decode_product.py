@@ -11,7 +11,7 @@ through shared memory.
 import triton
 import triton.language as tl
 
-from .levels import level_pairs
+from .levels import constants, level_pairs
 
 _MMA = (
     "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
@@ -28,20 +28,34 @@ def lanes(WARPS: tl.constexpr):
 
 
 @triton.jit
-def four(at, mask, ONCE: tl.constexpr = False):
+def four(at, mask=None, ONCE: tl.constexpr = False):
     """Four words from each address on, an int32 pointer to 16 aligned bytes; 0 where masked.
 
     ONCE: leave the L1 cache to others.
     """
     words = at[:, None] + tl.arange(0, 4)[None, :]
-    if ONCE:
-        both = tl.load(words, mask=mask[:, None], other=0, cache_modifier=".cg")
+    if mask is None:
+        both = tl.load(words, cache_modifier=".cg" if ONCE else "")
     else:
-        both = tl.load(words, mask=mask[:, None], other=0)
+        both = tl.load(words, mask=mask[:, None], other=0, cache_modifier=".cg" if ONCE else "")
     even, odd = tl.split(tl.reshape(both, [at.shape[0], 2, 2]))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
     return w0, w1, w2, w3
+
+
+@triton.jit
+def _any_four(at, mask, PTX: tl.constexpr):
+    """The same, but any words where masked, for which Triton's load would take instructions."""
+    if PTX:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+            "=r,=r,=r,=r,l,r", [at.to(tl.int64), mask.to(tl.int32)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        return w0, w1, w2, w3
+    else:
+        return four(at, mask)
 
 
 @triton.jit
@@ -121,19 +135,6 @@ def mma(sums, inputs, b, dtype: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.cons
 
 
 @triton.jit
-def together(first, loads, rows):
-    """`first`, but known only when all the loads (tuples of words) are there.
-
-    Otherwise ptxas moves each load to where it is needed and one latency follows the other.
-    """
-    any_of = first
-    for i in tl.static_range(len(loads)):
-        for w in tl.static_range(0, len(loads[i]), 4):
-            any_of = any_of | loads[i][w]
-    return first | (any_of & (rows >> 31))  # rows, an argument, is no negative number
-
-
-@triton.jit
 def prefetch(codes, plane, length, count, WARPS: tl.constexpr):
     """Ask for `count` <= 8 stretches of at most 512·WARPS bytes to come to the L2 cache."""
     i = tl.arange(0, 32 * WARPS)
@@ -149,28 +150,69 @@ def prefetch(codes, plane, length, count, WARPS: tl.constexpr):
 
 
 @triton.jit
-def byte_rows(at, plane, j, mask, bits: tl.constexpr):
-    """Of 16 byte columns, the byte rows that hold element j, as a tuple of four words a plane."""
+def byte_rows(at, plane, j, bits: tl.constexpr):
+    """Of every plane of a width, pointers to the byte row that holds element j."""
     if bits == 8:
-        return (four(at + j * plane, mask),)
+        return (at + j * plane,)
     elif bits == 7:
-        return (
-            four(at + j // 2 * plane, mask),
-            four(at + (4 + j // 4) * plane, mask),
-            four(at + 6 * plane, mask),
-        )
+        return at + j // 2 * plane, at + (4 + j // 4) * plane, at + 6 * plane
     elif bits == 6:
-        return four(at + j // 2 * plane, mask), four(at + (4 + j // 4) * plane, mask)
+        return at + j // 2 * plane, at + (4 + j // 4) * plane
     elif bits == 5:
-        return four(at + j // 2 * plane, mask), four(at + 4 * plane, mask)
+        return at + j // 2 * plane, at + 4 * plane
     elif bits == 4:
-        return (four(at + j // 2 * plane, mask),)
+        return (at + j // 2 * plane,)
     elif bits == 3:
-        return four(at + j // 4 * plane, mask), four(at + 2 * plane, mask)
+        return at + j // 4 * plane, at + 2 * plane
     elif bits == 2:
-        return (four(at + j // 4 * plane, mask),)
+        return (at + j // 4 * plane,)
     else:
-        return (four(at, mask),)
+        return (at,)
+
+
+@triton.jit
+def advanced(pointers, words: tl.constexpr):
+    """Every one of a tuple of pointers so many words further."""
+    found = ()
+    for i in tl.static_range(len(pointers)):
+        found = found + (pointers[i] + words,)
+    return found
+
+
+@triton.jit
+def _step(rows, inputs, inside, live, ahead: tl.constexpr, PTX: tl.constexpr):
+    """Words of one step, as many units of 16 terms ahead: codes of each plane, both halves' inputs.
+
+    Any codes if not inside, any inputs of a token not live.
+    """
+    loads = ()
+    for i in tl.static_range(len(rows)):
+        loads = loads + _any_four(rows[i] + ahead * 4, inside, PTX)
+    for half in tl.static_range(2):
+        for i in tl.static_range(len(inputs)):
+            loads = loads + _any_four(inputs[i] + ahead * 8 + half * 4, inside & live[i], PTX)
+    return loads
+
+
+@triton.jit
+def _sums(
+    sums, loads, j, fixed, bits: tl.constexpr, dtype: tl.constexpr,
+    TOKENS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """sums + the product of one `_step`."""
+    blocks: tl.constexpr = TOKENS // 8
+    planes: tl.constexpr = len(loads) // 4 - 2 * blocks
+    for half in tl.static_range(2):
+        b, given = (), ()
+        for w in tl.static_range(2 * half, 2 * half + 2):
+            codes = ()
+            for i in tl.static_range(planes):
+                codes = codes + (loads[4 * i + w],)
+            b = b + level_pairs(codes, j, fixed, bits, dtype, PTX)
+        for i in tl.static_range(blocks):
+            given = given + (some_of(loads, 4 * (planes + half * blocks + i), 4),)
+        sums = mma(sums, given, b, dtype, TOKENS, PTX)
+    return sums
 
 
 @triton.jit
@@ -192,32 +234,37 @@ def multiply(
     PTX: tl.constexpr,
 ):
     """sums + the product of all terms."""
-    for start in range(0, length, STEP * UNROLL):
-        rows, given, loads = (), (), ()
+    rows = byte_rows(codes + first * 4, plane, j, bits)
+    fixed = constants((token + tokens) >> 31, bits, dtype, PTX)
+    to, live, loads = (), (), ()
+    for i in tl.static_range(len(inputs)):
+        to = to + (inputs[i] + first * 8,)
+        live = live + (token + 8 * i < tokens,)
+    some: tl.constexpr = STEP * UNROLL
+    whole = length // some * some
+    size: tl.constexpr = 4 * (len(rows) + 2 * len(to))
+    inside = (first >= 0) & (whole > 0)
+    for u in tl.static_range(UNROLL):
+        loads = loads + _step(rows, to, inside, live, u * STEP, PTX)
+    for start in range(some, whole + 1, some):
+        rows, to = advanced(rows, some * 4), advanced(to, some * 8)
+        inside, following = (first >= 0) & (start < whole), ()
         for u in tl.static_range(UNROLL):
-            at = start + u * STEP + first
-            inside = at < length
-            rows = rows + (byte_rows(codes + at * 4, plane, j, inside, bits),)
-            loads = loads + rows[u]
-            for half in tl.static_range(2):
-                some = ()
-                for i in tl.static_range(TOKENS // 8):
-                    to = inputs[i] + at * 8 + half * 4
-                    some = some + (four(to, inside & (token + 8 * i < tokens)),)
-                given = given + (some,)
-                loads = loads + some
+            following = following + _step(rows, to, inside, live, u * STEP, PTX)
         for u in tl.static_range(UNROLL):
-            for half in tl.static_range(2):
-                b = ()
-                for w in tl.static_range(2 * half, 2 * half + 2):
-                    planes = ()
-                    for i in tl.static_range(len(rows[u])):
-                        word = rows[u][i][w]
-                        if UNROLL > 1 and u + w + i == 0:
-                            word = together(word, loads, tokens)
-                        planes = planes + (word,)
-                    b = b + level_pairs(planes, j, bits, dtype, PTX)
-                sums = mma(sums, given[2 * u + half], b, dtype, TOKENS, PTX)
+            sums = _sums(
+                sums, some_of(loads, u * size, size), j, fixed, bits, dtype, TOKENS, PTX
+            )
+        loads = following
+    for start in range(whole, length, STEP):
+        within, last = start + first < length, ()
+        for i in tl.static_range(len(rows)):
+            last = last + four(rows[i], within)
+        for half in tl.static_range(2):
+            for i in tl.static_range(len(to)):
+                last = last + four(to[i] + half * 4, within & live[i])
+        sums = _sums(sums, last, j, fixed, bits, dtype, TOKENS, PTX)
+        rows, to = advanced(rows, STEP * 4), advanced(to, STEP * 8)
     return sums
 
 
