@@ -18,6 +18,16 @@ _MMA = (
     "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
 )
 _MMAS = tl.constexpr([_MMA.format(t) for t in ("bf16", "f16")])
+# by what is masked, and how many 16 bytes ahead
+_LOAD = "ld.global.v4.b32 {$0, $1, $2, $3}, [$4 + AHEAD];"
+_MASK = "{ .reg .pred p; setp.ne.b32 p, $5, 0; ZERO@p " + _LOAD + " }"
+_ZERO = "".join(f"mov.b32 ${i}, 0; " for i in range(4))
+_LOADS = tl.constexpr(
+    [
+        [text.replace("AHEAD", str(16 * i)) for i in range(256)]
+        for text in (_LOAD, _MASK.replace("ZERO", ""), _MASK.replace("ZERO", _ZERO))
+    ]
+)
 
 
 @triton.jit
@@ -45,17 +55,49 @@ def four(at, mask=None, ONCE: tl.constexpr = False):
 
 
 @triton.jit
-def _any_four(at, mask, PTX: tl.constexpr):
-    """The same, but any words where masked, for which Triton's load would take instructions."""
-    if PTX:
+def load(address, ahead: tl.constexpr, mask, ZERO: tl.constexpr, PTX: tl.constexpr):
+    """Four words from 16·ahead bytes after each address int64 on. mask may be None: everywhere.
+
+    Where masked, zeros or (not ZERO) any words: Triton's load would take instructions to write
+    zeros, and LLVM one more pointer for each distance.
+    """
+    if not PTX:
+        return four(address.to(tl.pointer_type(tl.int32)) + ahead * 4, mask)
+    if mask is None:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }",
-            "=r,=r,=r,=r,l,r", [at.to(tl.int64), mask.to(tl.int32)],
+            _LOADS[0][ahead], "=r,=r,=r,=r,l", [address],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
         return w0, w1, w2, w3
     else:
-        return four(at, mask)
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            _LOADS[2 if ZERO else 1][ahead], "=r,=r,=r,=r,l,r", [address, mask.to(tl.int32)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        return w0, w1, w2, w3
+
+
+@triton.jit
+def _addresses(pointers, PTX: tl.constexpr):
+    """int64 of pointers; LLVM would take these apart and put them together for each load."""
+    found = ()
+    for i in tl.static_range(len(pointers)):
+        at = pointers[i].to(tl.int64)
+        if PTX:
+            at = tl.inline_asm_elementwise(
+                "mov.b64 $0, $1;", "=l,l", [at], dtype=tl.int64, is_pure=True, pack=1
+            )
+        found = found + (at,)
+    return found
+
+
+@triton.jit
+def _advanced(addresses, units: tl.constexpr):
+    """Every address so many 16 bytes further."""
+    found = ()
+    for i in tl.static_range(len(addresses)):
+        found = found + (addresses[i] + units * 16,)
+    return found
 
 
 @triton.jit
@@ -171,26 +213,28 @@ def byte_rows(at, plane, j, bits: tl.constexpr):
 
 
 @triton.jit
-def advanced(pointers, words: tl.constexpr):
-    """Every one of a tuple of pointers so many words further."""
+def _masked(masks, also):
+    """Every one of a tuple of masks, and `also`."""
     found = ()
-    for i in tl.static_range(len(pointers)):
-        found = found + (pointers[i] + words,)
+    for i in tl.static_range(len(masks)):
+        found = found + (masks[i] & also,)
     return found
 
 
 @triton.jit
-def _step(rows, inputs, inside, live, ahead: tl.constexpr, PTX: tl.constexpr):
-    """Words of one step, as many units of 16 terms ahead: codes of each plane, both halves' inputs.
+def _step(
+    rows, inputs, ahead: tl.constexpr, live, inside, ZERO: tl.constexpr, PTX: tl.constexpr
+):
+    """Words of the step so many units of 16 terms ahead: the planes' codes, two halves of inputs.
 
-    Any codes if not inside, any inputs of a token not live.
+    Any codes if not `inside` (None: surely), any inputs of tokens not `live`.
     """
     loads = ()
     for i in tl.static_range(len(rows)):
-        loads = loads + _any_four(rows[i] + ahead * 4, inside, PTX)
+        loads = loads + load(rows[i], ahead, inside, False, PTX)
     for half in tl.static_range(2):
         for i in tl.static_range(len(inputs)):
-            loads = loads + _any_four(inputs[i] + ahead * 8 + half * 4, inside & live[i], PTX)
+            loads = loads + load(inputs[i], 2 * ahead + half, live[i], ZERO, PTX)
     return loads
 
 
@@ -236,35 +280,49 @@ def multiply(
     """sums + the product of all terms."""
     rows = byte_rows(codes + first * 4, plane, j, bits)
     fixed = constants((token + tokens) >> 31, bits, dtype, PTX)
-    to, live, loads = (), (), ()
+    to, live = (), ()
     for i in tl.static_range(len(inputs)):
         to = to + (inputs[i] + first * 8,)
         live = live + (token + 8 * i < tokens,)
+    rows, to = _addresses(rows, PTX), _addresses(to, PTX)
     some: tl.constexpr = STEP * UNROLL
     whole = length // some * some
-    size: tl.constexpr = 4 * (len(rows) + 2 * len(to))
-    inside = (first >= 0) & (whole > 0)
-    for u in tl.static_range(UNROLL):
-        loads = loads + _step(rows, to, inside, live, u * STEP, PTX)
-    for start in range(some, whole + 1, some):
-        rows, to = advanced(rows, some * 4), advanced(to, some * 8)
-        inside, following = (first >= 0) & (start < whole), ()
-        for u in tl.static_range(UNROLL):
-            following = following + _step(rows, to, inside, live, u * STEP, PTX)
-        for u in tl.static_range(UNROLL):
-            sums = _sums(
-                sums, some_of(loads, u * size, size), j, fixed, bits, dtype, TOKENS, PTX
+    if UNROLL == 1:
+        for _ in range(0, whole, some):
+            step = _step(rows, to, 0, live, None, False, PTX)
+            sums = _sums(sums, step, j, fixed, bits, dtype, TOKENS, PTX)
+            rows, to = _advanced(rows, some), _advanced(to, 2 * some)
+    else:
+        # One half of the steps is loaded while the other is multiplied.
+        half: tl.constexpr = UNROLL // 2
+        size: tl.constexpr = 4 * (len(rows) + 2 * len(to))
+        more, loads = whole > 0, ()
+        for u in tl.static_range(half):
+            loads = loads + _step(
+                rows, to, u * STEP, _masked(live, more), (first >= 0) & more, False, PTX
             )
-        loads = following
+        for start in range(some, whole + 1, some):
+            later, following = (), ()
+            for u in tl.static_range(half, UNROLL):
+                later = later + _step(rows, to, u * STEP, live, None, False, PTX)
+            for u in tl.static_range(half):
+                part = some_of(loads, u * size, size)
+                sums = _sums(sums, part, j, fixed, bits, dtype, TOKENS, PTX)
+            more = start < whole
+            for u in tl.static_range(half):
+                following = following + _step(
+                    rows, to, some + u * STEP, _masked(live, more), (first >= 0) & more, False, PTX
+                )
+            for u in tl.static_range(half):
+                part = some_of(later, u * size, size)
+                sums = _sums(sums, part, j, fixed, bits, dtype, TOKENS, PTX)
+            loads = following
+            rows, to = _advanced(rows, some), _advanced(to, 2 * some)
     for start in range(whole, length, STEP):
-        within, last = start + first < length, ()
-        for i in tl.static_range(len(rows)):
-            last = last + four(rows[i], within)
-        for half in tl.static_range(2):
-            for i in tl.static_range(len(to)):
-                last = last + four(to[i] + half * 4, within & live[i])
+        within = start + first < length
+        last = _step(rows, to, 0, _masked(live, within), within, True, PTX)
         sums = _sums(sums, last, j, fixed, bits, dtype, TOKENS, PTX)
-        rows, to = advanced(rows, STEP * 4), advanced(to, STEP * 8)
+        rows, to = _advanced(rows, STEP), _advanced(to, 2 * STEP)
     return sums
 
 
