@@ -18,6 +18,7 @@ from .decode_product import (
     over_warps,
     prefetch,
     some_of,
+    together,
 )
 
 
@@ -39,20 +40,24 @@ def base_product(
 ):
     """sums + the product of a thread's output's weights and a token."""
     for start in range(0, length, 4 * WARPS * UNROLL):
-        rows, given = (), ()
+        rows, given, loads = (), (), ()
         for u in tl.static_range(UNROLL):
             at = start + u * 4 + first
             inside = at < length
             for c in tl.static_range(len(weights)):
                 rows = rows + (four(weights[c] + at * 4, inside, True),)
+                loads = loads + (rows[u * len(weights) + c],)
             some = (four(x + at * 4, inside & (token < tokens)),)
             if TOKENS == 16:
                 some = some + (four(x + eighth + at * 4, inside & (token + 8 < tokens)),)
             given = given + (some,)
+            loads = loads + some
         for u in tl.static_range(UNROLL):
             done = ()
             for c in tl.static_range(len(weights)):
                 b = rows[u * len(weights) + c]
+                if UNROLL > 1 and u + c == 0:
+                    b = (together(b[0], loads, tokens), b[1], b[2], b[3])
                 done = done + mma(
                     some_of(sums, c * TOKENS, TOKENS), given[u], b, dtype, TOKENS, PTX
                 )

@@ -11,7 +11,7 @@ through shared memory.
 import triton
 import triton.language as tl
 
-from .levels import constants, level_pairs
+from .levels import constants, level_words
 
 _MMA = (
     "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
@@ -177,6 +177,19 @@ def mma(sums, inputs, b, dtype: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.cons
 
 
 @triton.jit
+def together(first, loads, rows):
+    """`first`, but known only when all the loads (tuples of words) are there.
+
+    Otherwise ptxas moves each load to where it is needed and one latency follows the other.
+    """
+    any_of = first
+    for i in tl.static_range(len(loads)):
+        for w in tl.static_range(0, len(loads[i]), 4):
+            any_of = any_of | loads[i][w]
+    return first | (any_of & (rows >> 31))  # rows, an argument, is no negative number
+
+
+@triton.jit
 def prefetch(codes, plane, length, count, WARPS: tl.constexpr):
     """Ask for `count` <= 8 stretches of at most 512·WARPS bytes to come to the L2 cache."""
     i = tl.arange(0, 32 * WARPS)
@@ -223,19 +236,24 @@ def _masked(masks, also):
 
 @triton.jit
 def _step(
-    rows, inputs, ahead: tl.constexpr, live, inside, ZERO: tl.constexpr, PTX: tl.constexpr
-):
-    """Words of the step so many units of 16 terms ahead: the planes' codes, two halves of inputs.
+    rows, inputs, ahead: tl.constexpr, live, inside, ZERO: tl.constexpr, FIRST: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Words of the step so many units of 16 terms ahead: two halves of inputs, the planes' codes.
 
-    Any codes if not `inside` (None: surely), any inputs of tokens not `live`.
+    Any codes if not `inside` (None: surely), any inputs, or ZERO, of tokens not `live`. FIRST:
+    codes before inputs. ptxas keeps the order of loads, and at times puts others' use between.
     """
-    loads = ()
-    for i in tl.static_range(len(rows)):
-        loads = loads + load(rows[i], ahead, inside, False, PTX)
-    for half in tl.static_range(2):
-        for i in tl.static_range(len(inputs)):
-            loads = loads + load(inputs[i], 2 * ahead + half, live[i], ZERO, PTX)
-    return loads
+    codes, given = (), ()
+    for order in tl.static_range(2):
+        if (order == 0) == FIRST:
+            for i in tl.static_range(len(rows)):
+                codes = codes + load(rows[i], ahead, inside, False, PTX)
+        else:
+            for half in tl.static_range(2):
+                for i in tl.static_range(len(inputs)):
+                    given = given + load(inputs[i], 2 * ahead + half, live[i], ZERO, PTX)
+    return given + codes
 
 
 @triton.jit
@@ -243,19 +261,20 @@ def _sums(
     sums, loads, j, fixed, bits: tl.constexpr, dtype: tl.constexpr,
     TOKENS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """sums + the product of one `_step`."""
+    """sums + the product of some `_step`s."""
     blocks: tl.constexpr = TOKENS // 8
-    planes: tl.constexpr = len(loads) // 4 - 2 * blocks
-    for half in tl.static_range(2):
-        b, given = (), ()
-        for w in tl.static_range(2 * half, 2 * half + 2):
-            codes = ()
+    planes: tl.constexpr = 1 if bits == 8 else (bits & 1) + (bits >> 1 & 1) + (bits >> 2 & 1)
+    codes: tl.constexpr = 8 * blocks  # of a step, the first word of codes
+    size: tl.constexpr = codes + 4 * planes
+    for start in tl.static_range(0, len(loads), size):
+        for half in tl.static_range(2):
+            b, a = (), ()
             for i in tl.static_range(planes):
-                codes = codes + (loads[4 * i + w],)
-            b = b + level_pairs(codes, j, fixed, bits, dtype, PTX)
-        for i in tl.static_range(blocks):
-            given = given + (some_of(loads, 4 * (planes + half * blocks + i), 4),)
-        sums = mma(sums, given, b, dtype, TOKENS, PTX)
+                b += some_of(loads, start + codes + 4 * i + 2 * half, 2)
+            for i in tl.static_range(blocks):
+                a = a + (some_of(loads, start + 4 * (half * blocks + i), 4),)
+            b = level_words(b, j, fixed, bits, dtype, PTX)
+            sums = mma(sums, a, b, dtype, TOKENS, PTX)
     return sums
 
 
@@ -288,39 +307,30 @@ def multiply(
     some: tl.constexpr = STEP * UNROLL
     whole = length // some * some
     if UNROLL == 1:
-        for _ in range(0, whole, some):
-            step = _step(rows, to, 0, live, None, False, PTX)
+        for start in range(0, whole, some):
+            here = _masked(live, first * 0 + start < length)  # as below for the order of loads
+            step = _step(rows, to, 0, here, None, False, False, PTX)
             sums = _sums(sums, step, j, fixed, bits, dtype, TOKENS, PTX)
             rows, to = _advanced(rows, some), _advanced(to, 2 * some)
     else:
         # One half of the steps is loaded while the other is multiplied.
         half: tl.constexpr = UNROLL // 2
-        size: tl.constexpr = 4 * (len(rows) + 2 * len(to))
-        more, loads = whole > 0, ()
+        more, loads = first * 0 < whole, ()
         for u in tl.static_range(half):
-            loads = loads + _step(
-                rows, to, u * STEP, _masked(live, more), (first >= 0) & more, False, PTX
-            )
+            loads += _step(rows, to, u * STEP, _masked(live, more), more, False, True, PTX)
         for start in range(some, whole + 1, some):
-            later, following = (), ()
+            more, later, following = first * 0 + start < whole, (), ()
             for u in tl.static_range(half, UNROLL):
-                later = later + _step(rows, to, u * STEP, live, None, False, PTX)
-            for u in tl.static_range(half):
-                part = some_of(loads, u * size, size)
-                sums = _sums(sums, part, j, fixed, bits, dtype, TOKENS, PTX)
-            more = start < whole
-            for u in tl.static_range(half):
-                following = following + _step(
-                    rows, to, some + u * STEP, _masked(live, more), (first >= 0) & more, False, PTX
-                )
-            for u in tl.static_range(half):
-                part = some_of(later, u * size, size)
-                sums = _sums(sums, part, j, fixed, bits, dtype, TOKENS, PTX)
-            loads = following
+                later += _step(rows, to, u * STEP, live, None, False, True, PTX)
+            sums = _sums(sums, loads, j, fixed, bits, dtype, TOKENS, PTX)
             rows, to = _advanced(rows, some), _advanced(to, 2 * some)
+            for u in tl.static_range(half):
+                following += _step(rows, to, u * STEP, _masked(live, more), more, False, True, PTX)
+            sums = _sums(sums, later, j, fixed, bits, dtype, TOKENS, PTX)
+            loads = following
     for start in range(whole, length, STEP):
         within = start + first < length
-        last = _step(rows, to, 0, _masked(live, within), within, True, PTX)
+        last = _step(rows, to, 0, _masked(live, within), within, True, False, PTX)
         sums = _sums(sums, last, j, fixed, bits, dtype, TOKENS, PTX)
         rows, to = _advanced(rows, STEP), _advanced(to, 2 * STEP)
     return sums

@@ -32,47 +32,34 @@ def _word(values: list[int]) -> int:
     return struct.unpack("<i", bytes(values + [0] * (4 - len(values))))[0]
 
 
-def words(bits: int, half: bool) -> tuple[int, int]:
-    """The two words that `lookup` wants in registers."""
+def words(bits: int, half: bool) -> tuple[int, int, int]:
+    """What `lookup` wants in registers."""
     if bits > 4:
-        return 0x47000000, _bits(_CUBIC[bits][0])
+        return 0x47000000, _bits(_CUBIC[bits][0]), 0
     levels = _patterns(bits, half)[-8:]  # the upper half, all being symmetric
-    return _word([p & 255 for p in levels[:4]]), _word([p >> 8 for p in levels[:4]])
+    return _word([p & 255 for p in levels[:4]]), _word([p >> 8 for p in levels[:4]]), 0x03030303
 
 
-def _others(bits: int, half: bool) -> tuple[int, int]:
-    """Of more than four levels the low and the high bytes of the others."""
-    levels = _patterns(bits, half)[-4:]
-    return _word([p & 255 for p in levels]), _word([p >> 8 for p in levels])
-
-
-def _codes(bits: int) -> str:
-    """PTX that merges the planes of element j into t: four codes, one a byte.
-
-    $4 and on are the byte rows that hold the planes, then come the planes' shifts.
-    """
-    planes = [p for p in (8, 4, 2, 1) if bits & p]
+def _codes(bits: int, planes: list[str], shifts: list[str]) -> str:
+    """PTX that merges the planes of element j into t: four codes, one a byte."""
+    sizes = [p for p in (8, 4, 2, 1) if bits & p]
     if bits == 8:
-        return "mov.b32 t, $4; "
+        return f"mov.b32 t, {planes[0]}; "
     text = ""
-    for i, plane in enumerate(planes):
+    for i, size in enumerate(sizes):
         to = "n" if i else "t"
-        text += f"shr.u32 {to}, ${4 + i}, ${4 + len(planes) + i}; "
-        text += f"and.b32 {to}, {to}, {((1 << plane) - 1) * 0x01010101}; "
+        text += f"shr.u32 {to}, {planes[i]}, {shifts[i]}; "
+        text += f"and.b32 {to}, {to}, {((1 << size) - 1) * 0x01010101}; "
         if i:
-            text += f"mad.lo.u32 t, t, {1 << plane}, n; "
+            text += f"mad.lo.u32 t, t, {1 << size}, n; "
     return text
 
 
-def _found(bits: int, half: bool) -> str:
-    """PTX: the bytes l and h of the levels of four codes of 3 bits, one a byte, in t."""
-    low, high = _others(bits, half)
-    # the codes as the nibbles that PRMT selects by
-    text = "shr.u32 s, t, 4; or.b32 t, t, s; prmt.b32 s, t, 0, 0x4420; "
-    return text + f"prmt.b32 l, $2, {low}, s; prmt.b32 h, $3, {high}, s; "
-
-
-_ZIP = "prmt.b32 $0, l, h, 0x5140; prmt.b32 $1, l, h, 0x7362; "
+def _found(bits: int, half: bool, codes: str) -> str:
+    """PTX: the bytes l and h of the levels of four codes of 3 bits, nibbles of `codes`."""
+    levels = _patterns(bits, half)[-4:]
+    low, high = _word([p & 255 for p in levels]), _word([p >> 8 for p in levels])
+    return f"prmt.b32 l, $4, {low}, {codes}; prmt.b32 h, $5, {high}, {codes}; "
 
 
 def _bits(value: float) -> int:
@@ -83,40 +70,71 @@ def _float(value: float) -> str:
     return f"0f{_bits(value) & 0xFFFFFFFF:08X}"
 
 
-def _computed(bits: int, half: bool) -> str:
+def _computed(bits: int, half: bool, first: str, second: str) -> str:
     """PTX: the cubic of the four codes in t. A code is written into the mantissa of 2^15."""
     text = ""
     for i, to in enumerate("lhsn"):
-        text += f"prmt.b32 {to}, t, $2, {0x7604 | i << 4}; "
+        text += f"prmt.b32 {to}, t, $4, {0x7604 | i << 4}; "
         text += f"add.f32 {to}, {to}, {_float(-(2.0**15) - (2**bits - 1) / 2)}; "
-        text += f"mul.f32 m, {to}, {to}; fma.rn.f32 m, m, {_float(_CUBIC[bits][1])}, $3; "
+        text += f"mul.f32 m, {to}, {to}; fma.rn.f32 m, m, {_float(_CUBIC[bits][1])}, $5; "
         text += f"mul.f32 {to}, {to}, m; "
     pair = "cvt.rn.f16x2.f32" if half else "cvt.rn.bf16x2.f32"
-    return text + f"{pair} $0, h, l; {pair} $1, n, s; "
+    return text + f"{pair} {first}, h, l; {pair} {second}, n, s; "
+
+
+def _of_word(bits: int, half: bool, planes: list[str], shifts: list[str], to: list[str]) -> str:
+    """PTX: the levels of four byte columns."""
+    zip_up = f"prmt.b32 {to[0]}, l, h, 0x5140; prmt.b32 {to[1]}, l, h, 0x7362; "
+    if bits == 2:
+        # s = 17·code + 0x40: code c selects byte c, a low one, and c + 4, a high one. As 17 times
+        # 0xF4B87C40 is 0x40404040, no instruction takes two constants.
+        text = f"shr.u32 t, {planes[0]}, {shifts[0]}; lop3.b32 t, t, $6, 0xF4B87C40, 0xEA; "
+        text += f"mul.lo.u32 s, t, 17; prmt.b32 {to[0]}, $4, $5, s; "
+        return text + f"shr.u32 s, s, 16; prmt.b32 {to[1]}, $4, $5, s; "
+    if bits == 4:
+        # n: codes of the upper half; the others are looked up by their mirror's code
+        text = f"shr.u32 t, {planes[0]}, {shifts[0]}; shr.u32 n, t, 3; and.b32 n, n, 0x01010101; "
+        text += "mul.lo.u32 m, n, 7; xor.b32 t, t, m; not.b32 t, t; and.b32 t, t, 0x07070707; "
+        text += "shr.u32 s, t, 4; or.b32 t, t, s; prmt.b32 s, t, 0, 0x4420; "
+        text += _found(4, half, "s") + "xor.b32 n, n, 0x01010101; mad.lo.u32 h, n, 128, h; "
+        return text + zip_up
+    text = _codes(bits, planes, shifts)
+    if bits == 1:
+        text += "mad.lo.u32 s, t, 17, 0x40404040; "
+        text += f"prmt.b32 {to[0]}, $4, $5, s; shr.u32 s, s, 16; prmt.b32 {to[1]}, $4, $5, s; "
+        return text
+    return text + _computed(bits, half, *to)
+
+
+def _three(half: bool) -> str:
+    """PTX: the levels of eight byte columns of 3 bits, their codes the nibbles of one word."""
+    text = ""
+    for i, to in enumerate("tn"):
+        words, shifts = (f"${7 + 2 * i}", f"${8 + 2 * i}"), (f"${11 + 2 * i}", f"${12 + 2 * i}")
+        for word, shift, turned in zip(words, shifts, "lh", strict=True):
+            text += f"shf.r.wrap.b32 {turned}, {word}, {word}, {shift}; "
+        text += f"lop3.b32 {to}, l, h, 0x0F0F0F0F, 0xE4; "
+    text += "and.b32 n, n, 0x11111111; lop3.b32 t, t, n, 0x66666666, 0xEC; "
+    for first, second in (("$0", "$2"), ("$1", "$3")):
+        text += _found(3, half, "t") + f"prmt.b32 {first}, l, h, 0x6240; "
+        text += f"prmt.b32 {second}, l, h, 0x7351; shr.u32 t, t, 16; "
+    return text
 
 
 def lookup(bits: int, half: bool) -> str:
-    """PTX: the levels of element j of four byte columns, two words of 16-bit floats.
+    """PTX: the levels of element j of eight byte columns, four words of 16-bit floats.
 
-    $2 and $3 are `words`. From $4 on are the byte rows that hold the element's planes, the highest
-    plane first, then come the shifts of the element in each of them; 8 bits have no shift.
+    $4 to $6 are `words`. From $7 on are, of each of the planes from the highest on, two words of
+    the byte row that holds the element, then come `shifts`.
     """
-    if bits == 4:
-        # n: codes of the upper half; the others are looked up by their mirror's code
-        text = "shr.u32 t, $4, $5; shr.u32 n, t, 3; and.b32 n, n, 0x01010101; "
-        text += "mul.lo.u32 m, n, 7; xor.b32 t, t, m; not.b32 t, t; and.b32 t, t, 0x07070707; "
-        text += _found(4, half)
-        text += "xor.b32 n, n, 0x01010101; mad.lo.u32 h, n, 128, h; " + _ZIP
+    if bits == 3:
+        text = _three(half)
     else:
-        text = _codes(bits)
-        if bits <= 2:
-            # low bytes in $2, high bytes in $3: code c selects byte c and byte c + 4
-            text += "mad.lo.u32 s, t, 17, 0x40404040; "
-            text += "prmt.b32 $0, $2, $3, s; shr.u32 s, s, 16; prmt.b32 $1, $2, $3, s; "
-        elif bits == 3:
-            text += _found(3, half) + _ZIP
-        else:
-            text += _computed(bits, half)
+        text, count = "", sum(bits >> i & 1 for i in range(4))
+        shifts = [f"${7 + 2 * count + i}" for i in range(count if bits < 8 else 0)]
+        for word in range(2):
+            planes = [f"${7 + 2 * i + word}" for i in range(count)]
+            text += _of_word(bits, half, planes, shifts, [f"${2 * word}", f"${2 * word + 1}"])
     return "{ .reg .b32 t, s, n, m, l, h; " + text + "}"
 
 
@@ -124,21 +142,22 @@ _BFLOAT16 = tl.constexpr([lookup(b, False) for b in range(1, 9)])
 _FLOAT16 = tl.constexpr([lookup(b, True) for b in range(1, 9)])
 _BFLOAT16_WORDS = tl.constexpr([words(b, False) for b in range(1, 9)])
 _FLOAT16_WORDS = tl.constexpr([words(b, True) for b in range(1, 9)])
-_OPERANDS = tl.constexpr(["=r,=r,r,r" + ",r" * i for i in range(7)])
+_OPERANDS = tl.constexpr(["=r,=r,=r,=r" + ",r" * i for i in range(16)])
 
 
 @triton.jit
 def constants(zero, bits: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
-    """What `level_pairs` wants in registers; `zero`, one a thread, is 0, unknown to the compiler.
+    """What `level_words` wants in registers; `zero`, one a thread, is 0, unknown to the compiler.
 
     An instruction takes one constant; ptxas would copy a second one to a register each time.
     """
     if not PTX:
         return ()
-    elif dtype == tl.float16:
-        return zero | _FLOAT16_WORDS[bits - 1][0], zero | _FLOAT16_WORDS[bits - 1][1]
+    if dtype == tl.float16:
+        known: tl.constexpr = _FLOAT16_WORDS[bits - 1]
     else:
-        return zero | _BFLOAT16_WORDS[bits - 1][0], zero | _BFLOAT16_WORDS[bits - 1][1]
+        known: tl.constexpr = _BFLOAT16_WORDS[bits - 1]
+    return zero | known[0], zero | known[1], zero | known[2]
 
 
 @triton.jit
@@ -165,30 +184,41 @@ def _code(planes, j, byte: tl.constexpr, bits: tl.constexpr):
 
 @triton.jit
 def shifts(j, bits: tl.constexpr):
-    """Where element j lies in the byte rows of a width's planes."""
+    """What `lookup` shifts by to find element j."""
     found = ()
-    for i in tl.static_range(2, -1, -1):
-        if (bits >> i) & 1:
-            found = found + (j * (1 << i) % 8,)
+    if bits == 3:
+        # to bits 1 and 2 and to bit 0, of low nibbles for the first word, of high ones for the other
+        found = (j * 2 % 8 - 1, j * 2 % 8 - 5, j, j - 4)
+    elif bits < 8:
+        for i in tl.static_range(2, -1, -1):
+            if (bits >> i) & 1:
+                found = found + (j * (1 << i) % 8,)
     return found
 
 
 @triton.jit
-def level_pairs(planes, j, fixed, bits: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Levels in `dtype`, bfloat16 or float16, of element j of four byte columns, as two words.
+def level_words(planes, j, fixed, bits: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
+    """Levels in `dtype`, bfloat16 or float16, of element j of eight byte columns, as four words.
 
-    planes: the words of the byte rows that hold the element's planes. fixed: see `constants`.
+    planes: two words of each of the byte rows that hold the element's planes. fixed: `constants`.
     """
     if PTX:
         operands = fixed + planes + shifts(j, bits)
         text: tl.constexpr = _FLOAT16[bits - 1] if dtype == tl.float16 else _BFLOAT16[bits - 1]
-        return tl.inline_asm_elementwise(
-            text, _OPERANDS[len(operands) - 2], operands,
-            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            text, _OPERANDS[len(operands)], operands,
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
+        return w0, w1, w2, w3
     else:
-        v0 = cubic(_code(planes, j, 0, bits), bits).to(dtype)
-        v1 = cubic(_code(planes, j, 1, bits), bits).to(dtype)
-        v2 = cubic(_code(planes, j, 2, bits), bits).to(dtype)
-        v3 = cubic(_code(planes, j, 3, bits), bits).to(dtype)
-        return pair(v0, v1), pair(v2, v3)
+        found = ()
+        for word in tl.static_range(2):
+            some = ()
+            for i in tl.static_range(len(planes) // 2):
+                some = some + (planes[2 * i + word],)
+            v0 = cubic(_code(some, j, 0, bits), bits).to(dtype)
+            v1 = cubic(_code(some, j, 1, bits), bits).to(dtype)
+            v2 = cubic(_code(some, j, 2, bits), bits).to(dtype)
+            v3 = cubic(_code(some, j, 3, bits), bits).to(dtype)
+            found = found + (pair(v0, v1), pair(v2, v3))
+        return found
