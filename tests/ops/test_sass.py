@@ -1,0 +1,61 @@
+"""The machine code of the decode kernels for an H100: instructions a weight, spills, barriers.
+
+ptxas needs no GPU. This runs without Triton's interpreter, so in processes of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.interpreter  # apart from coverage: the work is in the child
+
+BENCHMARKS = Path(__file__).parents[2] / "kernels/benchmarks"
+# lane instructions a weight of the loop of whole steps
+LIMITS = {
+    "shrink": {2: 3.2, 3: 4.6, 4: 5.2, 8: 9.5},
+    "expand": {2: 2.6, 3: 4.0, 4: 4.6, 8: 9.0},
+    "fused": {2: 2.6, 3: 4.0, 4: 4.6, 8: 9.0},
+}
+LIMITS |= {
+    f"grouped_{kernel}": {bits: 1.25 * most for bits, most in LIMITS[kernel].items()}
+    for kernel in ("shrink", "expand")
+}
+SCRIPT = """
+import json, sys
+import sass
+for bits in map(int, sys.argv[1:]):
+    for kernel, c in sass.kernel_counts((bits,), 1, 90).items():
+        loops = sass.decode_loops(kernel, c)
+        print(json.dumps({
+            "kernel": kernel, "bits": bits, "stack": c.stack, "weight": loops[0].weight,
+            "shared": sum(loop.shared for loop in c.loops), "loops": len(loops),
+            "load": min(loop.load for loop in c.loops),
+        }))
+"""
+
+
+def counted(bits, folder):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder)  # compiled here, not remembered
+    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(bits)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_loops_are_as_short_as_they_were(bits, tmp_path):
+    found = counted(bits, tmp_path)
+    assert {c["kernel"] for c in found} == set(LIMITS)
+    for c in found:
+        assert c["loops"] == 2, c  # whole steps, and the rest
+        assert c["weight"] <= LIMITS[c["kernel"]][bits], c
+        assert c["stack"] == 0 and c["shared"] == 0 and c["load"] == 16, c
