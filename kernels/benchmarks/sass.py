@@ -226,7 +226,7 @@ def main() -> None:
     options = parser.parse_args()
     for capability in options.capability:
         print(f"sm_{capability}, Triton {triton.__version__}, {options.rows} rows")
-        print("kernel bits registers stack shared barriers load lane-instructions/weight: whole rest")
+        print("kernel bits registers stack shared barriers load, lane-instr/weight: whole rest")
         for line in lines(options.rows, options.bits, capability):
             print(line, flush=True)
         for kernel, most in layer(capability, options.rows).items():

@@ -187,7 +187,7 @@ def shifts(j, bits: tl.constexpr):
     """What `lookup` shifts by to find element j."""
     found = ()
     if bits == 3:
-        # to bits 1 and 2 and to bit 0, of low nibbles for the first word, of high ones for the other
+        # to bits 1 and 2 and to bit 0: of low nibbles in the first word, of high ones in the other
         found = (j * 2 % 8 - 1, j * 2 % 8 - 5, j, j - 4)
     elif bits < 8:
         for i in tl.static_range(2, -1, -1):
