@@ -18,8 +18,8 @@ from triton.runtime import driver, jit
 def launches(capability: int = 90) -> Iterator[list[tuple[str, Any]]]:
     """Context manager: compile instead of launching; yields a list that grows by each launch.
 
-    With the settings of a GPU that nobody tuned. Entries are (kernel's name, Triton's compiled kernel, grid). Tensors may be on "meta". The
-    process cannot launch afterwards either.
+    With the settings of a GPU that nobody tuned. Entries are (kernel's name, Triton's compiled
+    kernel, grid). Tensors may be on "meta". The process cannot launch afterwards either.
     """
 
     class Target:
