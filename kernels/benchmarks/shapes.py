@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 MIX = Path(__file__).parent / "widths.json"
@@ -48,6 +49,11 @@ MODELS = {
     "tiny": block(64, 32, 128),  # for dry runs on a CPU
 }
 BLOCKS = {"Llama-3-8B": 32, "Qwen2.5-7B": 28, "Llama-3-70B": 80}
+
+
+def groups(model: str) -> list[list[Linear]]:
+    """A block's layers that read the same input, in order."""
+    return [list(some) for _, some in groupby(MODELS[model], key=lambda linear: linear.reads)]
 
 
 def runs(linear: Linear, ratio: float = 1 / 16) -> list[tuple[int, int, int]]:

@@ -11,13 +11,23 @@ through shared memory.
 import triton
 import triton.language as tl
 
-from .levels import level_pairs
+from .levels import constants, level_words
 
 _MMA = (
     "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
     "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
 )
 _MMAS = tl.constexpr([_MMA.format(t) for t in ("bf16", "f16")])
+# by what is masked, and how many 16 bytes ahead
+_LOAD = "ld.global.v4.b32 {$0, $1, $2, $3}, [$4 + AHEAD];"
+_MASK = "{ .reg .pred p; setp.ne.b32 p, $5, 0; ZERO@p " + _LOAD + " }"
+_ZERO = "".join(f"mov.b32 ${i}, 0; " for i in range(4))
+_LOADS = tl.constexpr(
+    [
+        [text.replace("AHEAD", str(16 * i)) for i in range(256)]
+        for text in (_LOAD, _MASK.replace("ZERO", ""), _MASK.replace("ZERO", _ZERO))
+    ]
+)
 
 
 @triton.jit
@@ -28,20 +38,66 @@ def lanes(WARPS: tl.constexpr):
 
 
 @triton.jit
-def four(at, mask, ONCE: tl.constexpr = False):
+def four(at, mask=None, ONCE: tl.constexpr = False):
     """Four words from each address on, an int32 pointer to 16 aligned bytes; 0 where masked.
 
     ONCE: leave the L1 cache to others.
     """
     words = at[:, None] + tl.arange(0, 4)[None, :]
-    if ONCE:
-        both = tl.load(words, mask=mask[:, None], other=0, cache_modifier=".cg")
+    if mask is None:
+        both = tl.load(words, cache_modifier=".cg" if ONCE else "")
     else:
-        both = tl.load(words, mask=mask[:, None], other=0)
+        both = tl.load(words, mask=mask[:, None], other=0, cache_modifier=".cg" if ONCE else "")
     even, odd = tl.split(tl.reshape(both, [at.shape[0], 2, 2]))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
     return w0, w1, w2, w3
+
+
+@triton.jit
+def load(address, ahead: tl.constexpr, mask, ZERO: tl.constexpr, PTX: tl.constexpr):
+    """Four words from 16·ahead bytes after each address int64 on. mask may be None: everywhere.
+
+    Where masked, zeros or (not ZERO) any words: Triton's load would take instructions to write
+    zeros, and LLVM one more pointer for each distance.
+    """
+    if not PTX:
+        return four(address.to(tl.pointer_type(tl.int32)) + ahead * 4, mask)
+    if mask is None:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            _LOADS[0][ahead], "=r,=r,=r,=r,l", [address],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        return w0, w1, w2, w3
+    else:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            _LOADS[2 if ZERO else 1][ahead], "=r,=r,=r,=r,l,r", [address, mask.to(tl.int32)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        return w0, w1, w2, w3
+
+
+@triton.jit
+def _addresses(pointers, PTX: tl.constexpr):
+    """int64 of pointers; LLVM would take these apart and put them together for each load."""
+    found = ()
+    for i in tl.static_range(len(pointers)):
+        at = pointers[i].to(tl.int64)
+        if PTX:
+            at = tl.inline_asm_elementwise(
+                "mov.b64 $0, $1;", "=l,l", [at], dtype=tl.int64, is_pure=True, pack=1
+            )
+        found = found + (at,)
+    return found
+
+
+@triton.jit
+def _advanced(addresses, units: tl.constexpr):
+    """Every address so many 16 bytes further."""
+    found = ()
+    for i in tl.static_range(len(addresses)):
+        found = found + (addresses[i] + units * 16,)
+    return found
 
 
 @triton.jit
@@ -149,28 +205,77 @@ def prefetch(codes, plane, length, count, WARPS: tl.constexpr):
 
 
 @triton.jit
-def byte_rows(at, plane, j, mask, bits: tl.constexpr):
-    """Of 16 byte columns, the byte rows that hold element j, as a tuple of four words a plane."""
+def byte_rows(at, plane, j, bits: tl.constexpr):
+    """Of every plane of a width, pointers to the byte row that holds element j."""
     if bits == 8:
-        return (four(at + j * plane, mask),)
+        return (at + j * plane,)
     elif bits == 7:
-        return (
-            four(at + j // 2 * plane, mask),
-            four(at + (4 + j // 4) * plane, mask),
-            four(at + 6 * plane, mask),
-        )
+        return at + j // 2 * plane, at + (4 + j // 4) * plane, at + 6 * plane
     elif bits == 6:
-        return four(at + j // 2 * plane, mask), four(at + (4 + j // 4) * plane, mask)
+        return at + j // 2 * plane, at + (4 + j // 4) * plane
     elif bits == 5:
-        return four(at + j // 2 * plane, mask), four(at + 4 * plane, mask)
+        return at + j // 2 * plane, at + 4 * plane
     elif bits == 4:
-        return (four(at + j // 2 * plane, mask),)
+        return (at + j // 2 * plane,)
     elif bits == 3:
-        return four(at + j // 4 * plane, mask), four(at + 2 * plane, mask)
+        return at + j // 4 * plane, at + 2 * plane
     elif bits == 2:
-        return (four(at + j // 4 * plane, mask),)
+        return (at + j // 4 * plane,)
     else:
-        return (four(at, mask),)
+        return (at,)
+
+
+@triton.jit
+def _masked(masks, also):
+    """Every one of a tuple of masks, and `also`."""
+    found = ()
+    for i in tl.static_range(len(masks)):
+        found = found + (masks[i] & also,)
+    return found
+
+
+@triton.jit
+def _step(
+    rows, inputs, ahead: tl.constexpr, live, inside, ZERO: tl.constexpr, FIRST: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Words of the step so many units of 16 terms ahead: two halves of inputs, the planes' codes.
+
+    Any codes if not `inside` (None: surely), any inputs, or ZERO, of tokens not `live`. FIRST:
+    codes before inputs. ptxas keeps the order of loads, and at times puts others' use between.
+    """
+    codes, given = (), ()
+    for order in tl.static_range(2):
+        if (order == 0) == FIRST:
+            for i in tl.static_range(len(rows)):
+                codes = codes + load(rows[i], ahead, inside, False, PTX)
+        else:
+            for half in tl.static_range(2):
+                for i in tl.static_range(len(inputs)):
+                    given = given + load(inputs[i], 2 * ahead + half, live[i], ZERO, PTX)
+    return given + codes
+
+
+@triton.jit
+def _sums(
+    sums, loads, j, fixed, bits: tl.constexpr, dtype: tl.constexpr,
+    TOKENS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """sums + the product of some `_step`s."""
+    blocks: tl.constexpr = TOKENS // 8
+    planes: tl.constexpr = 1 if bits == 8 else (bits & 1) + (bits >> 1 & 1) + (bits >> 2 & 1)
+    codes: tl.constexpr = 8 * blocks  # of a step, the first word of codes
+    size: tl.constexpr = codes + 4 * planes
+    for start in tl.static_range(0, len(loads), size):
+        for half in tl.static_range(2):
+            b, a = (), ()
+            for i in tl.static_range(planes):
+                b += some_of(loads, start + codes + 4 * i + 2 * half, 2)
+            for i in tl.static_range(blocks):
+                a = a + (some_of(loads, start + 4 * (half * blocks + i), 4),)
+            b = level_words(b, j, fixed, bits, dtype, PTX)
+            sums = mma(sums, a, b, dtype, TOKENS, PTX)
+    return sums
 
 
 @triton.jit
@@ -192,32 +297,42 @@ def multiply(
     PTX: tl.constexpr,
 ):
     """sums + the product of all terms."""
-    for start in range(0, length, STEP * UNROLL):
-        rows, given, loads = (), (), ()
-        for u in tl.static_range(UNROLL):
-            at = start + u * STEP + first
-            inside = at < length
-            rows = rows + (byte_rows(codes + at * 4, plane, j, inside, bits),)
-            loads = loads + rows[u]
-            for half in tl.static_range(2):
-                some = ()
-                for i in tl.static_range(TOKENS // 8):
-                    to = inputs[i] + at * 8 + half * 4
-                    some = some + (four(to, inside & (token + 8 * i < tokens)),)
-                given = given + (some,)
-                loads = loads + some
-        for u in tl.static_range(UNROLL):
-            for half in tl.static_range(2):
-                b = ()
-                for w in tl.static_range(2 * half, 2 * half + 2):
-                    planes = ()
-                    for i in tl.static_range(len(rows[u])):
-                        word = rows[u][i][w]
-                        if UNROLL > 1 and u + w + i == 0:
-                            word = together(word, loads, tokens)
-                        planes = planes + (word,)
-                    b = b + level_pairs(planes, j, bits, dtype, PTX)
-                sums = mma(sums, given[2 * u + half], b, dtype, TOKENS, PTX)
+    rows = byte_rows(codes + first * 4, plane, j, bits)
+    fixed = constants((token + tokens) >> 31, bits, dtype, PTX)
+    to, live = (), ()
+    for i in tl.static_range(len(inputs)):
+        to = to + (inputs[i] + first * 8,)
+        live = live + (token + 8 * i < tokens,)
+    rows, to = _addresses(rows, PTX), _addresses(to, PTX)
+    some: tl.constexpr = STEP * UNROLL
+    whole = length // some * some
+    if UNROLL == 1:
+        for start in range(0, whole, some):
+            here = _masked(live, first * 0 + start < length)  # as below for the order of loads
+            step = _step(rows, to, 0, here, None, False, False, PTX)
+            sums = _sums(sums, step, j, fixed, bits, dtype, TOKENS, PTX)
+            rows, to = _advanced(rows, some), _advanced(to, 2 * some)
+    else:
+        # One half of the steps is loaded while the other is multiplied.
+        half: tl.constexpr = UNROLL // 2
+        more, loads = first * 0 < whole, ()
+        for u in tl.static_range(half):
+            loads += _step(rows, to, u * STEP, _masked(live, more), more, False, True, PTX)
+        for start in range(some, whole + 1, some):
+            more, later, following = first * 0 + start < whole, (), ()
+            for u in tl.static_range(half, UNROLL):
+                later += _step(rows, to, u * STEP, live, None, False, True, PTX)
+            sums = _sums(sums, loads, j, fixed, bits, dtype, TOKENS, PTX)
+            rows, to = _advanced(rows, some), _advanced(to, 2 * some)
+            for u in tl.static_range(half):
+                following += _step(rows, to, u * STEP, _masked(live, more), more, False, True, PTX)
+            sums = _sums(sums, later, j, fixed, bits, dtype, TOKENS, PTX)
+            loads = following
+    for start in range(whole, length, STEP):
+        within = start + first < length
+        last = _step(rows, to, 0, _masked(live, within), within, True, False, PTX)
+        sums = _sums(sums, last, j, fixed, bits, dtype, TOKENS, PTX)
+        rows, to = _advanced(rows, STEP), _advanced(to, 2 * STEP)
     return sums
 
 

@@ -110,7 +110,8 @@ def grouped_expand_kernel(
 ):
     """y += h·Ûᵀ, and the delta's bias for the base's. Grid: tiles, row programs, entries."""
     begin, end, fields = _entry(starts, slots, table, length, low, high)
-    tile, words = tl.program_id(0), tl.pointer_type(tl.int32)
+    tile = tl.program_id(0)
+    words = tl.pointer_type(tl.int32)
     runs, known = _tensor(fields, RUNS, tl.int32), tl.load(fields + RUNS) != 0
     j, g, t = lanes(8)
     for first in range(begin + tl.program_id(1) * TOKENS, end, tl.num_programs(1) * TOKENS):

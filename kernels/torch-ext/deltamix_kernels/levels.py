@@ -29,83 +29,135 @@ def _patterns(bits: int, half: bool) -> list[int]:
 
 
 def _word(values: list[int]) -> int:
-    return struct.unpack("<I", bytes(values + [0] * (4 - len(values))))[0]
+    return struct.unpack("<i", bytes(values + [0] * (4 - len(values))))[0]
 
 
-def _words(patterns: list[int]) -> str:
-    """PTX that puts the low bytes of up to 8 levels into l0, l1 and the high ones into h0, h1."""
-    low, high = [p & 255 for p in patterns], [p >> 8 for p in patterns]
-    parts = {"l0": low[:4], "l1": low[4:], "h0": high[:4], "h1": high[4:]}
-    return "".join(f"mov.b32 {name}, {_word(part)}; " for name, part in parts.items())
+def words(bits: int, half: bool) -> tuple[int, int, int]:
+    """What `lookup` wants in registers."""
+    if bits > 4:
+        return 0x47000000, _bits(_CUBIC[bits][0]), 0
+    levels = _patterns(bits, half)[-8:]  # the upper half, all being symmetric
+    return _word([p & 255 for p in levels[:4]]), _word([p >> 8 for p in levels[:4]]), 0x03030303
 
 
-def _codes(bits: int) -> str:
-    """PTX that merges the planes of element j into t: four codes, one a byte.
-
-    $2 and on are the byte rows that hold the planes, then come the planes' shifts.
-    """
-    planes = [p for p in (8, 4, 2, 1) if bits & p]
+def _codes(bits: int, planes: list[str], shifts: list[str]) -> str:
+    """PTX that merges the planes of element j into t: four codes, one a byte."""
+    sizes = [p for p in (8, 4, 2, 1) if bits & p]
     if bits == 8:
-        return "mov.b32 t, $2; "
+        return f"mov.b32 t, {planes[0]}; "
     text = ""
-    for i, plane in enumerate(planes):
+    for i, size in enumerate(sizes):
         to = "n" if i else "t"
-        text += f"shr.u32 {to}, ${2 + i}, ${2 + len(planes) + i}; "
-        text += f"and.b32 {to}, {to}, {((1 << plane) - 1) * 0x01010101}; "
+        text += f"shr.u32 {to}, {planes[i]}, {shifts[i]}; "
+        text += f"and.b32 {to}, {to}, {((1 << size) - 1) * 0x01010101}; "
         if i:
-            text += f"mad.lo.u32 t, t, {1 << plane}, n; "
+            text += f"mad.lo.u32 t, t, {1 << size}, n; "
     return text
 
 
-# four codes of up to 3 bits, one a byte, as four nibbles, which PRMT selects by
-_NIBBLES = "shr.u32 s, t, 4; or.b32 t, t, s; prmt.b32 s, t, 0, 0x4420; "
-_FIND = "prmt.b32 l, l0, l1, s; prmt.b32 h, h0, h1, s; "
-_ZIP = "prmt.b32 $0, l, h, 0x5140; prmt.b32 $1, l, h, 0x7362; "
+def _found(bits: int, half: bool, codes: str) -> str:
+    """PTX: the bytes l and h of the levels of four codes of 3 bits, nibbles of `codes`."""
+    levels = _patterns(bits, half)[-4:]
+    low, high = _word([p & 255 for p in levels]), _word([p >> 8 for p in levels])
+    return f"prmt.b32 l, $4, {low}, {codes}; prmt.b32 h, $5, {high}, {codes}; "
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
 def _float(value: float) -> str:
-    return f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}"
+    return f"0f{_bits(value) & 0xFFFFFFFF:08X}"
 
 
-def _computed(bits: int, half: bool) -> str:
-    """PTX: the cubic of the four codes in t. A code is written into the mantissa of 2^23."""
-    alpha, beta = map(_float, _CUBIC[bits])
+def _computed(bits: int, half: bool, first: str, second: str) -> str:
+    """PTX: the cubic of the four codes in t. A code is written into the mantissa of 2^15."""
     text = ""
     for i, to in enumerate("lhsn"):
-        text += f"prmt.b32 {to}, t, 0x4B000000, {0x7650 + i}; "
-        text += f"add.f32 {to}, {to}, {_float(-(2.0**23))}; "
-        text += f"add.f32 {to}, {to}, {_float(-(2**bits - 1) / 2)}; "
-        text += f"mul.f32 m, {to}, {to}; fma.rn.f32 m, m, {beta}, {alpha}; "
+        text += f"prmt.b32 {to}, t, $4, {0x7604 | i << 4}; "
+        text += f"add.f32 {to}, {to}, {_float(-(2.0**15) - (2**bits - 1) / 2)}; "
+        text += f"mul.f32 m, {to}, {to}; fma.rn.f32 m, m, {_float(_CUBIC[bits][1])}, $5; "
         text += f"mul.f32 {to}, {to}, m; "
     pair = "cvt.rn.f16x2.f32" if half else "cvt.rn.bf16x2.f32"
-    return text + f"{pair} $0, h, l; {pair} $1, n, s; "
+    return text + f"{pair} {first}, h, l; {pair} {second}, n, s; "
+
+
+def _of_word(bits: int, half: bool, planes: list[str], shifts: list[str], to: list[str]) -> str:
+    """PTX: the levels of four byte columns."""
+    zip_up = f"prmt.b32 {to[0]}, l, h, 0x5140; prmt.b32 {to[1]}, l, h, 0x7362; "
+    if bits == 2:
+        # s = 17·code + 0x40: code c selects byte c, a low one, and c + 4, a high one. As 17 times
+        # 0xF4B87C40 is 0x40404040, no instruction takes two constants.
+        text = f"shr.u32 t, {planes[0]}, {shifts[0]}; lop3.b32 t, t, $6, 0xF4B87C40, 0xEA; "
+        text += f"mul.lo.u32 s, t, 17; prmt.b32 {to[0]}, $4, $5, s; "
+        return text + f"shr.u32 s, s, 16; prmt.b32 {to[1]}, $4, $5, s; "
+    if bits == 4:
+        # n: codes of the upper half; the others are looked up by their mirror's code
+        text = f"shr.u32 t, {planes[0]}, {shifts[0]}; shr.u32 n, t, 3; and.b32 n, n, 0x01010101; "
+        text += "mul.lo.u32 m, n, 7; xor.b32 t, t, m; not.b32 t, t; and.b32 t, t, 0x07070707; "
+        text += "shr.u32 s, t, 4; or.b32 t, t, s; prmt.b32 s, t, 0, 0x4420; "
+        text += _found(4, half, "s") + "xor.b32 n, n, 0x01010101; mad.lo.u32 h, n, 128, h; "
+        return text + zip_up
+    text = _codes(bits, planes, shifts)
+    if bits == 1:
+        text += "mad.lo.u32 s, t, 17, 0x40404040; "
+        text += f"prmt.b32 {to[0]}, $4, $5, s; shr.u32 s, s, 16; prmt.b32 {to[1]}, $4, $5, s; "
+        return text
+    return text + _computed(bits, half, *to)
+
+
+def _three(half: bool) -> str:
+    """PTX: the levels of eight byte columns of 3 bits, their codes the nibbles of one word."""
+    text = ""
+    for i, to in enumerate("tn"):
+        words, shifts = (f"${7 + 2 * i}", f"${8 + 2 * i}"), (f"${11 + 2 * i}", f"${12 + 2 * i}")
+        for word, shift, turned in zip(words, shifts, "lh", strict=True):
+            text += f"shf.r.wrap.b32 {turned}, {word}, {word}, {shift}; "
+        text += f"lop3.b32 {to}, l, h, 0x0F0F0F0F, 0xE4; "
+    text += "and.b32 n, n, 0x11111111; lop3.b32 t, t, n, 0x66666666, 0xEC; "
+    for first, second in (("$0", "$2"), ("$1", "$3")):
+        text += _found(3, half, "t") + f"prmt.b32 {first}, l, h, 0x6240; "
+        text += f"prmt.b32 {second}, l, h, 0x7351; shr.u32 t, t, 16; "
+    return text
 
 
 def lookup(bits: int, half: bool) -> str:
-    """PTX: the levels of element j of four byte columns, two words of 16-bit floats.
+    """PTX: the levels of element j of eight byte columns, four words of 16-bit floats.
 
-    $2 and on are the byte rows that hold the element's planes, the highest plane first, then come
-    the shifts of the element in each of them; 8 bits have no shift.
+    $4 to $6 are `words`. From $7 on are, of each of the planes from the highest on, two words of
+    the byte row that holds the element, then come `shifts`.
     """
-    text = _codes(bits)
-    if bits <= 2:
-        # low bytes in l0, high bytes in h0: code c selects byte c and byte c + 4
-        text += "mad.lo.u32 s, t, 17, 0x40404040; " + _words(_patterns(bits, half))
-        text += "prmt.b32 $0, l0, h0, s; shr.u32 s, s, 16; prmt.b32 $1, l0, h0, s; "
-    elif bits == 3:
-        text += _NIBBLES + _words(_patterns(3, half)) + _FIND + _ZIP
-    elif bits == 4:
-        # the levels are symmetric: look up the upper half and put the sign bit on
-        text += "not.b32 n, t; and.b32 n, n, 0x08080808; shr.u32 m, n, 3; sub.u32 m, n, m; "
-        text += "xor.b32 t, t, m; and.b32 t, t, 0x07070707; " + _NIBBLES
-        text += _words(_patterns(4, half)[8:]) + _FIND + "mad.lo.u32 h, n, 16, h; " + _ZIP
+    if bits == 3:
+        text = _three(half)
     else:
-        text += _computed(bits, half)
-    return "{ .reg .b32 t, s, n, m, l, h, l0, l1, h0, h1; " + text + "}"
+        text, count = "", sum(bits >> i & 1 for i in range(4))
+        shifts = [f"${7 + 2 * count + i}" for i in range(count if bits < 8 else 0)]
+        for word in range(2):
+            planes = [f"${7 + 2 * i + word}" for i in range(count)]
+            text += _of_word(bits, half, planes, shifts, [f"${2 * word}", f"${2 * word + 1}"])
+    return "{ .reg .b32 t, s, n, m, l, h; " + text + "}"
 
 
 _BFLOAT16 = tl.constexpr([lookup(b, False) for b in range(1, 9)])
 _FLOAT16 = tl.constexpr([lookup(b, True) for b in range(1, 9)])
+_BFLOAT16_WORDS = tl.constexpr([words(b, False) for b in range(1, 9)])
+_FLOAT16_WORDS = tl.constexpr([words(b, True) for b in range(1, 9)])
+_OPERANDS = tl.constexpr(["=r,=r,=r,=r" + ",r" * i for i in range(16)])
+
+
+@triton.jit
+def constants(zero, bits: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
+    """What `level_words` wants in registers; `zero`, one a thread, is 0, unknown to the compiler.
+
+    An instruction takes one constant; ptxas would copy a second one to a register each time.
+    """
+    if not PTX:
+        return ()
+    if dtype == tl.float16:
+        known: tl.constexpr = _FLOAT16_WORDS[bits - 1]
+    else:
+        known: tl.constexpr = _BFLOAT16_WORDS[bits - 1]
+    return zero | known[0], zero | known[1], zero | known[2]
 
 
 @triton.jit
@@ -131,41 +183,42 @@ def _code(planes, j, byte: tl.constexpr, bits: tl.constexpr):
 
 
 @triton.jit
-def level_pairs(planes, j, bits: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Levels in `dtype`, bfloat16 or float16, of element j of four byte columns, as two words.
+def shifts(j, bits: tl.constexpr):
+    """What `lookup` shifts by to find element j."""
+    found = ()
+    if bits == 3:
+        # to bits 1 and 2 and to bit 0: of low nibbles in the first word, of high ones in the other
+        found = (j * 2 % 8 - 1, j * 2 % 8 - 5, j, j - 4)
+    elif bits < 8:
+        for i in tl.static_range(2, -1, -1):
+            if (bits >> i) & 1:
+                found = found + (j * (1 << i) % 8,)
+    return found
 
-    planes: the words of the byte rows that hold the element's planes.
+
+@triton.jit
+def level_words(planes, j, fixed, bits: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
+    """Levels in `dtype`, bfloat16 or float16, of element j of eight byte columns, as four words.
+
+    planes: two words of each of the byte rows that hold the element's planes. fixed: `constants`.
     """
     if PTX:
-        if dtype == tl.float16:
-            text: tl.constexpr = _FLOAT16[bits - 1]
-        else:
-            text: tl.constexpr = _BFLOAT16[bits - 1]
-        if bits == 8:
-            return tl.inline_asm_elementwise(
-                text, "=r,=r,r", [planes[0]], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-            )
-        elif bits == 7:
-            return tl.inline_asm_elementwise(
-                text, "=r,=r,r,r,r,r,r,r",
-                [planes[0], planes[1], planes[2], j * 4 % 8, j * 2 % 8, j],
-                dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-            )  # fmt: skip
-        elif bits == 6 or bits == 5 or bits == 3:
-            high: tl.constexpr = 4 if bits & 4 else 2
-            return tl.inline_asm_elementwise(
-                text, "=r,=r,r,r,r,r",
-                [planes[0], planes[1], j * high % 8, j * (bits - high) % 8],
-                dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                text, "=r,=r,r,r", [planes[0], j * bits % 8],
-                dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-            )  # fmt: skip
+        operands = fixed + planes + shifts(j, bits)
+        text: tl.constexpr = _FLOAT16[bits - 1] if dtype == tl.float16 else _BFLOAT16[bits - 1]
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            text, _OPERANDS[len(operands)], operands,
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return w0, w1, w2, w3
     else:
-        v0 = cubic(_code(planes, j, 0, bits), bits).to(dtype)
-        v1 = cubic(_code(planes, j, 1, bits), bits).to(dtype)
-        v2 = cubic(_code(planes, j, 2, bits), bits).to(dtype)
-        v3 = cubic(_code(planes, j, 3, bits), bits).to(dtype)
-        return pair(v0, v1), pair(v2, v3)
+        found = ()
+        for word in tl.static_range(2):
+            some = ()
+            for i in tl.static_range(len(planes) // 2):
+                some = some + (planes[2 * i + word],)
+            v0 = cubic(_code(some, j, 0, bits), bits).to(dtype)
+            v1 = cubic(_code(some, j, 1, bits), bits).to(dtype)
+            v2 = cubic(_code(some, j, 2, bits), bits).to(dtype)
+            v3 = cubic(_code(some, j, 3, bits), bits).to(dtype)
+            found = found + (pair(v0, v1), pair(v2, v3))
+        return found
