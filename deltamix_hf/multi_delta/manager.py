@@ -51,14 +51,14 @@ class DeltaManager:
         self.router = Router()
         self.pool = Pool(self._place, self._remove)
         self.enabled = True
-        self._modules: dict[str, set[str]] = {}  # resident delta -> modules it changes
+        self._modules: dict[str, set[nn.Module]] = {}  # resident delta -> what it changes
         self._base = _base_of(model)
         self._adopt_own()
-        for module_name, module in model.named_modules():
+        for module in model.modules():
             # Now, not with the first delta that changes it: what torch.compile has seen must keep
             # its class.
             if _maps_one_tensor(module):
-                self._routed(module_name, set())
+                self._routed(module, set())
 
     # Loading and deleting
 
@@ -98,40 +98,39 @@ class DeltaManager:
                 experts[leaf] = packed.to(own.device)
                 continue
             placed: dict[torch.device, PackedDelta] = {}  # twins share it
-            for twin, module in tied_modules(self.model, weight).items():
+            for module in tied_modules(self.model, weight).values():
                 device = weight_of(module).device
                 if device not in placed:
                     placed[device] = packed.to(device)
-                self._routed(twin, touched).packed[name] = placed[device]
+                self._routed(module, touched).packed[name] = placed[device]
         for tensor_name, value in stored.overlay.items():
             for twin in tied_tensors(self.model, tensor_name):
                 owner, leaf, own = self._owner(twin)
                 overlay = self._routed(owner, touched).overlay.setdefault(name, {})
                 overlay[leaf] = value.to(own.device, own.dtype)
-        for module_name in touched:
-            refresh(self.model.get_submodule(module_name), name)
+        for module in touched:
+            refresh(module, name)
 
     def _remove(self, name: str) -> None:
-        for module_name in self._modules.pop(name, ()):
-            module = self.model.get_submodule(module_name)
+        for module in self._modules.pop(name, ()):
             row_deltas(module).packed.pop(name, None)
             row_deltas(module).overlay.pop(name, None)
             refresh(module, name)
         self.router.slots.pop(name, None)
 
-    def _owner(self, name: str) -> tuple[str, str, Tensor]:
-        """Split a tensor's name into its module's and its own, and look the base's tensor up."""
+    def _owner(self, name: str) -> tuple[nn.Module, str, Tensor]:
+        """Find a tensor of the base by its name: its module, its name there, and itself."""
         owner, _, leaf = name.rpartition(".")
-        return owner, leaf, weight_of(self.model.get_submodule(owner), leaf)
+        module = self.model.get_submodule(owner)
+        return module, leaf, weight_of(module, leaf)
 
-    def _routed(self, name: str, touched: set[str]) -> RoutedDeltas:
+    def _routed(self, module: nn.Module, touched: set[nn.Module]) -> RoutedDeltas:
         """Return the named deltas of a module, which is noted in `touched`."""
-        module = self.model.get_submodule(name)
         if not isinstance(module, DeltaModule):
             deltas = row_deltas(make_routed(module, self.router))
             if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
                 deltas.has_batch = self._looked_up_by_row(module)
-        touched.add(name)
+        touched.add(module)
         return row_deltas(module)
 
     @torch.no_grad()
