@@ -72,7 +72,6 @@ class DeltaManager:
             warnings.warn(
                 f"{repo!r} was made of a model with {setting} = {values[1]}, the base runs with "
                 f"{values[0]}: beside it the delta gives something else than by itself",
-                UserWarning,
                 stacklevel=3,
             )
         base = self._base

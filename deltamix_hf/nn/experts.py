@@ -151,12 +151,11 @@ def fused_name(name: str) -> str | None:
 
 def fused_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """Count the experts of every 3-D parameter that has a matrix among `names`."""
-    places = {name: expert_place(model, name) for name in names if fused_name(name)}
-    return {
-        name.rpartition(".")[0]: len(weight_of(*place[:2]))
-        for name, place in places.items()
-        if place is not None
-    }
+    sizes = {}
+    for name in filter(fused_name, names):
+        if (place := expert_place(model, name)) is not None:
+            sizes[name.rpartition(".")[0]] = len(weight_of(*place[:2]))
+    return sizes
 
 
 def replace_expert(weights: dict[str, Tensor], model: nn.Module, name: str, matrix: Tensor) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -90,7 +91,5 @@ def is_delta_repo(model_config: Any) -> bool:
 
 def use_our_loader() -> None:
     """Register `DeltaMixModelLoader` where vLLM would load by its own."""
-    from vllm.config.load import LoadConfig
-
     if not isinstance(get_model_loader(LoadConfig()), DeltaMixModelLoader):
         register_model_loader("auto")(DeltaMixModelLoader)

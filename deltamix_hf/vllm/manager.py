@@ -218,7 +218,10 @@ class VllmDeltaManager:
 
 
 def install() -> None:
-    """Make vLLM's model runner ask `_manager` who manages adapters; more than once is harmless."""
+    """Make vLLM's model runner ask `_manager` who manages adapters; more than once is harmless.
+
+    `register` lets us come so far only with a version of vLLM that this was tried with.
+    """
     runner.LRUCacheWorkerLoRAManager = _manager
 
 
