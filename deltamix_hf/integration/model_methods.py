@@ -110,7 +110,8 @@ def active_deltas(self: PreTrainedModel) -> list[str]:
     if "dm_deltas" not in self.__dict__:  # a property must not change the model
         return [DEFAULT] if _has_deltas(self) else []
     deltas = manager_of(self)
-    return [deltas.active] if deltas.enabled and deltas.active is not None else []
+    active = deltas.pool.active
+    return [active] if deltas.enabled and active is not None else []
 
 
 def _has_deltas(model: PreTrainedModel) -> bool:

@@ -35,8 +35,9 @@ from ..transformers_private import (
     PagedAttentionCache,
 )
 from .pool import Pool
-from .routing import Names, PackedRoute, Route, Router, check_rows
+from .routing import Names, PackedRoute, Router, named_route
 
+Inputs = Sequence[Sequence[int]]  # token ids of each request
 KEY = "request_delta"  # among a request's logit_processor_kwargs
 ACTIVE: Any = object()  # no name given: the delta in use for all calls
 MARK = "mark_complete_blocks|mark_shareable_blocks_as_complete"  # now | up to transformers 5.17
@@ -48,12 +49,12 @@ HOOKS = {
 
 
 def init_continuous_batching(
-    plain: Callable[..., Any], model: Any, deltas: Deltas, *args: Any, **kwargs: Any
+    plain: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
 ) -> RoutedBatchingManager:
-    """Make what `plain` makes, routed among the model's `deltas`.
+    """Make what `plain` makes, routed among the model's deltas.
 
-    Raises:
-        DeltaMixError: CUDA graphs or `torch.compile` asked for, or an unknown transformers.
+    Raises DeltaMixError if CUDA graphs or `torch.compile` are asked for, or for an unknown
+    transformers.
     """
     _check_hooks()
     for value in (*args, *kwargs.values()):
@@ -62,9 +63,8 @@ def init_continuous_batching(
                 "CUDA graphs replay the deltas of the batch they were recorded with: leave "
                 "use_cuda_graph of the ContinuousBatchingConfig out, or set it to False"
             )
-    if not isinstance(
-        getattr(model, "_cached_continuous_batching_manager", None), RoutedBatchingManager
-    ):
+    cached = getattr(model, "_cached_continuous_batching_manager", None)
+    if not isinstance(cached, RoutedBatchingManager):
         model.destroy_cached_continuous_batching_manager()  # it is from before the first delta
     manager = plain(model, *args, **kwargs)
     if not isinstance(manager, RoutedBatchingManager):
@@ -77,39 +77,27 @@ def init_continuous_batching(
         config.use_cuda_graph = (False, False)  # transformers may have chosen them by itself
         manager.logit_processor.supported_keys[KEY] = RequestDelta
         manager.__class__ = RoutedBatchingManager
-        manager.dm_deltas, manager.dm_requests = deltas, set()
+        manager.dm_deltas, manager.dm_requests = model.dm_deltas, set()
     return manager
 
 
 def generate_batch(
-    plain: Callable[..., Any],
-    model: Any,
-    deltas: Deltas,
-    inputs: Sequence[Sequence[int]],
-    *args: Any,
-    delta_names: Names = None,
-    **kwargs: Any,
+    plain: Any, model: Any, inputs: Inputs, *args: Any, delta_names: Names = None, **kwargs: Any
 ) -> dict[str, Any]:
     """Run `plain` with a delta for each request; all stay resident until the last has ended.
 
-    Raises:
-        DeltaMixError: an unknown name, a wrong number of names, or no room for all deltas at once.
+    Raises DeltaMixError for an unknown name or a wrong number of them, or if not all have room.
     """
-    prompts = name_prompts(deltas, inputs, delta_names)
-    with deltas.pool.holding(names_of(prompts)):
+    prompts = name_prompts(model.dm_deltas, inputs, delta_names)
+    with model.dm_deltas.pool.holding(names_of(prompts)):
         return plain(model, prompts, *args, **kwargs)
 
 
 class RoutedBatchingManager(ContinuousBatchingManager):
-    """A manager whose requests name their deltas.
-
-    Attributes:
-        dm_deltas: the model's deltas.
-        dm_requests: the deltas of requests that may not have ended.
-    """
+    """A manager whose requests name their deltas."""
 
     dm_deltas: Deltas
-    dm_requests: set[RequestDelta]
+    dm_requests: set[RequestDelta]  # of those that may not have ended
 
     def add_request(
         self, input_ids: list[int], *args: Any, delta_name: str | None = ACTIVE, **kwargs: Any
@@ -127,15 +115,14 @@ class RoutedBatchingManager(ContinuousBatchingManager):
             (input_ids,) = name_prompts(self.dm_deltas, [input_ids], names)
         self._check_room(names_of([input_ids]))
         request_delta = RequestDelta(self.dm_deltas.pool, input_ids.delta)
+        added = None
         try:
             added = super().add_request(input_ids, *args, **{**kwargs, KEY: request_delta})
-        except BaseException:
-            request_delta.end()
-            raise
-        if added is None:  # the manager takes no requests any more
-            request_delta.end()
-        else:  # only now, or the generating thread could think that the request has ended
-            self.dm_requests.add(request_delta)
+        finally:
+            if added is None:  # refused, or the manager takes no requests any more
+                request_delta.end()
+            else:  # only now, or the generating thread could think that the request has ended
+                self.dm_requests.add(request_delta)
         return added
 
     def add_requests(
@@ -168,11 +155,8 @@ class RoutedBatchingManager(ContinuousBatchingManager):
         self.dm_requests.difference_update(requests)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
-        processor = super()._create_batch_processor()
+        processor: Any = super()._create_batch_processor()
         processor.__class__, processor.cache.__class__ = RoutedBatchProcessor, RoutedCache
-        assert isinstance(processor, RoutedBatchProcessor) and isinstance(
-            processor.cache, RoutedCache
-        )
         processor.dm_manager, processor.cache.dm_scheduler = self, processor.scheduler
         return processor
 
@@ -264,24 +248,16 @@ class Deltas(Protocol):
     pool: Pool
     router: Router
 
-    def route(self, names: Names) -> Route | None:
-        """Return the rows of a call that names its deltas, None if it does not."""
-
 
 class RequestDelta:
-    """Hold a request's delta in the pool until its end; waits while there is no room for it.
+    """Hold a request's delta, None for the base, in the pool until its end.
 
-    Attributes:
-        delta: its name, or None for the base.
-        salt: four numbers below 2³¹; none for the base.
-
-    Raises:
-        DeltaMixError: an unknown name, or there can be no room for the delta.
+    Waits while there is no room for it; DeltaMixError if there can be none, or the name is unknown.
     """
 
     def __init__(self, pool: Pool, delta: str | None):
         self.delta = delta
-        self.salt: list[int] = []
+        self.salt: list[int] = []  # four numbers below 2³¹; none for the base
         self._hold = ExitStack()
         if delta is None:
             return
@@ -312,15 +288,15 @@ class Prompt(list[int]):
         self.delta = delta
 
 
-def name_prompts(deltas: Deltas, inputs: Sequence[Sequence[int]], names: Names) -> list[Prompt]:
+def name_prompts(deltas: Deltas, inputs: Inputs, names: Names) -> list[Prompt]:
     """Give each input its delta: the one named, or else the one in use for all calls.
 
-    Raises:
-        DeltaMixError: a wrong number of names. Whether they are known is seen by who holds them.
+    Raises DeltaMixError for a wrong number of names; whether they are known is seen by who holds
+    them.
     """
-    if names is not None and not isinstance(names, str):
-        check_rows(len(names), len(inputs))
-    route = (deltas.route(names) if inputs else None) or deltas.router.route
+    if not (inputs or names):
+        return []
+    route = named_route(names, len(inputs)) or deltas.router.route
     rows = route.of_rows(len(inputs)) if route.alike else route.rows
     return [Prompt(ids, row) for ids, row in zip(inputs, rows, strict=True)]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import DeltaMixError
@@ -26,41 +25,26 @@ from ..quantization.packed_delta import PackedDelta
 from .grouped import run_grouped
 from .routing import PackedRoute, Route, Router
 
+Args = tuple[Any, ...]  # of a module's call
+Kwargs = dict[str, Any]
+ExpertDeltas = dict[str, PackedDelta]  # a delta to one module of experts, by 3-D parameter
 Overlay = dict[str, Tensor]  # name of a parameter or buffer of one module -> its value
 
 
-class ExpertDeltas(dict[str, PackedDelta]):
-    """The packed part of one delta for one module of experts, by 3-D parameter."""
-
-    def move(self, device: torch.device) -> None:
-        """Move all of it to `device`, in place."""
-        for packed in self.values():
-            packed.move(device)
-
-
 class RoutedDeltas:
-    """What each delta puts beside one layer's base weights or in their place.
-
-    Attributes:
-        router: says which rows take which delta.
-        packed: delta name -> its packed form for this layer's weight, or for experts.
-        overlay: delta name -> tensors in place of the base's; the weight is never among them if
-            the delta packs it.
-        has_batch: whether the first dimension of the input is the batch, or 1 for all rows alike.
-            (T5's table of relative positions is looked up without one.)
-        table: a `grouped.LayerTable`, once `tried` what the kernels can do for it.
-        captured: a CUDA graph was recorded with it.
-    """
+    """What each delta, by name, puts beside one layer's base weights or in their place."""
 
     def __init__(self, router: Router):
-        self.router = router
+        self.router = router  # says which rows take which delta
         self.packed: dict[str, PackedDelta | ExpertDeltas] = {}
-        self.overlay: dict[str, Overlay] = {}
+        self.overlay: dict[str, Overlay] = {}  # without the weight, if the delta packs it
+        # Whether the first dimension of the input is the batch, or 1 for all rows alike. (T5's
+        # table of relative positions is looked up without one.)
         self.has_batch = True
-        self.table: Any = None
-        self.tried = self.captured = False
+        self.table: Any = None  # a `grouped.LayerTable`, once `tried` what the kernels can do
+        self.tried = self.captured = False  # captured: a CUDA graph was recorded with it
 
-    def run(self, module: DeltaModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: DeltaModule, args: Args, kwargs: Kwargs) -> Any:
         """Return the output of `module` by the route now in force."""
         route = self.router.route
         if isinstance(route, PackedRoute) and not route.alike:
@@ -75,10 +59,9 @@ class RoutedDeltas:
         return self._by_row(module, route, args, kwargs)
 
     def run_compiled(self, module: DeltaModule, x: Tensor) -> Tensor:
-        """Return the output for x, whose rows may be those that were named, repeated.
+        """Return the output for x [rows, ...], whose rows may be those that were named, repeated.
 
-        Raises:
-            DeltaMixError: the module sees one row for the whole batch.
+        Raises DeltaMixError if the module sees one row for the whole batch.
         """
         route = self.router.route
         fits = x.dim() > 0 and x.shape[0] % len(route.rows) == 0
@@ -95,24 +78,15 @@ class RoutedDeltas:
         """Whether a delta changes this layer."""
         return delta in self.packed or delta in self.overlay
 
-    def output(
-        self,
-        module: DeltaModule,
-        delta: str,
-        base: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def output(self, module: DeltaModule, delta: str, base: Any, args: Args, kwargs: Kwargs) -> Any:
         """Return the output with one delta; `base`, if known, is that of the base's tensors."""
         overlay = self.overlay.get(delta, {})
         with self.router.using(Route([delta])):  # children see these rows alone
-            return module.with_tensors(overlay).with_delta(
-                self.packed.get(delta), None if overlay else base, args, kwargs
-            )
+            base = None if overlay else base
+            shadow, packed = module.with_tensors(overlay), self.packed.get(delta)
+            return shadow.with_delta(packed, base, args, kwargs)
 
-    def _by_row(
-        self, module: DeltaModule, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _by_row(self, module: DeltaModule, route: Route, args: Args, kwargs: Kwargs) -> Any:
         """Return the output for rows with different deltas, one after the other."""
         y = module.plain(args, kwargs)
         x, batch = first_tensor(args, kwargs), len(route.rows)
@@ -132,15 +106,12 @@ class RoutedDeltas:
         taken, given = (route.groups(n, x.device) for n in (max(length, batch), size))
         for (delta, rows), (_, places) in zip(taken, given, strict=True):
             if self.touched(delta):
-                chosen = tuple(_pick(value, rows, length) for value in args)
-                named = {key: _pick(value, rows, length) for key, value in kwargs.items()}
+                chosen = _each(_pick, args, kwargs, rows, length)
                 base = y[places] if isinstance(y, Tensor) else None
-                y = _placed(y, places, self.output(module, delta, base, chosen, named))
+                y = _placed(y, places, self.output(module, delta, base, *chosen))
         return y
 
-    def _by_token(
-        self, module: DeltaModule, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _by_token(self, module: DeltaModule, route: Route, args: Args, kwargs: Kwargs) -> Any:
         """Return the output for one row of many tokens, as if each token were a row of its own."""
         if not any(map(self.touched, route.names)):
             return module.plain(args, kwargs)
@@ -157,9 +128,8 @@ class RoutedDeltas:
             # [1, tokens, heads, ...] and [1, heads, tokens, ...] both have the tokens outermost
             # in memory, which tells them apart where there are as many heads as tokens.
             dim = max(found, key=x.stride)
-            chosen = tuple(_to_front(value, dim, length) for value in args)
-            named = {key: _to_front(value, dim, length) for key, value in kwargs.items()}
-            return self.run(module, chosen, named).movedim(0, dim)
+            turned = _each(_to_front, args, kwargs, dim, length)
+            return self.run(module, *turned).movedim(0, dim)
 
     def moved(self, module: DeltaModule, fn: Callable[[Tensor], Tensor]) -> None:
         """Send everything through `fn`, or after the module's tensors, which went through it."""
@@ -169,7 +139,8 @@ class RoutedDeltas:
         own = (*module._parameters.values(), *module._buffers.values())
         devices = [tensor.device for tensor in own if tensor is not None]
         for packed in self.packed.values() if devices else ():
-            packed.move(devices[0])  # in place: tied modules share it
+            for one in packed.values() if isinstance(packed, dict) else [packed]:
+                one.move(devices[0])  # in place: tied modules share it
 
 
 def make_routed(module: nn.Module, router: Router) -> DeltaModule:
@@ -191,9 +162,10 @@ def row_deltas(module: nn.Module) -> RoutedDeltas:
 
 def _has_rows(y: Any, batch: int) -> bool:
     """Whether it is what routers of experts give: tensors with as many rows each, for any row."""
-    sizes = {t.shape[:1] for t in y if isinstance(t, Tensor)} if isinstance(y, tuple) else set()
-    tensors = isinstance(y, tuple) and all(isinstance(t, Tensor) for t in y)
-    return tensors and len(sizes) == 1 and all(size and size[0] % batch == 0 for size in sizes)
+    if not isinstance(y, tuple) or not all(isinstance(t, Tensor) and t.dim() for t in y):
+        return False
+    sizes = {len(t) for t in y}
+    return len(sizes) == 1 and max(sizes) % batch == 0
 
 
 def _placed(y: Any, rows: Tensor, part: Any) -> Any:
@@ -201,6 +173,12 @@ def _placed(y: Any, rows: Tensor, part: Any) -> Any:
     if isinstance(y, tuple):
         return tuple(_placed(ours, rows, its) for ours, its in zip(y, part, strict=True))
     return y.index_copy(0, rows, part.expand(len(rows), *part.shape[1:]).to(y.dtype))
+
+
+def _each(fn: Callable[..., Any], args: Args, kwargs: Kwargs, *how: Any) -> tuple[Args, Kwargs]:
+    """The arguments of a call, all sent through `fn`."""
+    named = {key: fn(value, *how) for key, value in kwargs.items()}
+    return tuple(fn(value, *how) for value in args), named
 
 
 def _to_front(value: Any, dim: int, length: int) -> Any:

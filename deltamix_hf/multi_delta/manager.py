@@ -26,51 +26,39 @@ from ..checkpoint.base import BaseCheckpoint, resolve_base, same
 from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
 from ..errors import DeltaMixError
 from ..nn.delta_module import DeltaModule, own_deltas
-from ..nn.layers import (
-    change_class,
-    detach,
-    tied_modules,
-    tied_tensors,
-    untie_packed,
-    weight_of,
-)
+from ..nn.layers import change_class, detach, tied_modules, tied_tensors, untie_packed, weight_of
 from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose
 from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import check_base
 from .config_mismatch import differing
 from .grouped import refresh
-from .layers import ExpertDeltas, RoutedDeltas, make_routed, row_deltas
+from .layers import RoutedDeltas, make_routed, row_deltas
 from .model import routed_model_class
 from .pool import Pool
-from .routing import BASE, Names, Route, Router, row_delta
+from .routing import BASE, Route, Router, named_route, row_delta
 
 DEFAULT = "default"  # what PEFT calls the first one
 
 
 class DeltaManager:
-    """The deltas of one model.
+    """The deltas of one model."""
 
-    Attributes:
-        progress_bytes: loading a delta as large as this shows a progress bar.
-    """
-
-    progress_bytes = 100_000_000  # a second or two from a disk
+    progress_bytes = 100_000_000  # from here on, loading shows its progress: a second from a disk
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.router = Router()
         self.pool = Pool(self._place, self._remove)
-        self.active: str | None = None
         self.enabled = True
-        self._modules: dict[str, set[str]] = {}  # resident delta -> modules it changes
+        self._modules: dict[str, set[nn.Module]] = {}  # resident delta -> what it changes
         self._base = _base_of(model)
         self._adopt_own()
-        for module_name, module in model.named_modules():
+        for module in model.modules():
             # Now, not with the first delta that changes it: what torch.compile has seen must keep
             # its class.
             if _maps_one_tensor(module):
-                self._routed(module_name, set())
+                self._routed(module, set())
 
     # Loading and deleting
 
@@ -84,69 +72,64 @@ class DeltaManager:
             warnings.warn(
                 f"{repo!r} was made of a model with {setting} = {values[1]}, the base runs with "
                 f"{values[0]}: beside it the delta gives something else than by itself",
-                UserWarning,
                 stacklevel=3,
             )
-        base, recorded = self._base, config.base_fingerprints
-        check_base(recorded, base.infos, "the model's base", base.fingerprints)
+        base = self._base
+        check_base(config.base_fingerprints, base.infos, "the model's base", base.fingerprints)
         read = partial(read_delta, repo, files, config, base.keys)
         self.pool.add(name, read(), read)
 
     def _place(self, name: str, stored: StoredDelta) -> None:
         """Put a delta's tensors beside the base's, on the base's devices."""
-        touched = self._modules.setdefault(name, set())
-        self._take_slot(name)
+        touched, slots = self._modules.setdefault(name, set()), self.router.slots
+        if not slots.take(name) and choose(self.model.device) == TRITON:
+            raise DeltaMixError(
+                f"the kernels' tables hold {slots.size} deltas on the device at a time: delete "
+                "some, or bound them with set_delta_memory"
+            )
         matrices: Iterable[tuple[str, PackedDelta]] = stored.packed.items()
         if stored.nbytes >= self.progress_bytes:
             matrices = logging.tqdm(matrices, desc=f"Loading delta {name}", unit="matrix")
         for weight, packed in matrices:
             if packed.counts is not None:  # a 3-D parameter of experts
-                owner, _, leaf = weight.rpartition(".")
-                experts: Any = self._routed(owner, touched).packed.setdefault(name, ExpertDeltas())
-                experts[leaf] = packed.to(weight_of(self.model.get_submodule(owner), leaf).device)
+                owner, leaf, own = self._owner(weight)
+                experts: Any = self._routed(owner, touched).packed.setdefault(name, {})
+                experts[leaf] = packed.to(own.device)
                 continue
             placed: dict[torch.device, PackedDelta] = {}  # twins share it
-            for twin, module in tied_modules(self.model, weight).items():
+            for module in tied_modules(self.model, weight).values():
                 device = weight_of(module).device
                 if device not in placed:
                     placed[device] = packed.to(device)
-                self._routed(twin, touched).packed[name] = placed[device]
+                self._routed(module, touched).packed[name] = placed[device]
         for tensor_name, value in stored.overlay.items():
             for twin in tied_tensors(self.model, tensor_name):
-                owner, _, leaf = twin.rpartition(".")
+                owner, leaf, own = self._owner(twin)
                 overlay = self._routed(owner, touched).overlay.setdefault(name, {})
-                own = weight_of(self.model.get_submodule(owner), leaf)
                 overlay[leaf] = value.to(own.device, own.dtype)
-        self._refresh_tables(name, touched)
+        for module in touched:
+            refresh(module, name)
 
     def _remove(self, name: str) -> None:
-        touched = self._modules.pop(name, set())
-        for module_name in touched:
-            deltas = row_deltas(self.model.get_submodule(module_name))
-            deltas.packed.pop(name, None)
-            deltas.overlay.pop(name, None)
-        self._refresh_tables(name, touched)
+        for module in self._modules.pop(name, ()):
+            row_deltas(module).packed.pop(name, None)
+            row_deltas(module).overlay.pop(name, None)
+            refresh(module, name)
         self.router.slots.pop(name, None)
 
-    def _take_slot(self, name: str) -> None:
-        if not self.router.slots.take(name) and choose(self.model.device) == TRITON:
-            raise DeltaMixError(
-                f"the kernels' tables hold {self.router.slots.size} deltas on the device at a "
-                "time: delete some, or bound them with set_delta_memory"
-            )
+    def _owner(self, name: str) -> tuple[nn.Module, str, Tensor]:
+        """Find a tensor of the base by its name: its module, its name there, and itself."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        return module, leaf, weight_of(module, leaf)
 
-    def _refresh_tables(self, name: str, touched: set[str]) -> None:
-        for module_name in touched:
-            refresh(self.model.get_submodule(module_name), name)
-
-    def _routed(self, name: str, touched: set[str]) -> RoutedDeltas:
+    def _routed(self, module: nn.Module, touched: set[nn.Module]) -> RoutedDeltas:
         """Return the named deltas of a module, which is noted in `touched`."""
-        module = self.model.get_submodule(name)
         if not isinstance(module, DeltaModule):
             deltas = row_deltas(make_routed(module, self.router))
             if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
                 deltas.has_batch = self._looked_up_by_row(module)
-        touched.add(name)
+        touched.add(module)
         return row_deltas(module)
 
     @torch.no_grad()
@@ -167,7 +150,7 @@ class DeltaManager:
 
     def delete(self, name: str) -> None:
         """Forget a delta once no call uses it; it is no longer active."""
-        if name == self.active:
+        if name == self.pool.active:
             self.choose(None)
         self.pool.discard(name)
 
@@ -176,42 +159,23 @@ class DeltaManager:
     def choose(self, name: str | None) -> None:
         """Set the delta of all calls that name none; None is the base.
 
-        Raises:
-            DeltaMixError: not one name, or no delta of that name is loaded.
+        Raises DeltaMixError for more than one name, or if no delta of that name is loaded.
         """
-        name = row_delta(name)
-        self.pool.activate(name)
-        self.active = name
-        self._refresh()
+        self.pool.activate(row_delta(name))
+        self.enable(self.enabled)
 
     def enable(self, enabled: bool) -> None:
         self.enabled = enabled
-        self._refresh()
-
-    def _refresh(self) -> None:
-        self.router.set_default(Route([self.active if self.enabled else None]))
+        self.router.set_default(Route([self.pool.active if enabled else None]))
 
     @contextmanager
     def using(self, names: str | Sequence[str | None]) -> Iterator[None]:
         """Context manager: calls that name no deltas use these, in captured graphs too."""
-        route = self.route(names)
+        route, router = named_route(names), self.router
         assert route is not None
-        router = self.router  # its turn first: who waits for it must not hold deltas
+        # its turn first: who waits for it must not hold deltas
         with router.turn, self.pool.holding(route.names), router.announcing(route):
             yield
-
-    def route(self, names: Names) -> Route | None:
-        """Return the route of one call; None if it names no deltas.
-
-        Raises:
-            DeltaMixError: an empty list, or several names for one row.
-        """
-        if names is None:
-            return None
-        rows = [names] if isinstance(names, str) else list(names)
-        if not rows:
-            raise DeltaMixError("delta_names is empty; give one name for each row, or one for all")
-        return Route([row_delta(name) for name in rows])
 
     # What it needs to know
 
@@ -237,10 +201,9 @@ class DeltaManager:
             if name not in tied and name in base and not same(tensor, value := base.read(name)):
                 overlay[name] = tensor.clone()
                 tensor.copy_(value)
+        source, read = str(model.name_or_path), None
         recorded = quantizer.quantization_config.base_fingerprints
-        source = str(model.name_or_path)
         stored = StoredDelta(packed, overlay, recorded, source)
-        read = None
         if quantizer.pre_quantized and os.path.isdir(source):
             read = partial(read_delta, source, *find_delta(source, {})[:2], base.keys)
         self.pool.add(DEFAULT, stored, read)
@@ -250,8 +213,7 @@ class DeltaManager:
 def manager_of(model: PreTrainedModel) -> DeltaManager:
     """Return the deltas of a model; the first call makes the model ready for them.
 
-    Raises:
-        DeltaMixError: parts of the model are offloaded or in other processes.
+    Raises DeltaMixError if parts of the model are offloaded or in other processes.
     """
     if "dm_deltas" not in model.__dict__:
         if is_sharded(model):

@@ -14,15 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
-from .routing import Names, check_rows
+from .routing import Names, named_route
 
 
 def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTrainedModel]:
     """Return `cls` whose `forward` and `generate` take `delta_names`.
 
-    Args:
-        adopted: the model had a delta of its own: methods that would now take the base for the
-            delta raise DeltaMixError.
+    If the model had a delta of its own, which was `adopted`, methods that would now take the base
+    for the delta raise DeltaMixError.
     """
 
     def naming(method: Any, forward: bool) -> Any:
@@ -35,15 +34,13 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
                         "`with model.use_deltas(names):`, or after set_delta"
                     )
                 return method(self, *args, **kwargs)
-            if delta_names is not None and not isinstance(delta_names, str):
-                check_rows(len(delta_names), _rows(args, kwargs))
-            deltas = self.__dict__["dm_deltas"]
+            deltas, rows = self.__dict__["dm_deltas"], _rows(args, kwargs)
+            route = named_route(delta_names, rows)
             if not forward and delta_names is not None and _fixed_cache(self, kwargs):
                 with deltas.using(delta_names):
                     return method(self, *args, **kwargs)
-            route = deltas.route(delta_names)
             if forward:  # in `generate`, rows may be repeated since they were named
-                route = (route or deltas.router.route).of_batch(_rows(args, kwargs))
+                route = (route or deltas.router.route).of_batch(rows)
             with deltas.pool.holding(route.names if route else []), deltas.router.using(route):
                 return method(self, *args, **kwargs)
 
@@ -73,12 +70,10 @@ def _refused(name: str) -> Any:
 def _continuous(name: str, plain: Any) -> Any:
     @wraps(plain)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from . import (
-            continuous_batching,  # leans on private parts of transformers: only for who uses it
-        )
+        # leans on private parts of transformers: only for who uses it
+        from . import continuous_batching
 
-        deltas = self.__dict__["dm_deltas"]
-        return getattr(continuous_batching, name)(plain, self, deltas, *args, **kwargs)
+        return getattr(continuous_batching, name)(plain, self, *args, **kwargs)
 
     return method
 

@@ -21,35 +21,15 @@ from ..errors import DeltaMixError
 
 @dataclass
 class Entry:
-    """One delta of the pool.
-
-    Attributes:
-        read: gets it from disk again; None: it is nowhere but in memory, and stays there.
-        stored: its tensors in host memory, if they are kept there.
-        users: batches that are using it.
-        active: it is in use for all calls, until another is chosen.
-        used: when it was last asked for, by the pool's own count.
-        serial: tells it from another delta loaded under the same name.
-    """
+    """One delta of the pool."""
 
     nbytes: int
-    read: Callable[[], StoredDelta] | None
-    stored: StoredDelta | None
+    read: Callable[[], StoredDelta] | None  # from disk again; None: it is in memory only, and stays
+    stored: StoredDelta | None  # its tensors in host memory, if they are kept there
     resident: bool = False
-    users: int = 0
-    active: bool = False
-    used: int = 0
-    serial: int = field(default_factory=count().__next__)
-
-    @property
-    def fixed(self) -> bool:
-        """Tell whether it stays resident however long one waits."""
-        return self.resident and (self.active or self.read is None)
-
-    @property
-    def movable(self) -> bool:
-        """Tell whether it may be moved out now."""
-        return not (self.users or self.active or self.read is None)
+    users: int = 0  # batches that are using it
+    used: int = 0  # when it was last asked for, by the pool's own count
+    serial: int = field(default_factory=count().__next__)  # tells it from others of its name
 
 
 @dataclass(frozen=True)
@@ -68,13 +48,13 @@ class DeltaMemory:
 class Pool:
     """Deltas by name. Safe to use from several threads.
 
-    Args:
-        place: puts a delta's tensors beside the base's.
-        remove: the inverse; also undoes a placement that was interrupted.
+    `place` puts a delta's tensors beside the base's, `remove` takes them away, after a placement
+    that was interrupted too. `active` is in use for all calls, until another is chosen.
     """
 
     def __init__(self, place: Callable[[str, StoredDelta], None], remove: Callable[[str], None]):
         self.place, self.remove = place, remove
+        self.active: str | None = None
         self.budget: int | None = None
         self.host_budget = 0
         self.entries: dict[str, Entry] = {}
@@ -84,8 +64,7 @@ class Pool:
     def add(self, name: str, stored: StoredDelta, read: Callable[[], StoredDelta] | None) -> None:
         """Take a new delta in, resident.
 
-        Raises:
-            DeltaMixError: the name is taken, or there is no room for it.
+        Raises DeltaMixError if the name is taken, or there is no room for it.
         """
         with self._changed:
             self.check_new(name)
@@ -113,37 +92,35 @@ class Pool:
     def activate(self, name: str | None) -> None:
         """Keep this one resident from now on, and no longer the one that was active.
 
-        Raises:
-            DeltaMixError: an unknown name, or it exceeds the budget; the old one stays active.
+        Raises DeltaMixError for an unknown name, or if it exceeds the budget; the old one stays
+        active.
         """
         with self._changed:
-            names = [] if name is None else [name]
-            before = [n for n, entry in self.entries.items() if entry.active]
-            self._set_active(())
+            before, self.active = self.active, None
             try:
-                with self.holding(names):
-                    self._set_active(names)
+                with self.holding([name] if name is not None else []):
+                    self.active = name
             except BaseException:
-                with self.holding(before):
-                    self._set_active(before)
+                with self.holding([before] if before is not None else []):
+                    self.active = before
                 raise
             self._changed.notify_all()
 
-    def _set_active(self, names: Sequence[str]) -> None:
-        for name, entry in self.entries.items():
-            entry.active = name in names
+    def _stays(self, name: str) -> bool:
+        """Tell whether a delta stays resident once it is, even when no batch uses it."""
+        return name == self.active or self.entries[name].read is None
 
     def resize(self, budget: int | None, host_budget: int) -> None:
         """Change the budgets; moves deltas out at once if need be.
 
-        Raises:
-            DeltaMixError: what must stay exceeds the new budget; nothing is changed.
+        Raises DeltaMixError if what must stay exceeds the new budget; nothing is changed then.
         """
         with self._changed:
             before, self.budget = self.budget, budget
             if not self._make_room(0, keep=()):
                 self.budget = before
-                staying = {n: e.nbytes for n, e in self.entries.items() if not e.movable}
+                entries = self.entries.items()
+                staying = {n: e.nbytes for n, e in entries if e.users or self._stays(n)}
                 raise DeltaMixError(
                     f"{sorted(staying)} are in use, or on no disk, and take "
                     f"{sum(staying.values()):,} bytes; the budget cannot be {budget:,}"
@@ -155,8 +132,7 @@ class Pool:
     def holding(self, names: Sequence[str]) -> Iterator[None]:
         """Context manager: load these deltas and protect them from eviction.
 
-        Raises:
-            DeltaMixError: an unknown name, no room for them all, or one cannot be read again.
+        Raises DeltaMixError for an unknown name, no room for all, or one that cannot be read again.
         """
         entries = self._take(list(dict.fromkeys(names)))
         try:
@@ -180,7 +156,7 @@ class Pool:
                 missing = sum(entry.nbytes for entry in entries if not entry.resident)
                 if self._make_room(missing, keep=names):
                     break
-                self._check_possible(names)
+                self.check_possible(names)
                 self._changed.wait()  # for another batch to end
             self._clock += 1
             for name, entry in zip(names, entries, strict=True):
@@ -194,19 +170,17 @@ class Pool:
     def check_possible(self, names: Sequence[str]) -> None:
         """Raise DeltaMixError for an unknown name, or if these can never be resident at once."""
         with self._changed:
-            for name in names:
-                self._entry(name)
-            self._check_possible(list(dict.fromkeys(names)))
-
-    def _check_possible(self, names: list[str]) -> None:
-        needed = sum(self.entries[name].nbytes for name in names)
-        others = {n: e.nbytes for n, e in self.entries.items() if e.fixed and n not in names}
-        if self.budget is not None and needed + sum(others.values()) > self.budget:
-            beside = f" beside {sorted(others)}, which stay," if others else ""
-            raise DeltaMixError(
-                f"the deltas {names} take {needed:,} bytes; the budget of {self.budget:,} bytes "
-                f"cannot hold them{beside} at once: use fewer in a batch, or raise the budget"
-            )
+            wanted = {name: self._entry(name).nbytes for name in names}
+            needed, others = sum(wanted.values()), self.entries.keys() - wanted
+            staying = [n for n in sorted(others) if self.entries[n].resident and self._stays(n)]
+            beside = sum(self.entries[name].nbytes for name in staying)
+            if self.budget is not None and needed + beside > self.budget:
+                with_them = f" beside {staying}, which stay," if staying else ""
+                raise DeltaMixError(
+                    f"the deltas {list(wanted)} take {needed:,} bytes; the budget of "
+                    f"{self.budget:,} bytes cannot hold them{with_them} at once: use fewer in a "
+                    "batch, or raise the budget"
+                )
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
@@ -237,7 +211,8 @@ class Pool:
         excess = sum(e.nbytes for e in resident.values()) + missing - self.budget
         leaving = []
         for name, entry in sorted(resident.items(), key=lambda item: item[1].used):
-            if excess > 0 and name not in keep and entry.movable:
+            stays = entry.users or name in keep or self._stays(name)
+            if excess > 0 and not stays:
                 leaving.append(name)
                 excess -= entry.nbytes
         if excess > 0:

@@ -27,15 +27,16 @@ from torch import Tensor, nn
 from ..errors import DeltaMixError
 from ..ops.dispatch import capturing
 
-Names = str | Sequence[str | None] | None
+Rows = Sequence[str | None]  # each row's delta, None for the base
+Names = str | Rows | None
 BASE = "__base__"  # what PEFT calls it; None means the same
+_MOST_PLANS = 64  # batch sizes for which a graph may be recorded
 
 
 def row_delta(name: str | None) -> str | None:
-    """Return the delta of a row by the name a caller gave, None for the base.
+    """Return the delta of a row by a caller's name for it, None for the base.
 
-    Raises:
-        DeltaMixError: several names, or something else that is none.
+    Raises DeltaMixError for several names, or something else that is none.
     """
     if name is not None and not isinstance(name, str):
         raise DeltaMixError(
@@ -45,24 +46,32 @@ def row_delta(name: str | None) -> str | None:
     return None if name == BASE else name
 
 
-_MOST_PLANS = 64  # batch sizes for which a graph may be recorded
+def named_route(names: Names, batch: int | None = None) -> Route | None:
+    """Return the route of a call that names its deltas; None if it does not.
+
+    Raises DeltaMixError for an empty list, several names for one row, or a list that has not a name
+    for each of the `batch` rows.
+    """
+    if names is None:
+        return None
+    rows = [names] if isinstance(names, str) else list(names)
+    if batch is not None and not isinstance(names, str) and len(rows) != batch:
+        raise DeltaMixError(
+            f"delta_names has {len(rows)} names for a batch of {batch} rows; give one name for "
+            "each row, or a single text for all"
+        )
+    if not rows:
+        raise DeltaMixError("delta_names is empty; give one name for each row, or one for all")
+    return Route([row_delta(name) for name in rows])
 
 
 class Route:
-    """The deltas of a batch's rows, in order.
+    """The deltas of a batch's rows, in order; `names` are those in use, `alike` if it is one."""
 
-    Attributes:
-        rows: each row's delta, None for the base.
-        distinct: each of these once.
-        alike: whether all rows take the same.
-        names: the deltas in use.
-    """
-
-    def __init__(self, rows: Sequence[str | None]):
+    def __init__(self, rows: Rows):
         self.rows = tuple(rows)
-        self.distinct = tuple(dict.fromkeys(self.rows))
-        self.alike = len(self.distinct) == 1
-        self.names = [name for name in self.distinct if name is not None]
+        self.alike = len(set(rows)) == 1
+        self.names = [name for name in dict.fromkeys(rows) if name is not None]
         self._index: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
         self._batches: dict[int, Route] = {}
         self._plans: dict[tuple[int, torch.device], RowSlots] = {}
@@ -70,8 +79,7 @@ class Route:
     def of_batch(self, rows: int) -> Route:
         """Return the route of a batch in which each row is repeated in place.
 
-        Raises:
-            DeltaMixError: `rows` is no multiple of the rows named.
+        Raises DeltaMixError if `rows` is no multiple of the rows named.
         """
         if self.alike or rows == len(self.rows):
             return self
@@ -84,7 +92,7 @@ class Route:
             self._batches[rows] = Route(self.of_rows(rows))
         return self._batches[rows]
 
-    def of_rows(self, rows: int) -> Sequence[str | None]:
+    def of_rows(self, rows: int) -> Rows:
         """List the delta of each of `rows` rows, a multiple of those named if these differ."""
         if self.alike:
             return [self.rows[0]] * rows
@@ -92,17 +100,15 @@ class Route:
 
     def plan(self, rows: int, device: torch.device, slots: Slots) -> RowSlots:
         """Return the slots of `rows` rows, while the route's deltas stay resident."""
-        key = rows, device
-        if key not in self._plans:
+        if (key := (rows, device)) not in self._plans:
             plan = RowSlots(rows, len(self.names), device)
-            plan.load(self.of_rows(rows), slots)
+            plan.load(self.of_rows(rows), slots)  # first: another thread may look for it
             self._plans[key] = plan
         return self._plans[key]
 
     def groups(self, length: int, device: torch.device) -> list[tuple[str, Tensor]]:
         """Return the row numbers, int64, of every delta in use, among `length` rows."""
-        key = length, device
-        if key not in self._index:
+        if (key := (length, device)) not in self._index:
             numbers = torch.arange(length, device=device).view(len(self.rows), -1)
             self._index[key] = [
                 (name, numbers[[i for i, row in enumerate(self.rows) if row == name]].flatten())
@@ -114,19 +120,12 @@ class Route:
 class PackedRoute(Route):
     """The deltas of the tokens of many requests in one row [1, tokens].
 
-    Args:
-        rows: a delta, or None, for each request, in the order of their tokens.
-        lengths: how many tokens each has.
-        kept: the same of the tokens whose logits are wanted, in order.
-        head: the module that sees these alone; None: it sees all tokens, as any other does.
+    `rows` has each request's delta, or None, in the order of their tokens, `lengths` how many it
+    has, and `kept` the deltas of the tokens whose logits are wanted, which `head` sees alone.
     """
 
     def __init__(
-        self,
-        rows: Sequence[str | None],
-        lengths: Sequence[int],
-        kept: Sequence[str | None] = (),
-        head: nn.Module | None = None,
+        self, rows: Rows, lengths: Sequence[int], kept: Rows = (), head: nn.Module | None = None
     ):
         super().__init__([row for row, n in zip(rows, lengths, strict=True) for _ in range(n)])
         self._tokens, self._kept, self._head = Route(self.rows), Route(kept), head
@@ -144,16 +143,12 @@ class Router:
 
     Captured CUDA graphs follow another: the route last set for all calls, or the one announced
     until a `with` ends.
-
-    Attributes:
-        slots: of the resident deltas, for the kernels' tables.
-        turn: held by the thread that announces.
     """
 
     def __init__(self) -> None:
         self.default = Route([None])
-        self.slots = Slots()
-        self.turn = RLock()
+        self.slots = Slots()  # of the resident deltas
+        self.turn = RLock()  # held by the thread that announces
         self._current: ContextVar[Route | None] = ContextVar("deltamix_route", default=None)
         self._announced: list[Route] = []  # the last one counts
         self._fixed: dict[tuple[int, torch.device], RowSlots] = {}
@@ -166,10 +161,7 @@ class Router:
     @contextmanager
     def using(self, route: Route | None) -> Iterator[None]:
         """Context manager: use `route`; None leaves it as it is. Other threads keep theirs."""
-        if route is None:
-            yield
-            return
-        token = self._current.set(route)
+        token = self._current.set(route or self._current.get())
         try:
             yield
         finally:
@@ -195,9 +187,8 @@ class Router:
     def plan(self, rows: int, device: torch.device) -> RowSlots:
         """Return the slots of a batch; while a CUDA graph is recorded, in memory that stays.
 
-        Raises:
-            DeltaMixError: a graph is recorded, but no call like it ran before, or its deltas were
-                named in the call.
+        Raises DeltaMixError if a graph is recorded, but no call like it ran before, or its deltas
+        were named in the call.
         """
         fixed = self._fixed.get((rows, device))
         if capturing(device):
@@ -238,23 +229,10 @@ class Router:
         plan.load(route.of_rows(rows) if fits else [None] * rows, self.slots)
 
 
-def check_rows(names: int, rows: int) -> None:
-    """Raise DeltaMixError unless there is a name for each row."""
-    if rows != names:
-        raise DeltaMixError(
-            f"delta_names has {names} names for a batch of {rows} rows; give one name for each "
-            "row, or a single text for all"
-        )
-
-
 class Slots(dict[str, int]):
-    """Resident delta -> its slot in the kernels' tables. Deltas beyond the last slot have none.
+    """Resident delta -> its slot in the kernels' tables. Deltas beyond the last slot have none."""
 
-    Attributes:
-        size: deltas that the tables can hold.
-    """
-
-    size = 256
+    size = 256  # deltas that the tables can hold
 
     def take(self, name: str) -> bool:
         """Give a delta a slot; False if all are taken."""
@@ -281,14 +259,11 @@ class RowSlots:
         self._memory = torch.zeros(4, width, dtype=torch.int32, device=device)
         self.order, self.starts, self.slots, self.of_rows = self._parts(self._memory)
 
-    def _parts(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parts(self, memory: Tensor) -> list[Tensor]:
         ends = self.rows, self.entries + 1, self.entries, self.rows
-        order, starts, slots, of_rows = (
-            row[:end] for row, end in zip(memory.unbind(), ends, strict=True)
-        )
-        return order, starts, slots, of_rows
+        return [row[:end] for row, end in zip(memory.unbind(), ends, strict=True)]
 
-    def load(self, rows: Sequence[str | None], slots: Mapping[str, int]) -> None:
+    def load(self, rows: Rows, slots: Mapping[str, int]) -> None:
         """Write these rows into the same memory."""
         numbers = [-1 if row is None else slots.get(row, -1) for row in rows]
         used = sorted(set(numbers) - {-1})

@@ -32,12 +32,8 @@ _EXPERT = re.compile(rf"(.+\.(?:{'|'.join(_NAMES)}))\.\d+")
 def is_experts(module: nn.Module) -> bool:
     """Tell whether a module has the experts interface of transformers, whose product we know."""
     plain: Any = getattr(module, "dm_plain_class", type(module))
-    forward = getattr(plain.forward, "__code__", None)
-    return (
-        forward is not None
-        and "experts_interface" in forward.co_freevars
-        and len(fused_weights(module)) == 2
-    )
+    free = getattr(getattr(plain.forward, "__code__", None), "co_freevars", ())
+    return "experts_interface" in free and len(fused_weights(module)) == 2
 
 
 def fused_weights(module: nn.Module) -> list[str]:
@@ -53,10 +49,7 @@ def slice_shape(module: nn.Module, name: str) -> tuple[int, int]:
 
 
 class Expert(nn.Module):
-    """One expert's slice of a 3-D parameter, as if it were a layer: what the compressor sees.
-
-    `number` is the expert's, `fused` the parameter it belongs to.
-    """
+    """One expert's slice of a 3-D parameter, as if it were a layer: what the compressor sees."""
 
     def __init__(self, fused: FusedWeight, number: int):
         super().__init__()
@@ -122,8 +115,7 @@ class DeltaExperts(DeltaModule):
 def attach_experts(module: nn.Module, name: str, packed: PackedDelta) -> None:
     """Give a module with the experts interface the packed deltas of its parameter `name`.
 
-    Raises:
-        DeltaMixError: it has no such 3-D parameter.
+    Raises DeltaMixError if the module has not that interface.
     """
     if not isinstance(module, DeltaExperts):
         if not is_experts(module):
@@ -159,12 +151,11 @@ def fused_name(name: str) -> str | None:
 
 def fused_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """Count the experts of every 3-D parameter that has a matrix among `names`."""
-    places = {name: expert_place(model, name) for name in names if fused_name(name)}
-    return {
-        name.rpartition(".")[0]: len(weight_of(*place[:2]))
-        for name, place in places.items()
-        if place is not None
-    }
+    sizes = {}
+    for name in filter(fused_name, names):
+        if (place := expert_place(model, name)) is not None:
+            sizes[name.rpartition(".")[0]] = len(weight_of(*place[:2]))
+    return sizes
 
 
 def replace_expert(weights: dict[str, Tensor], model: nn.Module, name: str, matrix: Tensor) -> None:

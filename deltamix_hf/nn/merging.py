@@ -45,8 +45,7 @@ def cache_merged(model: nn.Module, enabled: bool = True) -> int:
 def merged_weights(model: nn.Module, advice: str) -> Iterator[tuple[DeltaModule, str, Tensor]]:
     """Yield every module, weight name and merged weight of a model; tied ones share one tensor.
 
-    Raises:
-        DeltaMixError: a weight is offloaded; the message ends in `advice`.
+    Raises DeltaMixError, which ends in `advice`, if a weight is offloaded.
     """
     weights = [(n, m, leaf) for n, m in own_deltas(model).items() for leaf in m.dm_own]
     for name, module, leaf in weights:

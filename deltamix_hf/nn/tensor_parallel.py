@@ -24,9 +24,9 @@ from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..quantization import bitpacking
 from ..quantization.packed_delta import PackedDelta
-from ..quantization.packed_layout import PREFIX, scale_counts, zero_points
+from ..quantization.packed_layout import PREFIX, packed_runs, scale_counts, zero_points
 from .delta_module import own_deltas
-from .layers import DeltaEmbedding, weight_of
+from .layers import DeltaEmbedding, tied_tensors, weight_of
 
 _SIZES = ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size", "pp_size")
 _WHOLE = "replicate"  # transformers' own name for it, from some version on
@@ -83,10 +83,8 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
     """Make the model's plan fit a delta repo, whose packed tensors were just attached.
 
     Packed tensors are loaded whole. So is what `resized` names: transformers would cut the base's
-    rows and the added rows apart before they are put together.
-
-    Raises:
-        DeltaMixError: the caller's own plan shares out such a matrix.
+    rows and the added rows apart before they are put together. Raises DeltaMixError if the caller's
+    own plan shares out such a matrix.
     """
     styles: Any = transformers_private.tensor_parallel.ALL_PARALLEL_STYLES
     if _WHOLE not in styles:  # before transformers 5.21
@@ -96,11 +94,8 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
     users = users if isinstance(users, dict) else {}
     if not (plan or users):
         return  # transformers says that there is none
-    resized = resized | {
-        twin.removesuffix(".weight")
-        for twin, source in model.all_tied_weights_keys.items()
-        if source.removesuffix(".weight") in resized
-    }
+    tensors = [twin for name in resized for twin in tied_tensors(model, f"{name}.weight")]
+    resized = {tensor.removesuffix(".weight") for tensor in tensors}
     if taken := sorted(resized & users.keys()):
         raise DeltaMixError(
             f"{taken[0]} has other rows than the base's and is kept whole in every process: take "
@@ -108,7 +103,9 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
         )
     plan.update(dict.fromkeys(resized & plan.keys(), _WHOLE))
     for name, module in own_deltas(model).items():
-        plan.update((f"{_pattern(name)}.{key}", _WHOLE) for key in module.delta_parameters())
+        # as plans have it: `model.layers.*.mlp.up_proj`
+        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        plan.update((f"{pattern}.{key}", _WHOLE) for key in module.delta_parameters())
     # transformers looks names up in named_parameters(), which lists what twins share once; it ties
     # them again after loading
     for twin in model.all_tied_weights_keys:
@@ -117,11 +114,6 @@ def plan_packed(model: PreTrainedModel, resized: set[str]) -> None:
             tied = model.get_submodule(owner)
             placeholder = torch.empty_like(getattr(tied, leaf))
             tied.register_parameter(leaf, nn.Parameter(placeholder, requires_grad=False))
-
-
-def _pattern(name: str) -> str:
-    """A module's name as plans have it: `model.layers.*.mlp.up_proj`."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 @torch.no_grad()
@@ -171,8 +163,7 @@ def part_of(factors: PackedDelta, rows: Tensor, columns: Tensor) -> PackedDelta:
     """Cut out the factors of (Û·V̂)[rows][:, columns]; both int64 and rising, no index twice."""
     if (len(rows), len(columns)) == (factors.m, factors.n):
         return factors
-    device, runs = factors.v.device, factors.runs
-    sides = [(c, v) for c, v, _ in runs], [(c, u) for c, _, u in runs]
+    device, runs, sides = factors.v.device, factors.runs, packed_runs(factors.runs)
     v_groups, v_size = _groups(columns, factors.group_sizes[0])
     u_groups, u_size = _groups(rows, factors.group_sizes[1])
     split, _ = scale_counts(factors.m, factors.n, factors.group_sizes)
@@ -180,19 +171,12 @@ def part_of(factors: PackedDelta, rows: Tensor, columns: Tensor) -> PackedDelta:
     zeros = factors.zeros
     if zeros is not None:
         points = zero_points(zeros, runs, factors.ranks.shape[1] - 1)
-        zeros = bitpacking.pack(points[:, groups], [(c, max(v, u)) for c, v, u in runs])
-    v = bitpacking.unpack(factors.v, sides[0], factors.n)[:, columns.to(device)]
-    u = bitpacking.unpack(factors.u, sides[1], factors.m)[:, rows.to(device)]
-    return PackedDelta(
-        m=len(rows),
-        n=len(columns),
-        group_sizes=(v_size, u_size),
-        runs=runs,
-        v=bitpacking.pack(v, sides[0]),
-        u=bitpacking.pack(u, sides[1]),
-        ranks=torch.cat([factors.ranks[:, :1], factors.ranks[:, 1:][:, groups]], 1),
-        zeros=zeros,
-    )
+        zeros = bitpacking.pack(points[:, groups], sides["zeros"])
+    v = bitpacking.unpack(factors.v, sides["v"], factors.n)[:, columns.to(device)]
+    u = bitpacking.unpack(factors.u, sides["u"], factors.m)[:, rows.to(device)]
+    packed = bitpacking.pack(v, sides["v"]), bitpacking.pack(u, sides["u"])
+    ranks = torch.cat([factors.ranks[:, :1], factors.ranks[:, 1:][:, groups]], 1)
+    return PackedDelta(len(rows), len(columns), (v_size, u_size), runs, *packed, ranks, zeros)
 
 
 def _groups(index: Tensor, size: int) -> tuple[Tensor, int]:

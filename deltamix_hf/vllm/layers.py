@@ -34,62 +34,49 @@ from .partition import Piece, Shard, pieces
 
 
 class LayerDeltas:
-    """Hold the deltas of one layer on this rank, and add their products to its output.
-
-    Attributes:
-        name: under which compiled code finds it.
-        incoming: packed tensors that vLLM's weight loading has brought, by matrix of the layer.
-        own: of the delta repo that is served: for all rows.
-        requested: of deltas that requests name, by number.
-        biases: what such a delta adds to the layer's bias, float32, by number.
-        batch: which rows take which of them.
-    """
+    """Hold the deltas of one layer on this rank, and add their products to its output."""
 
     def __init__(self, name: str):
-        self.name = name
+        self.name = name  # under which compiled code finds it
+        # Packed tensors that vLLM's weight loading has brought, by matrix of the layer.
         self.incoming: dict[Shard, dict[str, Tensor]] = {}
-        self.own: list[Piece] = []
-        self.requested: dict[int, list[Piece]] = {}
-        self.biases: dict[int, Tensor] = {}
-        self.batch = Batch()
+        self.own: list[Piece] = []  # of the delta repo that is served: for all rows
+        self.requested: dict[int, list[Piece]] = {}  # of deltas that requests name, by number
+        self.biases: dict[int, Tensor] = {}  # what these add to the layer's bias, float32
+        self.batch = Batch()  # which rows take which of them
 
-    def receive(
-        self, part: str, parameter: nn.Parameter, tensor: Tensor, shard: Shard = None
-    ) -> None:
+    def receive(self, part: str, parameter: Any, tensor: Tensor, shard: Shard = None) -> None:
         """Keep a packed tensor that vLLM loads; this is the weight loader of its parameter."""
         self.incoming.setdefault(shard, {})[part] = tensor
 
     def take(self, layer: nn.Module, group_size: int, device: torch.device) -> list[Piece]:
         """Make this rank's pieces of what came in."""
-        found, self.incoming = self.incoming, {}
-        made = [
-            p for shard, tensors in found.items() for p in pieces(layer, shard, tensors, group_size)
-        ]
-        return [Piece(piece.outputs, piece.packed.to(device)) for piece in made]
+        incoming, self.incoming = self.incoming, {}
+        made = [pieces(layer, shard, parts, group_size) for shard, parts in incoming.items()]
+        return [Piece(outputs, packed.to(device)) for found in made for outputs, packed in found]
 
     def add(self, y: Tensor, x: Tensor, head: bool = False) -> None:
         """Add the deltas' products with x [..., n] to y [..., m]; `head`: x is not all tokens'."""
-        for piece in self.own:
-            y[..., piece.outputs] += cheapest(low_rank)(
-                x, *piece.packed.op_arguments, transposed=False
-            )
+        product = partial(cheapest(low_rank), transposed=False)
+        for outputs, packed in self.own:
+            y[..., outputs] += product(x, *packed.op_arguments)
         for number, rows in self._groups(x, head):
             some = x[rows]
-            for piece in self.requested.get(number, ()):
-                product = cheapest(low_rank)(some, *piece.packed.op_arguments, transposed=False)
-                y[:, piece.outputs].index_add_(0, rows, product.to(y.dtype))
+            for outputs, packed in self.requested.get(number, ()):
+                added = product(some, *packed.op_arguments).to(y.dtype)
+                y[:, outputs].index_add_(0, rows, added)
             if number in self.biases:
                 change = self.biases[number].to(y.dtype).expand(len(rows), -1)
                 y[:, : change.shape[1]].index_add_(0, rows, change)
 
     def add_rows(self, y: Tensor, ids: Tensor) -> None:
         """Add rows `ids` [...] of the deltas to an embedding to y [..., n]."""
-        for piece in self.own:
-            y += cheapest(low_rank_rows)(ids, *piece.packed.op_arguments, y.dtype)
+        found = cheapest(low_rank_rows)
+        for _, packed in self.own:
+            y += found(ids, *packed.op_arguments, y.dtype)
         for number, rows in self._groups(ids, head=False):
-            for piece in self.requested.get(number, ()):
-                found = cheapest(low_rank_rows)(ids[rows], *piece.packed.op_arguments, y.dtype)
-                y.index_add_(0, rows, found)
+            for _, packed in self.requested.get(number, ()):
+                y.index_add_(0, rows, found(ids[rows], *packed.op_arguments, y.dtype))
 
     def _groups(self, x: Tensor, head: bool) -> Groups:
         known = self.requested.keys() | self.biases.keys()

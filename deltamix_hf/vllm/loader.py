@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from ..checkpoint.base import find_base
 from ..checkpoint.delta_repo import StoredDelta, find_delta
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError
-from .repo import base_of, check_arrived, finding_places
+from .repo import BaseRepo, check_arrived, finding_places
 
 _OPTIONS = ("base_model", "base_revision")  # of --model-loader-extra-config
 
@@ -31,16 +33,16 @@ class DeltaMixModelLoader(DefaultModelLoader):
         if isinstance(extra, dict):
             self.given = {name: extra[name] for name in _OPTIONS if name in extra}
             load_config = copy.copy(load_config)
-            load_config.model_loader_extra_config = {
-                name: value for name, value in extra.items() if name not in _OPTIONS
-            }
+            others = {name: value for name, value in extra.items() if name not in _OPTIONS}
+            load_config.model_loader_extra_config = others
         super().__init__(load_config)
         self.delta: StoredDelta | None = None
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Read the weights of base and delta into the model.
 
-        Raises DeltaMixError if the base is another one or not found, or the delta repo is damaged.
+        Raises DeltaMixError if the base is another one, not found or not for a delta repo to name,
+        or if the delta repo is damaged.
         """
         if not is_delta_repo(model_config):
             super().load_weights(model, model_config)
@@ -70,7 +72,8 @@ class DeltaMixModelLoader(DefaultModelLoader):
             settings.base_given = "base_model" in self.given
         settings.base_kwargs = {"cache_dir": self.load_config.download_dir}
         try:
-            base = base_of(model_config.model, settings, files, model_config.hf_config)
+            base_files, _ = find_base(settings, model_config.model, files[0])
+            base = BaseRepo(base_files, model_config.hf_config, str(settings.base_model))
             self.delta = base.read(model_config.model, files, settings)
         except DeltaMixError as error:
             raise DeltaMixError(
@@ -88,7 +91,5 @@ def is_delta_repo(model_config: Any) -> bool:
 
 def use_our_loader() -> None:
     """Register `DeltaMixModelLoader` where vLLM would load by its own."""
-    from vllm.config.load import LoadConfig
-
     if not isinstance(get_model_loader(LoadConfig()), DeltaMixModelLoader):
         register_model_loader("auto")(DeltaMixModelLoader)

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.v1.worker import lora_model_runner_mixin as runner
 
 from ..checkpoint.base import resolve_base
 from ..checkpoint.delta_repo import StoredDelta, find_delta
-from ..config import DeltaMixConfig
+from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError
 from ..storage.headers import fingerprints, read_headers
 from .batch import Batch
 from .layers import deltas_of
 from .norms import by_row
 from .repo import BaseRepo, check_arrived, finding_places
+
+_vllms_own = runner.LRUCacheWorkerLoRAManager  # keeps adapters as dense slots
 
 
 class VllmDeltaManager:
@@ -77,7 +80,10 @@ class VllmDeltaManager:
         delta, group_size = self._read(request)
         self.remove_adapter(number)
         while len(self.names) >= self.capacity:
-            self.remove_adapter(self._oldest())
+            oldest = next((old for old in self.names if old not in self.pinned), None)
+            if oldest is None:
+                raise DeltaMixError(f"all {self.capacity} deltas are pinned: raise --max-cpu-loras")
+            self.remove_adapter(oldest)
         try:
             self._place(number, delta, group_size)
         except BaseException:
@@ -85,12 +91,6 @@ class VllmDeltaManager:
             raise
         self.names[number] = None
         return True
-
-    def _oldest(self) -> int:
-        for number in self.names:
-            if number not in self.pinned:
-                return number
-        raise DeltaMixError(f"all {self.capacity} deltas are pinned: raise --max-cpu-loras")
 
     def _read(self, request: Any) -> tuple[StoredDelta, int]:
         files, settings, _ = find_delta(request.lora_path, {})
@@ -101,13 +101,9 @@ class VllmDeltaManager:
                     f"{request.lora_path!r} stores {name} {list(tensor.shape)} whole, which cannot "
                     "lie beside the base's: serve it by itself"
                 )
-        self._check_same(request, files, settings)
-        return delta, settings.method.group_size
-
-    def _check_same(self, request: Any, files: list[str], settings: DeltaMixConfig) -> None:
-        """Refuse other contents under a name and path that the prefix cache may know."""
-        tensors = sorted(fingerprints(read_headers(files)).items())
-        contents = repr((settings.method.codebook, settings.method.group_size, tensors))
+        # Refuse other contents under a name and path that the prefix cache may know.
+        tensors, method = sorted(fingerprints(read_headers(files)).items()), settings.method
+        contents = repr((method.codebook, method.group_size, tensors))
         found = hashlib.sha256(contents.encode()).hexdigest()
         known = self._contents.setdefault((request.lora_name, request.lora_path), found)
         if self._prefix_cache and known != found:
@@ -116,6 +112,7 @@ class VllmDeltaManager:
                 "and vLLM's prefix cache may hold what it made of prompts: load it under another "
                 "name or from another path"
             )
+        return delta, method.group_size
 
     @torch.no_grad()
     def _place(self, number: int, delta: StoredDelta, group_size: int) -> None:
@@ -124,9 +121,8 @@ class VllmDeltaManager:
         for name, value in whole.items():
             owner, _, leaf = name.rpartition(".")
             module: Any = self.model.get_submodule(owner)
-            deltas = getattr(module, "deltas", None)
-            added = leaf == "bias" and not getattr(module, "skip_bias_add", False)
-            if deltas is not None and added:
+            deltas = getattr(module, "deltas", None) if leaf == "bias" else None
+            if deltas is not None and not getattr(module, "skip_bias_add", False):
                 if not isinstance(module, RowParallelLinear) or module.tp_rank == 0:
                     deltas.biases[number] = value.float() - module.bias.float()
             elif "norm" in type(module).__name__.lower():
@@ -208,9 +204,7 @@ class VllmDeltaManager:
 
     # What vLLM measures memory with: deltas take none beyond their own
 
-    @contextmanager
-    def dummy_lora_cache(self) -> Iterator[None]:
-        yield
+    dummy_lora_cache = staticmethod(nullcontext)
 
     def add_dummy_lora(self, request: Any, rank: int) -> bool:
         self.dummies.add(request.lora_int_id)
@@ -221,3 +215,27 @@ class VllmDeltaManager:
 
     def supports_tower_connector_lora(self) -> bool:
         return False
+
+
+def install() -> None:
+    """Make vLLM's model runner ask `_manager` who manages adapters; more than once is harmless.
+
+    `register` lets us come so far only with a version of vLLM that this was tried with.
+    """
+    runner.LRUCacheWorkerLoRAManager = _manager
+
+
+def _manager(vllm_config: Any, device: Any, *args: Any) -> Any:
+    """Make the adapters' manager of a model: ours for a base with `--quantization deltamix`.
+
+    Raises DeltaMixError for adapters beside a delta repo.
+    """
+    config = vllm_config.quant_config
+    if config is None or config.get_name() != QUANT_METHOD:
+        return _vllms_own(vllm_config, device, *args)
+    if config.settings is not None:
+        raise DeltaMixError(
+            "a delta repo is served by itself; for several deltas (--enable-lora) serve their base "
+            "with --quantization deltamix, and name this one as an adapter too"
+        )
+    return VllmDeltaManager(vllm_config, device)

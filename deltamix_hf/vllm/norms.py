@@ -32,7 +32,8 @@ def by_row(module: Any, batch: Batch) -> dict[int, Overlay]:
         found = []
         for number, rows in groups:  # first: the call for all rows may write into x
             with _replaced(module, overlays[number]):
-                found.append((rows, plain(x[rows], *(_pick(value, rows) for value in rest))))
+                chosen = [value[rows] if isinstance(value, Tensor) else value for value in rest]
+                found.append((rows, plain(x[rows], *chosen)))
         y = plain(x, *rest)
         for rows, part in found:
             for whole, some in zip(_tensors(y), _tensors(part), strict=True):
@@ -52,10 +53,6 @@ def _replaced(module: nn.Module, overlay: Overlay) -> Iterator[None]:
         yield
     finally:
         module._parameters.update(own)
-
-
-def _pick(value: Any, rows: Tensor) -> Any:
-    return value[rows] if isinstance(value, Tensor) else value
 
 
 def _tensors(y: Any) -> tuple[Tensor, ...]:

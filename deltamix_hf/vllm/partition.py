@@ -8,8 +8,7 @@ columns (row-parallel ones). vLLM names the matrices of a layer "q", "k", "v", o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,20 +37,11 @@ _KNOWN = (
 )
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A packed delta to some of a layer's outputs on this rank: [len(outputs), inputs here]."""
 
     outputs: slice
     packed: PackedDelta
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """One of a layer's matrices: its rows in the model, and which of them this rank holds."""
-
-    rows: int
-    here: range
 
 
 def pieces(
@@ -66,19 +56,20 @@ def pieces(
             f"how tensor parallelism shares out a {type(layer).__name__} is not known here: use "
             "--tensor-parallel-size 1, or serve the merged model ('deltamix merge')"
         )
-    matrices = _matrices(layer)
-    wanted = _wanted(shard, len(matrices))
-    m, n = sum(matrices[i].rows for i in wanted), int(layer.input_size)  # type: ignore[arg-type]
-    packed = PackedDelta.checked(m, n, group_size, tensors)
-    columns, found, above = _columns(layer), [], 0
+    rows, held = _rows(layer)
+    wanted = _wanted(shard, len(rows))
+    n = int(layer.input_size)  # type: ignore[arg-type]
+    packed = PackedDelta.checked(sum(rows[i] for i in wanted), n, group_size, tensors)
+    columns, found, above = range(n), [], 0
+    if isinstance(layer, RowParallelLinear):
+        columns = _share(layer.tp_rank, layer.input_size_per_partition)
     for i in wanted:
-        first = sum(len(matrix.here) for matrix in matrices[:i])
-        here = matrices[i].here
+        first, here = sum(map(len, held[:i])), held[i]
         if here:  # a rank may hold nothing but the padding of a vocabulary
-            rows = torch.arange(above + here.start, above + here.stop)
-            part = part_of(packed, rows, torch.arange(columns.start, columns.stop))
+            chosen = torch.arange(above + here.start, above + here.stop)
+            part = part_of(packed, chosen, torch.arange(columns.start, columns.stop))
             found.append(Piece(slice(first, first + len(here)), part))
-        above += matrices[i].rows
+        above += rows[i]
     return found
 
 
@@ -90,14 +81,12 @@ def _wanted(shard: Shard, count: int) -> list[int]:
     return [_QKV[shard] if isinstance(shard, str) else shard]
 
 
-def _matrices(layer: Any) -> list[_Matrix]:
+def _rows(layer: Any) -> tuple[list[int], list[range]]:
+    """How many rows each of a layer's matrices has, and which of them this rank holds."""
     if isinstance(layer, VocabParallelEmbedding):
         held = layer.shard_indices
-        return [
-            _Matrix(
-                layer.org_vocab_size, range(held.org_vocab_start_index, held.org_vocab_end_index)
-            )
-        ]
+        here = range(held.org_vocab_start_index, held.org_vocab_end_index)
+        return [layer.org_vocab_size], [here]
     local = layer.output_partition_sizes
     if isinstance(layer, QKVParallelLinear):  # heads of k and v may be on several ranks each
         kv = layer.total_num_kv_heads
@@ -108,14 +97,8 @@ def _matrices(layer: Any) -> list[_Matrix]:
         rows, ranks = [size * layer.tp_size for size in local], [layer.tp_rank] * len(local)
     else:
         rows, ranks = local, [0] * len(local)
-    return [
-        _Matrix(whole, range(rank * size, rank * size + size))
-        for whole, rank, size in zip(rows, ranks, local, strict=True)
-    ]
+    return rows, [_share(rank, size) for rank, size in zip(ranks, local, strict=True)]
 
 
-def _columns(layer: Any) -> range:
-    if isinstance(layer, RowParallelLinear):
-        size = layer.input_size_per_partition
-        return range(layer.tp_rank * size, layer.tp_rank * size + size)
-    return range(layer.input_size)
+def _share(rank: int, size: int) -> range:
+    return range(rank * size, rank * size + size)

@@ -64,8 +64,8 @@ class DeltaMixQuantization(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        from .hook import install
         from .layers import DeltaMixEmbeddingMethod, DeltaMixLinearMethod
+        from .manager import install
 
         install()
         if isinstance(layer, LinearBase):

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoint.base import BaseCheckpoint, find_base
+from ..checkpoint.base import BaseCheckpoint
 from ..checkpoint.delta_repo import StoredDelta, read_delta
 from ..checkpoint.model_class import empty_model
 from ..checkpoint.validation import check_filled
@@ -23,8 +23,6 @@ from ..errors import DeltaMixError, first_line
 from ..quantization.packed_layout import PREFIX
 from ..storage.headers import check_base
 from .layers import deltas_of
-
-Weights = list[tuple[str, Tensor]]
 
 
 class BaseRepo:
@@ -42,7 +40,7 @@ class BaseRepo:
         check_base(recorded, self.checkpoint.infos, self.where, self.checkpoint.fingerprints)
         return read_delta(source, files, settings, self.checkpoint.keys)
 
-    def changes(self, delta: StoredDelta) -> Weights:
+    def changes(self, delta: StoredDelta) -> list[tuple[str, Tensor]]:
         """Name whole and packed tensors of a delta as the base's checkpoint does."""
         found = [(self._key(name), tensor) for name, tensor in delta.overlay.items()]
         for name, factors in delta.packed.items():
@@ -53,22 +51,18 @@ class BaseRepo:
 
     def with_delta(self, delta: StoredDelta) -> Iterator[tuple[str, Tensor]]:
         """Yield the base's tensors but for those that the delta replaces, then the delta's."""
-        self._check_whole(delta)
-        changes = self.changes(delta)
-        replaced = {name for name, _ in changes}
-        for key in self.checkpoint.infos:
-            if key in delta.fingerprints and key not in replaced:
-                yield key, self.checkpoint.infos[key].read()
-        yield from changes
-
-    def _check_whole(self, delta: StoredDelta) -> None:
-        """Refuse what base and delta do not make a whole model of."""
         base = self.checkpoint
         for name in check_filled(base.keys, delta.overlay, base, delta.fingerprints, {}):
             raise DeltaMixError(
                 f"neither {delta.source!r} nor {self.where} holds {name!r}: the delta repo is "
                 "incomplete"
             )
+        changes = self.changes(delta)
+        replaced = {name for name, _ in changes}
+        for key, info in base.infos.items():
+            if key in delta.fingerprints and key not in replaced:
+                yield key, info.read()
+        yield from changes
 
     def _key(self, name: str) -> str:
         """Look up the base's key for a tensor of the model; its own name if the base has none."""
@@ -80,15 +74,6 @@ class BaseRepo:
                 "base: vLLM would not find it; 'deltamix merge' the delta repo and serve that"
             )
         return self.checkpoint.checkpoint_keys(name)[0]
-
-
-def base_of(repo: str, settings: DeltaMixConfig, delta_files: list[str], config: Any) -> BaseRepo:
-    """Find the base that a delta repo names, at its pinned revision.
-
-    Raises DeltaMixError if it is not found, or is not for a delta repo to name.
-    """
-    files, _ = find_base(settings, repo, delta_files[0])
-    return BaseRepo(files, config, str(settings.base_model))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers import pipeline
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta import manager
+from deltamix_hf.multi_delta.routing import named_route
 from deltamix_hf.quantization.packed_delta import PackedDelta
 
 
@@ -248,7 +249,7 @@ def test_what_is_refused(family, model, copied):
     with pytest.raises(DeltaMixError, match="2 names for a batch of 3 rows"):
         logits(model, token_ids(3), delta_names=["one", "two"])
     with pytest.raises(DeltaMixError, match="delta_names is empty"):
-        model.dm_deltas.route([])
+        named_route([])
     with pytest.raises(DeltaMixError, match="'one' is loaded already"):
         model.load_delta(family.repos["two"], "one")
     with pytest.raises(DeltaMixError, match="cannot name a delta"):

@@ -103,7 +103,7 @@ def test_no_room_is_an_error_not_a_wait():
     )
     with pytest.raises(DeltaMixError, match="no delta called 'd'"):
         tensor_list.pool.activate("d")
-    assert tensor_list.pool.entries["a"].active and "a" in tensor_list.placed
+    assert tensor_list.pool.active == "a" and "a" in tensor_list.placed
     tensor_list.pool.activate(None)
     tensor_list.pool.resize(SIZE - 1, 0)
     assert not tensor_list.placed
