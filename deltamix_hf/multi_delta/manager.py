@@ -49,7 +49,7 @@ class DeltaManager:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.router = Router()
-        self.pool = Pool(self._place, self._remove)
+        self.pool = Pool(self._place, self._remove, self._resident_bytes)
         self.enabled = True
         self._modules: dict[str, set[nn.Module]] = {}  # resident delta -> what it changes
         self._base = _base_of(model)

@@ -24,6 +24,7 @@ class Entry:
     """One delta of the pool."""
 
     nbytes: int
+    resident_bytes: int
     read: Callable[[], StoredDelta] | None  # from disk again; None: it is in memory only, and stays
     stored: StoredDelta | None  # its tensors in host memory, if they are kept there
     resident: bool = False
@@ -50,10 +51,16 @@ class Pool:
 
     `place` puts a delta's tensors beside the base's, `remove` takes them away, after a placement
     that was interrupted too. `active` is in use for all calls, until another is chosen.
+    `resident_bytes` tells what a delta takes there.
     """
 
-    def __init__(self, place: Callable[[str, StoredDelta], None], remove: Callable[[str], None]):
-        self.place, self.remove = place, remove
+    def __init__(
+        self,
+        place: Callable[[str, StoredDelta], None],
+        remove: Callable[[str], None],
+        resident_bytes: Callable[[StoredDelta], int],
+    ):
+        self.place, self.remove, self.resident_bytes = place, remove, resident_bytes
         self.active: str | None = None
         self.budget: int | None = None
         self.host_budget = 0
@@ -68,7 +75,7 @@ class Pool:
         """
         with self._changed:
             self.check_new(name)
-            self.entries[name] = Entry(stored.nbytes, read, stored)
+            self.entries[name] = Entry(stored.nbytes, self.resident_bytes(stored), read, stored)
             try:
                 with self.holding([name]):
                     pass
@@ -120,7 +127,7 @@ class Pool:
             if not self._make_room(0, keep=()):
                 self.budget = before
                 entries = self.entries.items()
-                staying = {n: e.nbytes for n, e in entries if e.users or self._stays(n)}
+                staying = {n: e.resident_bytes for n, e in entries if e.users or self._stays(n)}
                 raise DeltaMixError(
                     f"{sorted(staying)} are in use, or on no disk, and take "
                     f"{sum(staying.values()):,} bytes; the budget cannot be {budget:,}"
@@ -145,7 +152,7 @@ class Pool:
 
     def memory(self) -> DeltaMemory:
         with self._changed:
-            resident = {n: e.nbytes for n, e in self.entries.items() if e.resident}
+            resident = {n: e.resident_bytes for n, e in self.entries.items() if e.resident}
             host = {n: e.nbytes for n, e in self.entries.items() if e.stored is not None}
             return DeltaMemory(self.budget, resident, host)
 
@@ -153,7 +160,7 @@ class Pool:
         with self._changed:
             while True:
                 entries = [self._entry(name) for name in names]
-                missing = sum(entry.nbytes for entry in entries if not entry.resident)
+                missing = sum(entry.resident_bytes for entry in entries if not entry.resident)
                 if self._make_room(missing, keep=names):
                     break
                 self.check_possible(names)
@@ -170,10 +177,10 @@ class Pool:
     def check_possible(self, names: Sequence[str]) -> None:
         """Raise DeltaMixError for an unknown name, or if these can never be resident at once."""
         with self._changed:
-            wanted = {name: self._entry(name).nbytes for name in names}
+            wanted = {name: self._entry(name).resident_bytes for name in names}
             needed, others = sum(wanted.values()), self.entries.keys() - wanted
             staying = [n for n in sorted(others) if self.entries[n].resident and self._stays(n)]
-            beside = sum(self.entries[name].nbytes for name in staying)
+            beside = sum(self.entries[name].resident_bytes for name in staying)
             if self.budget is not None and needed + beside > self.budget:
                 with_them = f" beside {staying}, which stay," if staying else ""
                 raise DeltaMixError(
@@ -208,13 +215,13 @@ class Pool:
         if self.budget is None:
             return True
         resident = {name: e for name, e in self.entries.items() if e.resident}
-        excess = sum(e.nbytes for e in resident.values()) + missing - self.budget
+        excess = sum(e.resident_bytes for e in resident.values()) + missing - self.budget
         leaving = []
         for name, entry in sorted(resident.items(), key=lambda item: item[1].used):
             stays = entry.users or name in keep or self._stays(name)
             if excess > 0 and not stays:
                 leaving.append(name)
-                excess -= entry.nbytes
+                excess -= entry.resident_bytes
         if excess > 0:
             return False
         for name in leaving:

@@ -23,11 +23,11 @@ def stored(name: str, size: int = SIZE) -> StoredDelta:
 class TensorList:
     """Where a pool places deltas; counts bytes and reads."""
 
-    def __init__(self, names=(), budget=None, host_budget=0):
+    def __init__(self, names=(), budget=None, host_budget=0, copies=1):
         self.placed: dict[str, int] = {}
         self.most = 0
         self.reads: list[str] = []
-        self.pool = Pool(self.place, self.remove)
+        self.pool = Pool(self.place, self.remove, lambda delta: copies * delta.nbytes)
         self.pool.resize(budget, host_budget)
         for name in names:
             self.add(name)
@@ -183,3 +183,13 @@ def test_forgetting_waits_for_the_batch_to_end():
     assert gone.is_set() and list(tensor_list.placed) == ["b"]
     with pytest.raises(DeltaMixError, match=r"no delta called 'a' is loaded; there are \['b'\]"):
         tensor_list.pool.discard("a")
+
+
+def test_a_budget_counts_what_is_on_the_device():
+    """Where kernels keep codes of their own, twice what a delta takes in host memory."""
+    shelf = TensorList(["one"], budget=3 * SIZE, host_budget=3 * SIZE, copies=2)
+    shelf.add("two")
+    memory = shelf.pool.memory()
+    assert memory.resident == {"two": 2 * SIZE} and memory.host == {"one": SIZE, "two": SIZE}
+    with pytest.raises(DeltaMixError, match=f"take {4 * SIZE:,} bytes"):
+        shelf.pool.check_possible(["one", "two"])
