@@ -117,6 +117,10 @@ class DeltaManager:
             refresh(module, name)
         self.router.slots.pop(name, None)
 
+    def _resident_bytes(self, stored: StoredDelta) -> int:
+        """Bytes on the device, at most: the kernels' tables hold the codes once more."""
+        return stored.nbytes * (2 if choose(self.model.device) == TRITON else 1)
+
     def _owner(self, name: str) -> tuple[nn.Module, str, Tensor]:
         """Find a tensor of the base by its name: its module, its name there, and itself."""
         owner, _, leaf = name.rpartition(".")

@@ -47,6 +47,10 @@ class _Shared:
     state: Any
     outputs: dict[int, Tensor]
 
+    def has(self, key: int, x: Tensor, state: Any) -> bool:
+        """Whether the output of member `key` for this x is waiting."""
+        return self.x is x and self.state == state and key in self.outputs
+
 
 class SharedInput:
     """One to three layers with one input; holds outputs only until the last of them is taken.
@@ -100,7 +104,8 @@ class SharedInput:
     def _is_at(self, x: Tensor) -> bool:
         """Whether all members' weights and codes are where x is, and of its dtype."""
         for member in self.members:
-            weight, v = member._parameters["weight"], member._parameters["dm_v"]
+            held: Any = member._parameters
+            weight, v = held["weight"], held["dm_v"]
             if not weight.device == v.device == x.device or weight.dtype != x.dtype:
                 return False
         return True
@@ -112,10 +117,10 @@ class SharedInput:
             return self.products(x)[0]
         thread, state = (0, None) if compiling else (get_ident(), state_of(x))
         key, shared = id(member), self._running.get(thread)
-        same = shared is not None and shared.x is x and shared.state == state
-        if not same or key not in shared.outputs:
-            if shared is not None:
-                self._miss()
+        if shared is not None and not shared.has(key, x, state):
+            self._miss()
+            shared = None
+        if shared is None:
             made = compiled.layers_of_one_input(x, self.number) if compiling else self.products(x)
             outputs = {id(one): y for one, y in zip(self.members, made, strict=True)}
             shared = self._running[thread] = _Shared(x, state, outputs)
@@ -152,14 +157,16 @@ class SharedInput:
 
     def _alone(self, member: DeltaLinear, x: Tensor) -> Tensor:
         *tensors, runs, _, _, group_sizes = member.packed().op_arguments
-        return plain_delta_linear(x, member.weight, member.bias, *tensors, runs, group_sizes)
+        linear: Any = plain_delta_linear
+        y: Tensor = linear(x, member.weight, member.bias, *tensors, runs, group_sizes)
+        return y
 
     def _plan_for(self, x: Tensor) -> Any:
         """The members' `DecodePlan`, made anew when their codes have moved or changed."""
         of: list[Any] = [x.dtype]
         for member in self.members:
             of.append(member.__dict__["dm_own"]["weight"])
-            held = member._parameters
+            held: Any = member._parameters
             of += [state_of(held[name]) for name in ("dm_v", "dm_u", "dm_ranks")]
         if of != self._planned:
             packed = [kernel_packed(member.packed()) for member in self.members]
