@@ -44,13 +44,6 @@ settings.register_profile(
 settings.load_profile("deltamix")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep Triton's interpreter out of coverage, which makes it three times slower."""
-    for item in items:
-        if item.get_closest_marker("interpreter"):
-            item.add_marker("no_cover")
-
-
 @dataclass(frozen=True)
 class Delta:
     """A saved delta repo, with what the freshly compressed model computed and promised."""

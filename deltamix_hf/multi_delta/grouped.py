@@ -218,5 +218,5 @@ def _not_in_a_graph(module: Any) -> DeltaMixError:
     return DeltaMixError(
         f"a CUDA graph would keep the deltas that a {module.dm_plain_class.__name__} had when it "
         "was recorded: choose the Triton kernels, run once without gradients before recording, and "
-        "use no deltas on min-max grids or with whole weights"
+        "use no float32 model and no deltas on min-max grids or with whole weights"
     )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import cpu
-from ..ops.dispatch import TRITON, choose, kernel_packed, state_of, triton_kernels
+from ..ops.dispatch import TRITON, choose, kernel_packed, persistent, state_of, triton_kernels
 from ..ops.low_rank import plain_delta_linear
 from . import compiled
 from .delta_module import own_deltas
@@ -171,7 +171,7 @@ class SharedInput:
         if of != self._planned:
             packed = [kernel_packed(member.packed()) for member in self.members]
             k = triton_kernels()
-            self._plan = k.persistent(x.device, lambda: k.DecodePlan(packed, x.dtype))
+            self._plan = persistent(x.device, lambda: k.DecodePlan(packed, x.dtype))
             self._planned = of
         return self._plan
 

@@ -11,8 +11,9 @@ of their own. A GPU, driver or Triton that they do not work on costs speed, and 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ TRITON, REFERENCE = "triton", "reference"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x and the base weight
 
 logger = logging.get_logger(__name__)
+T = TypeVar("T")
 
 _passed: dict[int | None, bool] = {}
 
@@ -91,6 +93,21 @@ def state_of(tensor: Tensor) -> tuple[int, int]:
 def capturing(device: torch.device) -> bool:
     """Tell whether a CUDA graph is being recorded."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def persistent(device: torch.device, make: Callable[[], T]) -> T:
+    """Return `make()`, tensors that outlive the call, also where a compiled model warms up.
+
+    Raises:
+        DeltaMixError: a CUDA graph is being recorded.
+    """
+    if capturing(device):
+        raise DeltaMixError(
+            "a CUDA graph cannot make what the kernels read: run the model once, without "
+            "gradients, before recording"
+        )
+    made: T = triton_kernels().persistent(device, make)
+    return made
 
 
 def _trusted(device: torch.device, passed: dict[int | None, bool]) -> bool:

@@ -25,7 +25,15 @@ from ..quantization import bitpacking, gaussian, uniform
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import GroupSizes, row_bits, scale_counts, zero_points
 from . import cpu
-from .dispatch import TRITON, TRITON_DTYPES, choose, kernel_packed, state_of, triton_kernels
+from .dispatch import (
+    TRITON,
+    TRITON_DTYPES,
+    choose,
+    kernel_packed,
+    persistent,
+    state_of,
+    triton_kernels,
+)
 
 
 def _unflatten(runs: list[int]) -> list[tuple[int, int, int]]:
@@ -225,7 +233,7 @@ def _row_table(packed: PackedDelta, dtype: torch.dtype) -> tuple[Any, Any] | Non
             known = table.put(0, kernel_packed(packed), dtype)
             return (table, k.Rows(*rows)) if known else None
 
-        found = _row_tables[packed.v] = of, k.persistent(device, make)
+        found = _row_tables[packed.v] = of, persistent(device, make)
     return found[1]
 
 

@@ -14,8 +14,9 @@ from kernel_cases import FEW_BITS
 from tiny_pairs import DECODER, FAMILIES, logits, make_pair, quick, token_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from deltamix_hf import DeltaMixError
 from deltamix_hf.nn.layers import delta_modules
-from deltamix_hf.ops import cpu
+from deltamix_hf.ops import cpu, dispatch
 from deltamix_hf.ops.dispatch import REFERENCE, TRITON, VARIABLE
 
 # Not under coverage, which makes Triton's interpreter three times slower.
@@ -145,6 +146,15 @@ def test_plans_follow_codes_that_change_or_move(model, launches, close):
     base = [F.linear(x, layer.weight, layer.bias) for layer in (one, two)]
     torch.testing.assert_close(changed[0] - base[0], 4 * (first[0] - base[0]), **close)
     assert torch.equal(changed[1], first[1])
+
+
+@pytest.mark.parametrize("kernel", [TRITON], indirect=True)
+def test_no_plan_is_made_while_a_graph_is_recorded(model, monkeypatch):
+    layer = next(group for group in groups(model)).members[0]
+    x = torch.randn(2, layer.in_features, dtype=layer.weight.dtype)
+    monkeypatch.setattr(dispatch, "capturing", lambda device: True)
+    with torch.no_grad(), pytest.raises(DeltaMixError, match="run the model once"):
+        layer(x)
 
 
 def test_a_tensor_that_changes_between_two_layers(model, close):
