@@ -82,6 +82,10 @@ class DeltaLinear(DeltaModule, nn.Linear):
         group = self.dm_shared_input
         if group is not None and group.usable(self, x):
             return group.output(self, x)
+        return self.alone(x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Return the output [..., m] for x [..., n] by an op of this layer's own."""
         *tensors, runs, _, _, group_sizes = self.packed().op_arguments
         linear = cheapest(delta_linear)
         return linear(x, self.weight, self.bias, *tensors, runs, group_sizes)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ..ops import cpu
 from ..ops.dispatch import TRITON, choose, kernel_packed, persistent, state_of, triton_kernels
-from ..ops.low_rank import plain_delta_linear
 from . import compiled
 from .delta_module import own_deltas
 from .layers import DeltaLinear, weight_of
@@ -137,7 +136,7 @@ class SharedInput:
         flat = x.reshape(-1, x.shape[-1])
         if choose(x.device) == TRITON:
             if not 0 < flat.shape[0] <= triton_kernels().DECODE_ROWS:
-                return [self._alone(member, x) for member in self.members]
+                return [member.alone(x) for member in self.members]
             found = self._plan_for(x).linear(flat, weights, biases)
             return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
         packed = [member.packed() for member in self.members]
@@ -154,12 +153,6 @@ class SharedInput:
                 found.append(y.add_(delta.view(y.shape)))
                 first += p.rank
         return found
-
-    def _alone(self, member: DeltaLinear, x: Tensor) -> Tensor:
-        *tensors, runs, _, _, group_sizes = member.packed().op_arguments
-        linear: Any = plain_delta_linear
-        y: Tensor = linear(x, member.weight, member.bias, *tensors, runs, group_sizes)
-        return y
 
     def _plan_for(self, x: Tensor) -> Any:
         """The members' `DecodePlan`, made anew when their codes have moved or changed."""

@@ -95,6 +95,11 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def made_of(packed: PackedDelta, dtype: torch.dtype) -> list[Any]:
+    """Tell what a table of packed codes was made of, and for which dtype: other, if either is."""
+    return [dtype, *map(state_of, packed.tensors.values())]
+
+
 def persistent(device: torch.device, make: Callable[[], T]) -> T:
     """Return `make()`, tensors that outlive the call, also where a compiled model warms up.
 

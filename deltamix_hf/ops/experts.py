@@ -21,7 +21,7 @@ from ..quantization import uniform
 from ..quantization.packed_delta import PackedDelta
 from ..transformers_private import moe
 from . import cpu
-from .dispatch import TRITON, capturing, choose, kernel_packed, state_of, triton_kernels
+from .dispatch import TRITON, capturing, choose, kernel_packed, made_of, triton_kernels
 
 Project = Callable[[str, Tensor, Tensor], Tensor]
 """(name of a 3-D parameter, x [S, n] sorted by expert, ends int32 [experts]) -> [S, m].
@@ -189,7 +189,7 @@ class _ExpertTable:
     """Addresses of all experts' factors; `sound` if the kernels know them for `dtype`."""
 
     def __init__(self, packed: PackedDelta, dtype: torch.dtype):
-        self.of = _table_of(packed, dtype)
+        self.of = made_of(packed, dtype)
         device, factors = packed.v.device, packed.untied().split()
         self.slots = torch.arange(len(factors), dtype=torch.int32, device=device)
         self.table = triton_kernels().Table(len(factors), packed.m, packed.n, device)
@@ -214,7 +214,7 @@ def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> b
         return False
     found = _tables.get(packed.v)
     k = triton_kernels()
-    if found is None or found.of != _table_of(packed, x.dtype):  # the model was moved
+    if found is None or found.of != made_of(packed, x.dtype):  # the model was moved
         if capturing(x.device):
             return False
         table = k.persistent(x.device, lambda: _ExpertTable(packed, x.dtype))
@@ -225,7 +225,3 @@ def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> b
     rows = k.Rows(numbers, torch.cat([ends.new_zeros(1), ends]), found.slots)
     k.grouped_add(y, x, found.table, rows)
     return True
-
-
-def _table_of(packed: PackedDelta, dtype: torch.dtype) -> list[Any]:
-    return [dtype, *map(state_of, packed.tensors.values())]

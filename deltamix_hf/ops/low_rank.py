@@ -30,8 +30,8 @@ from .dispatch import (
     TRITON_DTYPES,
     choose,
     kernel_packed,
+    made_of,
     persistent,
-    state_of,
     triton_kernels,
 )
 
@@ -222,7 +222,7 @@ def _(index, v, u, ranks, zeros, runs, m, n, group_sizes, dtype=torch.float32):
 
 def _row_table(packed: PackedDelta, dtype: torch.dtype) -> tuple[Any, Any] | None:
     """The kernels' table of one embedding's delta, and rows that all use it; None: not for them."""
-    of = [dtype, *map(state_of, packed.tensors.values())]
+    of = made_of(packed, dtype)
     found = _row_tables.get(packed.v)
     if found is None or found[0] != of:
         k, device = triton_kernels(), packed.v.device

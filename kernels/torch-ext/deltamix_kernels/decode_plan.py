@@ -62,7 +62,7 @@ def u_table(runs: Sequence[tuple[Runs, int]]) -> tuple[list[list[list[int]]], li
         for bits, count in width_counts(one).items():
             size = padded(count)
             table[bits - 1] = [byte // ALIGN, slot // ALIGN, size // ALIGN, 0]
-            byte, slot = byte + bits * -(-m // 8) * size, slot + size
+            byte, slot = byte + bits * cdiv(m, 8) * size, slot + size
         tables.append(table)
     return tables, slots, sorted(set(range(slot)) - set(slots))
 
@@ -97,7 +97,7 @@ class Codes:
     def of(cls, matrices: Sequence[Packed]) -> Codes:
         """Prepack; every one must be `decodable` and have the same inputs."""
         n, device = matrices[0].n, matrices[0].v.device
-        columns = padded(-(-n // 8))
+        columns = padded(cdiv(n, 8))
         runs, slots, pads = u_table([(p.runs, p.m) for p in matrices])
         tiles = v_tiles([p.runs for p in matrices], columns, len(pads))
         tables = (
@@ -154,7 +154,7 @@ class DecodePlan:
         whole = self.n % 8 == 0 and all(w.is_contiguous() for w in weights)
         if rows <= self.tiles["fused_rows"] and whole and without in (0, len(biases)):
             outputs = [x.new_empty(rows, m) for m in self.lengths]
-            x = aligned(x, -(-self.n // 8))
+            x = aligned(x, cdiv(self.n, 8))
             h = self.shrink(x, self.dependent)
             self.fused(h, x, weights, outputs, biases, self.dependent)
         else:

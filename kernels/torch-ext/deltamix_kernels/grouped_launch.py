@@ -15,7 +15,7 @@ from .gather import gather_kernel
 from .grouped import FIELDS, grouped_expand_kernel, grouped_rows_kernel, grouped_shrink_kernel
 from .launch import CHUNK, INTERPRETED, Packed, U, flat, launch
 from .layout import canonical, widths_mask
-from .prepack import ALIGN, pack_u, padded
+from .prepack import ALIGN, cdiv, pack_u, padded
 
 _PROGRAMS = 64  # that share a delta's ranks
 _RANKS = 64  # of a program that decodes rows of an embedding
@@ -123,7 +123,7 @@ def grouped_add(y: Tensor, x: Tensor, table: Table, rows: Rows, bias: Tensor | N
         y: contiguous; the base's product with `bias`, which a delta's own bias replaces.
         rows: of the batch; x has its rows, each one or more times in place.
     """
-    columns = padded(-(-table.n // 8))
+    columns = padded(cdiv(table.n, 8))
     x = aligned(flat(x), columns)
 
     def shrink(h: Tensor, where: tuple[Any, ...], tokens: int) -> None:
@@ -153,12 +153,12 @@ def grouped_embed(y: Tensor, ids: Tensor, table: Table, rows: Rows) -> None:
     def look_up(h: Tensor, where: tuple[Any, ...], tokens: int) -> None:
         launch(
             grouped_rows_kernel,
-            (triton.cdiv(16 * table.total, _RANKS), min(len(h), 64), len(rows.slots)),
+            (cdiv(16 * table.total, _RANKS), min(len(h), 64), len(rows.slots)),
             ids,
             h,
             *where,
-            2 + (triton.cdiv(table.m, table.group) if table.group else 1),
-            triton.cdiv(table.m, 8),
+            2 + (cdiv(table.m, table.group) if table.group else 1),
+            cdiv(table.m, 8),
             table.total,
             GROUP=table.group,
             WIDTHS=table.widths,
@@ -190,7 +190,7 @@ def _add(
         unroll = config(y.device)[str(tokens)]["expand"]["UNROLL"]
         launch(
             grouped_expand_kernel,
-            (triton.cdiv(outputs, 64), _row_programs(len(h), tokens), len(rows.slots)),
+            (cdiv(outputs, 64), _row_programs(len(h), tokens), len(rows.slots)),
             h,
             y,
             y if bias is None else bias,
@@ -214,13 +214,13 @@ def _options(table: Table, tokens: int, unroll: int) -> dict[str, Any]:
 
 def _row_programs(rows: int, tokens: int) -> int:
     """Programs that share an entry's rows."""
-    return min(16, triton.cdiv(rows, tokens))
+    return min(16, cdiv(rows, tokens))
 
 
 def gather(base: Tensor, addresses: Tensor, of_rows: Tensor) -> Tensor:
     """Each row's own vector [rows, n], contiguous, like `base` [n]; see `gather.py`."""
     out = base.new_empty(len(of_rows), len(base))
     block = min(1024, triton.next_power_of_2(len(base)))
-    grid = len(of_rows), triton.cdiv(len(base), block)
+    grid = len(of_rows), cdiv(len(base), block)
     launch(gather_kernel, grid, base, out, addresses, of_rows, len(base), BLOCK=block)
     return out

@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import config
 from .dequantize import dequantize_kernel
 from .layout import Runs, canonical, rank_count, tile_table, widths_mask
+from .prepack import cdiv
 
 INTERPRETED = triton.knobs.runtime.interpret
 V, U = 0, 1
@@ -50,7 +51,7 @@ class Packed(NamedTuple):
         if side == V:
             return 1
         size = self.group_sizes[V]
-        return 1 + (-(-self.n // size) if size else 1)
+        return 1 + (cdiv(self.n, size) if size else 1)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: Any) -> None:
@@ -104,7 +105,7 @@ def dequantize(packed: Packed, side: int, dtype: torch.dtype) -> Tensor:
     cuBLAS multiplies rows that begin anywhere by its slow kernels.
     """
     length = packed.length(side)
-    columns = triton.cdiv(length, 8)
+    columns = cdiv(length, 8)
     out = packed.ranks.new_empty(packed.rank, 8 * columns, dtype=dtype)
     if out.numel() == 0:
         return out[:, :length]
@@ -113,7 +114,7 @@ def dequantize(packed: Packed, side: int, dtype: torch.dtype) -> Tensor:
     tiles = tile_table(packed.runs, r, packed.ranks)
     launch(
         dequantize_kernel,
-        (len(tiles), triton.cdiv(columns, c)),
+        (len(tiles), cdiv(columns, c)),
         out,
         tiles,
         packed.codes(side),

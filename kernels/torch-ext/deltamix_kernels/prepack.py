@@ -23,7 +23,7 @@ ALIGN = 16
 
 
 def cdiv(count: int, size: int) -> int:
-    """Like `triton.cdiv`, which is a device function too and takes 60 µs of a layer's 150."""
+    """Like `triton.cdiv`, a device function too: 8 % of a block's host time in a profile."""
     return -(-count // size)
 
 
@@ -70,7 +70,7 @@ def u_runs(runs: Runs) -> list[tuple[int, int]]:
 
 def pack_v(v: Tensor, runs: Runs, n: int) -> Tensor:
     """uint8 [Σ v_bits, ceil(n/8)] as stored -> [Σ v_bits, columns], columns a multiple of 16."""
-    columns, first, done = padded(-(-n // 8)), 0, []
+    columns, first, done = padded(cdiv(n, 8)), 0, []
     for count, bits in v_runs(runs):
         codes = unpack_codes(v[first : first + count * bits].view(count, bits, -1), bits)
         codes = torch.nn.functional.pad(codes.flatten(1), (0, 8 * (columns - v.shape[1])))
@@ -82,7 +82,7 @@ def pack_v(v: Tensor, runs: Runs, n: int) -> Tensor:
 
 def unpack_v(packed: Tensor, runs: Runs, n: int) -> Tensor:
     """The inverse of `pack_v`."""
-    columns, first, done = -(-n // 8), 0, []
+    columns, first, done = cdiv(n, 8), 0, []
     for count, bits in v_runs(runs):
         codes = unpack_codes(packed[first : first + count * bits].view(count, bits, -1), bits)
         codes = codes.transpose(1, 2).reshape(count, -1)[:, : 8 * columns]
@@ -127,7 +127,7 @@ def pack_u(u: Tensor, runs: Runs) -> Tensor:
 
 def unpack_u(packed: Tensor, runs: Runs, m: int) -> Tensor:
     """The inverse of `pack_u`."""
-    columns, first, parts = -(-m // 8), 0, {}
+    columns, first, parts = cdiv(m, 8), 0, {}
     for bits, count in width_counts(runs).items():
         size = bits * columns * padded(count)
         run = packed[first : first + size].view(bits, columns, -1)[:, :, :count]
