@@ -18,8 +18,6 @@ demo: $(VENV)/.demo
 bench-quality: $(VENV)/.bench
 	$(PY) examples/bench_quality/run.py $(BENCH)
 
-# Triton's interpreter is three times slower under coverage, so its tests run apart. (pytest-cov's
-# `no_cover` does not keep coverage away from them in xdist's workers: 60 s where 8 s are enough.)
 # No -q for mkdocs: it hides the warnings, broken links among them, from --strict too.
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -27,8 +25,7 @@ test: $(VENV)/.dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -d $(VENV)/site
-	$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow and not interpreter" --cov --cov-report=term:skip-covered
-	$(PY) -m pytest -n 2 --dist loadfile -q -m "interpreter and not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -q -m "not slow" --cov --cov-report=term:skip-covered
 
 # In an environment of its own, and skipped where vLLM's wheel for CPUs cannot be had.
 test-vllm:

@@ -126,7 +126,15 @@ def make(folder: Path, shape: str, blocks: int, hidden: int | None) -> None:
         (folder / kind / "model.safetensors.index.json").write_text(index)
 
 
-def run(folder: Path, method: str, tokens: int, length: int, free: bool, device: str) -> None:
+def run(
+    folder: Path,
+    method: str,
+    tokens: int,
+    length: int,
+    free: bool,
+    tune_steps: int | None,
+    device: str,
+) -> None:
     logging.disable_progress_bar()
     workers = Workers.launched()
     loaded = json.loads((folder / "finetuned" / "config.json").read_text())
@@ -136,6 +144,8 @@ def run(folder: Path, method: str, tokens: int, length: int, free: bool, device:
     chosen = METHODS[method]
     if free:  # the weights alone
         chosen = replace(chosen, fisher=False, tune_steps=0)
+    elif tune_steps is not None:
+        chosen = replace(chosen, tune_steps=tune_steps)
     before, output = peak(), folder / "delta"
     config = DeltaMixConfig(folder / "base", method=chosen, calibration=None if free else ids)
     started = time.perf_counter()
@@ -194,6 +204,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--data-free", action="store_true")
+    parser.add_argument("--tune-steps", type=int, help="of the scales; the method's own if not given")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.job == "make":
@@ -206,6 +217,7 @@ def main() -> None:
             options.tokens,
             options.length,
             options.data_free,
+            options.tune_steps,
             options.device,
         )
 

@@ -17,7 +17,8 @@ if not os.path.exists("/dev/nvidiactl"):
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), "deltamix_datasets"))
 
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,21 @@ settings.register_profile(
     "deltamix", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("deltamix")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Stop coverage for tests marked `untraced`: pytest-cov's `no_cover` does not in workers."""
+    coverage = sys.modules.get("coverage")  # there only if it runs
+    untraced = coverage and item.get_closest_marker("untraced")
+    tracing = coverage.Coverage.current() if untraced else None
+    if tracing:
+        tracing.stop()
+    try:
+        return (yield)
+    finally:
+        if tracing:
+            tracing.start()
 
 
 @dataclass(frozen=True)

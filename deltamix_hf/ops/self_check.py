@@ -11,7 +11,7 @@ line printed is the largest error.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,13 +60,15 @@ def random_delta(m: int, n: int, random: torch.Generator) -> PackedDelta:
 
 
 @torch.no_grad()
-def errors(case: str, device: torch.device) -> Iterator[float]:
-    """The error of each product as a share of its largest output."""
+def errors(
+    case: str, device: torch.device, counts: Sequence[int] = (1, 16, 40, 80)
+) -> Iterator[float]:
+    """The error of each product of `counts` rows as a share of its largest output."""
     random = torch.Generator().manual_seed(0)
     layer, other = (_Layer(case, device, random) for _ in range(2))
     k, decodes = triton_kernels(), layer.dtype in triton_kernels().DECODE_DTYPES
     plan = k.DecodePlan([layer.packed, other.packed], layer.dtype) if decodes else None
-    for rows in (1, 16, 40, 80):
+    for rows in counts:
         x = layer.inputs(rows, random)
         found = k.delta_linear(x.to(device), layer.weight, None, layer.packed)
         yield _distance(found, layer.expected(x))

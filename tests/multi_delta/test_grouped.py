@@ -19,7 +19,7 @@ from deltamix_hf.nn.delta_module import DeltaModule
 from deltamix_hf.ops.dispatch import TRITON, VARIABLE
 
 # Not under coverage, which makes Triton's interpreter three times slower.
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.untraced
 
 IDS = token_ids(3, 5)
 MIXED = ["one", None, "three"]

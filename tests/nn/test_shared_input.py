@@ -20,7 +20,7 @@ from deltamix_hf.ops import cpu, dispatch
 from deltamix_hf.ops.dispatch import REFERENCE, TRITON, VARIABLE
 
 # Not under coverage, which makes Triton's interpreter three times slower.
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.untraced
 
 IDS = token_ids(2, 5)
 

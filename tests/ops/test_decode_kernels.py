@@ -14,7 +14,7 @@ from deltamix_kernels.prepack import pack_u, pack_v, unpack_u, unpack_v
 from kernel_cases import DEVICE, EVERY, TOLERANCES, inputs, packed_of, poisoned
 
 __all__ = ["poisoned"]  # a fixture for every test here too
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.untraced
 
 # 12 ranks of one width: more than a tile of 8. The interpreter takes a second a program and width.
 MIXED = ([8, 4] + [2] * 12, [8, 4] + [3] * 5 + [2] * 7)

@@ -19,7 +19,7 @@ from deltamix_hf.ops import low_rank as ops
 from deltamix_hf.ops.dispatch import REFERENCE, TRITON, VARIABLE, choose
 
 # Not under coverage, which makes Triton's interpreter three times slower.
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.untraced
 
 LAYOUT = (40, 70, [3, 2], [2, 4], 0)
 

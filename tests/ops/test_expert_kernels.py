@@ -16,7 +16,7 @@ from deltamix_hf.ops.experts import add_by_kernels
 from deltamix_hf.quantization.packed_delta import PackedDelta
 
 # Not under coverage, which makes Triton's interpreter three times slower.
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.untraced
 
 
 @pytest.fixture(autouse=True)

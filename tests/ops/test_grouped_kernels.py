@@ -14,7 +14,7 @@ from kernel_cases import DEVICE, EVERY, TOLERANCES, error, inputs, packed_of, po
 from torch.nn import functional as F
 
 # Not under coverage, which makes Triton's interpreter three times slower.
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.untraced
 
 __all__ = ["poisoned"]  # a fixture for every test here too
 MIXED = [8, 3, 3, 2, 1], [2, 3, 4, 2, 6]

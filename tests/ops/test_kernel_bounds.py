@@ -10,7 +10,7 @@ from kernel_bounds import bounds_checked
 from kernel_cases import DEVICE, EVERY, inputs, packed_of
 
 pytestmark = [
-    pytest.mark.interpreter,
+    pytest.mark.untraced,
     pytest.mark.skipif(DEVICE.type == "cuda", reason="needs the interpreter"),
 ]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.interpreter  # apart from coverage: the work is in the child
+pytestmark = pytest.mark.untraced  # apart from coverage: the work is in the child
 
 BENCHMARKS = Path(__file__).parents[2] / "kernels/benchmarks"
 # lane instructions a weight of the loop of whole steps
