@@ -204,7 +204,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--data-free", action="store_true")
-    parser.add_argument("--tune-steps", type=int, help="of the scales; the method's own if not given")
+    parser.add_argument(
+        "--tune-steps", type=int, help="of the scales; the method's own if not given"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.job == "make":

@@ -33,6 +33,8 @@ from deltamix_hf.checkpoint.report import inspect_repo
 from deltamix_hf.nn.layers import delta_modules
 from deltamix_hf.storage.names import is_guard
 
+pytestmark = pytest.mark.untraced  # the same code for all, which other tests run too
+
 # Dense and packed differ by one rounding of base + delta in float32, through a few layers.
 DENSE_TOLERANCE = 1e-5
 # Layers that are not all in memory do not look their codes up together: other orders of additions.

@@ -105,6 +105,7 @@ def assert_nothing_held(model: PreTrainedModel) -> None:
     assert not any(entry.users for entry in model.dm_deltas.pool.entries.values())
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3", "gpt2"])
 def test_every_request_is_what_its_delta_gives_alone(name, make_family):
     """More requests and tokens than fit in a step, so prompts are split and steps are mixed."""

@@ -16,11 +16,11 @@ import pytest
 pytestmark = pytest.mark.untraced  # apart from coverage: the work is in the child
 
 BENCHMARKS = Path(__file__).parents[2] / "kernels/benchmarks"
-# lane instructions a weight of the loop of whole steps
+# Lane instructions a weight of the loop of whole steps, in kernels of all four widths.
 LIMITS = {
     "shrink": {2: 3.2, 3: 4.6, 4: 5.2, 8: 9.5},
     "expand": {2: 2.6, 3: 4.0, 4: 4.6, 8: 9.0},
-    "fused": {2: 2.6, 3: 4.0, 4: 4.6, 8: 9.0},
+    "fused": {2: 2.75, 3: 4.0, 4: 4.6, 8: 9.0},
 }
 LIMITS |= {
     f"grouped_{kernel}": {bits: 1.25 * most for bits, most in LIMITS[kernel].items()}
@@ -29,14 +29,13 @@ LIMITS |= {
 SCRIPT = """
 import json, sys
 import sass
-for bits in map(int, sys.argv[1:]):
-    for kernel, c in sass.kernel_counts((bits,), 1, 90).items():
-        loops = sass.decode_loops(kernel, c)
-        print(json.dumps({
-            "kernel": kernel, "bits": bits, "stack": c.stack, "weight": loops[0].weight,
-            "shared": sum(loop.shared for loop in c.loops), "loops": len(loops),
-            "load": min(loop.load for loop in c.loops),
-        }))
+widths = tuple(map(int, sys.argv[1:]))
+for kernel, c in sass.kernel_counts(widths, 1, 90).items():
+    loops = sass.decode_loops(kernel, c)
+    print(json.dumps({
+        "kernel": kernel, "stack": c.stack, "weights": [loop.weight for loop in loops],
+        "shared": sum(loop.shared for loop in c.loops), "load": min(loop.load for loop in c.loops),
+    }))
 """
 
 
@@ -44,15 +43,16 @@ def test_the_loops_are_as_short_as_they_were(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)  # compiled here, not remembered
     environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), *filter(None, sys.path)])
-    widths = map(str, LIMITS["shrink"])
+    widths = [str(bits) for bits in LIMITS["shrink"]]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *widths], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = {(kernel, bits) for kernel, most in LIMITS.items() for bits in most}
-    assert {(c["kernel"], c["bits"]) for c in found} == expected
+    assert {c["kernel"] for c in found} == set(LIMITS)
     for c in found:
-        assert c["loops"] == 2, c  # whole steps, and the rest
-        assert c["weight"] <= LIMITS[c["kernel"]][c["bits"]], c
+        whole = c["weights"][::2]  # of each width a loop of whole steps, then one of the rest
+        assert len(c["weights"]) == 2 * len(widths), c
+        for weight, most in zip(whole, LIMITS[c["kernel"]].values(), strict=True):
+            assert weight <= most, c
         assert c["stack"] == 0 and c["shared"] == 0 and c["load"] == 16, c
