@@ -19,7 +19,6 @@ from deltamix_hf.multi_delta import manager
 from deltamix_hf.multi_delta.routing import named_route
 from deltamix_hf.quantization.packed_delta import PackedDelta
 
-
 OTHERS = [pytest.param(name, marks=pytest.mark.untraced) for name in ("qwen3", "gpt2")]
 
 

@@ -1,8 +1,8 @@
 """y = x·Wᵀ + h·Ûᵀ of up to 16 rows in one launch for all matrices that read one input.
 
 One program makes COLUMNS times 8 neighbouring outputs, the elements of a byte column of U: first of
-the base weights, while shrink may still be running, then of all ranks. Its warps share inputs and
-ranks, and their sums are added in one order.
+the base weights, while shrink may still be running, then of all ranks. Its warps share inputs,
+those of a byte column its ranks, and their sums are added in one order.
 """
 
 import triton
@@ -132,25 +132,30 @@ def decode_fused_kernel(
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
+    share: tl.constexpr = WARPS // COLUMNS
+    added = no_sums(g, TOKENS)  # of the byte column warp // share, its ranks shared by `share` warps
+    if DELTA:
+        column = tl.minimum(tile * COLUMNS + warp // share, columns - 1)
+        inputs = ()
+        for i in tl.static_range(TOKENS // 8):
+            inputs = inputs + (h.to(words) + (g + 8 * i) * total * 8,)
+        for b in tl.static_range(1, 9):
+            if (WIDTHS >> b) & 1:
+                first, slot, size = found[b - 1]
+                at = codes.to(words) + first.to(tl.int64) * 4 + column * size * 4
+                given = ()
+                for i in tl.static_range(TOKENS // 8):
+                    given = given + (inputs[i] + slot * 8,)
+                added = multiply(
+                    added, at, columns * size * 4, given, g, warp % share * 4 + t, size,
+                    g, rows, b, dtype, TOKENS, 4 * share, 1, PTX,
+                )  # fmt: skip
     _, row, pair = lanes(1)
     for c in tl.static_range(COLUMNS):
-        mine = some_of(sums, c * TOKENS, TOKENS)
-        if DELTA:
-            column = tl.minimum(tile * COLUMNS + c, columns - 1)
-            inputs = ()
-            for i in tl.static_range(TOKENS // 8):
-                inputs = inputs + (h.to(words) + (g + 8 * i) * total * 8,)
-            for b in tl.static_range(1, 9):
-                if (WIDTHS >> b) & 1:
-                    first, slot, size = found[b - 1]
-                    at = codes.to(words) + first.to(tl.int64) * 4 + (g * 0 + column) * size * 4
-                    given = ()
-                    for i in tl.static_range(TOKENS // 8):
-                        given = given + (inputs[i] + slot * 8,)
-                    mine = multiply(
-                        mine, at, columns * size * 4, given, g, warp * 4 + t, size,
-                        g, rows, b, dtype, TOKENS, 4 * WARPS, 1, PTX,
-                    )  # fmt: skip
+        mine = ()
+        for i in tl.static_range(TOKENS):
+            own = added[i] if COLUMNS == 1 else tl.where(warp // share == c, added[i], 0.0)
+            mine = mine + (sums[c * TOKENS + i] + own,)
         mine = over_warps(mine, TOKENS, WARPS)
         for i in tl.static_range(TOKENS // 4):
             output = tile * outputs + c * 8 + 2 * pair + i % 2
