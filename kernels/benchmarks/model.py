@@ -4,25 +4,25 @@
 
 What one H200 measured (docs/results/gpu.md, the second form of the kernels) is split into the base,
 what the delta adds to the fused launch, and the part of shrink that nothing hides. The last two are
-scaled by the machine code's counts now and then (sass.py): they were bound by issue and latency,
-not by bytes. Nothing of the present code was measured; the uncertainty is that of the scaling.
+scaled by the machine code's counts, of now (compiled and counted here by sass.py, a minute) over
+those of the measured form: they were bound by issue and latency, not by bytes. Nothing of the
+present code was measured; the uncertainty is that of the scaling.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import sass
 from deltamix_kernels.layout import rank_count
 from shapes import MODELS, delta_bytes, runs
 
 COPY = 4.08e12  # bytes/s, measured
 RATE = 7.3e14  # bf16 operations/s of 2048 rows, measured: 6.8e14 to 7.8e14
 ISSUE = 132 * 4 * 1.755e9  # warp instructions/s
-# Loops of the fused launch at the layer's mix, instructions now over those of the measured form.
-FUSED = 0.76
-# Of shrink's widest tiles, which its time is: 6.2 instructions a weight, where 9.1 were measured.
-SHRINK = 0.68
-GROUPED = 0.42  # warp instructions a byte of codes, shrink and expand (sass.py)
+# Counts of the measured form (commit 9baaebf), which is no more: the fused launch's loops, warp
+# instructions a byte of codes; shrink at 8 bits, on whose tiles its time hangs, a weight and lane.
+FUSED_THEN, SHRINK_THEN = 0.666, 9.1
 
 
 class Measured(NamedTuple):
@@ -43,12 +43,26 @@ PREFILL_BASE = 1325.0  # 2048 rows, measured
 TARGETS = {"1 row": 1.10, "4 rows": None, "16 rows": 1.13, "16 tenants": 2.3, "2048 rows": 1.45}
 
 
-def decode(rows: int) -> tuple[float, float, float]:
+class Now(NamedTuple):
+    """Counts of the code as it is: see FUSED_THEN; `grouped` are shrink's and expand's mean."""
+
+    fused: float
+    shrink: float
+    grouped: float
+
+    @classmethod
+    def counted(cls) -> Now:
+        layer = sass.layer(90)
+        widest = sass.kernel_counts((8,), 1, 90)["shrink"].loops[0].weight
+        return cls(layer["fused, loops"], widest, (layer["shrink"] + layer["expand"]) / 2)
+
+
+def decode(rows: int, now: Now) -> tuple[float, float, float]:
     """(predicted, measured before, relative uncertainty) multiple of the base."""
     found = MEASURED[rows]
     fused = found.fused or found.fused_base + 0.66 * (found.whole - found.fused_base)  # as at 1 row
     delta, exposed = fused - found.fused_base, found.whole - fused
-    added = FUSED * delta + SHRINK * exposed
+    added = now.fused / FUSED_THEN * delta + now.shrink / SHRINK_THEN * exposed
     # the scaled parts may be off by 40 %, as the counts' predictions were before
     return (
         (found.fused_base + added) / found.base,
@@ -57,10 +71,10 @@ def decode(rows: int) -> tuple[float, float, float]:
     )
 
 
-def tenants(count: int = 16) -> tuple[float, float]:
+def tenants(now: Now, count: int = 16) -> tuple[float, float]:
     """(predicted, relative uncertainty) of one row for each of so many deltas."""
     codes = count * sum(delta_bytes(one, runs(one)) for one in MODELS["Llama-3-8B"])
-    delta = 1e6 * max(codes / COPY, GROUPED * codes / ISSUE)
+    delta = 1e6 * max(codes / COPY, now.grouped * codes / ISSUE)
     base = MEASURED[16].base
     return (base + delta) / base, 0.4 * delta / (base + delta)
 
@@ -81,10 +95,13 @@ def prefill(rows: int = 2048) -> tuple[float, float]:
 
 
 def main() -> None:
-    rows = [
-        (f"{r} row{'s' * (r > 1)}", *decode(r)) for r in MEASURED
-    ] + [("16 tenants", tenants()[0], None, tenants()[1])]  # fmt: skip
-    rows.append(("2048 rows", prefill()[0], None, prefill()[1]))
+    now = Now.counted()
+    rows: list[tuple[str, float, float | None, float]] = [
+        (f"{r} row{'s' * (r > 1)}", *decode(r, now)) for r in MEASURED
+    ]
+    for name, (predicted, off) in (("16 tenants", tenants(now)), ("2048 rows", prefill())):
+        rows.append((name, predicted, None, off))
+    print(f"counted: {now}")
     print("| | predicted | ± | measured, second form | target |\n|---|---:|---:|---:|---:|")
     for name, predicted, before, off in rows:
         told = "" if before is None else f"{before:.2f}"

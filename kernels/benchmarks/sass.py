@@ -166,7 +166,7 @@ def layer(capability: int, rows: int = 1) -> dict[str, float]:
         with launches(capability):
             plan = DecodePlan([meta_packed(linear) for linear in some], torch.bfloat16)
         fused = plan.tiles["8" if rows <= 8 else "16"]["fused"]
-        columns = fused["COLUMNS"]
+        share = fused["WARPS"] // fused["COLUMNS"]
         for linear in some:
             packed = meta_packed(linear)
             sizes["v"] += packed.v.numel()
@@ -178,7 +178,7 @@ def layer(capability: int, rows: int = 1) -> dict[str, float]:
             units = {b: padded(n) // 16 for b, n in width_counts(packed.runs).items()}
             for kernel, warps, programs, step in (
                 ("expand", 8, -(-linear.m // 64), 4),
-                ("fused", fused["WARPS"] // columns, -(-linear.m // 8), 4 * fused["WARPS"] // columns),
+                ("fused", share, -(-linear.m // 8), 4 * share),
             ):
                 loops = decode_loops(kernel, every[kernel])
                 pairs = {b: (loops[2 * i], loops[2 * i + 1]) for i, b in enumerate(USUAL)}

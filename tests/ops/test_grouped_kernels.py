@@ -185,6 +185,7 @@ def test_what_a_table_cannot_hold():
     plain, grouped = (packed_of(50, 130, *MIXED, size, True)[0] for size in (0, (0, 16)))
     for table in (linear, rows):
         assert not table.put(0, plain, torch.float32)
+        assert not table.put(0, None, torch.float32, torch.zeros(50, device=DEVICE))
         assert not table.put(0, packed_of(50, 130, *MIXED, 0, False)[0], HALF)  # zero points
         assert not table.put(0, packed_of(50, 130, *MIXED, 32, True)[0], HALF)  # groups of V
         assert not table.put(0, packed_of(50, 130, [1] * 51, [1] * 51, 0, True)[0], HALF)

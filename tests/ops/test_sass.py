@@ -51,7 +51,9 @@ def test_the_loops_are_as_short_as_they_were(tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {c["kernel"] for c in found} == set(LIMITS)
     for c in found:
-        whole = c["weights"][::2]  # of each width a loop of whole steps, then one of the rest
+        # Of each width a loop of whole steps, then one of the rest; ptxas may change the widths'
+        # order, and more bits take more instructions.
+        whole = sorted(c["weights"][::2])
         assert len(c["weights"]) == 2 * len(widths), c
         for weight, most in zip(whole, LIMITS[c["kernel"]].values(), strict=True):
             assert weight <= most, c

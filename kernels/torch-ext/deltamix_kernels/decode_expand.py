@@ -30,6 +30,40 @@ def runs_of(runs, known, WIDTHS: tl.constexpr):
 
 
 @triton.jit
+def add_ranks(
+    sums,
+    codes,
+    found,  # see `runs_of`
+    inputs,  # of every eight tokens int32 pointers: slot 0 of h
+    column,  # byte column of U
+    columns,
+    j,  # element of the byte column
+    first,  # this thread's first 16 ranks of each width, in units of 16
+    token,
+    tokens,
+    dtype: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """sums + the product of the ranks of all widths; see `multiply`."""
+    for b in tl.static_range(1, 9):
+        if (WIDTHS >> b) & 1:
+            begin, slot, size = found[b - 1]
+            at = codes.to(tl.pointer_type(tl.int32)) + begin.to(tl.int64) * 4 + column * size * 4
+            given = ()
+            for i in tl.static_range(TOKENS // 8):
+                given = given + (inputs[i] + slot * 8,)
+            sums = multiply(
+                sums, at, columns * size * 4, given, j, first, size, token, tokens,
+                b, dtype, TOKENS, STEP, UNROLL, PTX,
+            )  # fmt: skip
+    return sums
+
+
+@triton.jit
 def expand_tile(
     outputs,  # of every eight tokens pointers: output 0 of token `first` + g
     change,  # float32 to add to the sums of outputs (2·t + 0 and 1)·8 + j, a tuple
@@ -52,12 +86,11 @@ def expand_tile(
     """Write one tile of outputs of up to TOKENS tokens from `first` on; 8 warps."""
     columns = (length + 7) // 8
     j, g, t = lanes(8)
-    words = tl.pointer_type(tl.int32)
     found = runs_of(runs, known, WIDTHS)
     if PTX:
         for b in tl.static_range(1, 9):
             if (WIDTHS >> b) & 1:
-                begin, slot, size = found[b - 1]
+                begin, _, size = found[b - 1]
                 here = tl.minimum(8, columns - tile * 8) * size * 16
                 at = codes + begin.to(tl.int64) * 16 + tile * 8 * size * 16
                 prefetch(at, columns * size * 16, here, b, 8)
@@ -74,17 +107,10 @@ def expand_tile(
                 live = (output < length) & (first + g + i // 8 * 8 < tokens)
                 value += tl.load(outputs[i // 8] + output, mask=live, other=0.0).to(tl.float32)
         sums = sums + (value,)
-    for b in tl.static_range(1, 9):
-        if (WIDTHS >> b) & 1:
-            begin, slot, size = found[b - 1]
-            at = codes.to(words) + begin.to(tl.int64) * 4 + column * size * 4
-            given = ()
-            for i in tl.static_range(TOKENS // 8):
-                given = given + (inputs[i] + slot * 8,)
-            sums = multiply(
-                sums, at, columns * size * 4, given, j, t, size, first + g, tokens,
-                b, dtype, TOKENS, 4, UNROLL, PTX,
-            )  # fmt: skip
+    sums = add_ranks(
+        sums, codes, found, inputs, column, columns, j, t, first + g, tokens,
+        dtype, WIDTHS, TOKENS, 4, UNROLL, PTX,
+    )  # fmt: skip
     sums = over_warps(sums, TOKENS, 1)
     for i in tl.static_range(TOKENS // 4):
         output = (tile * 8 + 2 * t + i % 2) * 8 + j

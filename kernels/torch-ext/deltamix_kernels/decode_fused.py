@@ -8,12 +8,11 @@ those of a byte column its ranks, and their sums are added in one order.
 import triton
 import triton.language as tl
 
-from .decode_expand import runs_of
+from .decode_expand import add_ranks, runs_of
 from .decode_product import (
     four,
     lanes,
     mma,
-    multiply,
     no_sums,
     over_warps,
     prefetch,
@@ -117,7 +116,7 @@ def decode_fused_kernel(
     if DELTA and PTX:
         for b in tl.static_range(1, 9):
             if (WIDTHS >> b) & 1:
-                first, slot, size = found[b - 1]
+                first, _, size = found[b - 1]
                 here = tl.minimum(COLUMNS, columns - tile * COLUMNS) * size * 16
                 at = codes + first.to(tl.int64) * 16 + tile * COLUMNS * size * 16
                 prefetch(at, columns * size * 16, here, b, WARPS)
@@ -133,23 +132,18 @@ def decode_fused_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     share: tl.constexpr = WARPS // COLUMNS
-    added = no_sums(g, TOKENS)  # of the byte column warp // share, its ranks shared by `share` warps
+    added = no_sums(
+        g, TOKENS
+    )  # of the byte column warp // share, its ranks shared by `share` warps
     if DELTA:
         column = tl.minimum(tile * COLUMNS + warp // share, columns - 1)
         inputs = ()
         for i in tl.static_range(TOKENS // 8):
             inputs = inputs + (h.to(words) + (g + 8 * i) * total * 8,)
-        for b in tl.static_range(1, 9):
-            if (WIDTHS >> b) & 1:
-                first, slot, size = found[b - 1]
-                at = codes.to(words) + first.to(tl.int64) * 4 + column * size * 4
-                given = ()
-                for i in tl.static_range(TOKENS // 8):
-                    given = given + (inputs[i] + slot * 8,)
-                added = multiply(
-                    added, at, columns * size * 4, given, g, warp % share * 4 + t, size,
-                    g, rows, b, dtype, TOKENS, 4 * share, 1, PTX,
-                )  # fmt: skip
+        added = add_ranks(
+            added, codes, found, inputs, column, columns, g, warp % share * 4 + t, g, rows,
+            dtype, WIDTHS, TOKENS, 4 * share, 1, PTX,
+        )  # fmt: skip
     _, row, pair = lanes(1)
     for c in tl.static_range(COLUMNS):
         mine = ()

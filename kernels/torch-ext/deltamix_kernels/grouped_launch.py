@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .config import config
-from .decode_plan import Codes, aligned, decodable, token_block, u_table
+from .decode_plan import DECODE_DTYPES, Codes, aligned, decodable, token_block, u_table
 from .gather import gather_kernel
 from .grouped import FIELDS, grouped_expand_kernel, grouped_rows_kernel, grouped_shrink_kernel
 from .launch import CHUNK, INTERPRETED, Packed, U, flat, launch
@@ -59,6 +59,8 @@ class Table:
             packed: None: it has a bias of its own [m] and nothing else.
             dtype: of x and y, bfloat16 or float16.
         """
+        if dtype not in DECODE_DTYPES:
+            return False
         fields = [0] * FIELDS.value
         kept: tuple[Tensor, ...] = ()
         if packed is not None:
