@@ -18,6 +18,7 @@ os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), "
 
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,17 +48,19 @@ settings.load_profile("deltamix")
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Stop coverage for tests marked `untraced`: pytest-cov's `no_cover` does not in workers."""
-    coverage = sys.modules.get("coverage")  # there only if it runs
-    untraced = coverage and item.get_closest_marker("untraced")
-    tracing = coverage.Coverage.current() if untraced else None
-    if tracing:
-        tracing.stop()
+    """Stop tracing for tests marked `untraced`.
+
+    pytest-cov's `no_cover` does not in xdist's workers, where it has started coverage twice.
+    """
+    of_main, of_threads = sys.gettrace(), threading.gettrace()
+    if item.get_closest_marker("untraced"):
+        sys.settrace(None)
+        threading.settrace(None)
     try:
         return (yield)
     finally:
-        if tracing:
-            tracing.start()
+        sys.settrace(of_main)
+        threading.settrace(of_threads)
 
 
 @dataclass(frozen=True)
