@@ -67,9 +67,7 @@ class SharedInput:
         self.lengths = [weight_of(member).shape[0] for member in members]
         self.misses = 0
         packed = [member.packed() for member in members]
-        self._quick = len(members) > 1 and all(
-            cpu.supported(tuple(p.runs), p.zeros is None, p.group_sizes) for p in packed
-        )
+        self._quick = len(members) > 1 and all(map(cpu.supported, packed))
         self._begin()
 
     def _begin(self) -> None:
@@ -140,18 +138,12 @@ class SharedInput:
             found = self._plan_for(x).linear(flat, weights, biases)
             return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
         packed = [member.packed() for member in self.members]
-        runs = [tuple(p.runs) for p in packed]
         with torch.autocast(x.device.type, enabled=False):
-            h = cpu.down_project(
-                flat, [p.v for p in packed], [p.ranks for p in packed], runs, x.shape[-1]
-            )
-            found, first = [], 0
-            for p, own, weight, bias in zip(packed, runs, weights, biases, strict=True):
-                inner = h[:, first : first + p.rank]
-                delta = cpu.up_project(inner, p.u, p.ranks, own, p.m, x.dtype)
+            parts = cpu.down_project(flat, packed).split([p.rank for p in packed], 1)
+            found = []
+            for h, p, weight, bias in zip(parts, packed, weights, biases, strict=True):
                 y = F.linear(x, weight, bias)
-                found.append(y.add_(delta.view(y.shape)))
-                first += p.rank
+                found.append(y.add_(cpu.up_project(h, p, x.dtype).view(y.shape)))
         return found
 
     def _plan_for(self, x: Tensor) -> Any:

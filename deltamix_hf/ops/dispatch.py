@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import logging
 
 from ..errors import DeltaMixError, first_line
@@ -31,6 +32,7 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 _passed: dict[int | None, bool] = {}
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which lives with its model
 
 
 def choose(
@@ -95,11 +97,6 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def made_of(packed: PackedDelta, dtype: torch.dtype) -> list[Any]:
-    """Tell what a table of packed codes was made of, and for which dtype: other, if either is."""
-    return [dtype, *map(state_of, packed.tensors.values())]
-
-
 def persistent(device: torch.device, make: Callable[[], T]) -> T:
     """Return `make()`, tensors that outlive the call, also where a compiled model warms up.
 
@@ -112,6 +109,19 @@ def persistent(device: torch.device, make: Callable[[], T]) -> T:
             "gradients, before recording"
         )
     made: T = triton_kernels().persistent(device, make)
+    return made
+
+
+def table_of(packed: PackedDelta, dtype: torch.dtype, make: Callable[[], T]) -> T:
+    """Return `make()` for these codes, made anew when they have moved or changed; see `persistent`.
+
+    It must not keep `packed.v` alive, with which it is forgotten.
+    """
+    of = [dtype, *map(state_of, packed.tensors.values())]
+    found = _tables.get(packed.v)
+    if found is None or found[0] != of:
+        found = _tables[packed.v] = of, persistent(packed.v.device, make)
+    made: T = found[1]
     return made
 
 
