@@ -115,7 +115,7 @@ def persistent(device: torch.device, make: Callable[[], T]) -> T:
 def table_of(packed: PackedDelta, dtype: torch.dtype, make: Callable[[], T]) -> T:
     """Return `make()` for these codes, made anew when they have moved or changed; see `persistent`.
 
-    It must not keep `packed.v` alive, with which it is forgotten.
+    What is made must not keep `packed.v` alive, with which it is forgotten.
     """
     of = [dtype, *map(state_of, packed.tensors.values())]
     found = _tables.get(packed.v)
