@@ -28,8 +28,7 @@ from ..constants import NOTICE
 from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore
 from ..nn import tensor_parallel
-from ..nn.delta_module import own_deltas
-from ..nn.layers import detach, untie_packed
+from ..nn.layers import detach_all
 from ..nn.merging import merged_weights
 from ..nn.shared_input import link_shared_inputs
 from ..storage.headers import read_headers
@@ -43,6 +42,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
     """Hooks of quant_method "deltamix". See the module docstring for the two ways it is used."""
 
     requires_calibration = False
+    is_trainable = True  # gradients flow through x, so adapters on top train
+    is_compileable = True
     quantization_config: DeltaMixConfig
 
     def __init__(self, quantization_config: DeltaMixConfig, **kwargs: Any):
@@ -87,14 +88,6 @@ class DeltaMixHfQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # transformers 5.16 has only this one
 
     def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True  # gradients flow through x, so adapters on top train
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
     # Loading a delta repo
@@ -180,9 +173,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
             if id(merged) not in dense:
                 dense[id(merged)] = nn.Parameter(merged, requires_grad=False)
             setattr(module, leaf, dense[id(merged)])
-        for module in own_deltas(model).values():
-            detach(module)
-        untie_packed(model)
+        detach_all(model)
         if wanted is not None and wanted != model.dtype:
             nn.Module.to(model, dtype=wanted)
         remove_methods(model)

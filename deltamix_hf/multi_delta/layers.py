@@ -154,12 +154,6 @@ def make_routed(module: nn.Module, router: Router) -> DeltaModule:
     return module
 
 
-def row_deltas(module: nn.Module) -> RoutedDeltas:
-    """Return the named deltas of a module that `make_routed` has made."""
-    assert isinstance(module, DeltaModule) and isinstance(module.dm_row_deltas, RoutedDeltas)
-    return module.dm_row_deltas
-
-
 def _has_rows(y: Any, batch: int) -> bool:
     """Whether it is what routers of experts give: tensors with as many rows each, for any row."""
     if not isinstance(y, tuple) or not all(isinstance(t, Tensor) and t.dim() for t in y):

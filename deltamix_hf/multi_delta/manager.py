@@ -26,14 +26,14 @@ from ..checkpoint.base import BaseCheckpoint, resolve_base, same
 from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
 from ..errors import DeltaMixError
 from ..nn.delta_module import DeltaModule, own_deltas
-from ..nn.layers import change_class, detach, tied_modules, tied_tensors, untie_packed, weight_of
+from ..nn.layers import change_class, detach_all, tied_modules, tied_tensors, weight_of
 from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose
 from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import check_base
 from .config_mismatch import differing
 from .grouped import refresh
-from .layers import RoutedDeltas, make_routed, row_deltas
+from .layers import RoutedDeltas, make_routed
 from .model import routed_model_class
 from .pool import Pool
 from .routing import BASE, Route, Router, named_route, row_delta
@@ -51,7 +51,7 @@ class DeltaManager:
         self.router = Router()
         self.pool = Pool(self._place, self._remove, self._resident_bytes)
         self.enabled = True
-        self._modules: dict[str, set[nn.Module]] = {}  # resident delta -> what it changes
+        self._modules: dict[str, set[DeltaModule]] = {}  # resident delta -> what it changes
         self._base = _base_of(model)
         self._adopt_own()
         for module in model.modules():
@@ -112,8 +112,8 @@ class DeltaManager:
 
     def _remove(self, name: str) -> None:
         for module in self._modules.pop(name, ()):
-            row_deltas(module).packed.pop(name, None)
-            row_deltas(module).overlay.pop(name, None)
+            module.dm_row_deltas.packed.pop(name, None)
+            module.dm_row_deltas.overlay.pop(name, None)
             refresh(module, name)
         self.router.slots.pop(name, None)
 
@@ -127,14 +127,15 @@ class DeltaManager:
         module = self.model.get_submodule(owner)
         return module, leaf, weight_of(module, leaf)
 
-    def _routed(self, module: nn.Module, touched: set[nn.Module]) -> RoutedDeltas:
+    def _routed(self, module: nn.Module, touched: set[DeltaModule]) -> RoutedDeltas:
         """Return the named deltas of a module, which is noted in `touched`."""
         if not isinstance(module, DeltaModule):
-            deltas = row_deltas(make_routed(module, self.router))
+            module = make_routed(module, self.router)
             if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
-                deltas.has_batch = self._looked_up_by_row(module)
+                module.dm_row_deltas.has_batch = self._looked_up_by_row(module)
         touched.add(module)
-        return row_deltas(module)
+        deltas: RoutedDeltas = module.dm_row_deltas
+        return deltas
 
     @torch.no_grad()
     def _looked_up_by_row(self, module: nn.Module) -> bool:
@@ -197,9 +198,7 @@ class DeltaManager:
             for leaf in module.dm_own
             if f"{name}.{leaf}" not in tied
         }
-        for module in own_deltas(model).values():
-            detach(module)
-        untie_packed(model)
+        detach_all(model)
         overlay: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
             if name not in tied and name in base and not same(tensor, value := base.read(name)):

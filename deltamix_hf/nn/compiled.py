@@ -55,7 +55,7 @@ def layer(x: Tensor, number: int) -> Tensor:
 def _(x: Tensor, number: int) -> Tensor:
     module = _numbered[number]
     tensors = {**module._parameters, **module._buffers}
-    like = {key: _fake(t, x) for key, t in tensors.items() if t is not None}
+    like = {k: x.new_empty(t.shape, dtype=t.dtype) for k, t in tensors.items() if t is not None}
     try:
         y = module.with_tensors(like).plain((x,), {})
         return x.new_empty(y.shape, dtype=y.dtype)
@@ -64,10 +64,6 @@ def _(x: Tensor, number: int) -> Tensor:
             f"a {module.dm_plain_class.__name__} with deltas cannot be compiled: the shape of its "
             f"output is unknown ({error})"
         ) from error
-
-
-def _fake(tensor: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(tensor.shape, dtype=tensor.dtype)
 
 
 @torch.library.custom_op("deltamix::layers_of_one_input", mutates_args=())

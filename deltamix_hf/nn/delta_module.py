@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +25,6 @@ def oriented(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if transposed else weight
 
 
-class RowDeltas(Protocol):
-    """Named deltas of a layer, one for each row of a call (`multi_delta.layers.RoutedDeltas`)."""
-
-    def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the output of `module`, each row with its own delta."""
-
-    def run_compiled(self, module: Any, x: Tensor) -> Tensor:
-        """Return the same for the one tensor x, called by compiled code."""
-
-    def moved(self, module: Any, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow `module`, whose tensors went through `fn`."""
-
-
 class OwnDelta(NamedTuple):
     """All of a layer's own `PackedDelta` but its tensors: `names` has their parameters by part."""
 
@@ -58,13 +44,14 @@ class DeltaModule(nn.Module):
     Attributes:
         dm_plain_class: the class it was made from, whose forward makes the base's output.
         dm_own: the layer's own delta by the weight's name, `weight` or a 3-D parameter's.
-        dm_row_deltas: the named deltas; None: all rows take the layer's own.
+        dm_row_deltas: the named deltas (`multi_delta.layers.RoutedDeltas`); None: all rows take the
+            layer's own.
         dm_number: under which compiled code finds the module.
     """
 
     dm_plain_class: Any
     dm_own: dict[str, OwnDelta]
-    dm_row_deltas: RowDeltas | None = None
+    dm_row_deltas: Any = None
     dm_number: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,9 +74,8 @@ class DeltaModule(nn.Module):
 
     def run_compiled(self, x: Tensor) -> Tensor:
         """Return the output for x, called by compiled code."""
-        if self.dm_row_deltas is not None:
-            return self.dm_row_deltas.run_compiled(self, x)
-        y: Tensor = self.straight(x)
+        deltas = self.dm_row_deltas
+        y: Tensor = self.straight(x) if deltas is None else deltas.run_compiled(self, x)
         return y
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -199,5 +185,5 @@ def merged_name(leaf: str) -> str:
 
 def own_deltas(model: nn.Module) -> dict[str, DeltaModule]:
     """Return all modules with a delta of their own by name, in the model's order."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, DeltaModule)}
-    return {name: module for name, module in found.items() if "dm_own" in module.__dict__}
+    modules = model.named_modules()
+    return {n: m for n, m in modules if isinstance(m, DeltaModule) and "dm_own" in m.__dict__}

@@ -124,11 +124,6 @@ def attach_experts(module: nn.Module, name: str, packed: PackedDelta) -> None:
     cast(DeltaExperts, module).hold(packed, name)
 
 
-def delta_experts(model: nn.Module) -> dict[str, DeltaExperts]:
-    """Return all experts with deltas of their own, by name in the model's order."""
-    return {name: m for name, m in own_deltas(model).items() if isinstance(m, DeltaExperts)}
-
-
 def expert_place(model: nn.Module, name: str) -> tuple[nn.Module, str, int] | None:
     """Find module, parameter and number of the expert's matrix `name`; None if it is none."""
     fused, _, number = name.rpartition(".")
@@ -181,8 +176,8 @@ def compressed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     Those too that were not worth a rank.
     """
     found = packed_shapes(model)
-    for name, module in delta_experts(model).items():
-        for leaf in module.dm_own:
+    for name, module in own_deltas(model).items():
+        for leaf in (leaf for leaf in module.dm_own if leaf != "weight"):
             experts = enumerate(module.packed(leaf).split())
             kept = [f"{name}.{leaf}.{number}" for number, packed in experts if packed]
             found |= dict.fromkeys(kept, slice_shape(module, leaf))

@@ -220,8 +220,10 @@ def detach(module: DeltaModule) -> None:
     change_class(module, module.dm_plain_class)
 
 
-def untie_packed(model: PreTrainedModel) -> None:
-    """Drop the ties between packed tensors that `attach_with_ties` noted."""
+def detach_all(model: PreTrainedModel) -> None:
+    """Drop the own deltas of all layers, and the ties that `attach_with_ties` noted."""
+    for module in own_deltas(model).values():
+        detach(module)
     ties = model.all_tied_weights_keys
     for name in [name for name in ties if name.rpartition(".")[2].startswith(PREFIX)]:
         del ties[name]
