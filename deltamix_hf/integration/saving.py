@@ -236,20 +236,19 @@ def written_whole(target: Path) -> Iterator[Path]:
     Raises a DeltaMixError if the folder cannot be written; nothing is left behind.
     """
     target = target.absolute()
-    staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"{target} is a file")
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield staging
-        if any(staging.iterdir()):  # only one process of many writes
-            _move_into(staging, target)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
+        ) as folder:
+            staging = Path(folder)
+            yield staging
+            if any(staging.iterdir()):  # only one process of many writes
+                _move_into(staging, target)
     except OSError as error:
         raise DeltaMixError(f"cannot write to {target}: {error}; choose another folder") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def copy_companions(
