@@ -216,8 +216,7 @@ class RoutedCache(PagedAttentionCache):
         super().mark_complete_blocks(_salted(state) if blocks else state, blocks)
 
     def mark_shareable_blocks_as_complete(self, state: Any, blocks: Any) -> None:
-        parent: Any = super()
-        parent.mark_shareable_blocks_as_complete(_salted(state) if blocks else state, blocks)
+        super().mark_shareable_blocks_as_complete(_salted(state) if blocks else state, blocks)
 
 
 def _request_delta(state: Any) -> RequestDelta:

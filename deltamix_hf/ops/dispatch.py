@@ -1,8 +1,7 @@
 """Choose which implementation runs a packed product: the Triton kernels or plain torch.
 
-An explicit argument wins over the environment variable DELTAMIX_KERNEL; both take "triton" or
-"reference". Otherwise the device decides: the kernels on a GPU where they work, plain torch
-elsewhere.
+The environment variable DELTAMIX_KERNEL, "triton" or "reference", decides. If it is not set, the
+device does: the kernels on a GPU where they work, plain torch elsewhere.
 
 Before the kernels are first used on a GPU, `isolated_check` compares them with float64 in processes
 of their own. A GPU, driver or Triton that they do not work on costs speed, and no wrong answers.
@@ -35,9 +34,7 @@ _passed: dict[int | None, bool] = {}
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which lives with its model
 
 
-def choose(
-    device: torch.device, wanted: str | None = None, passed: dict[int | None, bool] = _passed
-) -> str:
+def choose(device: torch.device, passed: dict[int | None, bool] = _passed) -> str:
     """Return the implementation for tensors on `device`.
 
     Args:
@@ -46,13 +43,11 @@ def choose(
     Raises:
         DeltaMixError: an unknown name, or Triton asked for where it cannot run.
     """
-    name = wanted or os.environ.get(VARIABLE)
+    name = os.environ.get(VARIABLE)
     if name is None:
         return TRITON if _trusted(device, passed) else REFERENCE
     if name not in (TRITON, REFERENCE):
-        raise DeltaMixError(
-            f"kernel {name!r} ({VARIABLE} or an argument): choose {TRITON!r} or {REFERENCE!r}"
-        )
+        raise DeltaMixError(f"kernel {name!r} ({VARIABLE}): choose {TRITON!r} or {REFERENCE!r}")
     if name == TRITON and not _runs_triton(device):
         raise DeltaMixError(
             f"the Triton kernels cannot run on {device.type}: install triton and use a CUDA "

@@ -44,15 +44,13 @@ def plain_low_rank(
     n: int,
     group_sizes: list[int],
     transposed: bool,
-    by: str | None = None,
 ) -> Tensor:
     """Multiply x [..., n]: [..., m] in x's dtype; `transposed` maps [..., m] to [..., n].
 
-    `runs` is the flattened list of (count, v_bits, u_bits); for the tensors see `packed_layout`;
-    `by` is what `choose` takes. (Inductor cannot lower an op with an argument named `kernel`.)
+    `runs` is the flattened list of (count, v_bits, u_bits); for the tensors see `packed_layout`.
     """
     packed = _packed(runs, m, n, group_sizes, v, u, ranks, zeros)
-    if _by_triton(x, packed, by):
+    if _by_triton(x, packed):
         return triton_kernels().low_rank(x, kernel_packed(packed), transposed)
     quick = x.device.type == "cpu" and x.dtype != torch.float64  # whose factors are float32's
     if quick and cpu.supported(packed):
@@ -70,18 +68,18 @@ low_rank = torch.library.custom_op("deltamix::low_rank", mutates_args=())(plain_
 
 
 @low_rank.register_fake
-def _(x, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, by=None):
+def _(x, v, u, ranks, zeros, runs, m, n, group_sizes, transposed):
     return x.new_empty(*x.shape[:-1], n if transposed else m)
 
 
 def _low_rank_context(ctx, inputs, output):
-    _, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, by = inputs
+    _, v, u, ranks, zeros, runs, m, n, group_sizes, transposed = inputs
     ctx.save_for_backward(v, u, ranks, zeros)
-    ctx.layout = (runs, m, n, group_sizes, not transposed, by)
+    ctx.layout = (runs, m, n, group_sizes, not transposed)
 
 
 def _low_rank_backward(ctx, grad):
-    return (low_rank(grad, *ctx.saved_tensors, *ctx.layout),) + (None,) * 10
+    return (low_rank(grad, *ctx.saved_tensors, *ctx.layout),) + (None,) * 9
 
 
 low_rank.register_autograd(_low_rank_backward, setup_context=_low_rank_context)
@@ -97,15 +95,14 @@ def plain_delta_linear(
     zeros: Tensor | None,
     runs: list[int],
     group_sizes: list[int],
-    by: str | None = None,
 ) -> Tensor:
     """Run a linear layer with its delta: x [..., n], weight [m, n], bias [m] -> [..., m]."""
     m, n = weight.shape
     packed = _packed(runs, m, n, group_sizes, v, u, ranks, zeros)
-    if _by_triton(x, packed, by):
+    if _by_triton(x, packed):
         return triton_kernels().delta_linear(x, weight, bias, kernel_packed(packed))
     y = F.linear(x, weight, bias)
-    return y.add_(plain_low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False, by))
+    return y.add_(plain_low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False))
 
 
 delta_linear = torch.library.custom_op("deltamix::delta_linear", mutates_args=())(
@@ -114,15 +111,15 @@ delta_linear = torch.library.custom_op("deltamix::delta_linear", mutates_args=()
 
 
 @delta_linear.register_fake
-def _(x, weight, bias, v, u, ranks, zeros, runs, group_sizes, by=None):
+def _(x, weight, bias, v, u, ranks, zeros, runs, group_sizes):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_context(ctx, inputs, output):
-    x, weight, _, v, u, ranks, zeros, runs, group_sizes, by = inputs
+    x, weight, _, v, u, ranks, zeros, runs, group_sizes = inputs
     _, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     ctx.save_for_backward(x if wants_weight else None, weight, v, u, ranks, zeros)
-    ctx.layout = (runs, *weight.shape, group_sizes, True, by)
+    ctx.layout = (runs, *weight.shape, group_sizes, True)
     ctx.wants_bias = wants_bias
 
 
@@ -136,15 +133,15 @@ def _linear_backward(ctx, grad):
         dw = flat.T @ x.flatten(0, -2)
     if ctx.wants_bias:
         db = flat.sum(0)
-    return (dx, dw, db) + (None,) * 7
+    return (dx, dw, db) + (None,) * 6
 
 
 delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 
-def _by_triton(x: Tensor, packed: PackedDelta, by: str | None) -> bool:
+def _by_triton(x: Tensor, packed: PackedDelta) -> bool:
     """The kernels know three dtypes and scale groups of 16·i elements; the rest is torch's."""
-    if choose(x.device, by) != TRITON:
+    if choose(x.device) != TRITON:
         return False
     return x.dtype in TRITON_DTYPES and triton_kernels().supported(packed.group_sizes)
 
