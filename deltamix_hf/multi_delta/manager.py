@@ -134,8 +134,7 @@ class DeltaManager:
             if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
                 module.dm_row_deltas.has_batch = self._looked_up_by_row(module)
         touched.add(module)
-        deltas: RoutedDeltas = module.dm_row_deltas
-        return deltas
+        return module.dm_row_deltas
 
     @torch.no_grad()
     def _looked_up_by_row(self, module: nn.Module) -> bool:

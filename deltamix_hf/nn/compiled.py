@@ -69,8 +69,7 @@ def _(x: Tensor, number: int) -> Tensor:
 @torch.library.custom_op("deltamix::layers_of_one_input", mutates_args=())
 def layers_of_one_input(x: Tensor, number: int) -> list[Tensor]:
     """Return what the members of group `number` make of x [..., n]: [..., m] each."""
-    found: list[Tensor] = _numbered[number].products(x)
-    return found
+    return _numbered[number].products(x)
 
 
 @layers_of_one_input.register_fake

@@ -75,8 +75,7 @@ class DeltaModule(nn.Module):
     def run_compiled(self, x: Tensor) -> Tensor:
         """Return the output for x, called by compiled code."""
         deltas = self.dm_row_deltas
-        y: Tensor = self.straight(x) if deltas is None else deltas.run_compiled(self, x)
-        return y
+        return self.straight(x) if deltas is None else deltas.run_compiled(self, x)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

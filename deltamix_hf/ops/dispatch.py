@@ -103,8 +103,7 @@ def persistent(device: torch.device, make: Callable[[], T]) -> T:
             "a CUDA graph cannot make what the kernels read: run the model once, without "
             "gradients, before recording"
         )
-    made: T = triton_kernels().persistent(device, make)
-    return made
+    return triton_kernels().persistent(device, make)
 
 
 def table_of(packed: PackedDelta, dtype: torch.dtype, make: Callable[[], T]) -> T:
@@ -116,8 +115,7 @@ def table_of(packed: PackedDelta, dtype: torch.dtype, make: Callable[[], T]) -> 
     found = _tables.get(packed.v)
     if found is None or found[0] != of:
         found = _tables[packed.v] = of, persistent(packed.v.device, make)
-    made: T = found[1]
-    return made
+    return found[1]
 
 
 def _trusted(device: torch.device, passed: dict[int | None, bool]) -> bool:
