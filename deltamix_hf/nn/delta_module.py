@@ -38,21 +38,16 @@ class OwnDelta(NamedTuple):
 class DeltaModule(nn.Module):
     """A layer of the base with deltas beside it: one of its own, or many by name.
 
-    Its own delta consists of parameters, so that transformers loads, shards and saves it. Named
-    deltas are handed to it as an object, which says which rows of a call take which.
-
-    Attributes:
-        dm_plain_class: the class it was made from, whose forward makes the base's output.
-        dm_own: the layer's own delta by the weight's name, `weight` or a 3-D parameter's.
-        dm_row_deltas: the named deltas (`multi_delta.layers.RoutedDeltas`); None: all rows take the
-            layer's own.
-        dm_number: under which compiled code finds the module.
+    Its own delta consists of parameters, so that transformers loads, shards and saves it.
     """
 
-    dm_plain_class: Any
-    dm_own: dict[str, OwnDelta]
+    dm_plain_class: Any  # the class it was made from, whose forward makes the base's output
+    dm_own: dict[
+        str, OwnDelta
+    ]  # its own delta, by the weight's name: `weight` or a 3-D parameter's
+    # `multi_delta.layers.RoutedDeltas`, which says which rows take which; None: all take its own
     dm_row_deltas: Any = None
-    dm_number: int
+    dm_number: int  # under which compiled code finds the module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and self._is_opaque(args, kwargs):

@@ -54,17 +54,14 @@ class _Shared:
 class SharedInput:
     """One to three layers with one input; holds outputs only until the last of them is taken.
 
-    Attributes:
-        members: whose deltas have the Gaussian codebook and one scale a vector.
-        lengths: outputs of each.
-        most_misses: after this many calls with other inputs the group dissolves.
+    The deltas of `members` have the Gaussian codebook and one scale a vector.
     """
 
-    most_misses = 2
+    most_misses = 2  # after so many calls with other inputs the group dissolves
 
     def __init__(self, members: list[DeltaLinear]):
         self.members = members
-        self.lengths = [weight_of(member).shape[0] for member in members]
+        self.lengths = [weight_of(member).shape[0] for member in members]  # outputs of each
         self.misses = 0
         packed = [member.packed() for member in members]
         self._quick = len(members) > 1 and all(map(cpu.supported, packed))

@@ -69,10 +69,6 @@ class _Side:
     runs: Widths
     scales: Tensor | None = None
 
-    @property
-    def columns(self) -> int:
-        return self.packed.shape[1]
-
 
 def _right(packed: PackedDelta) -> _Side:
     return _Side(packed.v, 1, packed.n, tuple(packed.runs))
@@ -143,7 +139,7 @@ def levels(packed: Tensor, runs: Sequence[tuple[int, int]], length: int) -> Tens
 
 def _enter(x: Tensor, enter: _Side) -> Tensor:
     """x [M, length] times the codes: float32 [M, k]."""
-    rows, columns = len(x), enter.columns
+    rows, columns = len(x), enter.packed.shape[1]
     x = x.float()
     if enter.length < 8 * columns:
         x = F.pad(x, (0, 8 * columns - enter.length))
@@ -159,7 +155,7 @@ def _enter(x: Tensor, enter: _Side) -> Tensor:
 
 
 def _leave(h: Tensor, leave: _Side) -> Tensor:
-    rows, columns = len(h), leave.columns
+    rows, columns = len(h), leave.packed.shape[1]
     y = h.new_zeros(rows, columns, 8)
     for part in parts(leave.runs, leave.number):
         found = _take(h, 1, part.ranks) @ _levels(leave, part)
