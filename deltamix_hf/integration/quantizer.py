@@ -141,7 +141,12 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     f"{sorted(devices)}; compress with device_map='cpu' (or one GPU), save, and "
                     "load the delta repo with any device_map"
                 )
-            self._compress(self.source or Source(model, self.commit))
+            source = self.source or Source(model, self.commit)
+            base = BaseCheckpoint(self.base_files, model)
+            outcome = compress(source, base, self.quantization_config)
+            self.commit, self.seconds, self.store = source.commit, outcome.seconds, outcome.store
+            if source.files is not None:
+                self.stored = stored_without_base(model, base, outcome.overlay)
         if tensor_parallel.is_sharded(model):
             tensor_parallel.keep_own_part(model)
         else:  # which needs the factors of several layers while one of them runs
@@ -152,13 +157,6 @@ class DeltaMixHfQuantizer(HfQuantizer):
         model._weight_conversions = []  # type: ignore[assignment]
         add_methods(model)
         return model
-
-    def _compress(self, source: Source) -> None:
-        base = BaseCheckpoint(self.base_files, source.model)
-        outcome = compress(source, base, self.quantization_config)
-        self.commit, self.seconds, self.store = source.commit, outcome.seconds, outcome.store
-        if source.files is not None:
-            self.stored = stored_without_base(source.model, base, outcome.overlay)
 
     # Dense again
 

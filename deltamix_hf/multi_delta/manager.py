@@ -52,8 +52,15 @@ class DeltaManager:
         self.pool = Pool(self._place, self._remove, self._resident_bytes)
         self.enabled = True
         self._modules: dict[str, set[DeltaModule]] = {}  # resident delta -> what it changes
-        self._base = _base_of(model)
-        self._adopt_own()
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        files = getattr(quantizer, "base_files", None)  # of a delta repo
+        if files is not None:
+            self._base = BaseCheckpoint(files, model)
+            self._adopt_own(quantizer)
+        else:
+            commit = getattr(model.config, "_commit_hash", None)
+            files, _ = resolve_base(model.name_or_path, commit, {})
+            self._base = BaseCheckpoint(files, model)
         for module in model.modules():
             # Now, not with the first delta that changes it: what torch.compile has seen must keep
             # its class.
@@ -184,12 +191,9 @@ class DeltaManager:
     # What it needs to know
 
     @torch.no_grad()
-    def _adopt_own(self) -> None:
+    def _adopt_own(self, quantizer: Any) -> None:
         """Make a loaded delta repo's own delta one of many, and the model its base."""
         model, base = self.model, self._base
-        quantizer: Any = getattr(model, "hf_quantizer", None)
-        if not hasattr(quantizer, "base_files"):
-            return
         tied = set(model.all_tied_weights_keys)
         packed = {
             name if leaf == "weight" else f"{name}.{leaf}": module.packed(leaf)
@@ -239,13 +243,3 @@ def _maps_one_tensor(module: nn.Module) -> bool:
         return False
     _, *taken = inspect.signature(type(module).forward).parameters.values()
     return sum(parameter.default is parameter.empty for parameter in taken) == 1
-
-
-def _base_of(model: PreTrainedModel) -> BaseCheckpoint:
-    """The checkpoint the model's weights, or its delta's base weights, came from."""
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if hasattr(quantizer, "base_files"):
-        return BaseCheckpoint(quantizer.base_files, model)
-    commit = getattr(model.config, "_commit_hash", None)
-    files, _ = resolve_base(model.name_or_path, commit, {})
-    return BaseCheckpoint(files, model)

@@ -112,8 +112,10 @@ class SharedInput:
         thread, state = (0, None) if compiling else (get_ident(), state_of(x))
         key, shared = id(member), self._running.get(thread)
         if shared is not None and not shared.has(key, x, state):
-            self._miss()
-            shared = None
+            shared, self.misses = None, self.misses + 1
+            if self.misses >= self.most_misses:
+                for one in self.members:
+                    one.dm_shared_input = SharedInput([one])
         if shared is None:
             made = compiled.layers_of_one_input(x, self.number) if compiling else self.products(x)
             outputs = {id(one): y for one, y in zip(self.members, made, strict=True)}
@@ -160,12 +162,6 @@ class SharedInput:
     def forget(self) -> None:
         """Drop the plan, whose codes would stay on the device that the members leave."""
         self._plan = self._planned = None
-
-    def _miss(self) -> None:
-        self.misses += 1
-        if self.misses >= self.most_misses:
-            for member in self.members:
-                member.dm_shared_input = SharedInput([member])
 
 
 def link_shared_inputs(model: nn.Module) -> None:

@@ -123,17 +123,12 @@ def _trusted(device: torch.device, passed: dict[int | None, bool]) -> bool:
     if device.type != "cuda" or not _runs_triton(device):
         return False
     if device.index not in passed:
-        if not _can_launch():
+        # not while a compiler traces, with fake tensors or without, and not within a CUDA graph
+        tracing = torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
+        if tracing or (torch.cuda.is_available() and capturing(device)):
             return False
         passed[device.index] = kernels_work(device, Path(triton_kernels().__file__).parent)
     return passed[device.index]
-
-
-def _can_launch() -> bool:
-    """Not while a compiler traces, with fake tensors or without, and not within a CUDA graph."""
-    if torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor:
-        return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _runs_triton(device: torch.device) -> bool:
