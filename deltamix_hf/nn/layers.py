@@ -149,8 +149,9 @@ def delta_class(cls: type[nn.Module]) -> type[DeltaModule] | None:
     """
     if cls in _CLASSES or issubclass(cls, DeltaModule) or not issubclass(cls, nn.Embedding):
         return _CLASSES.get(cls)
-    if reads_weight_itself(cls):
-        return None
+    own = inspect.unwrap(cls.forward)
+    if own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars:
+        return None  # it looks its rows up past `nn.Embedding.forward` (Whisper's)
     return joined_class(cls, (cls, DeltaEmbedding))
 
 
@@ -162,12 +163,6 @@ def routable_class(cls: type[nn.Module]) -> type[DeltaModule]:
     """
     base = DeltaLinear if issubclass(cls, nn.Linear) else DeltaModule
     return delta_class(cls) or joined_class(cls, (base, cls))
-
-
-def reads_weight_itself(cls: type[nn.Embedding]) -> bool:
-    """Tell whether a subclass looks its rows up past `nn.Embedding.forward` (Whisper's)."""
-    own = inspect.unwrap(cls.forward)
-    return own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:

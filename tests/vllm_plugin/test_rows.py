@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from deltamix_hf import DeltaMixError
-from deltamix_hf.vllm.batch import Batch
-from deltamix_hf.vllm.norms import by_row
+from deltamix_hf.vllm.batch import Batch, by_row
 
 
 @pytest.fixture
