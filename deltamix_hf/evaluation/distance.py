@@ -153,22 +153,17 @@ def _distances(model: PreTrainedModel, found: Difference) -> dict[str, MatrixDis
     owner, _, leaf = found.name.rpartition(".")
     module = model.get_submodule(owner)
     if found.kind == "matrix":
-        embedding = isinstance(module, nn.Embedding)
-        return {owner: _distance(shape_of(module), found.ours, found.base, embedding)}
-    shape, pairs = slice_shape(module, leaf), enumerate(zip(found.ours, found.base, strict=True))
-    return {
-        f"{found.name}.{number}": _distance(shape, expert, its, False)
-        for number, (expert, its) in pairs
-        if not same(expert, its)
-    }
-
-
-def _distance(
-    shape: tuple[int, int], ours: Tensor, base: Tensor, embedding: bool
-) -> MatrixDistance:
-    delta = ours.float() - base.float()
-    moved, size = (float(t.double().square().sum()) for t in (delta, base))
-    return MatrixDistance(shape, moved, size, singular_values(delta).square(), embedding)
+        shape, pairs = shape_of(module), {owner: (found.ours, found.base)}
+    else:
+        shape, each = slice_shape(module, leaf), zip(found.ours, found.base, strict=True)
+        pairs = {f"{found.name}.{i}": pair for i, pair in enumerate(each) if not same(*pair)}
+    measured = {}
+    for name, (ours, base) in pairs.items():
+        delta = ours.float() - base.float()
+        moved, size = (float(t.double().square().sum()) for t in (delta, base))
+        energies, embedding = singular_values(delta).square(), isinstance(module, nn.Embedding)
+        measured[name] = MatrixDistance(shape, moved, size, energies, embedding)
+    return measured
 
 
 def _loss(

@@ -91,28 +91,27 @@ def delta_state_dict(
                 "dense model instead: model.dequantize(), then save_pretrained"
             )
         if found.kind != "same":
-            stored[found.name] = _as_stored(model, found.ours)
-    return _with_guards(model, base, stored)
+            stored[found.name] = found.ours
+    return _completed(model, base, stored)
 
 
 def stored_without_base(
     model: PreTrainedModel, base: BaseCheckpoint, overlay: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Collect what `delta_state_dict` does of a model whose base weights are nowhere."""
-    stored = {name: t for name, t in untied_state(model).items() if packed_part(name)}
-    stored |= {name: _as_stored(model, t) for name, t in overlay.items()}
-    return _with_guards(model, base, stored)
+    packed = {name: t for name, t in untied_state(model).items() if packed_part(name)}
+    return _completed(model, base, packed | overlay)
 
 
-def _as_stored(model: PreTrainedModel, tensor: Tensor) -> Tensor:
-    """Cast a tensor that is stored whole, as the method says."""
-    quantizer: Any = model.hf_quantizer
-    return tensor.to(overlay_dtype(tensor.dtype, quantizer.quantization_config))
-
-
-def _with_guards(
+def _completed(
     model: PreTrainedModel, base: BaseCheckpoint, stored: dict[str, Tensor]
 ) -> dict[str, Tensor]:
+    """Cast what is stored whole, as the method says, and add the guards."""
+    quantizer: Any = model.hf_quantizer
+    for name, tensor in stored.items():
+        if packed_part(name) is None:
+            dtype = overlay_dtype(tensor.dtype, quantizer.quantization_config)
+            stored[name] = tensor.to(dtype)
     dtype, shape = GUARD
     guards = guard_names(model, base, stored)
     return stored | {name: torch.zeros(shape, dtype=dtype) for name in guards}

@@ -69,11 +69,8 @@ class FusedWeight:
         owner, _, self.leaf = name.rpartition(".")
         self.name, self.module = name, model.get_submodule(owner)
         self.waiting: set[int] = set()
+        self.experts = len(weight_of(self.module, self.leaf))
         self._packed: list[PackedDelta | None] = [None] * self.experts
-
-    @property
-    def experts(self) -> int:
-        return len(weight_of(self.module, self.leaf))
 
     def expert(self, number: int) -> Expert:
         """Return a matrix to compress; `finish` must be called for each."""
