@@ -45,7 +45,7 @@ class FactorTable:
 
     def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
         """Return the module's output, each row by its own delta."""
-        y = module.plain((x,), {}).contiguous()
+        y = module.plain(x).contiguous()
         k = triton_kernels()
         self.table.captured |= capturing(x.device)
         rows = k.Rows(plan.order, plan.starts, plan.slots)
@@ -77,7 +77,7 @@ class VectorTable:
             key: triton_kernels().gather(getattr(module, key), addresses, plan.of_rows).view(shape)
             for key, addresses in self.addresses.items()
         }
-        return module.with_tensors(own).plain((x,), {})
+        return module.with_tensors(own).plain(x)
 
 
 LayerTable = FactorTable | VectorTable
@@ -183,9 +183,9 @@ def _multiplies_rows(module: Any, x: Tensor) -> bool:
     other = {key: t.flip(0) + 0.37 for key, t in own.items()}
     both = {key: torch.stack([t, other[key]])[:, None] for key, t in own.items()}
     try:
-        found = module.with_tensors(both).plain((probe,), {})
+        found = module.with_tensors(both).plain(probe)
         one, two = (
-            module.with_tensors(tensors).plain((row[None],), {})
+            module.with_tensors(tensors).plain(row[None])
             for tensors, row in zip((own, other), probe, strict=True)
         )
         return torch.equal(found, torch.cat([one, two]))

@@ -57,7 +57,7 @@ def _(x: Tensor, number: int) -> Tensor:
     tensors = {**module._parameters, **module._buffers}
     like = {k: x.new_empty(t.shape, dtype=t.dtype) for k, t in tensors.items() if t is not None}
     try:
-        y = module.with_tensors(like).plain((x,), {})
+        y = module.with_tensors(like).plain(x)
         return x.new_empty(y.shape, dtype=y.dtype)
     except Exception as error:
         raise DeltaMixError(

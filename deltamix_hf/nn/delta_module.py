@@ -78,17 +78,15 @@ class DeltaModule(nn.Module):
 
     def straight(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output with the layer's own delta for all rows."""
-        return self.with_delta(self.packed(), None, args, kwargs)
+        return self.with_delta(self.packed(), None, *args, **kwargs)
 
-    def plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output without a delta."""
         return self.dm_plain_class.forward(self, *args, **kwargs)
 
-    def with_delta(
-        self, packed: Any, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def with_delta(self, packed: Any, base: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Return the output with a `PackedDelta`, or None; `base`: the plain output if known."""
-        y = self.plain(args, kwargs) if base is None else base
+        y = self.plain(*args, **kwargs) if base is None else base
         return y if packed is None else y + self.added(packed, first_tensor(args, kwargs), y.dtype)
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -91,11 +91,9 @@ class DeltaExperts(DeltaModule):
 
     def straight(self, *args: Any, **kwargs: Any) -> Tensor:
         own = {leaf: self.packed(leaf) for leaf in self.dm_own}
-        return self.with_delta(own, None, args, kwargs)
+        return self.with_delta(own, None, *args, **kwargs)
 
-    def with_delta(
-        self, packed: Any, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def with_delta(self, packed: Any, base: Any, /, *args: Any, **kwargs: Any) -> Tensor:
         deltas = packed or {}
 
         def project(leaf: str, x: Tensor, ends: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class DeltaLinear(DeltaModule, nn.Linear):
         if self.dm_merged is not None:
             return F.linear(x, self.dm_merged, self.bias)
         if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
-            return self.with_delta(self.packed(), None, (x,), {})
+            return self.with_delta(self.packed(), None, x)
         group = self.dm_shared_input
         if group is not None and group.usable(self, x):
             return group.output(self, x)
@@ -127,7 +127,7 @@ class DeltaEmbedding(DeltaModule, nn.Embedding):
         y = super().straight(own.masked_fill(others, 0))
         return y.masked_fill(others[..., None], 0)
 
-    def plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
         return nn.Embedding.forward(self, *args, **kwargs)  # a subclass's forward calls ours
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
