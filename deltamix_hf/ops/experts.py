@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import DeltaMixError
 from ..quantization import uniform
 from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import packed_runs
 from ..transformers_private import moe
 from . import cpu
 from .dispatch import TRITON, choose, kernel_packed, table_of, triton_kernels
@@ -139,11 +140,9 @@ def _decoded(factors: PackedDelta, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     """V̂ [K, n], Ûᵀ [K, m] and what each rank is yet to be multiplied by, [K]; see `cpu.py`."""
     quick = factors.v.device.type == "cpu" and dtype != torch.float64
     if quick and factors.group_sizes == (0, 0) and cpu.supported(factors):
-        sides = [(factors.v, 1, factors.n), (factors.u, 2, factors.m)]
-        right, left = (
-            cpu.levels(codes, [(run[0], run[side]) for run in factors.runs], length)
-            for codes, side, length in sides
-        )
+        sides = packed_runs(factors.runs)
+        right = cpu.levels(factors.v, sides["v"], factors.n)
+        left = cpu.levels(factors.u, sides["u"], factors.m)
         return right, left, uniform.scales_from_bits(factors.ranks[:, 1:].contiguous()).prod(1)
     dtype = torch.float32 if quick else dtype  # as elsewhere on a CPU
     right, left = factors.right().to(dtype), factors.left().to(dtype)

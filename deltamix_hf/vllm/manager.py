@@ -25,7 +25,7 @@ from ..errors import DeltaMixError
 from ..storage.headers import fingerprints, read_headers
 from .batch import Batch, by_row
 from .layers import deltas_of
-from .repo import BaseRepo, check_arrived, finding_places
+from .loader import BaseRepo, check_arrived, finding_places
 
 _vllms_own = runner.LRUCacheWorkerLoRAManager  # keeps adapters as dense slots
 
