@@ -39,20 +39,11 @@ _TWO_BITS = 4096  # where the 2-bit entries begin, after the 3-bit ones
 
 
 @dataclass(frozen=True)
-class Planes:
-    """Ranks of one width on one side: their byte rows, as a slice or indices."""
-
-    width: int
-    count: int
-    rows: slice | Tensor
-
-
-@dataclass(frozen=True)
 class OrderedRanks:
-    """Ranks whose levels come in one order: their numbers, in the order of the pieces."""
+    """Ranks whose levels come in one order, as slices or indices, in the order of the pieces."""
 
     order: int
-    pieces: tuple[Planes, ...]
+    pieces: tuple[tuple[int, slice | Tensor], ...]  # a width and the byte rows of its ranks
     ranks: slice | Tensor
 
 
@@ -132,7 +123,7 @@ def levels(packed: Tensor, runs: Sequence[tuple[int, int]], length: int) -> Tens
             ordered = rows.view(count, 8, -1).transpose(1, 2)
             out.view(count, -1, 8).copy_(_eight_bits(ordered))
         else:
-            entries = _entries(rows, Planes(width, count, slice(None))).transpose(1, 2)
+            entries = _entries(rows, width, slice(None)).transpose(1, 2)
             _look_up(_ORDER[width], entries.contiguous(), out.view(-1))
     return found[:, :length]
 
@@ -179,7 +170,7 @@ def parts(runs: Widths, side: int) -> tuple[OrderedRanks, ...]:
     for order in (8, 4, 2):
         widths = [width for width in (8, 4, 3, 2) if width in rows and _ORDER[width] == order]
         if widths:
-            pieces = tuple(Planes(w, len(ranks[w]), _index(rows[w], torch.int32)) for w in widths)
+            pieces = tuple((w, _index(rows[w], torch.int32)) for w in widths)
             found.append(OrderedRanks(order, pieces, _index([r for w in widths for r in ranks[w]])))
     return tuple(found)
 
@@ -202,10 +193,10 @@ def _take(tensor: Tensor, dim: int, index: slice | Tensor) -> Tensor:
 def _levels(side: _Side, part: OrderedRanks) -> Tensor:
     """Levels [ranks, 8·columns] of a part, in its own order; times the side's scales."""
     if part.order == 8:
-        (piece,) = part.pieces
-        levels = _eight_bits(_take(side.packed, 0, piece.rows)).view(piece.count, 8, -1, 1)
+        _, rows = part.pieces[0]  # alone: no other width has this order
+        levels = _eight_bits(_take(side.packed, 0, rows)).view(-1, 8, side.packed.shape[1], 1)
     else:
-        found = [_entries(side.packed, piece) for piece in part.pieces]
+        found = [_entries(side.packed, *piece) for piece in part.pieces]
         index = found[0] if len(found) == 1 else torch.cat(found)
         levels = _look_up(part.order, index)
     if side.scales is not None:  # levels are [ranks, order, columns, 8 / order]
@@ -219,12 +210,12 @@ def _eight_bits(codes: Tensor) -> Tensor:
     return torch.addcmul(_ALPHA, c, c, value=codebook.CUBIC[7][1]).mul_(c)
 
 
-def _entries(packed: Tensor, piece: Planes) -> Tensor:
+def _entries(packed: Tensor, width: int, index: slice | Tensor) -> Tensor:
     """Where in `_table` the levels of each byte are: int32 [ranks, order, columns]."""
-    rows = _take(packed, 0, piece.rows).view(piece.count, piece.width, -1)
-    if piece.width == 4:
+    rows = _take(packed, 0, index).view(-1, width, packed.shape[1])
+    if width == 4:
         return rows.int()
-    if piece.width == 2:
+    if width == 2:
         return rows.int().add_(_TWO_BITS)
     low = (rows[:, 2:] >> _NIBBLES).bitwise_and_(15)
     return torch.add(rows[:, :2].int(), low, alpha=256)
