@@ -93,12 +93,10 @@ class SharedInput:
             fits = self._quick and x.device.type == "cpu" and x.dtype != torch.float64
             fits = fits and not torch.compiler.is_compiling()
         # a shadow of a member, or a replica of one, has tensors of its own
-        return fits and any(one is member for one in self.members) and self._is_at(x)
-
-    def _is_at(self, x: Tensor) -> bool:
-        """Whether all members' weights and codes are where x is, and of its dtype."""
-        for member in self.members:
-            held: Any = member._parameters
+        if not fits or all(one is not member for one in self.members):
+            return False
+        for one in self.members:
+            held: Any = one._parameters
             weight, v = held["weight"], held["dm_v"]
             if not weight.device == v.device == x.device or weight.dtype != x.dtype:
                 return False
