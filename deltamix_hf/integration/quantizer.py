@@ -41,7 +41,6 @@ from .saving import Places, add_methods, delta_state_dict, remove_methods, store
 class DeltaMixHfQuantizer(HfQuantizer):
     """Hooks of quant_method "deltamix". See the module docstring for the two ways it is used."""
 
-    requires_calibration = False
     is_trainable = True  # gradients flow through x, so adapters on top train
     is_compileable = True
     quantization_config: DeltaMixConfig

@@ -31,23 +31,17 @@ class Batch:
         self.tokens, self.wanted = tuple(tokens), tuple(wanted)
         self._groups: dict[tuple[tuple[int, ...], torch.device], Groups] = {}
 
-    def of_tokens(self, x: Tensor, known: Collection[int]) -> Groups:
+    def groups(self, x: Tensor, known: Collection[int], head: bool = False) -> Groups:
         """Find the rows of x [tokens, ...] of each delta that is among `known`.
 
-        Raises DeltaMixError if x has another number of rows.
+        `head`: x [rows, n] is what the output head sees. Raises DeltaMixError if x has another
+        number of rows.
         """
-        return self._of(self.tokens, x, known)
-
-    def of_head(self, x: Tensor, known: Collection[int]) -> Groups:
-        """Find them in what the output head sees, [rows, n]."""
-        tokens = len(self.tokens)
+        numbers = self.wanted if head else self.tokens
         width = x.shape[-1] * x.element_size()
-        if tokens and x.untyped_storage().nbytes() == tokens * width:  # a slice of all tokens
+        if head and x.untyped_storage().nbytes() == len(self.tokens) * width:  # a slice of all
             first = x.storage_offset() // x.shape[-1]
-            return self._of(self.tokens[first : first + len(x)], x, known)
-        return self._of(self.wanted, x, known)
-
-    def _of(self, numbers: tuple[int, ...], x: Tensor, known: Collection[int]) -> Groups:
+            numbers = self.tokens[first : first + len(x)]
         if not any(number in known for number in set(numbers)):
             return []
         if len(numbers) != len(x):
@@ -75,7 +69,7 @@ def by_row(module: Any, batch: Batch) -> dict[int, Overlay]:
     plain = module.forward
 
     def forward(x: Tensor, *rest: Any) -> Any:
-        groups = batch.of_tokens(x, overlays) if overlays else []
+        groups = batch.groups(x, overlays) if overlays else []
         if len(groups) == 1 and len(groups[0][1]) == len(x):
             with _replaced(module, overlays[groups[0][0]]):
                 return plain(x, *rest)

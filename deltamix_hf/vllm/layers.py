@@ -80,9 +80,7 @@ class LayerDeltas:
 
     def _groups(self, x: Tensor, head: bool) -> Groups:
         known = self.requested.keys() | self.biases.keys()
-        if not known:
-            return []
-        return self.batch.of_head(x, known) if head else self.batch.of_tokens(x, known)
+        return self.batch.groups(x, known, head) if known else []
 
 
 @torch.library.custom_op("deltamix::vllm_add", mutates_args=("y",))
