@@ -42,9 +42,7 @@ class DeltaModule(nn.Module):
     """
 
     dm_plain_class: Any  # the class it was made from, whose forward makes the base's output
-    dm_own: dict[
-        str, OwnDelta
-    ]  # its own delta, by the weight's name: `weight` or a 3-D parameter's
+    dm_own: dict[str, OwnDelta]  # its own delta by the name of `weight` or of a 3-D parameter
     # `multi_delta.layers.RoutedDeltas`, which says which rows take which; None: all take its own
     dm_row_deltas: Any = None
     dm_number: int  # under which compiled code finds the module

@@ -172,7 +172,7 @@ def compressed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """
     found = packed_shapes(model)
     for name, module in own_deltas(model).items():
-        for leaf in (leaf for leaf in module.dm_own if leaf != "weight"):
+        for leaf in [leaf for leaf in module.dm_own if leaf != "weight"]:
             experts = enumerate(module.packed(leaf).split())
             kept = [f"{name}.{leaf}.{number}" for number, packed in experts if packed]
             found |= dict.fromkeys(kept, slice_shape(module, leaf))
