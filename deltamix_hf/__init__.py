@@ -12,25 +12,13 @@ from .errors import DeltaMixError
 from .integration.registration import autoload
 
 if TYPE_CHECKING:
-    from .config import DeltaMixConfig
-    from .integration.quantizer import DeltaMixHfQuantizer
-    from .method import METHODS, Method
-    from .nn.layers import DeltaEmbedding, DeltaLinear
-    from .nn.merging import cache_merged
-
-__version__ = "0.1.0"
-__all__ = [
-    "METHODS",
-    "QUANT_METHOD",
-    "DeltaEmbedding",
-    "DeltaLinear",
-    "DeltaMixConfig",
-    "DeltaMixError",
-    "DeltaMixHfQuantizer",
-    "Method",
-    "__version__",
-    "cache_merged",
-]
+    from .config import DeltaMixConfig as DeltaMixConfig
+    from .integration.quantizer import DeltaMixHfQuantizer as DeltaMixHfQuantizer
+    from .method import METHODS as METHODS
+    from .method import Method as Method
+    from .nn.layers import DeltaEmbedding as DeltaEmbedding
+    from .nn.layers import DeltaLinear as DeltaLinear
+    from .nn.merging import cache_merged as cache_merged
 
 _MODULES = {
     "DeltaEmbedding": "nn.layers",
@@ -41,6 +29,9 @@ _MODULES = {
     "Method": "method",
     "cache_merged": "nn.merging",
 }
+
+__version__ = "0.1.0"
+__all__ = ["QUANT_METHOD", "DeltaMixError", "__version__", *_MODULES]
 
 autoload()
 

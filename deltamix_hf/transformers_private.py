@@ -8,26 +8,7 @@ version that lacks one breaks only what needs it, and continuous batching costs 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers.conversion_mapping import (
-        get_model_conversion_mapping as get_model_conversion_mapping,
-    )
-    from transformers.core_model_loading import ConversionOps as ConversionOps
-    from transformers.core_model_loading import WeightConverter as WeightConverter
-    from transformers.core_model_loading import WeightRenaming as WeightRenaming
-    from transformers.core_model_loading import dot_natural_key as dot_natural_key
-    from transformers.core_model_loading import rename_source_key as rename_source_key
-    from transformers.generation.continuous_batching.cache import (
-        PagedAttentionCache as PagedAttentionCache,
-    )
-    from transformers.generation.continuous_batching.continuous_api import (
-        ContinuousBatchingManager as ContinuousBatchingManager,
-    )
-    from transformers.generation.continuous_batching.continuous_api import (
-        ContinuousBatchProcessor as ContinuousBatchProcessor,
-    )
+from typing import Any
 
 _MODULES = {
     "conversion_mapping": ("get_model_conversion_mapping",),

@@ -182,7 +182,7 @@ class BaseCheckpoint:
         first = self._group[name]
         converter = self.keys.converter(self.sources[first][0][1])
         for key, pattern in self.sources[first]:
-            converter.add_tensor(first, key, str(pattern), self.infos[key].read())  # type: ignore[arg-type]
+            converter.add_tensor(first, key, str(pattern), self.infos[key].read())
         model = self.keys.model
         value = converter.convert(first, model=model, config=model.config)[name]
         return value[0] if isinstance(value, list) else value

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..errors import DeltaMixError, first_line
+
 if TYPE_CHECKING:
     from ..storage.sizes import SizeReport
 
@@ -32,19 +34,15 @@ def report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         notes.print("[red]interrupted[/red]: nothing was left half-written", highlight=False)
         return INTERRUPTED
-    from ..errors import DeltaMixError, first_line
-
     what = first_line(error)
-    what = what if isinstance(error, DeltaMixError) else f"{type(error).__name__}: {what}"
-    hint = "" if isinstance(error, DeltaMixError) else " (--debug shows where)"
-    notes.print(f"[red]error[/red]: {escape(what)}{hint}", highlight=False, soft_wrap=True)
+    if not isinstance(error, DeltaMixError):
+        what = f"{type(error).__name__}: {what} (--debug shows where)"
+    notes.print(f"[red]error[/red]: {escape(what)}", highlight=False, soft_wrap=True)
     return FAILED
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
     """Raise a DeltaMixError if an output exists and is not to be overwritten."""
-    from ..errors import DeltaMixError
-
     if output.exists() and not overwrite:
         raise DeltaMixError(
             f"{output} exists already; give another --output, or --overwrite to replace it"

@@ -35,11 +35,15 @@ def evaluate(
 
     Example: deltamix eval my-delta --text heldout.txt --finetuned ./tuned
     """
+    from .. import DeltaMixConfig
+    from ..calibration.data import token_batches
     from ..checkpoint.model_class import delta_config
     from .models import load_model, load_tokenizer
 
     delta_config(repo)
-    batches = _batches(text, load_tokenizer(repo), samples, length)
+    settings = DeltaMixConfig(calibration=text, num_samples=samples, seq_length=length)
+    texts = token_batches(settings, lambda: load_tokenizer(repo))
+    batches = [{"input_ids": ids} for ids in texts]
     model = load_model(repo, base)
     _check_kind(model)
     tuned = None if finetuned is None else load_model(finetuned)
@@ -48,14 +52,6 @@ def evaluate(
         out.print_json(json.dumps(_figures(found)))
     else:
         out.print(_table(_figures(found)))
-
-
-def _batches(text: str, tokenizer: Any, samples: int, length: int) -> list[dict[str, Any]]:
-    from .. import DeltaMixConfig
-    from ..calibration.data import token_batches
-
-    settings = DeltaMixConfig(calibration=text, num_samples=samples, seq_length=length)
-    return [{"input_ids": ids} for ids in token_batches(settings, lambda: tokenizer)]
 
 
 def _check_kind(model: Any) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from .console import FAILED, AsJson, Base, DeltaRepo, make_table, out, size_table
 
 if TYPE_CHECKING:
-    from ..checkpoint.report import MatrixReport, RepoReport
+    from ..checkpoint.report import RepoReport
 
 
 class Order(str, Enum):
@@ -105,7 +105,11 @@ def _layers(report: RepoReport, sort: Order) -> Table:
     columns = ("shape", "ranks", "kB", "scales", "bits", "error")
     table = make_table("layer", *columns, caption=caption)
     table.add_column("widths")
-    for name, matrix in _sorted(report, sort):
+    rows = list(report.matrices.items())
+    if sort is not Order.model:
+        key = "bits_per_weight" if sort is Order.bits else sort.value
+        rows.sort(key=lambda row: -(getattr(row[1], key) or 0))
+    for name, matrix in rows:
         widths = [f"{count}×{v}/{u}" for (v, u), count in matrix.widths.items()]
         table.add_row(
             name,
@@ -130,14 +134,6 @@ def _print_whole(table: Table) -> None:
     """
     widest = out.measure(table, options=out.options.update(max_width=10_000)).maximum
     Console(width=widest).print(table, crop=False)
-
-
-def _sorted(report: RepoReport, sort: Order) -> list[tuple[str, MatrixReport]]:
-    rows = list(report.matrices.items())
-    if sort is Order.model:
-        return rows
-    key = "bits_per_weight" if sort is Order.bits else sort.value
-    return sorted(rows, key=lambda row: -(getattr(row[1], key) or 0))
 
 
 def _figures(report: RepoReport) -> dict[str, Any]:

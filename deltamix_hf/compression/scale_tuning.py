@@ -267,7 +267,7 @@ def _open(module: DeltaModule, gain: Tensor, small: bool = False) -> None:
         return (F.linear(x, right) * gain.exp().to(dtype)) @ left
 
     def forward(x: Tensor) -> Any:
-        y = module.plain((x,), {})
+        y = module.plain(x)
         return y + (low_rank(x) if kept else checkpoint(low_rank, x, use_reentrant=False))
 
     object.__setattr__(module, "forward", forward)

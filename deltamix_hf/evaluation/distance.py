@@ -10,9 +10,8 @@ docs/budget.md has them beside the measured KL of real pairs.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from transformers.utils import logging
 from ..allocation.whole_model import DEFAULT_GAP, solve_global
 from ..checkpoint.base import BaseCheckpoint, guard_names, same, untied_state
 from ..checkpoint.tensor_diff import Difference, differences
-from ..compression.budget import Budget, plan_budget, rank_options
+from ..compression.budget import plan_budget, rank_options
 from ..config import DeltaMixConfig, overlay_dtype
 from ..errors import DeltaMixError
 from ..linalg.svd import singular_values
@@ -140,18 +139,12 @@ def measure(
             overlay[found.name] = overlay_dtype(found.ours.dtype, config), tuple(found.ours.shape)
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
     reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})
-    plan = partial(
-        plan_budget,
-        shapes,
-        overlay,
-        guard_names(model, base, overlay),
-        embeddings={name for name, matrix in matrices.items() if matrix.embedding},
-        experts=fused_sizes(model, matrices),
-    )
+    distance = Distance(matrices, overlay, identical, reference, [])
+    guards, experts = guard_names(model, base, overlay), fused_sizes(model, matrices)
     gap = config.allocation_gap or DEFAULT_GAP
-    ratios = ratios if matrices or overlay else ()
-    losses = [_loss(list(matrices.values()), ratio, reference, plan, gap) for ratio in ratios]
-    return Distance(matrices, overlay, identical, reference, losses)
+    for ratio in ratios if matrices or overlay else ():
+        distance.budgets.append(_loss(distance, ratio, guards, experts, gap))
+    return distance
 
 
 def _distances(model: PreTrainedModel, found: Difference) -> dict[str, MatrixDistance]:
@@ -160,41 +153,34 @@ def _distances(model: PreTrainedModel, found: Difference) -> dict[str, MatrixDis
     owner, _, leaf = found.name.rpartition(".")
     module = model.get_submodule(owner)
     if found.kind == "matrix":
-        embedding = isinstance(module, nn.Embedding)
-        return {owner: _distance(shape_of(module), found.ours, found.base, embedding)}
-    shape, pairs = slice_shape(module, leaf), enumerate(zip(found.ours, found.base, strict=True))
-    return {
-        f"{found.name}.{number}": _distance(shape, expert, its, False)
-        for number, (expert, its) in pairs
-        if not same(expert, its)
-    }
-
-
-def _distance(
-    shape: tuple[int, int], ours: Tensor, base: Tensor, embedding: bool
-) -> MatrixDistance:
-    delta = ours.float() - base.float()
-    moved, size = (float(t.double().square().sum()) for t in (delta, base))
-    return MatrixDistance(shape, moved, size, singular_values(delta).square(), embedding)
+        shape, pairs = shape_of(module), {owner: (found.ours, found.base)}
+    else:
+        shape, each = slice_shape(module, leaf), zip(found.ours, found.base, strict=True)
+        pairs = {f"{found.name}.{i}": pair for i, pair in enumerate(each) if not same(*pair)}
+    measured = {}
+    for name, (ours, base) in pairs.items():
+        delta = ours.float() - base.float()
+        moved, size = (float(t.double().square().sum()) for t in (delta, base))
+        energies, embedding = singular_values(delta).square(), isinstance(module, nn.Embedding)
+        measured[name] = MatrixDistance(shape, moved, size, energies, embedding)
+    return measured
 
 
 def _loss(
-    matrices: list[MatrixDistance],
-    ratio: float,
-    reference: int,
-    plan: Callable[[DeltaMixConfig], Budget],
-    gap: float,
+    found: Distance, ratio: float, guards: list[str], experts: dict[str, int], gap: float
 ) -> BudgetLoss:
     config = DeltaMixConfig(ratio=ratio, method=replace(METHODS[DEFAULT_METHOD], drop_penalty=1.0))
+    shapes = {name: matrix.shape for name, matrix in found.matrices.items()}
+    embeddings = {name for name, matrix in found.matrices.items() if matrix.embedding}
     try:
-        budget = plan(config)
+        budget = plan_budget(shapes, found.overlay, guards, config, embeddings, experts)
     except DeltaMixError:  # too small
-        return BudgetLoss(ratio, config.budget(reference), None)
-    energies = [matrix.energies for matrix in matrices]
+        return BudgetLoss(ratio, config.budget(found.reference), None)
+    energies = [matrix.energies for matrix in found.matrices.values()]
     options = [
         rank_options(matrix.shape, config.method.group_sizes(matrix.embedding), config)[0]
-        for matrix in matrices
+        for matrix in found.matrices.values()
     ]
-    found = solve_global(energies, options, budget.ranks, gap)
+    error = solve_global(energies, options, budget.ranks, gap).error
     whole = sum(float(e.sum()) for e in energies)
-    return BudgetLoss(ratio, budget.total, found.error / whole if whole else 0.0)
+    return BudgetLoss(ratio, budget.total, error / whole if whole else 0.0)

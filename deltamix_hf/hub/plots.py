@@ -29,15 +29,9 @@ _MOST_NAMES = 60  # of layer types beside a heat map
 def save_figures(report: RepoReport, folder: Path) -> list[Path]:
     """Write all figures as PNG into `folder`, made if it is not there, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "allocation": allocation_figure,
-        "bytes": bytes_figure,
-        "error": error_figure,
-        "spectrum": spectrum_figure,
-    }
     paths = []
-    for name, draw in figures.items():
-        paths.append(folder / f"{name}.png")
+    for draw in (allocation_figure, bytes_figure, error_figure, spectrum_figure):
+        paths.append(folder / f"{draw.__name__.removesuffix('_figure')}.png")
         paths[-1].write_bytes(png(draw(report)))
     return paths
 

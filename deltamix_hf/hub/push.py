@@ -64,7 +64,11 @@ def push_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        earlier = _earlier_card(repo_id, token)
+        try:
+            # Annotated as str, but handed on to hf_hub_download, which takes all three.
+            earlier = ModelCard.load(repo_id, token=token, ignore_metadata_errors=True)  # type: ignore[arg-type]
+        except EntryNotFoundError:
+            earlier = None
         contents = _contents(folder, repo_id, config, earlier, [*(tags or ())])
         # What an earlier push left would be read instead: a whole file wins over shards.
         there = api.list_repo_files(repo_id, revision=revision)
@@ -128,11 +132,3 @@ def _contents(
     }
     contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return contents | {CARD: str(card).encode(), PICTURE: png(allocation_figure(report))}
-
-
-def _earlier_card(repo_id: str, token: str | bool | None) -> ModelCard | None:
-    try:
-        # Annotated as str, but handed on to hf_hub_download, which takes all three.
-        return ModelCard.load(repo_id, token=token, ignore_metadata_errors=True)  # type: ignore[arg-type]
-    except EntryNotFoundError:
-        return None

@@ -47,8 +47,7 @@ def compress(source: Source, config: DeltaMixConfig) -> PreTrainedModel:
     quantizer.validate_environment()
     quantizer.source = source
     source.model.hf_quantizer = quantizer  # type: ignore[assignment]
-    model: PreTrainedModel = quantizer.postprocess_model(source.model)
-    return model
+    return quantizer.postprocess_model(source.model)
 
 
 def compress_streaming(

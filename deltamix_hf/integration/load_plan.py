@@ -143,9 +143,10 @@ def _complete_offload_index(model: PreTrainedModel) -> None:
     """
     if "disk" not in getattr(model, "hf_device_map", {}).values():
         return
-    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
-    maps = [found for hook in hooks if (found := getattr(hook, "weights_map", None)) is not None]
-    for index in [weights_map.dataset.index for weights_map in maps[:1]]:  # all hooks share one
-        for target, source in model.all_tied_weights_keys.items():
-            if source in index:
-                index.setdefault(target, index[source])
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    maps = (getattr(hook, "weights_map", None) for hook in hooks)
+    # all hooks share one
+    index: dict[str, Any] = next((m.dataset.index for m in maps if m is not None), {})
+    for target, source in model.all_tied_weights_keys.items():
+        if source in index:
+            index.setdefault(target, index[source])

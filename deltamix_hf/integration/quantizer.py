@@ -28,8 +28,7 @@ from ..constants import NOTICE
 from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore
 from ..nn import tensor_parallel
-from ..nn.delta_module import own_deltas
-from ..nn.layers import detach, untie_packed
+from ..nn.layers import detach_all
 from ..nn.merging import merged_weights
 from ..nn.shared_input import link_shared_inputs
 from ..storage.headers import read_headers
@@ -42,7 +41,8 @@ from .saving import Places, add_methods, delta_state_dict, remove_methods, store
 class DeltaMixHfQuantizer(HfQuantizer):
     """Hooks of quant_method "deltamix". See the module docstring for the two ways it is used."""
 
-    requires_calibration = False
+    is_trainable = True  # gradients flow through x, so adapters on top train
+    is_compileable = True
     quantization_config: DeltaMixConfig
 
     def __init__(self, quantization_config: DeltaMixConfig, **kwargs: Any):
@@ -87,14 +87,6 @@ class DeltaMixHfQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # transformers 5.16 has only this one
 
     def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True  # gradients flow through x, so adapters on top train
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
     # Loading a delta repo
@@ -148,7 +140,12 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     f"{sorted(devices)}; compress with device_map='cpu' (or one GPU), save, and "
                     "load the delta repo with any device_map"
                 )
-            self._compress(self.source or Source(model, self.commit))
+            source = self.source or Source(model, self.commit)
+            base = BaseCheckpoint(self.base_files, model)
+            outcome = compress(source, base, self.quantization_config)
+            self.commit, self.seconds, self.store = source.commit, outcome.seconds, outcome.store
+            if source.files is not None:
+                self.stored = stored_without_base(model, base, outcome.overlay)
         if tensor_parallel.is_sharded(model):
             tensor_parallel.keep_own_part(model)
         else:  # which needs the factors of several layers while one of them runs
@@ -159,13 +156,6 @@ class DeltaMixHfQuantizer(HfQuantizer):
         model._weight_conversions = []  # type: ignore[assignment]
         add_methods(model)
         return model
-
-    def _compress(self, source: Source) -> None:
-        base = BaseCheckpoint(self.base_files, source.model)
-        outcome = compress(source, base, self.quantization_config)
-        self.commit, self.seconds, self.store = source.commit, outcome.seconds, outcome.store
-        if source.files is not None:
-            self.stored = stored_without_base(source.model, base, outcome.overlay)
 
     # Dense again
 
@@ -180,9 +170,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
             if id(merged) not in dense:
                 dense[id(merged)] = nn.Parameter(merged, requires_grad=False)
             setattr(module, leaf, dense[id(merged)])
-        for module in own_deltas(model).values():
-            detach(module)
-        untie_packed(model)
+        detach_all(model)
         if wanted is not None and wanted != model.dtype:
             nn.Module.to(model, dtype=wanted)
         remove_methods(model)

@@ -91,28 +91,27 @@ def delta_state_dict(
                 "dense model instead: model.dequantize(), then save_pretrained"
             )
         if found.kind != "same":
-            stored[found.name] = _as_stored(model, found.ours)
-    return _with_guards(model, base, stored)
+            stored[found.name] = found.ours
+    return _completed(model, base, stored)
 
 
 def stored_without_base(
     model: PreTrainedModel, base: BaseCheckpoint, overlay: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Collect what `delta_state_dict` does of a model whose base weights are nowhere."""
-    stored = {name: t for name, t in untied_state(model).items() if packed_part(name)}
-    stored |= {name: _as_stored(model, t) for name, t in overlay.items()}
-    return _with_guards(model, base, stored)
+    packed = {name: t for name, t in untied_state(model).items() if packed_part(name)}
+    return _completed(model, base, packed | overlay)
 
 
-def _as_stored(model: PreTrainedModel, tensor: Tensor) -> Tensor:
-    """Cast a tensor that is stored whole, as the method says."""
-    quantizer: Any = model.hf_quantizer
-    return tensor.to(overlay_dtype(tensor.dtype, quantizer.quantization_config))
-
-
-def _with_guards(
+def _completed(
     model: PreTrainedModel, base: BaseCheckpoint, stored: dict[str, Tensor]
 ) -> dict[str, Tensor]:
+    """Cast what is stored whole, as the method says, and add the guards."""
+    quantizer: Any = model.hf_quantizer
+    for name, tensor in stored.items():
+        if packed_part(name) is None:
+            dtype = overlay_dtype(tensor.dtype, quantizer.quantization_config)
+            stored[name] = tensor.to(dtype)
     dtype, shape = GUARD
     guards = guard_names(model, base, stored)
     return stored | {name: torch.zeros(shape, dtype=dtype) for name in guards}
@@ -236,20 +235,19 @@ def written_whole(target: Path) -> Iterator[Path]:
     Raises a DeltaMixError if the folder cannot be written; nothing is left behind.
     """
     target = target.absolute()
-    staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"{target} is a file")
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield staging
-        if any(staging.iterdir()):  # only one process of many writes
-            _move_into(staging, target)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
+        ) as folder:
+            staging = Path(folder)
+            yield staging
+            if any(staging.iterdir()):  # only one process of many writes
+                _move_into(staging, target)
     except OSError as error:
         raise DeltaMixError(f"cannot write to {target}: {error}; choose another folder") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def copy_companions(

@@ -23,7 +23,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import transformers
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -77,7 +77,8 @@ def init_continuous_batching(
         config.use_cuda_graph = (False, False)  # transformers may have chosen them by itself
         manager.logit_processor.supported_keys[KEY] = RequestDelta
         manager.__class__ = RoutedBatchingManager
-        manager.dm_deltas, manager.dm_requests = model.dm_deltas, set()
+        manager.dm_router, manager.dm_pool = model.dm_deltas.router, model.dm_deltas.pool
+        manager.dm_requests = set()
     return manager
 
 
@@ -88,7 +89,7 @@ def generate_batch(
 
     Raises DeltaMixError for an unknown name or a wrong number of them, or if not all have room.
     """
-    prompts = name_prompts(model.dm_deltas, inputs, delta_names)
+    prompts = name_prompts(model.dm_deltas.router, inputs, delta_names)
     with model.dm_deltas.pool.holding(names_of(prompts)):
         return plain(model, prompts, *args, **kwargs)
 
@@ -96,7 +97,8 @@ def generate_batch(
 class RoutedBatchingManager(ContinuousBatchingManager):
     """A manager whose requests name their deltas."""
 
-    dm_deltas: Deltas
+    dm_router: Router
+    dm_pool: Pool
     dm_requests: set[RequestDelta]  # of those that may not have ended
 
     def add_request(
@@ -112,9 +114,9 @@ class RoutedBatchingManager(ContinuousBatchingManager):
         """
         if not isinstance(input_ids, Prompt):
             names = None if delta_name is ACTIVE else [delta_name]
-            (input_ids,) = name_prompts(self.dm_deltas, [input_ids], names)
+            (input_ids,) = name_prompts(self.dm_router, [input_ids], names)
         self._check_room(names_of([input_ids]))
-        request_delta = RequestDelta(self.dm_deltas.pool, input_ids.delta)
+        request_delta = RequestDelta(self.dm_pool, input_ids.delta)
         added = None
         try:
             added = super().add_request(input_ids, *args, **{**kwargs, KEY: request_delta})
@@ -135,15 +137,15 @@ class RoutedBatchingManager(ContinuousBatchingManager):
         """
         prompts: list[Any] = list(inputs)
         if not all(isinstance(prompt, Prompt) for prompt in prompts):
-            prompts = name_prompts(self.dm_deltas, prompts, delta_names)
+            prompts = name_prompts(self.dm_router, prompts, delta_names)
         self._check_room(names_of(prompts))
-        with self.dm_deltas.pool.holding(names_of(prompts)):
+        with self.dm_pool.holding(names_of(prompts)):
             return super().add_requests(prompts, *args, **kwargs)
 
     def _check_room(self, names: Sequence[str]) -> None:
         """Before the start no request ends and makes room: then do not wait for it."""
         if not self.is_running():
-            self.dm_deltas.pool.check_possible([*names_of(self.dm_requests), *names])
+            self.dm_pool.check_possible([*names_of(self.dm_requests), *names])
 
     def release(self, requests: set[RequestDelta]) -> None:
         """Release the deltas of requests that have ended."""
@@ -183,7 +185,7 @@ class RoutedBatchProcessor(ContinuousBatchProcessor):
         return ready
 
     def _generation_step(self, model: Any) -> None:
-        with self.dm_manager.dm_deltas.router.using(self._route(model)):
+        with self.dm_manager.dm_router.using(self._route(model)):
             super()._generation_step(model)
 
     def _route(self, model: Any) -> PackedRoute:
@@ -214,8 +216,7 @@ class RoutedCache(PagedAttentionCache):
         super().mark_complete_blocks(_salted(state) if blocks else state, blocks)
 
     def mark_shareable_blocks_as_complete(self, state: Any, blocks: Any) -> None:
-        parent: Any = super()
-        parent.mark_shareable_blocks_as_complete(_salted(state) if blocks else state, blocks)
+        super().mark_shareable_blocks_as_complete(_salted(state) if blocks else state, blocks)
 
 
 def _request_delta(state: Any) -> RequestDelta:
@@ -240,13 +241,6 @@ def _check_hooks() -> None:
                     f"transformers {transformers.__version__} has no {owner.__name__}.{name}, "
                     "which continuous batching with deltas needs; use one of 5.16 to 5.23"
                 )
-
-
-class Deltas(Protocol):
-    """What a request needs of a model's deltas (`DeltaManager`)."""
-
-    pool: Pool
-    router: Router
 
 
 class RequestDelta:
@@ -288,7 +282,7 @@ class Prompt(list[int]):
         self.delta = delta
 
 
-def name_prompts(deltas: Deltas, inputs: Inputs, names: Names) -> list[Prompt]:
+def name_prompts(router: Router, inputs: Inputs, names: Names) -> list[Prompt]:
     """Give each input its delta: the one named, or else the one in use for all calls.
 
     Raises DeltaMixError for a wrong number of names; whether they are known is seen by who holds
@@ -296,7 +290,7 @@ def name_prompts(deltas: Deltas, inputs: Inputs, names: Names) -> list[Prompt]:
     """
     if not (inputs or names):
         return []
-    route = named_route(names, len(inputs)) or deltas.router.route
+    route = named_route(names, len(inputs)) or router.route
     rows = route.of_rows(len(inputs)) if route.alike else route.rows
     return [Prompt(ids, row) for ids, row in zip(inputs, rows, strict=True)]
 

@@ -20,46 +20,18 @@ from ..ops.dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_pack
 from .routing import RowSlots
 
 
-class LayerTable:
-    """A layer's deltas on the device.
-
-    Attributes:
-        names: the deltas that are in it.
-    """
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-
-    def refresh(self, module: Any, name: str) -> None:
-        """Enter delta `name` as it now is, or clear its slot."""
-        deltas = module.dm_row_deltas
-        slot = deltas.router.slots.get(name)
-        if slot is None:  # more deltas than slots
-            return
-        self.names.discard(name)
-        if self._enter(slot, deltas.packed.get(name), deltas.overlay.get(name, {})):
-            self.names.add(name)
-
-    def _enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
-        """Fill a slot and return True, or clear it if there is nothing, or nothing known."""
-        raise NotImplementedError
-
-    def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
-        """Return the module's output, each row by its own delta."""
-        raise NotImplementedError
-
-
-class FactorTable(LayerTable):
+class FactorTable:
     """Packed factors and biases of a linear layer, or packed rows of an embedding."""
 
     def __init__(self, module: Any, device: torch.device):
-        super().__init__()
+        self.names: set[str] = set()  # the deltas that are in it
         m, n = module.weight.shape
         self.linear, self.dtype = isinstance(module, nn.Linear), module.weight.dtype
         size = module.dm_row_deltas.router.slots.size
         self.table = triton_kernels().Table(size, m, n, device, embedding=not self.linear)
 
-    def _enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
+    def enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
+        """Fill a slot and return True, or clear it if there is nothing, or nothing known."""
         self.table.clear(slot)
         known = not overlay or (self.linear and overlay.keys() == {"bias"})
         if (packed is None and not overlay) or not known:
@@ -72,7 +44,8 @@ class FactorTable(LayerTable):
         return self.linear and x.numel() > deltas * triton_kernels().DECODE_ROWS * x.shape[-1]
 
     def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
-        y = module.plain((x,), {}).contiguous()
+        """Return the module's output, each row by its own delta."""
+        y = module.plain(x).contiguous()
         k = triton_kernels()
         self.table.captured |= capturing(x.device)
         rows = k.Rows(plan.order, plan.starts, plan.slots)
@@ -83,17 +56,17 @@ class FactorTable(LayerTable):
         return y
 
 
-class VectorTable(LayerTable):
-    """Vectors [n] of a norm, which multiplies or adds them to its rows of n."""
+class VectorTable:
+    """Vectors [n] of a norm, which multiplies or adds them to its rows of n; as `FactorTable`."""
 
     def __init__(self, module: Any, device: torch.device):
-        super().__init__()
+        self.names: set[str] = set()
         size = module.dm_row_deltas.router.slots.size
         self.addresses = {
             key: torch.zeros(size, dtype=torch.int64, device=device) for key in _tensors(module)
         }
 
-    def _enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
+    def enter(self, slot: int, packed: Any, overlay: dict[str, Tensor]) -> bool:
         for key, addresses in self.addresses.items():
             addresses[slot] = overlay[key].data_ptr() if key in overlay else 0
         return bool(overlay)
@@ -104,7 +77,10 @@ class VectorTable(LayerTable):
             key: triton_kernels().gather(getattr(module, key), addresses, plan.of_rows).view(shape)
             for key, addresses in self.addresses.items()
         }
-        return module.with_tensors(own).plain((x,), {})
+        return module.with_tensors(own).plain(x)
+
+
+LayerTable = FactorTable | VectorTable
 
 
 def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -116,8 +92,7 @@ def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if x is None:
         return None
-    alone = len(args) == 1 and not kwargs
-    found = _run_grouped(module, x) if alone else None
+    found = _run_grouped(module, x) if len(args) == 1 and not kwargs else None
     if capturing(x.device):
         deltas = module.dm_row_deltas
         deltas.captured = True
@@ -135,9 +110,20 @@ def refresh(module: Any, name: str) -> None:
     deltas = module.dm_row_deltas
     table: LayerTable | None = deltas.table
     if table is not None:
-        table.refresh(module, name)
+        _enter(module, table, name)
     if deltas.touched(name) and deltas.captured and (table is None or name not in table.names):
         raise _not_in_a_graph(module)
+
+
+def _enter(module: Any, table: LayerTable, name: str) -> None:
+    """Enter delta `name` into the module's table as it now is, or clear its slot."""
+    deltas = module.dm_row_deltas
+    slot = deltas.router.slots.get(name)
+    if slot is None:  # more deltas than slots
+        return
+    table.names.discard(name)
+    if table.enter(slot, deltas.packed.get(name), deltas.overlay.get(name, {})):
+        table.names.add(name)
 
 
 def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
@@ -146,8 +132,10 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
     if torch.is_autocast_enabled(x.device.type):
         return None
     deltas, recording = module.dm_row_deltas, capturing(x.device)
-    router = deltas.router
-    table = _table(module, x, recording)
+    if not deltas.tried and not recording:  # when it first runs: trying a norm takes a while
+        deltas.table = triton_kernels().persistent(x.device, lambda: _new_table(module, x))
+        deltas.tried = True
+    table, router = deltas.table, deltas.router
     route, rows = router.route, x.shape[0]
     by_row = deltas.has_batch and rows % len(route.rows) == 0
     if table is None or not (by_row or (route.alike and not recording)):
@@ -165,15 +153,6 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
     return table.run(module, x, plan)
 
 
-def _table(module: Any, x: Tensor, recording: bool) -> LayerTable | None:
-    """The module's table, made when it first runs: trying out what a norm does takes a while."""
-    deltas = module.dm_row_deltas
-    if not deltas.tried and not recording:
-        deltas.table = triton_kernels().persistent(x.device, lambda: _new_table(module, x))
-        deltas.tried = True
-    return deltas.table
-
-
 def _new_table(module: Any, x: Tensor) -> LayerTable | None:
     weights, deltas = _tensors(module), module.dm_row_deltas
     table: LayerTable
@@ -186,7 +165,7 @@ def _new_table(module: Any, x: Tensor) -> LayerTable | None:
     else:
         return None
     for name in {*deltas.packed, *deltas.overlay}:
-        table.refresh(module, name)
+        _enter(module, table, name)
     return table
 
 
@@ -204,9 +183,9 @@ def _multiplies_rows(module: Any, x: Tensor) -> bool:
     other = {key: t.flip(0) + 0.37 for key, t in own.items()}
     both = {key: torch.stack([t, other[key]])[:, None] for key, t in own.items()}
     try:
-        found = module.with_tensors(both).plain((probe,), {})
+        found = module.with_tensors(both).plain(probe)
         one, two = (
-            module.with_tensors(tensors).plain((row[None],), {})
+            module.with_tensors(tensors).plain(row[None])
             for tensors, row in zip((own, other), probe, strict=True)
         )
         return torch.equal(found, torch.cat([one, two]))

@@ -53,7 +53,7 @@ class RoutedDeltas:
         if together is not None:
             return together
         if not any(map(self.touched, route.names)):
-            return module.plain(args, kwargs)
+            return module.plain(*args, **kwargs)
         if route.alike:
             return self.output(module, route.names[0], None, args, kwargs)
         return self._by_row(module, route, args, kwargs)
@@ -84,11 +84,11 @@ class RoutedDeltas:
         with self.router.using(Route([delta])):  # children see these rows alone
             base = None if overlay else base
             shadow, packed = module.with_tensors(overlay), self.packed.get(delta)
-            return shadow.with_delta(packed, base, args, kwargs)
+            return shadow.with_delta(packed, base, *args, **kwargs)
 
     def _by_row(self, module: DeltaModule, route: Route, args: Args, kwargs: Kwargs) -> Any:
         """Return the output for rows with different deltas, one after the other."""
-        y = module.plain(args, kwargs)
+        y = module.plain(*args, **kwargs)
         x, batch = first_tensor(args, kwargs), len(route.rows)
         length = x.shape[0]
         flat = x.dim() == 2 and length % batch == 0
@@ -114,7 +114,7 @@ class RoutedDeltas:
     def _by_token(self, module: DeltaModule, route: Route, args: Args, kwargs: Kwargs) -> Any:
         """Return the output for one row of many tokens, as if each token were a row of its own."""
         if not any(map(self.touched, route.names)):
-            return module.plain(args, kwargs)
+            return module.plain(*args, **kwargs)
         x, length = first_tensor(args, kwargs), len(route.rows)
         found = [dim for dim, size in enumerate(x.shape) if size == length]
         with self.router.using(route):
@@ -152,12 +152,6 @@ def make_routed(module: nn.Module, router: Router) -> DeltaModule:
     module.dm_row_deltas = RoutedDeltas(router)
     module.dm_number = compiled.register(module)
     return module
-
-
-def row_deltas(module: nn.Module) -> RoutedDeltas:
-    """Return the named deltas of a module that `make_routed` has made."""
-    assert isinstance(module, DeltaModule) and isinstance(module.dm_row_deltas, RoutedDeltas)
-    return module.dm_row_deltas
 
 
 def _has_rows(y: Any, batch: int) -> bool:

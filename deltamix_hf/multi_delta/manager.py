@@ -26,14 +26,14 @@ from ..checkpoint.base import BaseCheckpoint, resolve_base, same
 from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
 from ..errors import DeltaMixError
 from ..nn.delta_module import DeltaModule, own_deltas
-from ..nn.layers import change_class, detach, tied_modules, tied_tensors, untie_packed, weight_of
+from ..nn.layers import change_class, detach_all, tied_modules, tied_tensors, weight_of
 from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose
 from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import check_base
 from .config_mismatch import differing
 from .grouped import refresh
-from .layers import RoutedDeltas, make_routed, row_deltas
+from .layers import RoutedDeltas, make_routed
 from .model import routed_model_class
 from .pool import Pool
 from .routing import BASE, Route, Router, named_route, row_delta
@@ -51,9 +51,16 @@ class DeltaManager:
         self.router = Router()
         self.pool = Pool(self._place, self._remove, self._resident_bytes)
         self.enabled = True
-        self._modules: dict[str, set[nn.Module]] = {}  # resident delta -> what it changes
-        self._base = _base_of(model)
-        self._adopt_own()
+        self._modules: dict[str, set[DeltaModule]] = {}  # resident delta -> what it changes
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        files = getattr(quantizer, "base_files", None)  # of a delta repo
+        if files is not None:
+            self._base = BaseCheckpoint(files, model)
+            self._adopt_own(quantizer)
+        else:
+            commit = getattr(model.config, "_commit_hash", None)
+            files, _ = resolve_base(model.name_or_path, commit, {})
+            self._base = BaseCheckpoint(files, model)
         for module in model.modules():
             # Now, not with the first delta that changes it: what torch.compile has seen must keep
             # its class.
@@ -112,8 +119,8 @@ class DeltaManager:
 
     def _remove(self, name: str) -> None:
         for module in self._modules.pop(name, ()):
-            row_deltas(module).packed.pop(name, None)
-            row_deltas(module).overlay.pop(name, None)
+            module.dm_row_deltas.packed.pop(name, None)
+            module.dm_row_deltas.overlay.pop(name, None)
             refresh(module, name)
         self.router.slots.pop(name, None)
 
@@ -127,14 +134,14 @@ class DeltaManager:
         module = self.model.get_submodule(owner)
         return module, leaf, weight_of(module, leaf)
 
-    def _routed(self, module: nn.Module, touched: set[nn.Module]) -> RoutedDeltas:
+    def _routed(self, module: nn.Module, touched: set[DeltaModule]) -> RoutedDeltas:
         """Return the named deltas of a module, which is noted in `touched`."""
         if not isinstance(module, DeltaModule):
-            deltas = row_deltas(make_routed(module, self.router))
+            module = make_routed(module, self.router)
             if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
-                deltas.has_batch = self._looked_up_by_row(module)
+                module.dm_row_deltas.has_batch = self._looked_up_by_row(module)
         touched.add(module)
-        return row_deltas(module)
+        return module.dm_row_deltas
 
     @torch.no_grad()
     def _looked_up_by_row(self, module: nn.Module) -> bool:
@@ -184,12 +191,9 @@ class DeltaManager:
     # What it needs to know
 
     @torch.no_grad()
-    def _adopt_own(self) -> None:
+    def _adopt_own(self, quantizer: Any) -> None:
         """Make a loaded delta repo's own delta one of many, and the model its base."""
         model, base = self.model, self._base
-        quantizer: Any = getattr(model, "hf_quantizer", None)
-        if not hasattr(quantizer, "base_files"):
-            return
         tied = set(model.all_tied_weights_keys)
         packed = {
             name if leaf == "weight" else f"{name}.{leaf}": module.packed(leaf)
@@ -197,9 +201,7 @@ class DeltaManager:
             for leaf in module.dm_own
             if f"{name}.{leaf}" not in tied
         }
-        for module in own_deltas(model).values():
-            detach(module)
-        untie_packed(model)
+        detach_all(model)
         overlay: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
             if name not in tied and name in base and not same(tensor, value := base.read(name)):
@@ -241,13 +243,3 @@ def _maps_one_tensor(module: nn.Module) -> bool:
         return False
     _, *taken = inspect.signature(type(module).forward).parameters.values()
     return sum(parameter.default is parameter.empty for parameter in taken) == 1
-
-
-def _base_of(model: PreTrainedModel) -> BaseCheckpoint:
-    """The checkpoint the model's weights, or its delta's base weights, came from."""
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if hasattr(quantizer, "base_files"):
-        return BaseCheckpoint(quantizer.base_files, model)
-    commit = getattr(model.config, "_commit_hash", None)
-    files, _ = resolve_base(model.name_or_path, commit, {})
-    return BaseCheckpoint(files, model)

@@ -34,7 +34,8 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
                         "`with model.use_deltas(names):`, or after set_delta"
                     )
                 return method(self, *args, **kwargs)
-            deltas, rows = self.__dict__["dm_deltas"], _rows(args, kwargs)
+            tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
+            deltas, rows = self.__dict__["dm_deltas"], next((len(t) for t in tensors), 1)
             route = named_route(delta_names, rows)
             if not forward and delta_names is not None and _fixed_cache(self, kwargs):
                 with deltas.using(delta_names):
@@ -83,9 +84,3 @@ def _fixed_cache(model: Any, kwargs: dict[str, Any]) -> bool:
     config = kwargs.get("generation_config") or model.generation_config
     asked = kwargs.get("cache_implementation") or config.cache_implementation
     return asked is not None or kwargs.get("past_key_values") is not None
-
-
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows of a batch: of the first tensor given."""
-    values = (*args, *kwargs.values())
-    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), 1)

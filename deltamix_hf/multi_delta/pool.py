@@ -141,22 +141,7 @@ class Pool:
 
         Raises DeltaMixError for an unknown name, no room for all, or one that cannot be read again.
         """
-        entries = self._take(list(dict.fromkeys(names)))
-        try:
-            yield
-        finally:
-            with self._changed:
-                for entry in entries:
-                    entry.users -= 1
-                self._changed.notify_all()
-
-    def memory(self) -> DeltaMemory:
-        with self._changed:
-            resident = {n: e.resident_bytes for n, e in self.entries.items() if e.resident}
-            host = {n: e.nbytes for n, e in self.entries.items() if e.stored is not None}
-            return DeltaMemory(self.budget, resident, host)
-
-    def _take(self, names: list[str]) -> list[Entry]:
+        names = list(dict.fromkeys(names))
         with self._changed:
             while True:
                 entries = [self._entry(name) for name in names]
@@ -172,7 +157,19 @@ class Pool:
                     self._load(name, entry)
             for entry in entries:
                 entry.users += 1
-            return entries
+        try:
+            yield
+        finally:
+            with self._changed:
+                for entry in entries:
+                    entry.users -= 1
+                self._changed.notify_all()
+
+    def memory(self) -> DeltaMemory:
+        with self._changed:
+            resident = {n: e.resident_bytes for n, e in self.entries.items() if e.resident}
+            host = {n: e.nbytes for n, e in self.entries.items() if e.stored is not None}
+            return DeltaMemory(self.budget, resident, host)
 
     def check_possible(self, names: Sequence[str]) -> None:
         """Raise DeltaMixError for an unknown name, or if these can never be resident at once."""

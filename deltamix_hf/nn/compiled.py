@@ -55,9 +55,9 @@ def layer(x: Tensor, number: int) -> Tensor:
 def _(x: Tensor, number: int) -> Tensor:
     module = _numbered[number]
     tensors = {**module._parameters, **module._buffers}
-    like = {key: _fake(t, x) for key, t in tensors.items() if t is not None}
+    like = {k: x.new_empty(t.shape, dtype=t.dtype) for k, t in tensors.items() if t is not None}
     try:
-        y = module.with_tensors(like).plain((x,), {})
+        y = module.with_tensors(like).plain(x)
         return x.new_empty(y.shape, dtype=y.dtype)
     except Exception as error:
         raise DeltaMixError(
@@ -66,15 +66,10 @@ def _(x: Tensor, number: int) -> Tensor:
         ) from error
 
 
-def _fake(tensor: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(tensor.shape, dtype=tensor.dtype)
-
-
 @torch.library.custom_op("deltamix::layers_of_one_input", mutates_args=())
 def layers_of_one_input(x: Tensor, number: int) -> list[Tensor]:
     """Return what the members of group `number` make of x [..., n]: [..., m] each."""
-    found: list[Tensor] = _numbered[number].products(x)
-    return found
+    return _numbered[number].products(x)
 
 
 @layers_of_one_input.register_fake

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +25,6 @@ def oriented(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if transposed else weight
 
 
-class RowDeltas(Protocol):
-    """Named deltas of a layer, one for each row of a call (`multi_delta.layers.RoutedDeltas`)."""
-
-    def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the output of `module`, each row with its own delta."""
-
-    def run_compiled(self, module: Any, x: Tensor) -> Tensor:
-        """Return the same for the one tensor x, called by compiled code."""
-
-    def moved(self, module: Any, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow `module`, whose tensors went through `fn`."""
-
-
 class OwnDelta(NamedTuple):
     """All of a layer's own `PackedDelta` but its tensors: `names` has their parameters by part."""
 
@@ -52,20 +38,14 @@ class OwnDelta(NamedTuple):
 class DeltaModule(nn.Module):
     """A layer of the base with deltas beside it: one of its own, or many by name.
 
-    Its own delta consists of parameters, so that transformers loads, shards and saves it. Named
-    deltas are handed to it as an object, which says which rows of a call take which.
-
-    Attributes:
-        dm_plain_class: the class it was made from, whose forward makes the base's output.
-        dm_own: the layer's own delta by the weight's name, `weight` or a 3-D parameter's.
-        dm_row_deltas: the named deltas; None: all rows take the layer's own.
-        dm_number: under which compiled code finds the module.
+    Its own delta consists of parameters, so that transformers loads, shards and saves it.
     """
 
-    dm_plain_class: Any
-    dm_own: dict[str, OwnDelta]
-    dm_row_deltas: RowDeltas | None = None
-    dm_number: int
+    dm_plain_class: Any  # the class it was made from, whose forward makes the base's output
+    dm_own: dict[str, OwnDelta]  # its own delta by the name of `weight` or of a 3-D parameter
+    # `multi_delta.layers.RoutedDeltas`, which says which rows take which; None: all take its own
+    dm_row_deltas: Any = None
+    dm_number: int  # under which compiled code finds the module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and self._is_opaque(args, kwargs):
@@ -87,10 +67,8 @@ class DeltaModule(nn.Module):
 
     def run_compiled(self, x: Tensor) -> Tensor:
         """Return the output for x, called by compiled code."""
-        if self.dm_row_deltas is not None:
-            return self.dm_row_deltas.run_compiled(self, x)
-        y: Tensor = self.straight(x)
-        return y
+        deltas = self.dm_row_deltas
+        return self.straight(x) if deltas is None else deltas.run_compiled(self, x)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -98,17 +76,15 @@ class DeltaModule(nn.Module):
 
     def straight(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output with the layer's own delta for all rows."""
-        return self.with_delta(self.packed(), None, args, kwargs)
+        return self.with_delta(self.packed(), None, *args, **kwargs)
 
-    def plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output without a delta."""
         return self.dm_plain_class.forward(self, *args, **kwargs)
 
-    def with_delta(
-        self, packed: Any, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def with_delta(self, packed: Any, base: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Return the output with a `PackedDelta`, or None; `base`: the plain output if known."""
-        y = self.plain(args, kwargs) if base is None else base
+        y = self.plain(*args, **kwargs) if base is None else base
         return y if packed is None else y + self.added(packed, first_tensor(args, kwargs), y.dtype)
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,5 +175,5 @@ def merged_name(leaf: str) -> str:
 
 def own_deltas(model: nn.Module) -> dict[str, DeltaModule]:
     """Return all modules with a delta of their own by name, in the model's order."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, DeltaModule)}
-    return {name: module for name, module in found.items() if "dm_own" in module.__dict__}
+    modules = model.named_modules()
+    return {n: m for n, m in modules if isinstance(m, DeltaModule) and "dm_own" in m.__dict__}

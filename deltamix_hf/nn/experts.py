@@ -69,11 +69,8 @@ class FusedWeight:
         owner, _, self.leaf = name.rpartition(".")
         self.name, self.module = name, model.get_submodule(owner)
         self.waiting: set[int] = set()
+        self.experts = len(weight_of(self.module, self.leaf))
         self._packed: list[PackedDelta | None] = [None] * self.experts
-
-    @property
-    def experts(self) -> int:
-        return len(weight_of(self.module, self.leaf))
 
     def expert(self, number: int) -> Expert:
         """Return a matrix to compress; `finish` must be called for each."""
@@ -94,11 +91,9 @@ class DeltaExperts(DeltaModule):
 
     def straight(self, *args: Any, **kwargs: Any) -> Tensor:
         own = {leaf: self.packed(leaf) for leaf in self.dm_own}
-        return self.with_delta(own, None, args, kwargs)
+        return self.with_delta(own, None, *args, **kwargs)
 
-    def with_delta(
-        self, packed: Any, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def with_delta(self, packed: Any, base: Any, /, *args: Any, **kwargs: Any) -> Tensor:
         deltas = packed or {}
 
         def project(leaf: str, x: Tensor, ends: Tensor) -> Tensor:
@@ -122,11 +117,6 @@ def attach_experts(module: nn.Module, name: str, packed: PackedDelta) -> None:
             raise DeltaMixError(f"a {type(module).__name__} cannot carry packed experts")
         change_class(module, joined_class(type(module), (DeltaExperts, type(module))))
     cast(DeltaExperts, module).hold(packed, name)
-
-
-def delta_experts(model: nn.Module) -> dict[str, DeltaExperts]:
-    """Return all experts with deltas of their own, by name in the model's order."""
-    return {name: m for name, m in own_deltas(model).items() if isinstance(m, DeltaExperts)}
 
 
 def expert_place(model: nn.Module, name: str) -> tuple[nn.Module, str, int] | None:
@@ -181,8 +171,8 @@ def compressed_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     Those too that were not worth a rank.
     """
     found = packed_shapes(model)
-    for name, module in delta_experts(model).items():
-        for leaf in module.dm_own:
+    for name, module in own_deltas(model).items():
+        for leaf in [leaf for leaf in module.dm_own if leaf != "weight"]:
             experts = enumerate(module.packed(leaf).split())
             kept = [f"{name}.{leaf}.{number}" for number, packed in experts if packed]
             found |= dict.fromkeys(kept, slice_shape(module, leaf))

@@ -78,7 +78,7 @@ class DeltaLinear(DeltaModule, nn.Linear):
         if self.dm_merged is not None:
             return F.linear(x, self.dm_merged, self.bias)
         if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
-            return self.with_delta(self.packed(), None, (x,), {})
+            return self.with_delta(self.packed(), None, x)
         group = self.dm_shared_input
         if group is not None and group.usable(self, x):
             return group.output(self, x)
@@ -127,7 +127,7 @@ class DeltaEmbedding(DeltaModule, nn.Embedding):
         y = super().straight(own.masked_fill(others, 0))
         return y.masked_fill(others[..., None], 0)
 
-    def plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
         return nn.Embedding.forward(self, *args, **kwargs)  # a subclass's forward calls ours
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,8 +149,9 @@ def delta_class(cls: type[nn.Module]) -> type[DeltaModule] | None:
     """
     if cls in _CLASSES or issubclass(cls, DeltaModule) or not issubclass(cls, nn.Embedding):
         return _CLASSES.get(cls)
-    if reads_weight_itself(cls):
-        return None
+    own = inspect.unwrap(cls.forward)
+    if own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars:
+        return None  # it looks its rows up past `nn.Embedding.forward` (Whisper's)
     return joined_class(cls, (cls, DeltaEmbedding))
 
 
@@ -162,12 +163,6 @@ def routable_class(cls: type[nn.Module]) -> type[DeltaModule]:
     """
     base = DeltaLinear if issubclass(cls, nn.Linear) else DeltaModule
     return delta_class(cls) or joined_class(cls, (base, cls))
-
-
-def reads_weight_itself(cls: type[nn.Embedding]) -> bool:
-    """Tell whether a subclass looks its rows up past `nn.Embedding.forward` (Whisper's)."""
-    own = inspect.unwrap(cls.forward)
-    return own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -220,8 +215,10 @@ def detach(module: DeltaModule) -> None:
     change_class(module, module.dm_plain_class)
 
 
-def untie_packed(model: PreTrainedModel) -> None:
-    """Drop the ties between packed tensors that `attach_with_ties` noted."""
+def detach_all(model: PreTrainedModel) -> None:
+    """Drop the own deltas of all layers, and the ties that `attach_with_ties` noted."""
+    for module in own_deltas(model).values():
+        detach(module)
     ties = model.all_tied_weights_keys
     for name in [name for name in ties if name.rpartition(".")[2].startswith(PREFIX)]:
         del ties[name]

@@ -54,22 +54,17 @@ class _Shared:
 class SharedInput:
     """One to three layers with one input; holds outputs only until the last of them is taken.
 
-    Attributes:
-        members: whose deltas have the Gaussian codebook and one scale a vector.
-        lengths: outputs of each.
-        most_misses: after this many calls with other inputs the group dissolves.
+    The deltas of `members` have the Gaussian codebook and one scale a vector.
     """
 
-    most_misses = 2
+    most_misses = 2  # after so many calls with other inputs the group dissolves
 
     def __init__(self, members: list[DeltaLinear]):
         self.members = members
-        self.lengths = [weight_of(member).shape[0] for member in members]
+        self.lengths = [weight_of(member).shape[0] for member in members]  # outputs of each
         self.misses = 0
         packed = [member.packed() for member in members]
-        self._quick = len(members) > 1 and all(
-            cpu.supported(tuple(p.runs), p.zeros is None, p.group_sizes) for p in packed
-        )
+        self._quick = len(members) > 1 and all(map(cpu.supported, packed))
         self._begin()
 
     def _begin(self) -> None:
@@ -98,12 +93,10 @@ class SharedInput:
             fits = self._quick and x.device.type == "cpu" and x.dtype != torch.float64
             fits = fits and not torch.compiler.is_compiling()
         # a shadow of a member, or a replica of one, has tensors of its own
-        return fits and any(one is member for one in self.members) and self._is_at(x)
-
-    def _is_at(self, x: Tensor) -> bool:
-        """Whether all members' weights and codes are where x is, and of its dtype."""
-        for member in self.members:
-            held: Any = member._parameters
+        if not fits or all(one is not member for one in self.members):
+            return False
+        for one in self.members:
+            held: Any = one._parameters
             weight, v = held["weight"], held["dm_v"]
             if not weight.device == v.device == x.device or weight.dtype != x.dtype:
                 return False
@@ -117,8 +110,10 @@ class SharedInput:
         thread, state = (0, None) if compiling else (get_ident(), state_of(x))
         key, shared = id(member), self._running.get(thread)
         if shared is not None and not shared.has(key, x, state):
-            self._miss()
-            shared = None
+            shared, self.misses = None, self.misses + 1
+            if self.misses >= self.most_misses:
+                for one in self.members:
+                    one.dm_shared_input = SharedInput([one])
         if shared is None:
             made = compiled.layers_of_one_input(x, self.number) if compiling else self.products(x)
             outputs = {id(one): y for one, y in zip(self.members, made, strict=True)}
@@ -140,18 +135,12 @@ class SharedInput:
             found = self._plan_for(x).linear(flat, weights, biases)
             return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
         packed = [member.packed() for member in self.members]
-        runs = [tuple(p.runs) for p in packed]
         with torch.autocast(x.device.type, enabled=False):
-            h = cpu.down_project(
-                flat, [p.v for p in packed], [p.ranks for p in packed], runs, x.shape[-1]
-            )
-            found, first = [], 0
-            for p, own, weight, bias in zip(packed, runs, weights, biases, strict=True):
-                inner = h[:, first : first + p.rank]
-                delta = cpu.up_project(inner, p.u, p.ranks, own, p.m, x.dtype)
+            parts = cpu.down_project(flat, packed).split([p.rank for p in packed], 1)
+            found = []
+            for h, p, weight, bias in zip(parts, packed, weights, biases, strict=True):
                 y = F.linear(x, weight, bias)
-                found.append(y.add_(delta.view(y.shape)))
-                first += p.rank
+                found.append(y.add_(cpu.up_project(h, p, x.dtype).view(y.shape)))
         return found
 
     def _plan_for(self, x: Tensor) -> Any:
@@ -171,12 +160,6 @@ class SharedInput:
     def forget(self) -> None:
         """Drop the plan, whose codes would stay on the device that the members leave."""
         self._plan = self._planned = None
-
-    def _miss(self) -> None:
-        self.misses += 1
-        if self.misses >= self.most_misses:
-            for member in self.members:
-                member.dm_shared_input = SharedInput([member])
 
 
 def link_shared_inputs(model: nn.Module) -> None:

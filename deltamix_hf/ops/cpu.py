@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..quantization import gaussian as codebook
 from ..quantization import uniform
+from ..quantization.packed_delta import PackedDelta
 
 Widths = tuple[tuple[int, int, int], ...]
 
@@ -38,20 +39,11 @@ _TWO_BITS = 4096  # where the 2-bit entries begin, after the 3-bit ones
 
 
 @dataclass(frozen=True)
-class Planes:
-    """Ranks of one width on one side: their byte rows, as a slice or indices."""
-
-    width: int
-    count: int
-    rows: slice | Tensor
-
-
-@dataclass(frozen=True)
 class OrderedRanks:
-    """Ranks whose levels come in one order: their numbers, in the order of the pieces."""
+    """Ranks whose levels come in one order, as slices or indices, in the order of the pieces."""
 
     order: int
-    pieces: tuple[Planes, ...]
+    pieces: tuple[tuple[int, slice | Tensor], ...]  # a width and the byte rows of its ranks
     ranks: slice | Tensor
 
 
@@ -65,54 +57,55 @@ class _Side:
     packed: Tensor
     number: int
     length: int
+    runs: Widths
     scales: Tensor | None = None
 
-    @property
-    def columns(self) -> int:
-        return self.packed.shape[1]
+
+def _right(packed: PackedDelta) -> _Side:
+    return _Side(packed.v, 1, packed.n, tuple(packed.runs))
 
 
-def supported(runs: Widths, gaussian: bool, group_sizes: tuple[int, int]) -> bool:
-    v, u = group_sizes
-    whole_bytes = v == 0 and u % 8 == 0
-    return gaussian and whole_bytes and all(v in _ORDER and u in _ORDER for _, v, u in runs)
+def _left(packed: PackedDelta, scales: Tensor | None = None) -> _Side:
+    return _Side(packed.u, 2, packed.m, tuple(packed.runs), scales)
 
 
-def low_rank(
-    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, n: int, u_group: int = 0
-) -> Tensor:
-    """Multiply x [M, n]: (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype; `u_group`: U's group size."""
-    right, left, scales = _sides(v, u, ranks, m, n, u_group)
-    return _product(x, right, left, scales, runs)
+def supported(packed: PackedDelta) -> bool:
+    v, u = packed.group_sizes
+    fits = packed.zeros is None and v == 0 and u % 8 == 0
+    return fits and all(v in _ORDER and u in _ORDER for _, v, u in packed.runs)
 
 
-def low_rank_transposed(
-    x: Tensor, v: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, n: int, u_group: int = 0
-) -> Tensor:
-    """Multiply x [M, m] the other way: (x·Û)·V̂ [M, n] in x's dtype."""
-    right, left, scales = _sides(v, u, ranks, m, n, u_group)
-    return _product(x, left, right, scales, runs)
+def low_rank(x: Tensor, packed: PackedDelta, transposed: bool) -> Tensor:
+    """Multiply x [M, n]: (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype; `transposed`: x [M, m], (x·Û)·V̂ [M, n]."""
+    scales, by_column = uniform.scales_from_bits(packed.ranks[:, 1:].contiguous()), None
+    if u_group := packed.group_sizes[1]:
+        by_column = scales[:, 1:].repeat_interleave(u_group // 8, 1)[:, : packed.u.shape[1]]
+        scales = scales[:, :1]
+    enter, leave = _right(packed), _left(packed, by_column)
+    if transposed:
+        enter, leave = leave, enter
+    h = _enter(x, enter)
+    for scale in scales.unbind(1):  # in this order, as `down_project` and `up_project` apply them
+        h = h * scale
+    return _leave(h, leave).to(x.dtype)
 
 
-def down_project(
-    x: Tensor, v: Sequence[Tensor], ranks: Sequence[Tensor], runs: Sequence[Widths], n: int
-) -> Tensor:
+def down_project(x: Tensor, packed: Sequence[PackedDelta]) -> Tensor:
     """Multiply x [M, n] by V̂ᵀ of several matrices: float32 [M, all ranks]; one scale a vector."""
-    h = _enter(x, _Side(torch.cat(list(v)), 1, n), sum(runs, ()))
-    return h * uniform.scales_from_bits(torch.cat([r[:, 1] for r in ranks]))
+    runs = sum((tuple(p.runs) for p in packed), ())
+    h = _enter(x, _Side(torch.cat([p.v for p in packed]), 1, packed[0].n, runs))
+    return h * uniform.scales_from_bits(torch.cat([p.ranks[:, 1] for p in packed]))
 
 
-def up_project(
-    h: Tensor, u: Tensor, ranks: Tensor, runs: Widths, m: int, dtype: torch.dtype
-) -> Tensor:
+def up_project(h: Tensor, packed: PackedDelta, dtype: torch.dtype) -> Tensor:
     """Multiply h float32 [M, k], one matrix's part of `down_project`: h·Ûᵀ [M, m] in `dtype`."""
-    scales = uniform.scales_from_bits(ranks[:, 2].contiguous())
-    return _leave(h * scales, _Side(u, 2, m), runs).to(dtype)
+    scales = uniform.scales_from_bits(packed.ranks[:, 2].contiguous())
+    return _leave(h * scales, _left(packed)).to(dtype)
 
 
-def times_right(h: Tensor, v: Tensor, runs: Widths, n: int) -> Tensor:
+def times_right(h: Tensor, packed: PackedDelta) -> Tensor:
     """Multiply h float32 [M, k], V's scales included: h·V̂, float32 [M, n]."""
-    return _leave(h, _Side(v, 1, n), runs)
+    return _leave(h, _right(packed))
 
 
 def levels(packed: Tensor, runs: Sequence[tuple[int, int]], length: int) -> Tensor:
@@ -130,40 +123,19 @@ def levels(packed: Tensor, runs: Sequence[tuple[int, int]], length: int) -> Tens
             ordered = rows.view(count, 8, -1).transpose(1, 2)
             out.view(count, -1, 8).copy_(_eight_bits(ordered))
         else:
-            entries = _entries(rows, Planes(width, count, slice(None))).transpose(1, 2)
+            entries = _entries(rows, width, slice(None)).transpose(1, 2)
             _look_up(_ORDER[width], entries.contiguous(), out.view(-1))
     return found[:, :length]
 
 
-def _sides(
-    v: Tensor, u: Tensor, ranks: Tensor, m: int, n: int, u_group: int
-) -> tuple[_Side, _Side, Sequence[Tensor]]:
-    """Both factors, and the scales float32 [k] that apply to whole ranks, one after the other."""
-    scales = uniform.scales_from_bits(ranks[:, 1:].contiguous())
-    right = _Side(v, 1, n)
-    if not u_group:
-        return right, _Side(u, 2, m), scales.unbind(1)
-    by_column = scales[:, 1:].repeat_interleave(u_group // 8, 1)[:, : u.shape[1]]
-    return right, _Side(u, 2, m, by_column), scales[:, :1].unbind(1)
-
-
-def _product(
-    x: Tensor, enter: _Side, leave: _Side, scales: Sequence[Tensor], runs: Widths
-) -> Tensor:
-    h = _enter(x, enter, runs)
-    for scale in scales:  # in this order, as `down_project` and `up_project` apply them
-        h = h * scale
-    return _leave(h, leave, runs).to(x.dtype)
-
-
-def _enter(x: Tensor, enter: _Side, runs: Widths) -> Tensor:
+def _enter(x: Tensor, enter: _Side) -> Tensor:
     """x [M, length] times the codes: float32 [M, k]."""
-    rows, columns = len(x), enter.columns
+    rows, columns = len(x), enter.packed.shape[1]
     x = x.float()
     if enter.length < 8 * columns:
         x = F.pad(x, (0, 8 * columns - enter.length))
-    h = x.new_empty(rows, sum(run[0] for run in runs))
-    for part in parts(runs, enter.number):
+    h = x.new_empty(rows, sum(run[0] for run in enter.runs))
+    for part in parts(enter.runs, enter.number):
         turned = x.view(rows, columns, part.order, 8 // part.order).transpose(1, 2).flatten(1)
         found = turned @ _levels(enter, part).T
         if isinstance(part.ranks, slice):
@@ -173,10 +145,10 @@ def _enter(x: Tensor, enter: _Side, runs: Widths) -> Tensor:
     return h
 
 
-def _leave(h: Tensor, leave: _Side, runs: Widths) -> Tensor:
-    rows, columns = len(h), leave.columns
+def _leave(h: Tensor, leave: _Side) -> Tensor:
+    rows, columns = len(h), leave.packed.shape[1]
     y = h.new_zeros(rows, columns, 8)
-    for part in parts(runs, leave.number):
+    for part in parts(leave.runs, leave.number):
         found = _take(h, 1, part.ranks) @ _levels(leave, part)
         turned = found.view(rows, part.order, columns, 8 // part.order).transpose(1, 2)
         y.view(rows, columns, part.order, 8 // part.order).add_(turned)
@@ -198,7 +170,7 @@ def parts(runs: Widths, side: int) -> tuple[OrderedRanks, ...]:
     for order in (8, 4, 2):
         widths = [width for width in (8, 4, 3, 2) if width in rows and _ORDER[width] == order]
         if widths:
-            pieces = tuple(Planes(w, len(ranks[w]), _index(rows[w], torch.int32)) for w in widths)
+            pieces = tuple((w, _index(rows[w], torch.int32)) for w in widths)
             found.append(OrderedRanks(order, pieces, _index([r for w in widths for r in ranks[w]])))
     return tuple(found)
 
@@ -221,10 +193,10 @@ def _take(tensor: Tensor, dim: int, index: slice | Tensor) -> Tensor:
 def _levels(side: _Side, part: OrderedRanks) -> Tensor:
     """Levels [ranks, 8·columns] of a part, in its own order; times the side's scales."""
     if part.order == 8:
-        (piece,) = part.pieces
-        levels = _eight_bits(_take(side.packed, 0, piece.rows)).view(piece.count, 8, -1, 1)
+        _, rows = part.pieces[0]  # alone: no other width has this order
+        levels = _eight_bits(_take(side.packed, 0, rows)).view(-1, 8, side.packed.shape[1], 1)
     else:
-        found = [_entries(side.packed, piece) for piece in part.pieces]
+        found = [_entries(side.packed, *piece) for piece in part.pieces]
         index = found[0] if len(found) == 1 else torch.cat(found)
         levels = _look_up(part.order, index)
     if side.scales is not None:  # levels are [ranks, order, columns, 8 / order]
@@ -238,12 +210,12 @@ def _eight_bits(codes: Tensor) -> Tensor:
     return torch.addcmul(_ALPHA, c, c, value=codebook.CUBIC[7][1]).mul_(c)
 
 
-def _entries(packed: Tensor, piece: Planes) -> Tensor:
+def _entries(packed: Tensor, width: int, index: slice | Tensor) -> Tensor:
     """Where in `_table` the levels of each byte are: int32 [ranks, order, columns]."""
-    rows = _take(packed, 0, piece.rows).view(piece.count, piece.width, -1)
-    if piece.width == 4:
+    rows = _take(packed, 0, index).view(-1, width, packed.shape[1])
+    if width == 4:
         return rows.int()
-    if piece.width == 2:
+    if width == 2:
         return rows.int().add_(_TWO_BITS)
     low = (rows[:, 2:] >> _NIBBLES).bitwise_and_(15)
     return torch.add(rows[:, :2].int(), low, alpha=256)

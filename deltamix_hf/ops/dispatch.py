@@ -1,8 +1,7 @@
 """Choose which implementation runs a packed product: the Triton kernels or plain torch.
 
-An explicit argument wins over the environment variable DELTAMIX_KERNEL; both take "triton" or
-"reference". Otherwise the device decides: the kernels on a GPU where they work, plain torch
-elsewhere.
+The environment variable DELTAMIX_KERNEL, "triton" or "reference", decides. If it is not set, the
+device does: the kernels on a GPU where they work, plain torch elsewhere.
 
 Before the kernels are first used on a GPU, `isolated_check` compares them with float64 in processes
 of their own. A GPU, driver or Triton that they do not work on costs speed, and no wrong answers.
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import logging
 
 from ..errors import DeltaMixError, first_line
@@ -31,11 +31,10 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 _passed: dict[int | None, bool] = {}
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which lives with its model
 
 
-def choose(
-    device: torch.device, wanted: str | None = None, passed: dict[int | None, bool] = _passed
-) -> str:
+def choose(device: torch.device, passed: dict[int | None, bool] = _passed) -> str:
     """Return the implementation for tensors on `device`.
 
     Args:
@@ -44,13 +43,11 @@ def choose(
     Raises:
         DeltaMixError: an unknown name, or Triton asked for where it cannot run.
     """
-    name = wanted or os.environ.get(VARIABLE)
+    name = os.environ.get(VARIABLE)
     if name is None:
         return TRITON if _trusted(device, passed) else REFERENCE
     if name not in (TRITON, REFERENCE):
-        raise DeltaMixError(
-            f"kernel {name!r} ({VARIABLE} or an argument): choose {TRITON!r} or {REFERENCE!r}"
-        )
+        raise DeltaMixError(f"kernel {name!r} ({VARIABLE}): choose {TRITON!r} or {REFERENCE!r}")
     if name == TRITON and not _runs_triton(device):
         raise DeltaMixError(
             f"the Triton kernels cannot run on {device.type}: install triton and use a CUDA "
@@ -95,11 +92,6 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def made_of(packed: PackedDelta, dtype: torch.dtype) -> list[Any]:
-    """Tell what a table of packed codes was made of, and for which dtype: other, if either is."""
-    return [dtype, *map(state_of, packed.tensors.values())]
-
-
 def persistent(device: torch.device, make: Callable[[], T]) -> T:
     """Return `make()`, tensors that outlive the call, also where a compiled model warms up.
 
@@ -111,8 +103,19 @@ def persistent(device: torch.device, make: Callable[[], T]) -> T:
             "a CUDA graph cannot make what the kernels read: run the model once, without "
             "gradients, before recording"
         )
-    made: T = triton_kernels().persistent(device, make)
-    return made
+    return triton_kernels().persistent(device, make)
+
+
+def table_of(packed: PackedDelta, dtype: torch.dtype, make: Callable[[], T]) -> T:
+    """Return `make()` for these codes, made anew when they have moved or changed; see `persistent`.
+
+    What is made must not keep `packed.v` alive, with which it is forgotten.
+    """
+    of = [dtype, *map(state_of, packed.tensors.values())]
+    found = _tables.get(packed.v)
+    if found is None or found[0] != of:
+        found = _tables[packed.v] = of, persistent(packed.v.device, make)
+    return found[1]
 
 
 def _trusted(device: torch.device, passed: dict[int | None, bool]) -> bool:
@@ -120,17 +123,12 @@ def _trusted(device: torch.device, passed: dict[int | None, bool]) -> bool:
     if device.type != "cuda" or not _runs_triton(device):
         return False
     if device.index not in passed:
-        if not _can_launch():
+        # not while a compiler traces, with fake tensors or without, and not within a CUDA graph
+        tracing = torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
+        if tracing or (torch.cuda.is_available() and capturing(device)):
             return False
         passed[device.index] = kernels_work(device, Path(triton_kernels().__file__).parent)
     return passed[device.index]
-
-
-def _can_launch() -> bool:
-    """Not while a compiler traces, with fake tensors or without, and not within a CUDA graph."""
-    if torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor:
-        return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _runs_triton(device: torch.device) -> bool:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import DeltaMixError
 from ..quantization import uniform
 from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import packed_runs
 from ..transformers_private import moe
 from . import cpu
-from .dispatch import TRITON, capturing, choose, kernel_packed, made_of, triton_kernels
+from .dispatch import TRITON, choose, kernel_packed, table_of, triton_kernels
 
 Project = Callable[[str, Tensor, Tensor], Tensor]
 """(name of a 3-D parameter, x [S, n] sorted by expert, ends int32 [experts]) -> [S, m].
@@ -139,13 +139,10 @@ def _groups(rows: list[int], most: int) -> Iterator[slice]:
 def _decoded(factors: PackedDelta, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """V̂ [K, n], Ûᵀ [K, m] and what each rank is yet to be multiplied by, [K]; see `cpu.py`."""
     quick = factors.v.device.type == "cpu" and dtype != torch.float64
-    runs, whole = tuple(factors.runs), factors.group_sizes == (0, 0)
-    if quick and whole and cpu.supported(runs, factors.zeros is None, factors.group_sizes):
-        sides = [(factors.v, 1, factors.n), (factors.u, 2, factors.m)]
-        right, left = (
-            cpu.levels(codes, [(run[0], run[side]) for run in runs], length)
-            for codes, side, length in sides
-        )
+    if quick and factors.group_sizes == (0, 0) and cpu.supported(factors):
+        sides = packed_runs(factors.runs)
+        right = cpu.levels(factors.v, sides["v"], factors.n)
+        left = cpu.levels(factors.u, sides["u"], factors.m)
         return right, left, uniform.scales_from_bits(factors.ranks[:, 1:].contiguous()).prod(1)
     dtype = torch.float32 if quick else dtype  # as elsewhere on a CPU
     right, left = factors.right().to(dtype), factors.left().to(dtype)
@@ -185,23 +182,6 @@ def add_delta(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> Tensor
     return y
 
 
-class _ExpertTable:
-    """Addresses of all experts' factors; `sound` if the kernels know them for `dtype`."""
-
-    def __init__(self, packed: PackedDelta, dtype: torch.dtype):
-        self.of = made_of(packed, dtype)
-        device, factors = packed.v.device, packed.untied().split()
-        self.slots = torch.arange(len(factors), dtype=torch.int32, device=device)
-        self.table = triton_kernels().Table(len(factors), packed.m, packed.n, device)
-        self.sound = all(
-            own is None or self.table.put(number, kernel_packed(own), dtype)
-            for number, own in enumerate(factors)
-        )
-
-
-_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which lives with its model
-
-
 def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> bool:
     """Add x [S, n] times the experts' factors to y [S, m] in place; False: nothing was done.
 
@@ -212,16 +192,28 @@ def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> b
         return False
     if choose(x.device) != TRITON:
         return False
-    found = _tables.get(packed.v)
-    k = triton_kernels()
-    if found is None or found.of != made_of(packed, x.dtype):  # the model was moved
-        if capturing(x.device):
-            return False
-        table = k.persistent(x.device, lambda: _ExpertTable(packed, x.dtype))
-        found = _tables[packed.v] = table
-    if not found.sound:
+    found = _expert_table(packed, x.dtype)
+    if found is None:
         return False
+    table, slots = found
     numbers = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    rows = k.Rows(numbers, torch.cat([ends.new_zeros(1), ends]), found.slots)
-    k.grouped_add(y, x, found.table, rows)
+    k = triton_kernels()
+    rows = k.Rows(numbers, torch.cat([ends.new_zeros(1), ends]), slots)
+    k.grouped_add(y, x, table, rows)
     return True
+
+
+def _expert_table(packed: PackedDelta, dtype: torch.dtype) -> tuple[Any, Tensor] | None:
+    """The kernels' table of all experts' factors, and their slots; None: not for them."""
+
+    def make() -> tuple[Any, Tensor] | None:
+        device, factors = packed.v.device, packed.untied().split()
+        table = triton_kernels().Table(len(factors), packed.m, packed.n, device)
+        known = all(
+            own is None or table.put(number, kernel_packed(own), dtype)
+            for number, own in enumerate(factors)
+        )
+        slots = torch.arange(len(factors), dtype=torch.int32, device=device)
+        return (table, slots) if known else None
+
+    return table_of(packed, dtype, make)

@@ -48,7 +48,8 @@ def kernels_work(
         command: starts a child; the device and a case are appended.
         limit: seconds until a child is killed.
     """
-    passed = _cache_folder() / f"kernels-{_fingerprint(device, kernels)}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltamix_hf"
+    passed = cache / f"kernels-{_fingerprint(device, kernels)}"
     with suppress(OSError):
         if passed.read_bytes() == _PASSED:
             return True
@@ -60,7 +61,9 @@ def kernels_work(
         found = list(pool.map(partial(_failure, device, command, limit), CASES))
     reasons = [f"{case}: {reason}" for case, reason in zip(CASES, found, strict=True) if reason]
     if not reasons:
-        _write(passed)
+        with suppress(OSError):  # a folder that cannot be written costs a check in the next process
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            passed.write_bytes(_PASSED)
         return True
     logger.warning(
         "the Triton kernels do not work on %s (%s); plain torch runs instead, which is slow. "
@@ -101,10 +104,6 @@ def _last_line(file: IO[bytes]) -> str:
     return lines[-1][-_LONGEST:] if lines else ""
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltamix_hf"
-
-
 def _fingerprint(device: torch.device, kernels: Path) -> str:
     """Hash all that a pass depends on."""
     digest = hashlib.sha256()
@@ -121,12 +120,3 @@ def _fingerprint(device: torch.device, kernels: Path) -> str:
         triton = version("triton")
     digest.update(repr([*gpu, driver, torch.__version__, torch.version.cuda, triton]).encode())
     return digest.hexdigest()[:32]
-
-
-def _write(passed: Path) -> None:
-    """Cache a pass; a folder that cannot be written costs a check in the next process."""
-    with suppress(OSError):
-        passed.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=passed.parent, delete=False) as file:
-            file.write(_PASSED)
-        os.replace(file.name, passed)

@@ -19,30 +19,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..quantization import bitpacking, gaussian, uniform
 from ..quantization.packed_delta import PackedDelta
-from ..quantization.packed_layout import GroupSizes, row_bits, scale_counts, zero_points
+from ..quantization.packed_layout import packed_runs, row_bits, scale_counts, zero_points
 from . import cpu
-from .dispatch import (
-    TRITON,
-    TRITON_DTYPES,
-    choose,
-    kernel_packed,
-    made_of,
-    persistent,
-    triton_kernels,
-)
+from .dispatch import TRITON, TRITON_DTYPES, choose, kernel_packed, table_of, triton_kernels
 
 
-def _unflatten(runs: list[int]) -> list[tuple[int, int, int]]:
-    return list(zip(runs[0::3], runs[1::3], runs[2::3], strict=True))
-
-
-def _pair(group_sizes: list[int]) -> GroupSizes:
-    v, u = group_sizes
-    return v, u
+def _packed(runs: list[int], m: int, n: int, group_sizes: list[int], *tensors: Any) -> PackedDelta:
+    """The packed matrix of an op's arguments."""
+    triples = list(zip(runs[0::3], runs[1::3], runs[2::3], strict=True))
+    return PackedDelta(m, n, (group_sizes[0], group_sizes[1]), triples, *tensors)
 
 
 def plain_low_rank(
@@ -56,28 +44,20 @@ def plain_low_rank(
     n: int,
     group_sizes: list[int],
     transposed: bool,
-    by: str | None = None,
 ) -> Tensor:
     """Multiply x [..., n]: [..., m] in x's dtype; `transposed` maps [..., m] to [..., n].
 
-    `runs` is the flattened list of (count, v_bits, u_bits); for the tensors see `packed_layout`;
-    `by` is what `choose` takes. (Inductor cannot lower an op with an argument named `kernel`.)
+    `runs` is the flattened list of (count, v_bits, u_bits); for the tensors see `packed_layout`.
     """
-    if _by_triton(x, group_sizes, by):
-        k = triton_kernels()
-        packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, _pair(group_sizes))
-        return k.low_rank(x, packed, transposed)
-    triples = tuple(_unflatten(runs))
+    packed = _packed(runs, m, n, group_sizes, v, u, ranks, zeros)
+    if _by_triton(x, packed):
+        return triton_kernels().low_rank(x, kernel_packed(packed), transposed)
     quick = x.device.type == "cpu" and x.dtype != torch.float64  # whose factors are float32's
-    if quick and cpu.supported(triples, zeros is None, _pair(group_sizes)):
-        flat = x.reshape(-1, x.shape[-1])
-        product = cpu.low_rank_transposed if transposed else cpu.low_rank
+    if quick and cpu.supported(packed):
         with torch.autocast("cpu", enabled=False):
-            return product(flat, v, u, ranks, triples, m, n, group_sizes[1]).view(
-                *x.shape[:-1], n if transposed else m
-            )
-    factors = PackedDelta(m, n, _pair(group_sizes), list(triples), v, u, ranks, zeros)
-    right, left = factors.right().to(x.dtype), factors.left().to(x.dtype)
+            y = cpu.low_rank(x.reshape(-1, x.shape[-1]), packed, transposed)
+        return y.view(*x.shape[:-1], n if transposed else m)
+    right, left = packed.right().to(x.dtype), packed.left().to(x.dtype)
     if transposed:
         right, left = left, right
     with torch.autocast(x.device.type, enabled=False):  # the fake below promises x's dtype
@@ -88,18 +68,18 @@ low_rank = torch.library.custom_op("deltamix::low_rank", mutates_args=())(plain_
 
 
 @low_rank.register_fake
-def _(x, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, by=None):
+def _(x, v, u, ranks, zeros, runs, m, n, group_sizes, transposed):
     return x.new_empty(*x.shape[:-1], n if transposed else m)
 
 
 def _low_rank_context(ctx, inputs, output):
-    _, v, u, ranks, zeros, runs, m, n, group_sizes, transposed, by = inputs
+    _, v, u, ranks, zeros, runs, m, n, group_sizes, transposed = inputs
     ctx.save_for_backward(v, u, ranks, zeros)
-    ctx.layout = (runs, m, n, group_sizes, not transposed, by)
+    ctx.layout = (runs, m, n, group_sizes, not transposed)
 
 
 def _low_rank_backward(ctx, grad):
-    return (low_rank(grad, *ctx.saved_tensors, *ctx.layout),) + (None,) * 10
+    return (low_rank(grad, *ctx.saved_tensors, *ctx.layout),) + (None,) * 9
 
 
 low_rank.register_autograd(_low_rank_backward, setup_context=_low_rank_context)
@@ -115,16 +95,14 @@ def plain_delta_linear(
     zeros: Tensor | None,
     runs: list[int],
     group_sizes: list[int],
-    by: str | None = None,
 ) -> Tensor:
     """Run a linear layer with its delta: x [..., n], weight [m, n], bias [m] -> [..., m]."""
     m, n = weight.shape
-    if _by_triton(x, group_sizes, by):
-        k = triton_kernels()
-        packed = k.Packed(v, u, ranks, zeros, k.runs_of(runs), m, n, _pair(group_sizes))
-        return k.delta_linear(x, weight, bias, packed)
+    packed = _packed(runs, m, n, group_sizes, v, u, ranks, zeros)
+    if _by_triton(x, packed):
+        return triton_kernels().delta_linear(x, weight, bias, kernel_packed(packed))
     y = F.linear(x, weight, bias)
-    return y.add_(plain_low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False, by))
+    return y.add_(plain_low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False))
 
 
 delta_linear = torch.library.custom_op("deltamix::delta_linear", mutates_args=())(
@@ -133,15 +111,15 @@ delta_linear = torch.library.custom_op("deltamix::delta_linear", mutates_args=()
 
 
 @delta_linear.register_fake
-def _(x, weight, bias, v, u, ranks, zeros, runs, group_sizes, by=None):
+def _(x, weight, bias, v, u, ranks, zeros, runs, group_sizes):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_context(ctx, inputs, output):
-    x, weight, _, v, u, ranks, zeros, runs, group_sizes, by = inputs
+    x, weight, _, v, u, ranks, zeros, runs, group_sizes = inputs
     _, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     ctx.save_for_backward(x if wants_weight else None, weight, v, u, ranks, zeros)
-    ctx.layout = (runs, *weight.shape, group_sizes, True, by)
+    ctx.layout = (runs, *weight.shape, group_sizes, True)
     ctx.wants_bias = wants_bias
 
 
@@ -155,17 +133,17 @@ def _linear_backward(ctx, grad):
         dw = flat.T @ x.flatten(0, -2)
     if ctx.wants_bias:
         db = flat.sum(0)
-    return (dx, dw, db) + (None,) * 7
+    return (dx, dw, db) + (None,) * 6
 
 
 delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 
-def _by_triton(x: Tensor, group_sizes: list[int], by: str | None) -> bool:
+def _by_triton(x: Tensor, packed: PackedDelta) -> bool:
     """The kernels know three dtypes and scale groups of 16·i elements; the rest is torch's."""
-    if choose(x.device, by) != TRITON:
+    if choose(x.device) != TRITON:
         return False
-    return x.dtype in TRITON_DTYPES and triton_kernels().supported(_pair(group_sizes))
+    return x.dtype in TRITON_DTYPES and triton_kernels().supported(packed.group_sizes)
 
 
 def plain_low_rank_rows(
@@ -181,13 +159,12 @@ def plain_low_rank_rows(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Decode rows `index` (int64, any shape, below m) of Û·V̂: [*index.shape, n] in `dtype`."""
-    triples = _unflatten(runs)
-    packed = PackedDelta(m, n, _pair(group_sizes), triples, v, u, ranks, zeros)
+    packed = _packed(runs, m, n, group_sizes, v, u, ranks, zeros)
     if choose(index.device) == TRITON and (table := _row_table(packed, dtype)) is not None:
         y = v.new_zeros(*index.shape, n, dtype=dtype)
         triton_kernels().grouped_embed(y, index, *table)
         return y
-    sides = [(c, b) for c, _, b in triples]
+    sides = packed_runs(packed.runs)["u"]
     flat = index.reshape(-1)
     codes = bitpacking.unpack_columns(u, sides, flat)
     v_groups, _ = scale_counts(m, n, packed.group_sizes)
@@ -197,14 +174,12 @@ def plain_low_rank_rows(
         left = gaussian.decode(codes, row_bits(sides, codes)[:, None]) * scales
     else:
         # int16, not uint8: code - zero may be negative
-        points = zero_points(zeros, triples, ranks.shape[1] - 1)[:, group].to(torch.int16)
+        points = zero_points(zeros, packed.runs, ranks.shape[1] - 1)[:, group].to(torch.int16)
         left = (codes.to(torch.int16) - points) * scales
     with torch.autocast(index.device.type, enabled=False):
-        if index.device.type == "cpu" and cpu.supported(
-            tuple(triples), zeros is None, packed.group_sizes
-        ):
+        if index.device.type == "cpu" and cpu.supported(packed):
             h = (left * uniform.scales_from_bits(ranks[:, 1:2].contiguous())).T
-            found = cpu.times_right(h, v, tuple(triples), n)
+            found = cpu.times_right(h, packed)
         else:
             found = left.T @ packed.right()
     return found.to(dtype).reshape(*index.shape, n)
@@ -222,23 +197,15 @@ def _(index, v, u, ranks, zeros, runs, m, n, group_sizes, dtype=torch.float32):
 
 def _row_table(packed: PackedDelta, dtype: torch.dtype) -> tuple[Any, Any] | None:
     """The kernels' table of one embedding's delta, and rows that all use it; None: not for them."""
-    of = made_of(packed, dtype)
-    found = _row_tables.get(packed.v)
-    if found is None or found[0] != of:
+
+    def make() -> tuple[Any, Any] | None:
         k, device = triton_kernels(), packed.v.device
+        table = k.Table(1, packed.m, packed.n, device, embedding=True)
+        rows = (torch.tensor(t, dtype=torch.int32).to(device) for t in ([0], [0, 1], [0]))
+        known = table.put(0, kernel_packed(packed), dtype)
+        return (table, k.Rows(*rows)) if known else None
 
-        def make() -> tuple[Any, Any] | None:
-            table = k.Table(1, packed.m, packed.n, device, embedding=True)
-            rows = (torch.tensor(t, dtype=torch.int32).to(device) for t in ([0], [0, 1], [0]))
-            known = table.put(0, kernel_packed(packed), dtype)
-            return (table, k.Rows(*rows)) if known else None
-
-        found = _row_tables[packed.v] = of, persistent(device, make)
-    return found[1]
-
-
-# By `v`, which lives with its model. A table must not keep `v` alive: it holds codes of its own.
-_row_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+    return table_of(packed, dtype, make)
 
 
 _PLAIN: dict[Any, Any] = {

@@ -6,8 +6,8 @@ vLLM calls `register` in each of its processes, by our entry point in the group
 - `quantization.py`: quant_method "deltamix", which gives each layer its place for deltas;
 - `layers.py`: those places, and the sum of a layer's output and its deltas';
 - `partition.py`: which part of a matrix a rank of tensor parallelism holds;
-- `repo.py` and `loader.py`: a delta repo and its base as one stream of weights;
-- `manager.py`, `batch.py` and `norms.py`: many deltas in one server, named like LoRAs. `install` in
+- `loader.py`: a delta repo and its base as one stream of weights;
+- `manager.py` and `batch.py`: many deltas in one server, named like LoRAs. `install` in
   `manager.py` is the one place that replaces a private part of vLLM.
 """
 

@@ -1,19 +1,23 @@
-"""Which rows of a batch take which delta: vLLM flattens all requests' tokens to one dimension.
+"""Which rows of a batch take which delta, and norms whose weights differ from one to the next.
 
-Layers see all tokens [tokens, ...]; the head sees the rows whose logits are wanted, one or more of
-each request, or, for log-probabilities of prompts, a slice of the tokens.
+vLLM flattens all requests' tokens to one dimension. Layers see all tokens [tokens, ...]; the head
+sees the rows whose logits are wanted, one or more of each request, or, for log-probabilities of
+prompts, a slice of the tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DeltaMixError
 
 Groups = list[tuple[int, Tensor]]  # a delta's number and its rows, int64
+Overlay = dict[str, nn.Parameter]  # name of a parameter of one module -> a delta's own value
 
 
 class Batch:
@@ -27,23 +31,17 @@ class Batch:
         self.tokens, self.wanted = tuple(tokens), tuple(wanted)
         self._groups: dict[tuple[tuple[int, ...], torch.device], Groups] = {}
 
-    def of_tokens(self, x: Tensor, known: Collection[int]) -> Groups:
+    def groups(self, x: Tensor, known: Collection[int], head: bool = False) -> Groups:
         """Find the rows of x [tokens, ...] of each delta that is among `known`.
 
-        Raises DeltaMixError if x has another number of rows.
+        `head`: x [rows, n] is what the output head sees. Raises DeltaMixError if x has another
+        number of rows.
         """
-        return self._of(self.tokens, x, known)
-
-    def of_head(self, x: Tensor, known: Collection[int]) -> Groups:
-        """Find them in what the output head sees, [rows, n]."""
-        tokens = len(self.tokens)
+        numbers = self.wanted if head else self.tokens
         width = x.shape[-1] * x.element_size()
-        if tokens and x.untyped_storage().nbytes() == tokens * width:  # a slice of all tokens
+        if head and x.untyped_storage().nbytes() == len(self.tokens) * width:  # a slice of all
             first = x.storage_offset() // x.shape[-1]
-            return self._of(self.tokens[first : first + len(x)], x, known)
-        return self._of(self.wanted, x, known)
-
-    def _of(self, numbers: tuple[int, ...], x: Tensor, known: Collection[int]) -> Groups:
+            numbers = self.tokens[first : first + len(x)]
         if not any(number in known for number in set(numbers)):
             return []
         if len(numbers) != len(x):
@@ -57,3 +55,49 @@ class Batch:
             used = sorted(set(numbers) - {0})
             self._groups[key] = [(number, (every == number).nonzero()[:, 0]) for number in used]
         return [(number, rows) for number, rows in self._groups[key] if number in known]
+
+
+def by_row(module: Any, batch: Batch) -> dict[int, Overlay]:
+    """Make a module run each row by the tensors of its delta.
+
+    What it returns says what each delta, by number, puts in place of the module's own; change it at
+    will.
+    """
+    if "dm_overlays" in module.__dict__:
+        return module.dm_overlays
+    overlays: dict[int, Overlay] = {}
+    plain = module.forward
+
+    def forward(x: Tensor, *rest: Any) -> Any:
+        groups = batch.groups(x, overlays) if overlays else []
+        if len(groups) == 1 and len(groups[0][1]) == len(x):
+            with _replaced(module, overlays[groups[0][0]]):
+                return plain(x, *rest)
+        found = []
+        for number, rows in groups:  # first: the call for all rows may write into x
+            with _replaced(module, overlays[number]):
+                chosen = [value[rows] if isinstance(value, Tensor) else value for value in rest]
+                found.append((rows, plain(x[rows], *chosen)))
+        y = plain(x, *rest)
+        for rows, part in found:
+            for whole, some in zip(_tensors(y), _tensors(part), strict=True):
+                whole.index_copy_(0, rows, some)
+        return y
+
+    module.dm_overlays = overlays
+    module.forward = forward
+    return overlays
+
+
+@contextmanager
+def _replaced(module: nn.Module, overlay: Overlay) -> Iterator[None]:
+    own = {name: module._parameters[name] for name in overlay}
+    module._parameters.update(overlay)
+    try:
+        yield
+    finally:
+        module._parameters.update(own)
+
+
+def _tensors(y: Any) -> tuple[Tensor, ...]:
+    return y if isinstance(y, tuple) else (y,)

@@ -80,25 +80,17 @@ class LayerDeltas:
 
     def _groups(self, x: Tensor, head: bool) -> Groups:
         known = self.requested.keys() | self.biases.keys()
-        if not known:
-            return []
-        return self.batch.of_head(x, known) if head else self.batch.of_tokens(x, known)
+        return self.batch.groups(x, known, head) if known else []
 
 
 @torch.library.custom_op("deltamix::vllm_add", mutates_args=("y",))
-def vllm_add(y: Tensor, x: Tensor, name: str) -> None:
-    """Call `LayerDeltas.add` of the layer that has this name in the running model."""
-    get_forward_context().no_compile_layers[name].add(y, x)
+def vllm_add(y: Tensor, x: Tensor, name: str, rows: bool) -> None:
+    """Call `LayerDeltas.add`, or for `rows` `add_rows`, of the running model's layer `name`."""
+    deltas: LayerDeltas = get_forward_context().no_compile_layers[name]
+    (deltas.add_rows if rows else deltas.add)(y, x)
 
 
-@torch.library.custom_op("deltamix::vllm_add_rows", mutates_args=("y",))
-def vllm_add_rows(y: Tensor, ids: Tensor, name: str) -> None:
-    """Call `LayerDeltas.add_rows` of the layer that has this name in the running model."""
-    get_forward_context().no_compile_layers[name].add_rows(y, ids)
-
-
-vllm_add.register_fake(lambda y, x, name: None)
-vllm_add_rows.register_fake(lambda y, ids, name: None)
+vllm_add.register_fake(lambda y, x, name, rows: None)
 
 
 def deltas_of(model: nn.Module) -> dict[int, tuple[Any, LayerDeltas]]:
@@ -141,7 +133,7 @@ class _Method(QuantizeMethodBase):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = self.plain.apply(layer, x, bias)
         if torch.compiler.is_compiling():
-            vllm_add(y, x, layer.deltas.name)
+            vllm_add(y, x, layer.deltas.name, rows=False)
         else:
             layer.deltas.add(y, x, head=isinstance(layer, VocabParallelEmbedding))
         return y
@@ -162,7 +154,7 @@ class DeltaMixEmbeddingMethod(_Method):
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         y: Tensor = self.plain.embedding(layer, ids)
         if torch.compiler.is_compiling():
-            vllm_add_rows(y, ids, layer.deltas.name)
+            vllm_add(y, ids, layer.deltas.name, rows=True)
         else:
             layer.deltas.add_rows(y, ids)
         return y

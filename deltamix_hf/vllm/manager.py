@@ -23,10 +23,9 @@ from ..checkpoint.delta_repo import StoredDelta, find_delta
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError
 from ..storage.headers import fingerprints, read_headers
-from .batch import Batch
+from .batch import Batch, by_row
 from .layers import deltas_of
-from .norms import by_row
-from .repo import BaseRepo, check_arrived, finding_places
+from .loader import BaseRepo, check_arrived, finding_places
 
 _vllms_own = runner.LRUCacheWorkerLoRAManager  # keeps adapters as dense slots
 

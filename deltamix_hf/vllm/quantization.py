@@ -29,17 +29,13 @@ class DeltaMixQuantization(QuantizationConfig):
 
     def __init__(self, settings: DeltaMixConfig | None = None):
         super().__init__()
-        self.settings = settings
-        self._prepare()
+        self.__setstate__({"settings": settings})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._prepare()  # unpickled in a worker: before vLLM looks for a loader there
-
-    def _prepare(self) -> None:
         from .loader import use_our_loader
 
-        use_our_loader()
+        self.__dict__.update(state)
+        use_our_loader()  # unpickled in a worker too: before vLLM looks for a loader there
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DeltaMixQuantization:

@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from deltamix_hf import DeltaMixConfig
-from deltamix_hf.nn.experts import delta_experts
-from deltamix_hf.nn.layers import delta_modules
+from deltamix_hf.nn.delta_module import own_deltas
 from deltamix_hf.storage.names import ROWS, is_guard, packed_part
 
 
@@ -86,9 +85,8 @@ def test_each_tensor_is_packed_or_whole(made):
     model = cls.from_pretrained(folder / "delta")
     stored = load_file(folder / "delta" / "model.safetensors")
     tied = set(model.all_tied_weights_keys)
-    packed = {f"{name}.weight" for name in delta_modules(model)} - tied
-    for name, module in delta_experts(model).items():
-        packed |= {f"{name}.{leaf}" for leaf in module.dm_own}
+    own = own_deltas(model).items()
+    packed = {f"{name}.{leaf}" for name, module in own for leaf in module.dm_own} - tied
     whole = set(stored_whole(stored))
     assert not packed & whole
     assert packed | whole == tuned.keys() - tied

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,11 +21,9 @@ WIDTHS = (8, 4, 3, 2)
 
 def products(packed, delta, x, z):
     """(found, expected) of both directions."""
-    tensors = packed.v, packed.u, packed.ranks, tuple(packed.runs), packed.m, packed.n
-    tensors = (*tensors, packed.group_sizes[1])
     return [
-        (cpu.low_rank(x, *tensors), x.double() @ delta.T),
-        (cpu.low_rank_transposed(z, *tensors), z.double() @ delta),
+        (cpu.low_rank(x, packed, transposed=False), x.double() @ delta.T),
+        (cpu.low_rank(z, packed, transposed=True), z.double() @ delta),
     ]
 
 
@@ -63,17 +63,18 @@ def test_every_dtype(dtype, u_group):
 def test_tables_are_the_codebook(width):
     packed, _ = pack(8, 64, [width] * 3, [width] * 3, 0, gaussian=True)
     (part,) = cpu.parts(tuple(packed.runs), 1)
-    levels = cpu._levels(cpu._Side(packed.v, 1, 64), part)
+    levels = cpu._levels(cpu._right(packed), part)
     levels = levels.view(3, part.order, 8, -1).transpose(1, 2).reshape(3, 64)
     scales = packed.right() / levels
     assert torch.allclose(scales, scales[:, :1].expand_as(scales))
 
 
 def test_supported():
-    runs = ((3, 8, 2), (1, 3, 4))
-    assert cpu.supported(runs, True, (0, 0)) and cpu.supported(runs, True, (0, 128))
-    assert not cpu.supported(runs, False, (0, 0)) and not cpu.supported(runs, True, (128, 0))
-    assert not cpu.supported(((3, 5, 2),), True, (0, 0))
+    packed, _ = pack(8, 8, [8, 3], [2, 4], 0, gaussian=True)
+    assert cpu.supported(packed) and cpu.supported(replace(packed, group_sizes=(0, 128)))
+    assert not cpu.supported(replace(packed, group_sizes=(128, 0)))
+    assert not cpu.supported(replace(packed, runs=[(3, 5, 2)]))
+    assert not cpu.supported(pack(8, 8, [8, 3], [2, 4], 0)[0])
 
 
 @pytest.mark.parametrize("u_group", [0, 32])

@@ -1,4 +1,4 @@
-"""Which implementation runs: argument over environment; and the ops through Triton."""
+"""Which implementation runs: environment over device; and the ops through Triton."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases import DEVICE, inputs
 from op_cases import arguments, relative
 from packed_cases import pack
@@ -32,9 +33,14 @@ def case():
     return packed, delta.to(DEVICE)
 
 
-def linear(packed, x, weight, bias, kernel):
+@pytest.fixture(params=[REFERENCE, TRITON])
+def kernel(request, monkeypatch):
+    monkeypatch.setenv(VARIABLE, request.param)
+
+
+def linear(packed, x, weight, bias):
     *tensors, runs, _, _, group_sizes = arguments(packed)
-    return ops.delta_linear(x, weight, bias, *tensors, runs, group_sizes, kernel)
+    return ops.delta_linear(x, weight, bias, *tensors, runs, group_sizes)
 
 
 def test_choice(monkeypatch):
@@ -42,9 +48,9 @@ def test_choice(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert choose(cpu) == REFERENCE
     monkeypatch.setenv(VARIABLE, REFERENCE)
-    assert choose(gpu) == REFERENCE and choose(gpu, TRITON) == TRITON
+    assert choose(cpu) == choose(gpu) == REFERENCE
     monkeypatch.setenv(VARIABLE, TRITON)
-    assert choose(cpu, REFERENCE) == REFERENCE and choose(gpu) == TRITON
+    assert choose(gpu) == TRITON
     monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(DeltaMixError, match=r"'fast'.*'triton' or 'reference'"):
         choose(cpu)
@@ -61,7 +67,6 @@ def test_a_gpu_runs_the_kernels_if_they_work_there(monkeypatch, work):
     expected = TRITON if work else REFERENCE
     assert [choose(at, passed=passed) for at in (one, one, two, one)] == [expected] * 4
     assert asked == [one, two]
-    assert choose(one, REFERENCE) == REFERENCE and choose(one, TRITON) == TRITON
 
 
 def test_a_triton_without_knobs_is_no_triton(monkeypatch, caplog):
@@ -82,28 +87,27 @@ def test_a_triton_without_knobs_is_no_triton(monkeypatch, caplog):
 
 def test_no_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_kernels", lambda: None)
+    monkeypatch.setenv(VARIABLE, TRITON)
     with pytest.raises(DeltaMixError, match="cannot run on cuda: install triton"):
-        choose(torch.device("cuda"), TRITON)
+        choose(torch.device("cuda"))
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
     monkeypatch.setattr(dispatch.triton_kernels(), "INTERPRETED", False)
+    monkeypatch.setenv(VARIABLE, TRITON)
     with pytest.raises(DeltaMixError, match="cannot run on cpu"):
-        choose(torch.device("cpu"), TRITON)
+        choose(torch.device("cpu"))
 
 
-def test_both_implementations_agree(case):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_each_implementation_is_right(case, kernel, with_bias):
     packed, delta = case
-    x, weight, bias = inputs(3, 70, torch.float32), inputs(40, 70, torch.float32), None
-    expected = x.double() @ (weight.double() + delta).T
-    for kernel in (REFERENCE, TRITON):
-        assert relative(linear(packed, x, weight, bias, kernel), expected) < 1e-6
-    bias = inputs(1, 40, torch.float32, 3)[0]
-    both = [linear(packed, x, weight, bias, kernel) for kernel in (REFERENCE, TRITON)]
-    assert relative(both[0], both[1].double()) < 1e-6
+    x, weight = inputs(3, 70, torch.float32), inputs(40, 70, torch.float32)
+    bias = inputs(1, 40, torch.float32, 3)[0] if with_bias else None
+    expected = F.linear(x.double(), weight.double() + delta, bias.double() if with_bias else None)
+    assert relative(linear(packed, x, weight, bias), expected) < 1e-6
 
 
-@pytest.mark.parametrize("kernel", [REFERENCE, TRITON])
 def test_gradients(case, kernel):
     packed, delta = case
     x, weight = inputs(3, 70, torch.float32), inputs(40, 70, torch.float32, 1)
@@ -111,16 +115,15 @@ def test_gradients(case, kernel):
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     plain = [t.detach().double().requires_grad_() for t in leaves]
     grad = inputs(3, 40, torch.float32, 3)
-    linear(packed, *leaves, kernel).backward(grad)
+    linear(packed, *leaves).backward(grad)
     (plain[0] @ (plain[1] + delta).T + plain[2]).backward(grad.double())
     for ours, theirs in zip(leaves, plain, strict=True):
         assert relative(ours.grad, theirs.grad) < 1e-6
 
 
-@pytest.mark.parametrize("kernel", [REFERENCE, TRITON])
 def test_the_ops_keep_torchs_rules(case, kernel):
     packed, _ = case
     x, weight = inputs(2, 70, torch.float32).requires_grad_(), inputs(40, 70, torch.float32, 1)
     *tensors, runs, m, n, group_sizes = arguments(packed)
-    torch.library.opcheck(ops.delta_linear, (x, weight, None, *tensors, runs, group_sizes, kernel))
-    torch.library.opcheck(ops.low_rank, (x, *tensors, runs, m, n, group_sizes, False, kernel))
+    torch.library.opcheck(ops.delta_linear, (x, weight, None, *tensors, runs, group_sizes))
+    torch.library.opcheck(ops.low_rank, (x, *tensors, runs, m, n, group_sizes, False))

@@ -10,7 +10,7 @@ from expert_cases import M, N, factors, some_experts
 from kernel_cases import DEVICE, TOLERANCES
 from tiny_pairs import relative
 
-from deltamix_hf.ops import experts as expert_kernels
+from deltamix_hf.ops import dispatch
 from deltamix_hf.ops.dispatch import REFERENCE, TRITON, VARIABLE
 from deltamix_hf.ops.experts import add_by_kernels
 from deltamix_hf.quantization.packed_delta import PackedDelta
@@ -74,7 +74,7 @@ def test_what_the_kernels_do_not_know_is_left():
 def test_tables_follow_moved_tensors_and_go_with_them():
     packed = PackedDelta.join(some_experts()).to(torch.device(DEVICE))
     x, ends = torch.randn(5, N, device=DEVICE).half(), torch.arange(1, 6, device=DEVICE).int()
-    tables = len(expert_kernels._tables)
+    tables = len(dispatch._tables)
     found = []
     with torch.no_grad():
         for _ in range(2):
@@ -84,10 +84,10 @@ def test_tables_follow_moved_tensors_and_go_with_them():
             packed.v.data = packed.v.data.clone()  # as `Module.to` does
             packed.v.data[0] ^= 255  # so an old table would be seen
     assert not torch.equal(*found)
-    assert len(expert_kernels._tables) == tables + 1
+    assert len(dispatch._tables) == tables + 1
     del packed
     gc.collect()
-    assert len(expert_kernels._tables) == tables
+    assert len(dispatch._tables) == tables
 
 
 @pytest.mark.skipif(torch.device(DEVICE).type != "cpu", reason="the repo is made on the CPU")
@@ -102,5 +102,5 @@ def test_a_layer_of_a_model(delta, monkeypatch):
         experts.to(torch.float16)
         found = experts(x.half(), chosen, weights.half())
     assert relative(found, expected) < TOLERANCES[torch.float16]
-    tables = expert_kernels._tables
+    tables = dispatch._tables
     assert all(experts.packed(name).v in tables for name in ("gate_up_proj", "down_proj"))

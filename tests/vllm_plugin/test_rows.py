@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from deltamix_hf import DeltaMixError
-from deltamix_hf.vllm.batch import Batch
-from deltamix_hf.vllm.norms import by_row
+from deltamix_hf.vllm.batch import Batch, by_row
 
 
 @pytest.fixture
@@ -28,21 +27,21 @@ def rows(groups):
 
 def test_rows_of_all_tokens(batch):
     x = torch.zeros(6, 4)
-    assert rows(batch.of_tokens(x, {1, 2})) == {1: [0, 1], 2: [3, 4, 5]}
-    assert rows(batch.of_tokens(x, {2})) == {2: [3, 4, 5]}
+    assert rows(batch.groups(x, {1, 2})) == {1: [0, 1], 2: [3, 4, 5]}
+    assert rows(batch.groups(x, {2})) == {2: [3, 4, 5]}
 
 
 def test_the_head_sees_chosen_rows_or_a_slice_of_the_tokens(batch):
     x = torch.zeros(6, 4)
-    assert rows(batch.of_head(x[[1, 2, 5]], {1, 2})) == {1: [0], 2: [2]}
-    assert rows(batch.of_head(x[1:4], {1, 2})) == {1: [0], 2: [2]}
-    assert rows(batch.of_head(x[3:6], {1, 2})) == {2: [0, 1, 2]}
+    assert rows(batch.groups(x[[1, 2, 5]], {1, 2}, head=True)) == {1: [0], 2: [2]}
+    assert rows(batch.groups(x[1:4], {1, 2}, head=True)) == {1: [0], 2: [2]}
+    assert rows(batch.groups(x[3:6], {1, 2}, head=True)) == {2: [0, 1, 2]}
 
 
 def test_rows_of_another_number_are_refused_only_if_it_matters(batch):
-    assert batch.of_tokens(torch.zeros(8, 4), {3}) == []
+    assert batch.groups(torch.zeros(8, 4), {3}) == []
     with pytest.raises(DeltaMixError, match="8 rows of a batch of 6"):
-        batch.of_tokens(torch.zeros(8, 4), {1})
+        batch.groups(torch.zeros(8, 4), {1})
 
 
 class AddingNorm(nn.Module):
