@@ -227,9 +227,7 @@ class StatisticsStore(Mapping[str, LayerStatistics]):
         """Wait for all workers at a place; returns what they have counted there."""
         counts, experts = Counter[str](), Counter[str]()
         for rank in range(self.workers.size):
-            part = self._place(place, rank)
-            self.workers.wait(self.store, part)
-            facts = self.store.load(part)[1]
+            _, facts = self.workers.wait(self.store, self._place(place, rank))
             for name, kept in facts["modules"].items():
                 self.parts.setdefault(name, []).append(kept)
             experts.update(facts["experts"])

@@ -18,7 +18,7 @@ its columns by G of its output. Where it is tied to an output layer, the two use
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -152,18 +152,14 @@ def _check_finite(found: Mapping[str, LayerStatistics]) -> None:
 @contextmanager
 def hooked(named: Mapping[str, nn.Module], before: Any = None, after: Any = None) -> Iterator[None]:
     """Context manager: call before(name, module, args, kwargs) and after(name, module, args, y)."""
-    handles = []
-    for name, module in named.items():
-        if before:
-            hook = partial(before, name)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        if after:
-            handles.append(module.register_forward_hook(partial(after, name)))
-    try:
+    with ExitStack() as stack:
+        for name, module in named.items():
+            if before:
+                hook = partial(before, name)
+                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if after:
+                stack.enter_context(module.register_forward_hook(partial(after, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

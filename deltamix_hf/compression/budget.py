@@ -30,7 +30,6 @@ class Budget:
 
     total: int
     fixed: int
-    reference: int
 
     @property
     def ranks(self) -> int:
@@ -93,7 +92,7 @@ def plan_budget(
             f"bytes that differ) is too small: headers and the overlay take {fixed:,}, one "
             f"{least}-bit rank per matrix {one_rank:,}. Give {advice}budget_bytes >= {needed}"
         )
-    return Budget(total=total, fixed=fixed, reference=reference)
+    return Budget(total, fixed)
 
 
 def rank_options(

@@ -30,7 +30,7 @@ from ..nn.layers import attach_with_ties, shape_of, tied_modules
 from . import scale_tuning
 from .budget import Budget
 from .matrix_pipeline import Compressed, Compressor, Matrix
-from .runs import Runs
+from .runs import LoadedRuns
 from .sequential import compress_blocks
 
 _ROWS = 4096  # of a delta at once
@@ -39,7 +39,7 @@ _ROWS = 4096  # of a delta at once
 class Job:
     """Compression of one model; fills the config with records."""
 
-    def __init__(self, runs: Runs, config: DeltaMixConfig):
+    def __init__(self, runs: LoadedRuns, config: DeltaMixConfig):
         self.runs, self.config, self.targets = runs, config, runs.targets
         self.model, self.weights, self.base = runs.model, runs.weights, runs.weights.base
         self.workers, self.store = runs.workers, runs.store

@@ -98,8 +98,7 @@ class Compressor:
             return found[0]
         energies = self._spectra(matrices)
         if self.workers.rank:
-            self.workers.wait(self.store, "allocation")
-            return self.store.load("allocation")[0]
+            return self.workers.wait(self.store, "allocation")[0]
         options = [
             rank_options(matrix.shape, self.group_sizes[name], self.config)
             for name, matrix in matrices.items()
@@ -133,8 +132,8 @@ class Compressor:
             measured[name] = (sigma**2).cpu()
             self.store.write(f"spectrum of {name}", {"energies": measured[name]})
         for name in matrices.keys() - measured.keys() if self.workers.rank == 0 else ():
-            self.workers.wait(self.store, f"spectrum of {name}")
-            measured[name] = self.store.load(f"spectrum of {name}")[0]["energies"]
+            tensors, _ = self.workers.wait(self.store, f"spectrum of {name}")
+            measured[name] = tensors["energies"]
         return [measured[name] for name in matrices if name in measured]
 
     def _factors(self, delta: Tensor, metrics: Metrics, rank: int | None = None) -> Factors:

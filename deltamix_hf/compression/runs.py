@@ -23,7 +23,7 @@ from ..calibration.statistics import LayerStatistics, collect
 from ..checkpoint.base import BaseCheckpoint
 from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore, TensorList
-from ..jobs.weight_access import LazyWeights, LoadedWeights
+from ..jobs.weight_access import LazyWeights, LoadedWeights, Weights
 from ..jobs.workers import ALONE, Workers
 from ..quantization.packed_delta import PackedDelta
 from .scale_tuning import TOKENS_PER_STEP, TuningRows, tuning_batches
@@ -53,7 +53,7 @@ class Source:
 
     def runs(
         self, base: BaseCheckpoint, overlay: dict[str, Tensor], targets: Targets, store: ResumeStore
-    ) -> Runs:
+    ) -> LoadedRuns:
         """Give access to weights and runs; `overlay` is what is stored whole.
 
         Raises DeltaMixError for a parameter of the model that is in no file.
@@ -68,11 +68,13 @@ class Source:
 class LoadedRuns:
     """Weights and runs of a model in memory."""
 
-    workers = ALONE
     unpack_anew = False  # factors, whenever a module runs while its scales are tuned
 
-    def __init__(self, weights: LoadedWeights, targets: Targets, store: ResumeStore):
-        self.model, self.weights, self.targets, self.store = weights.model, weights, targets, store
+    def __init__(
+        self, weights: Weights, targets: Targets, store: ResumeStore, workers: Workers = ALONE
+    ):
+        self.model, self.weights = weights.model, weights
+        self.targets, self.store, self.workers = targets, store, workers
 
     def statistics(
         self, modules: Mapping[str, nn.Module], batches: Sequence[Tensor], fisher: bool, seed: int
@@ -102,17 +104,12 @@ class LoadedRuns:
         return nullcontext()
 
 
-class FileRuns:
-    """Weights and runs of a model in its files; see `LoadedRuns` for what each method is for."""
+class FileRuns(LoadedRuns):
+    """Weights and runs of a model in its files."""
 
+    weights: LazyWeights
     unpack_anew = True  # all of them take half as much memory as the model
-
-    def __init__(
-        self, weights: LazyWeights, targets: Targets, store: ResumeStore, workers: Workers
-    ):
-        self.model, self.weights, self.targets = weights.model, weights, targets
-        self.store, self.workers = store, workers
-        self._passes: BlockwisePass | None = None
+    _passes: BlockwisePass | None = None
 
     def statistics(
         self, modules: Mapping[str, nn.Module], batches: Sequence[Tensor], fisher: bool, seed: int
@@ -165,6 +162,3 @@ class FileRuns:
 
     def tuning(self) -> AbstractContextManager[None]:
         return self.weights.forgotten()
-
-
-Runs = LoadedRuns | FileRuns

@@ -118,19 +118,19 @@ def tune(
     modules = _tunable(model)
     if not data or not modules or not steps:
         return []
-    owners = {id(ranks_of(m)): m for m in modules.values()}  # tied modules share their gain
+    owners = {id(ranks_of(m)): m for m in modules}  # tied modules share their gain
     gains = {
         key: torch.zeros(len(ranks_of(m)), device=ranks_of(m).device, requires_grad=True)
         for key, m in owners.items()
     }
-    for module in modules.values():
+    for module in modules:
         _open(module, gains[id(ranks_of(module))], small)
     try:
         with frozen(model):
             losses = _train(model, list(gains.values()), data, steps, store or ResumeStore())
     finally:
-        for module in modules.values():
-            _close(module)
+        for module in modules:
+            module.__dict__.pop("forward")
     for key, module in owners.items():
         _fold(module, gains[key].detach().exp())
     return losses
@@ -150,8 +150,8 @@ def _train(
         _restore(optimizer, gains, tensors)
     else:
         before = _mean(model, validation)
-    bar = logging.tqdm(total=steps, initial=len(losses), desc="Tuning scales", unit="step")
-    for step in range(len(losses), steps):
+    done, shown = len(losses), {"desc": "Tuning scales", "unit": "step"}
+    for step in logging.tqdm(range(done, steps), total=steps, initial=done, **shown):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         batch: list[TuningBatch] = []
@@ -171,8 +171,6 @@ def _train(
         optimizer.step()
         losses.append(total)
         store.write("tuning", _state(optimizer, gains), [losses, position, before])
-        bar.update()
-    bar.close()
     if not _mean(model, validation) <= before:  # worse, or NaN
         for gain in gains:
             gain.detach().zero_()
@@ -211,15 +209,12 @@ def _restore(
     optimizer.load_state_dict(optimizer.state_dict() | {"state": found})
 
 
-def _tunable(model: PreTrainedModel) -> dict[str, DeltaModule]:
+def _tunable(model: PreTrainedModel) -> list[DeltaModule]:
     """Packed modules, but for embeddings with a forward of their own (Gemma) and their ties."""
-    modules = delta_modules(model)
-    own = [
-        id(ranks_of(module))
-        for module in modules.values()
-        if isinstance(module, DeltaEmbedding) and type(module) is not DeltaEmbedding
-    ]
-    return {name: module for name, module in modules.items() if id(ranks_of(module)) not in own}
+    modules = delta_modules(model).values()
+    embeddings = [m for m in modules if isinstance(m, DeltaEmbedding)]
+    own = [id(ranks_of(m)) for m in embeddings if type(m) is not DeltaEmbedding]
+    return [module for module in modules if id(ranks_of(module)) not in own]
 
 
 def ranks_of(module: DeltaModule) -> Tensor:
@@ -271,10 +266,6 @@ def _open(module: DeltaModule, gain: Tensor, small: bool = False) -> None:
         return y + (low_rank(x) if kept else checkpoint(low_rank, x, use_reentrant=False))
 
     object.__setattr__(module, "forward", forward)
-
-
-def _close(module: DeltaModule) -> None:
-    module.__dict__.pop("forward", None)
 
 
 @torch.no_grad()

@@ -94,12 +94,10 @@ class LazyWeights:
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
         blocks = {block for blocks in lists for block in blocks}
         inside: tuple[str, ...] = ()  # prefixes of names in blocks
+        for name, buffer in model.named_buffers():
+            value = tuned.read(name).to(buffer.dtype) if name in tuned else buffer
+            buffer.data = value.to(device)
         for name, module in model.named_modules():
-            for leaf, buffer in module._buffers.items():
-                full = f"{name}.{leaf}".lstrip(".")
-                if buffer is not None:
-                    value = tuned.read(full).to(buffer.dtype) if full in tuned else buffer
-                    module._buffers[leaf] = value.to(device)
             if name.startswith(inside):
                 continue
             if module in blocks:

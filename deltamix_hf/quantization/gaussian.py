@@ -141,17 +141,7 @@ class Gaussian:
 
     name = "gaussian"
     zero_points = False
-    distortion = (
-        1.0,
-        0.36338,
-        0.117482,
-        0.034623,
-        0.0096878,
-        0.0026494,
-        7.161e-4,
-        1.92e-4,
-        5.109e-5,
-    )
+    distortion = DISTORTION
 
     def fit(
         self, x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None

@@ -79,8 +79,8 @@ class PackedDelta:
         Raises DeltaMixError if they are not those of such matrices, or hold what no compressor
         writes.
         """
-        layouts, group_sizes = packed_layout.checked_layouts(m, n, group_size, tensors, experts)
-        return cls(m, n, group_sizes, layouts[0] if experts is None else [], **tensors)
+        runs, group_sizes = packed_layout.checked_layout(m, n, group_size, tensors, experts)
+        return cls(m, n, group_sizes, runs if experts is None else [], **tensors)
 
     @classmethod
     def read(
@@ -155,11 +155,10 @@ class PackedDelta:
         groups = packed_layout.scale_counts(self.m, self.n, self.group_sizes)
         codes = bitpacking.unpack(getattr(self, side), runs, length)
         scales = uniform.scales_from_bits(self.ranks[:, 1:].contiguous()).split(groups, 1)[number]
-        points = None
-        if self.zeros is not None:
-            points = packed_layout.zero_points(self.zeros, self.runs, sum(groups)).split(groups, 1)[
-                number
-            ]
+        points = self.zeros
+        if points is not None:
+            points = packed_layout.zero_points(points, self.runs, sum(groups))
+            points = points.split(groups, 1)[number]
         bits, group_size = packed_layout.row_bits(runs, codes), self.group_sizes[number]
         return self.quantizer.decode(codes, scales, points, bits, group_size)
 
