@@ -43,16 +43,9 @@ from .statistics import (
 class BlockwisePass:
     """Measure a chain block by block: statistics `found`, and how many predictions are `scored`.
 
-    Args:
-        chain: captured.
-        modules: what is observed, by name.
-        fisher: measure gradients too.
-        seed: of ε; each worker adds its rank.
-        store: with a folder.
-        workers: who share the batches.
-
-    Raises:
-        DeltaMixError: the model gives NaN on the calibration data.
+    `chain` is captured, `modules` are observed, by name, `store` has a folder, and `workers` share
+    the batches; `fisher` measures gradients too, with ε drawn by `seed` plus the worker's rank.
+    Raises DeltaMixError if the model gives NaN on the calibration data.
     """
 
     def __init__(

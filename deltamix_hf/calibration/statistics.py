@@ -115,15 +115,9 @@ def collect(
 ) -> tuple[dict[str, LayerStatistics], int]:
     """Measure every module that is called; its statistics, and the number of scored predictions.
 
-    Args:
-        modules: layers and experts, by name.
-        batches: token ids int64 [rows, length].
-        fisher: measure gradients too.
-        seed: of ε.
-        fewest: tokens that an expert must have seen, or it is left out.
-
-    Raises:
-        DeltaMixError: the model gives NaN on the calibration data.
+    `modules` are layers and experts, by name, `batches` token ids int64 [rows, length]; `fisher`
+    measures gradients too, with ε drawn by `seed`. Experts that saw less than `fewest` tokens are
+    left out. Raises DeltaMixError if the model gives NaN on the calibration data.
     """
     random = torch.Generator().manual_seed(seed)
     scored = 0

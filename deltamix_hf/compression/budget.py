@@ -46,17 +46,11 @@ def plan_budget(
 ) -> Budget:
     """Split the promised bytes into what is fixed and what is left for ranks.
 
-    Args:
-        shapes: module name -> [m, n] of each matrix to pack.
-        overlay: tensor name -> (dtype, shape) of everything stored whole.
-        guards: names of the guard tensors.
-        embeddings: which of the matrices are embeddings.
-        experts: 3-D parameter -> number of its experts. Their matrices, `<parameter>.<number>`,
-            are stored together.
-
-    Raises:
-        DeltaMixError: the overlay and headers alone exceed the budget, or no matrix could keep
-            even one rank; names the smallest budget that works.
+    `shapes` are [m, n] of the matrices to pack by module name, `embeddings` those of embeddings,
+    `overlay` is (dtype, shape) of what is stored whole by tensor name, `guards` are tensor names.
+    `experts` counts those of each 3-D parameter, whose matrices, `<parameter>.<number>`, are stored
+    together. Raises a DeltaMixError, which names the smallest budget that works, if headers and
+    overlay alone exceed it, or no matrix could keep even one rank.
     """
     quantizer, experts = config.method.quantizer, experts or {}
     reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})

@@ -65,11 +65,9 @@ class Job:
             return
         seed, fisher = self.config.seed, self.config.method.fisher
         if len(self.finished) < len(self.targets):
-            observed: dict[str, nn.Module] = {}
-            for users in map(self._users, self.targets):
-                if not fisher:  # a tied embedding is measured where it is a matrix
-                    users = {n: m for n, m in users.items() if not isinstance(m, nn.Embedding)}
-                observed |= users
+            observed = {n: m for name in self.targets for n, m in self._users(name).items()}
+            if not fisher:  # a tied embedding is measured where it is a matrix
+                observed = {n: m for n, m in observed.items() if not isinstance(m, nn.Embedding)}
             with self.watch.stage("statistics"):
                 self.found, self.scored = self.runs.statistics(observed, batches, fisher, seed)
         if self.config.method.tune_steps:
@@ -226,15 +224,14 @@ class Job:
         """Put the base weight and the packed delta where the fine-tuned weight was."""
         result, target = self._results.pop(name), self.targets[name]
         packed = result.packed and self.runs.placed(result.packed, f"matrix {name}")
-        if isinstance(target, Expert):
-            self.weights.put_base(target.fused.name, target.number)
-        else:
-            self.weights.put_base(f"{name}.weight")
         if packed is None:
             self.config.dropped.append(name)
         else:
             self.config.errors[name] = result.error
         if isinstance(target, Expert):
+            self.weights.put_base(target.fused.name, target.number)
             target.fused.finish(target.number, packed)
-        elif packed is not None:
-            attach_with_ties(self.model, name, packed)
+        else:
+            self.weights.put_base(f"{name}.weight")
+            if packed is not None:
+                attach_with_ties(self.model, name, packed)

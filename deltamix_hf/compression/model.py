@@ -51,8 +51,7 @@ class Outcome:
 def compress(source: Source, base: BaseCheckpoint, config: DeltaMixConfig) -> Outcome:
     """Replace what differs from the base by packed deltas; fills in the config's records.
 
-    Raises:
-        DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
+    Raises a DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
     """
     model = source.model
     if not base.sources:

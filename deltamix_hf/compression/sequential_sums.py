@@ -44,10 +44,7 @@ class StageSums:
     def add(
         self, reference: Tensor, compressed: Tensor, residuals: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Add a batch: inputs [..., n] of both models' layers, and both residual streams [..., m].
-
-        They are of any dtype.
-        """
+        """Add a batch of any dtype: inputs [..., n] of both models, residual streams [..., m]."""
         x = compressed.flatten(0, -2).to(self.inputs)
         self.inputs.addmm_(x.T, x)
         self.drift.addmm_((reference.flatten(0, -2).to(x) - x).T, x)

@@ -126,8 +126,7 @@ class SecondMoment:
     def restored(cls, tensors: dict[str, Tensor], sizes: dict[str, Any]) -> SecondMoment:
         """Return the moment that gave this `state`, for reading and merging."""
         moment = cls(sizes["dim"])
-        moment.count, moment.kind, moment.rows = sizes["count"], sizes["kind"], sizes["rows"]
-        moment.total, moment.squares = tensors.get("total"), tensors.get("squares")
+        vars(moment).update(sizes | tensors)
         return moment
 
     def merge(self, other: SecondMoment) -> None:
@@ -180,10 +179,8 @@ def blended(metric: Metric, rows: Tensor, share: float) -> Tensor | LowRank:
     known = rows.new_ones(dim) if metric is None else metric
     mean = (known.diagonal() if known.dim() == 2 else known).mean()
     product *= share * mean / sizes.mean().clamp(min=_NOTHING)
-    if known.dim() < product.dim():
-        product.diagonal().add_(known, alpha=1 - share)
-        return product
-    return product.add_(known, alpha=1 - share)
+    (sizes if known.dim() < product.dim() else product).add_(known, alpha=1 - share)
+    return product
 
 
 def damped(metric: Metric, fraction: float) -> Metric:
@@ -302,10 +299,7 @@ def unwhiten(rows: Tensor, factor: Root) -> Tensor:
     """`rows @ L⁻¹`, the inverse of `whiten`."""
     if factor is None:
         return rows
-    if isinstance(factor, LowRankRoot):
-        found = factor.spread(rows.T.clone(), 1 / factor.growth - 1)
-        return found.div_(factor.weights[:, None]).T
-    if factor.dim() == 1:
-        return rows / factor.to(rows)
+    if isinstance(factor, LowRankRoot) or factor.dim() == 1:
+        return unwhiten_left(rows.T.clone(), factor).T
     solved = torch.linalg.solve_triangular(factor, rows.to(factor.dtype), upper=False, left=False)
     return solved.to(rows.dtype)

@@ -197,8 +197,7 @@ class PackedDelta:
     def chosen(self, experts: Tensor) -> tuple[PackedDelta, Tensor]:
         """Gather all ranks of some experts (int64 [H]), sorted by width like those of one matrix.
 
-        Returns:
-            The K ranks, and whose each is: int64 [K] in 0 .. H − 1.
+        Returns the K ranks, and whose each is: int64 [K] in 0 .. H − 1.
         """
         assert self.counts is not None
         counts, words = self.counts.long(), self.ranks[:, 0].long() & 255
