@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -75,17 +76,17 @@ def _measuring(observed: _Observed) -> Callable[..., Tensor]:
         def project(name: str, x: Tensor, ends: Tensor) -> Tensor:
             y = base_product(module, name, weight_of(module, name), x, ends)
             bounds = [0, *ends.tolist()]
-            for number, (inputs, gradients) in observed.get(name, {}).items():
-                rows = slice(bounds[number], bounds[number + 1])
-                inputs.add(x[rows])
-                if gradients is not None and y.requires_grad:
-                    y.register_hook(_adding(gradients, rows))
+
+            def add(side: int, rows: Tensor) -> None:
+                for number, moments in observed.get(name, {}).items():
+                    if (moment := moments[side]) is not None:
+                        moment.add(rows[bounds[number] : bounds[number + 1]])
+
+            add(0, x)
+            if y.requires_grad:
+                y.register_hook(partial(add, 1))
             return y
 
         return experts_forward(module, hidden, top_k_index, top_k_weights, project)
 
     return forward
-
-
-def _adding(moment: SecondMoment, rows: slice) -> Callable[[Tensor], None]:
-    return lambda gradient: moment.add(gradient[rows])

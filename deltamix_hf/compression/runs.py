@@ -6,7 +6,7 @@ resume store, where an interrupted job finds them again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,10 +54,7 @@ class Source:
     def runs(
         self, base: BaseCheckpoint, overlay: dict[str, Tensor], targets: Targets, store: ResumeStore
     ) -> LoadedRuns:
-        """Give access to weights and runs; `overlay` is what is stored whole.
-
-        Raises DeltaMixError for a parameter of the model that is in no file.
-        """
+        """Give access to weights and runs; `overlay` is what is stored whole."""
         if self.files is None:
             return LoadedRuns(LoadedWeights(self.model, base), targets, store)
         device = torch.device(self.device)
@@ -121,19 +118,17 @@ class FileRuns(LoadedRuns):
     def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningRows:
         if self.workers.rank:  # the first tunes
             return []
-        places: list[tuple[int, int]] = []  # of each piece: its batch and first row
-        for b, ids in enumerate(batches):
-            pieces = split_rows(ids, TOKENS_PER_STEP)
-            places += [(b, i * len(pieces[0])) for i in range(len(pieces))]
 
-        def output(i: int, ids: Tensor) -> Any:
-            passes = self._passes
-            assert passes is not None  # statistics are measured in the same run
-            (b, start), last = places[i], len(passes.chain.blocks)
-            hidden = passes.get("level", last, b)[start : start + len(ids)]
-            return passes.chain.after_blocks(ids, hidden)
+        def outputs() -> Iterator[Any]:
+            assert self._passes is not None  # statistics are measured in the same run
+            chain = self._passes.chain
+            for b, ids in enumerate(batches):
+                last = self._passes.get("level", len(chain.blocks), b)
+                pieces = (split_rows(t, TOKENS_PER_STEP) for t in (ids, last))
+                yield from map(chain.after_blocks, *pieces)
 
-        return tuning_batches(self.model, batches, seed, partial(TensorList, self.store), output)
+        tensor_list = partial(TensorList, self.store)
+        return tuning_batches(self.model, batches, seed, tensor_list, outputs())
 
     def forget(self) -> None:
         if self._passes is not None and self.workers.rank == 0:  # nobody is in the passes any more

@@ -14,7 +14,7 @@ two thousand scales, and at 1/16 tuning took rxnfp from KL 0.0012 to 0.0020.)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -74,14 +74,14 @@ def tuning_batches(
     batches: Sequence[Tensor],
     seed: int,
     tensor_list: Callable[[str], TensorList] = lambda name: [],
-    output: Callable[[int, Tensor], Any] | None = None,
+    outputs: Iterator[Any] | None = None,
     most_bytes: int = _MOST_BYTES,
 ) -> TuningData:
     """Run the fine-tune over the batches and keep its predictions at positions drawn by the seed.
 
     Batches are token ids int64 [rows, length]; `tensor_list` makes the lists that keep the rest, up
-    to `most_bytes` of log-probabilities, float16. `output` gives the model's output for a piece by
-    its number, if running it would be slow.
+    to `most_bytes` of log-probabilities, float16. `outputs` are the model's for each piece in
+    turn, if running it would be slow.
     """
     random = torch.Generator().manual_seed(seed)
     pieces = [piece for ids in batches for piece in split_rows(ids, TOKENS_PER_STEP)]
@@ -90,8 +90,8 @@ def tuning_batches(
         return data
     data.positions.clear()
     data.wanted.clear()
-    for i, ids in enumerate(data.pieces):
-        found = output(i, ids) if output else model(**inputs_of(model, ids))
+    for ids in data.pieces:
+        found = next(outputs) if outputs else model(**inputs_of(model, ids))
         values, is_logits = prediction(found)
         if not is_logits:
             return data  # nothing to compare distributions of

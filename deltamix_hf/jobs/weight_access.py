@@ -66,8 +66,7 @@ class LazyWeights:
     """Weights of a model, as `unloaded` makes it, which has them while its modules run on `device`.
 
     They are read from `tuned`, or from `base` once `put_base` was called; `overlay` is in memory
-    all the time, by name, and may be changed there. Raises DeltaMixError for a parameter of the
-    model that is in no file.
+    all the time, by name, and may be changed there.
     """
 
     def __init__(
@@ -88,9 +87,6 @@ class LazyWeights:
         self._owners: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
         self._taken: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
         self._calls = Counter[nn.Module]()
-        for name, _ in model.named_parameters():
-            if self._ties.get(name, name) not in tuned:
-                raise DeltaMixError(f"the fine-tune's files hold no {name}: they are incomplete")
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
         blocks = {block for blocks in lists for block in blocks}
         inside: tuple[str, ...] = ()  # prefixes of names in blocks

@@ -98,10 +98,8 @@ class SecondMoment:
             self._add(piece.float())
 
     def _add(self, rows: Tensor) -> None:
-        if self.total is None:
-            self.total = rows.new_zeros(self.rows, self.dim)
-            self.squares = rows.new_zeros(self.dim)
-        assert self.squares is not None
+        if self.total is None or self.squares is None:
+            self.total, self.squares = rows.new_zeros(self.rows, self.dim), rows.new_zeros(self.dim)
         if self.kind == "full":
             self.total.addmm_(rows.T, rows)
         else:
@@ -248,22 +246,17 @@ def root(metric: Metric, damping: float = 0.0) -> Root:
     if not isinstance(metric, LowRank) and metric.dim() == 2:
         return cholesky32(metric, damping)
     metric = damped(metric, damping)
+    if isinstance(metric, Tensor):
+        if bool((metric < 0).any()):
+            raise ValueError("a diagonal metric has negative entries")
+        return metric.double().sqrt()
     assert metric is not None
-    if isinstance(metric, LowRank):
-        return _low_rank_root(metric)
-    if bool((metric < 0).any()):
-        raise ValueError("a diagonal metric has negative entries")
-    return metric.double().sqrt()
-
-
-def _low_rank_root(metric: LowRank) -> LowRankRoot:
-    """Directions of less than 1e-6 of the diagonal are left to the diagonal."""
     weights, rows = metric.weights.double().clamp(min=_NOTHING).sqrt(), metric.rows
     scaled = rows / weights.to(rows)  # B [r, d]
     inner = (scaled @ scaled.T).double()
     del scaled
     values, vectors = torch.linalg.eigh(inner)
-    kept = values > 1e-6
+    kept = values > 1e-6  # the other directions are left to the diagonal
     values, vectors = values[kept], vectors[:, kept]
     mix = (vectors / values.sqrt()).to(rows)
     return LowRankRoot(weights.float(), rows, mix, (1 + values).sqrt().float())

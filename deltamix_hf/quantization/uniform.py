@@ -87,11 +87,6 @@ def _grouped(x: Tensor, group_size: int) -> Tensor:
     return F.pad(x, (0, groups * width - n)).view(k, groups, width)
 
 
-def _ungrouped(x: Tensor, n: int) -> Tensor:
-    """`[k, n]` of `[k, G, g]`, without what the last group was filled with."""
-    return x.flatten(1)[:, :n].contiguous()
-
-
 def scales_to_bits(scales: Tensor) -> Tensor:
     """int16 bit patterns of the nearest bfloat16; exact for fitted scales."""
     return scales.to(torch.bfloat16).view(torch.int16)
@@ -127,7 +122,7 @@ class MinMax:
         top = top_code(bits)[:, None, None]
         code = torch.round(_grouped(x, group_size) / scales[..., None]) + zeros[..., None]
         code = torch.clamp(code, torch.zeros_like(top), top).to(torch.uint8)
-        return _ungrouped(code, x.shape[1])
+        return code.flatten(1)[:, : x.shape[1]].contiguous()
 
     def decode(
         self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: Tensor, group_size: int
@@ -137,7 +132,7 @@ class MinMax:
         check_groups(codes, group_size, scales, zeros)
         values = _grouped(codes, group_size).to(torch.float32)
         values.sub_(zeros[..., None].float()).mul_(scales[..., None])
-        return _ungrouped(values, codes.shape[1])
+        return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
     def rounder(self, bits: Tensor) -> Rounder:
         """Round to the grid `scale`, `zero`; its largest code is computed once."""
