@@ -135,11 +135,7 @@ class BlockwisePass:
     def _called_first(self, outside: dict[str, nn.Module]) -> set[str]:
         """Which of the modules are called before the first block."""
         found: set[str] = set()
-
-        def note(name: str, module: nn.Module, args: object, kwargs: object) -> None:
-            found.add(name)
-
-        with hooked(outside, note), torch.no_grad():
+        with hooked(outside, lambda name, *call: found.add(name)), torch.no_grad():
             self.chain.before_blocks(self.chain.batches[0])
         return found
 

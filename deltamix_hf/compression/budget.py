@@ -26,14 +26,10 @@ _V_GPTQ = 0.35
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes for packed ranks in total, after headers, guards and overlay are paid."""
+    """Bytes promised, and what of them is left for ranks by headers, guards and overlay."""
 
     total: int
-    fixed: int
-
-    @property
-    def ranks(self) -> int:
-        return self.total - self.fixed
+    ranks: int
 
 
 def plan_budget(
@@ -86,7 +82,7 @@ def plan_budget(
             f"bytes that differ) is too small: headers and the overlay take {fixed:,}, one "
             f"{least}-bit rank per matrix {one_rank:,}. Give {advice}budget_bytes >= {needed}"
         )
-    return Budget(total, fixed)
+    return Budget(total, total - fixed)
 
 
 def rank_options(

@@ -119,10 +119,10 @@ class MinMax:
     ) -> Tensor:
         """Round to the nearest code, uint8 `[k, n]`."""
         assert zeros is not None
-        top = top_code(bits)[:, None, None]
-        code = torch.round(_grouped(x, group_size) / scales[..., None]) + zeros[..., None]
-        code = torch.clamp(code, torch.zeros_like(top), top).to(torch.uint8)
-        return code.flatten(1)[:, : x.shape[1]].contiguous()
+        groups, top = _grouped(x, group_size), top_code(bits)[:, None, None]
+        codes = torch.empty_like(groups, dtype=torch.uint8)
+        round_values(groups, scales[..., None], zeros[..., None], codes, top)
+        return codes.flatten(1)[:, : x.shape[1]].contiguous()
 
     def decode(
         self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: Tensor, group_size: int

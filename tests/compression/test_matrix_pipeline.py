@@ -36,7 +36,7 @@ def compress_matrix(single: Matrix, budget: int, config: DeltaMixConfig) -> Comp
     if single.metrics().inputs is not None:
         config = copy.copy(config)
         config.calibration = ["some text"]
-    compressor = Compressor({"w": single}, Budget(budget, 0), config)
+    compressor = Compressor({"w": single}, Budget(budget, budget), config)
     return compressor.compress("w", single.delta(), single.metrics())
 
 

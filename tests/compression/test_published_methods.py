@@ -199,7 +199,7 @@ def packaged(delta, gram, budget, group, **options):
     calibrated = not np.array_equal(gram, np.eye(len(gram)))
     metrics = Metrics(inputs=torch.tensor(gram, dtype=torch.float32) if calibrated else None)
     matrix = Matrix(tuple(delta.shape), lambda: delta, lambda: metrics)
-    compressor = Compressor({"w": matrix}, Budget(budget, 0), config)
+    compressor = Compressor({"w": matrix}, Budget(budget, budget), config)
     return compressor.compress("w", delta, metrics)
 
 
