@@ -38,6 +38,8 @@ def thin_svd(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Te
     is positive and descending. Results are float64 for a float64 delta and float32 otherwise.
     Raises ValueError if the delta is not a matrix or holds NaN or infinity.
     """
+    if delta.ndim != 2:
+        raise ValueError(f"delta must be a matrix, got shape {list(delta.shape)}")
     m, n = delta.shape
     if m < n:
         left, sigma, right = thin_svd(delta.t(), rank)
@@ -69,8 +71,9 @@ def thin_svd(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Te
 
 def singular_values(delta: Tensor) -> Tensor:
     """Sigma of `thin_svd` alone, in a third of its time: float64, descending; raises as it does."""
-    m, n = delta.shape
-    delta = delta if m >= n else delta.t()
+    if delta.ndim != 2:
+        raise ValueError(f"delta must be a matrix, got shape {list(delta.shape)}")
+    delta = delta if delta.shape[0] >= delta.shape[1] else delta.t()
     largest = _largest(delta)
     if largest == 0:
         return delta.new_zeros(0, dtype=torch.float64)

@@ -70,7 +70,7 @@ def test_values_that_are_not_finite(bad):
 
 
 def test_vectors_are_refused():
-    with pytest.raises(ValueError, match="unpack"):
+    with pytest.raises(ValueError, match=r"\[4\]"):
         thin_svd(torch.ones(4))
 
 
@@ -85,7 +85,7 @@ def test_singular_values_alone(shape, scale):
 
 def test_singular_values_of_nothing():
     assert len(singular_values(torch.zeros(3, 4))) == 0
-    with pytest.raises(ValueError, match="unpack"):
+    with pytest.raises(ValueError, match="matrix"):
         singular_values(torch.zeros(3))
     with pytest.raises(ValueError, match="NaN"):
         singular_values(torch.full((2, 2), float("inf")))
