@@ -160,8 +160,7 @@ class Contents:
 def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: KeyMap) -> Contents:
     """Sort out the tensors of a delta repo for the model that `keys` are of.
 
-    Raises a DeltaMixError: incomplete, of other shapes or kinds than the model's, or two for one
-    place.
+    Raises a DeltaMixError: incomplete, of other shapes or kinds, or two tensors for one place.
     """
     modules, fused = packed_names(infos, config.method.quantizer, config.errors)
     others = {name for name in infos if packed_part(name) is None}

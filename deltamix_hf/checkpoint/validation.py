@@ -35,12 +35,9 @@ class Check:
 
 
 def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iterator[Check]:
-    """Check a delta repo and its base; the list ends where nothing more can be read.
+    """Check a delta repo, a folder or Hub id, until nothing more can be read, and its base.
 
-    Args:
-        repo: folder or Hub id.
-        base: where the base is, if not where the repo says.
-        quick: compare only the names of the base's tensors; its bytes are not read.
+    `base` says where that is, if not where the repo says; if `quick`, only its names are read.
     """
     try:
         files, config, _ = find_delta(repo, {})
@@ -173,8 +170,7 @@ def check_filled(
 def check_base_was_read(model: PreTrainedModel, base: BaseCheckpoint, names: Iterable[str]) -> None:
     """Raise a DeltaMixError unless the weights `names` of the loaded model are the base's.
 
-    This is the net under the splice. Not looked at is what was offloaded, sharded or converted on
-    the way.
+    The net under the splice. What was offloaded, sharded or converted is not looked at.
     """
     for name in names:
         tensor = model.get_parameter_or_buffer(name)

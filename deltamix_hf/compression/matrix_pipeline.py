@@ -1,7 +1,7 @@
 """The pipeline: delta → SVD → widths → V by GPTQ → U re-fitted → U rounded → gains → packing.
 
 The only module that knows the order of the stages. All methods share it; `Method` says which
-parts are on. In the metric (A on outputs, C on inputs, see `factor`) dropping rank i costs
+parts are on. In the metric (A on outputs, C on inputs, see `whitened_svd`) dropping rank i costs
 h_i = sigma_i²; rounding its two vectors with relative errors d_v and d_u costs
 h_i·[1 − (1 − d_v)·(1 − d_u)]. A global allocation is made from these; the published DeltaMix
 measures its own table, and Delta-CoMe has fixed bands.
@@ -176,8 +176,7 @@ class Compressor:
 
     def recall(self, name: str) -> Compressed | None:
         """Read the result of an earlier run, on the CPU; None if there is none."""
-        found = self.store.read(f"matrix {name}")
-        if found is None:
+        if (found := self.store.read(f"matrix {name}")) is None:
             return None
         tensors, error = found
         packed = None

@@ -61,16 +61,11 @@ def compress_blocks(
     finished: Container[str] = (),
     workers: Workers = ALONE,
 ) -> None:
-    """Compress all blocks in order.
+    """Compress `targets`, layers and experts by full name, in all blocks of a captured chain.
 
-    The model must still hold the fine-tune's weights in every block not yet done.
-
-    Args:
-        chain: captured.
-        targets: full names of the layers and experts to compress.
-        finish: compresses the targets of a stage and returns their new weights.
-        done: called with a block's name when its new weights may be put into the model.
-        finished: targets that `finish` needs no measurement for; the same for all `workers`.
+    The model must still hold the fine-tune's weights in every block not yet done: `done` is called
+    with a block's name when the new ones, which `finish` returns for each stage, may be put into
+    the model. For targets that are `finished`, the same for all `workers`, nothing is measured.
     """
     compressed, present = chain.entry()
     mine = workers.share(len(compressed))  # another's hidden states stay those of the first block
@@ -99,13 +94,7 @@ def compress_blocks(
 
 @dataclass
 class BlockState:
-    """A block of the chain while its targets are compressed.
-
-    Attributes:
-        targets: names of its targets, within the block.
-        seen: what the fine-tune's modules get, a tensor for each of this worker's batches.
-        made: new weights of its targets, each in a list of its own where hidden states are kept.
-    """
+    """A block of the chain while its targets, by name within the block, are compressed."""
 
     chain: BlockChain
     index: int
@@ -113,7 +102,9 @@ class BlockState:
     compressed: TensorList  # hidden states of the compressed model
     block_args: BlockArgs
     workers: Workers
+    # what the fine-tune's modules get, a tensor for each of this worker's batches
     seen: dict[str, TensorList] = field(default_factory=dict)
+    # new weights of targets, each in a list of its own where hidden states are kept
     made: dict[str, TensorList] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

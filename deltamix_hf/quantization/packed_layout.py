@@ -22,6 +22,7 @@ their first dimension, so that a parameter takes five tensors at most. One more 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from itertools import groupby
 
@@ -107,12 +108,8 @@ def rank_bytes(
 
 
 def bytes_by_kind(part_bytes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Sum the bytes of parts by kind.
-
-    Codes are "payload", scales and zero points "scales", the widths of `ranks` and experts' counts
-    "metadata".
-    """
-    size, widths = {**dict.fromkeys((*PARTS, "counts"), 0), **part_bytes}, 2 * ranks
+    """Sum the bytes of parts by kind; widths of `ranks` and experts' counts are "metadata"."""
+    size, widths = Counter(part_bytes), 2 * ranks
     return {
         "payload": size["v"] + size["u"],
         "scales": size["ranks"] - widths + size["zeros"],
