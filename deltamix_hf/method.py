@@ -151,9 +151,8 @@ _OURS = Method(
     tune_steps=40,
     bf16_overlay=True,
 )
-_DELTAMIX = Method(name="deltamix")
 _DELTA_COME = Method(name="delta-come", allocation="bands", bits=(0, 2, 3, 8), correct_target=False)
-METHODS = {method.name: method for method in (_OURS, _DELTAMIX, _DELTA_COME)}
+METHODS = {method.name: method for method in (_OURS, Method(name="deltamix"), _DELTA_COME)}
 SWITCHES = tuple(field.name for field in fields(Method) if field.name != "name")
 
 

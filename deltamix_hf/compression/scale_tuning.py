@@ -199,14 +199,14 @@ def _state(optimizer: torch.optim.Optimizer, gains: list[Tensor]) -> dict[str, T
 def _restore(
     optimizer: torch.optim.Optimizer, gains: list[Tensor], kept: dict[str, Tensor]
 ) -> None:
-    states: list[dict[str, Tensor]] = [{} for _ in gains]
+    states: dict[int, dict[str, Tensor]] = {}  # none of what text never met
     for key, value in kept.items():
         i, name = key.split(".")
-        states[int(i)][name] = value
-    for gain, state in zip(gains, states, strict=True):
-        gain.copy_(state.pop("gain"))
-    found = {i: state for i, state in enumerate(states) if state}  # not of what text never met
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": found})
+        if name == "gain":
+            gains[int(i)].copy_(value)
+        else:
+            states.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
 def _tunable(model: PreTrainedModel) -> list[DeltaModule]:

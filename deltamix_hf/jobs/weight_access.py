@@ -87,8 +87,7 @@ class LazyWeights:
         self._owners: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
         self._taken: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
         self._calls = Counter[nn.Module]()
-        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-        blocks = {block for blocks in lists for block in blocks}
+        blocks = {block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m}
         inside: tuple[str, ...] = ()  # prefixes of names in blocks
         for name, buffer in model.named_buffers():
             value = tuned.read(name).to(buffer.dtype) if name in tuned else buffer
