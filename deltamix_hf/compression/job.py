@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ..nn.experts import Expert
 from ..nn.layers import attach_with_ties, shape_of, tied_modules
 from . import scale_tuning
 from .budget import Budget
-from .matrix_pipeline import Compressed, Compressor, Matrix
+from .matrix_pipeline import Compressed, Compressor
 from .runs import LoadedRuns
 from .sequential import compress_blocks
 
@@ -109,6 +109,10 @@ class Job:
 
     # Weights
 
+    def measured(self, name: str, inputs: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        """Read ΔW float32 [m, n] of a target, and its `metrics`."""
+        return self.delta(name), self.metrics(name, inputs)
+
     def delta(self, name: str) -> Tensor:
         """Read ΔW float32 [m, n] of a target."""
         with self.watch.stage("read"):
@@ -134,18 +138,12 @@ class Job:
 
         Raises DeltaMixError if a delta holds NaN, or a metric cannot be factorised.
         """
-        matrices = {
-            name: Matrix(
-                shape_of(module),
-                partial(self.delta, name),
-                partial(self.metrics, name),
-                isinstance(module, nn.Embedding),
-            )
-            for name, module in self.targets.items()
-        }
+        shapes = {name: shape_of(module) for name, module in self.targets.items()}
+        embeddings = {name for name, m in self.targets.items() if isinstance(m, nn.Embedding)}
+        tools = self.store, self.watch, self.workers
         with self.watch.stage("allocation"):
             self._compressor = Compressor(
-                matrices, budget, self.config, self.store, self.watch, self.workers
+                shapes, embeddings, self.measured, budget, self.config, *tools
             )
         chains = self._chains()
         blocks = tuple(f"{block}." for chain in chains for block in chain.names)
@@ -153,7 +151,7 @@ class Job:
         self._bar = logging.tqdm(total=len(self.targets), desc="Compressing", unit="matrix")
         with self.watch.stage("compression"):
             plain = [name for name in self.targets if name not in chained]
-            plain.sort(key=lambda name: -sum(shape_of(self.targets[name])))
+            plain.sort(key=lambda name: -sum(shapes[name]))
             for name in self._compress_all(dict.fromkeys(plain)):
                 self._attach(name)
             for chain in chains:
@@ -205,7 +203,7 @@ class Job:
     def _compress(self, name: str, change: Tensor | None, inputs: Tensor | None) -> None:
         result = self._compressor.recall(name) if name in self.finished else None
         if result is None:
-            metrics, delta = self.metrics(name, inputs), self.delta(name)
+            delta, metrics = self.measured(name, inputs)
             if change is not None:
                 delta += change
                 del change

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrix_cases import (
     METHODS,
+    Matrix,
     bytes_of_rank,
     compress_all,
     matrix,
@@ -20,7 +21,7 @@ from tiny_pairs import make_config
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.compression.budget import Budget, plan_budget
-from deltamix_hf.compression.matrix_pipeline import Compressed, Compressor, Matrix
+from deltamix_hf.compression.matrix_pipeline import Compressed
 
 
 def random_gram(n, seed=0) -> torch.Tensor:
@@ -33,11 +34,10 @@ def random_gram(n, seed=0) -> torch.Tensor:
 
 def compress_matrix(single: Matrix, budget: int, config: DeltaMixConfig) -> Compressed:
     """One matrix with the whole budget; its metrics, if there are any, are those of a text."""
-    if single.metrics().inputs is not None:
+    if single[1].inputs is not None:
         config = copy.copy(config)
         config.calibration = ["some text"]
-    compressor = Compressor({"w": single}, Budget(budget, budget), config)
-    return compressor.compress("w", single.delta(), single.metrics())
+    return compress_all({"w": single}, Budget(budget, budget), config)["w"]
 
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
