@@ -79,8 +79,9 @@ def compress(source: Source, base: BaseCheckpoint, config: DeltaMixConfig) -> Ou
     batches = calibration_batches(model, config, store, source.commit, source.files is None)
     if source.files is not None and source.workers.rank == 0:
         sequential = config.method.sequential
-        expected = estimate_memory(model, targets, batches, sequential, budget.total)
-        logger.warning("compressing takes %s", expected)
+        peaks = estimate_memory(model, targets, batches, sequential, budget.total)
+        gigabytes = [peak / 1e9 for peak in peaks]
+        logger.warning("compressing takes about %.1f GB of memory and %.1f GB of disk", *gigabytes)
     job.measure(batches)
     if config.method.bf16_overlay:
         with torch.no_grad():
