@@ -55,39 +55,6 @@ class Metrics:
     inputs: Metric = None
 
 
-class _Layers:
-    """Accumulates the moments of every use of layers that `measure` is called for."""
-
-    def __init__(self, fisher: bool, seed: int):
-        self.found: dict[str, LayerStatistics] = {}
-        self.fisher, self.seed = fisher, seed
-        self._last: tuple[Tensor | None, SecondMoment] = (None, SecondMoment(0))
-        self._adding: set[str] = set()  # the first of the modules that share their inputs
-
-    def measure(self, name: str, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        x = args[0].detach()
-        if name not in self.found:
-            self.found[name] = self._start(name, module, args[0], y)
-        layer = self.found[name]
-        if layer.tokens is not None:
-            layer.tokens += torch.bincount(x.reshape(-1), minlength=len(layer.tokens))
-        elif name in self._adding:
-            layer.inputs.add(x)
-        if layer.gradients is not None and y.requires_grad:
-            y.register_hook(layer.gradients.add)
-
-    def _start(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerStatistics:
-        gradients = SecondMoment(y.shape[-1], seed=self.seed) if self.fisher else None
-        if isinstance(module, nn.Embedding):
-            rows = torch.zeros(module.num_embeddings, device=y.device)
-            return LayerStatistics(SecondMoment(0), gradients, rows)
-        # q/k/v and gate/up are called with the very same tensor object, one after the other
-        if self._last[0] is not x:
-            self._last = x, SecondMoment(x.shape[-1], seed=self.seed)
-            self._adding.add(name)
-        return LayerStatistics(self._last[1], gradients)
-
-
 @contextmanager
 def observed(
     modules: Mapping[str, nn.Module], fisher: bool, seed: int = 0
@@ -97,9 +64,35 @@ def observed(
     Yields the statistics, in the end of all modules that were called. `seed` is of sketches, for
     moments that are merged with others'. Raises DeltaMixError if some hold NaN.
     """
-    layers = _Layers(fisher, seed)
-    found, measuring = layers.found, hooked(modules, after=layers.measure)
-    with measuring, observed_experts(modules, fisher, seed) as experts:
+    found: dict[str, LayerStatistics] = {}
+    last: tuple[Tensor | None, SecondMoment] = None, SecondMoment(0)
+    adding: set[str] = set()  # the first of the modules that share their inputs
+
+    def start(name: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerStatistics:
+        nonlocal last
+        gradients = SecondMoment(y.shape[-1], seed=seed) if fisher else None
+        if isinstance(module, nn.Embedding):
+            rows = torch.zeros(module.num_embeddings, device=y.device)
+            return LayerStatistics(SecondMoment(0), gradients, rows)
+        # q/k/v and gate/up are called with the very same tensor object, one after the other
+        if last[0] is not x:
+            last = x, SecondMoment(x.shape[-1], seed=seed)
+            adding.add(name)
+        return LayerStatistics(last[1], gradients)
+
+    def measure(name: str, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        x = args[0]
+        if name not in found:
+            found[name] = start(name, module, x, y)
+        layer = found[name]
+        if layer.tokens is not None:
+            layer.tokens += torch.bincount(x.reshape(-1), minlength=len(layer.tokens))
+        elif name in adding:
+            layer.inputs.add(x)
+        if layer.gradients is not None and y.requires_grad:
+            y.register_hook(layer.gradients.add)
+
+    with hooked(modules, after=measure), observed_experts(modules, fisher, seed) as experts:
         yield found
     found |= {n: LayerStatistics(*moments) for n, moments in experts.items() if moments[0].count}
     _check_finite(found)

@@ -16,6 +16,7 @@ from ..errors import DeltaMixError, first_line
 from ..nn.experts import expert_place, fused_weights, is_experts, matrix_shape, slice_shape
 from ..nn.layers import declared_shape, weight_of
 from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import part_names
 from ..storage.headers import TensorInfo, opened, read_headers
 from ..storage.names import GUARD, ROWS, check_listed, is_guard, packed_names, packed_part
 from ..storage.untrusted_paths import check_weight_files, repo_files
@@ -107,16 +108,17 @@ class Contents:
         experts than config.json lists.
         """
         stored, method, experts = self.packed[name], self.config.method, None
+        get = read or self._uncoded
         if name in self.keys.state:
             owner, _, leaf = name.rpartition(".")
             module = self.keys.model.get_submodule(owner)
             experts, shape = len(weight_of(module, leaf)), slice_shape(module, leaf)
         else:
             shape = declared_shape(self.keys.model.get_submodule(name))
+        names = part_names(stored, method.quantizer, experts is not None)
         try:
-            packed = PackedDelta.read(
-                stored, read or self._uncoded, *shape, method.group_size, method.quantizer, experts
-            )
+            tensors = {part: get(key) for part, key in names.items()}
+            packed = PackedDelta.checked(*shape, method.group_size, tensors, experts)
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
         if packed.counts is not None:

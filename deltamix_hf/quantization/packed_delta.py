@@ -82,22 +82,6 @@ class PackedDelta:
         runs, group_sizes = packed_layout.checked_layout(m, n, group_size, tensors, experts)
         return cls(m, n, group_sizes, runs if experts is None else [], **tensors)
 
-    @classmethod
-    def read(
-        cls,
-        prefix: str,
-        get: Callable[[str], Tensor],
-        m: int,
-        n: int,
-        group_size: int,
-        quantizer: Quantizer,
-        experts: int | None = None,
-    ) -> PackedDelta:
-        """Take the tensors stored for `prefix`, which `get` gives by name, as `checked` does."""
-        names = packed_layout.part_names(prefix, quantizer, experts is not None)
-        tensors = {part: get(name) for part, name in names.items()}
-        return cls.checked(m, n, group_size, tensors, experts)
-
     def names(self, prefix: str) -> dict[str, str]:
         """Name the tensors by part, as they are stored for the module or parameter `prefix`."""
         return packed_layout.part_names(prefix, self.quantizer, self.counts is not None)

@@ -82,21 +82,17 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
             length = int.from_bytes(handle.read(8), "little")
             header = json.loads(handle.read(length), object_pairs_hook=_without_twice)
         header.pop("__metadata__", None)
+        infos = {}
         for name, entry in header.items():
-            _check_shape(name, entry["shape"])
+            shape = tuple(entry["shape"])
+            extent = math.prod(max(d, 1) for d in shape)  # torch multiplies those beside a 0, too
+            if len(shape) > _MAX_DIMENSIONS or 16 * extent >= _MAX_EXTENT:
+                raise ValueError(f"tensor {name} has an absurd shape of {len(shape)} dimensions")
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            infos[name] = TensorInfo(name, file, entry["dtype"], shape, start, end)
     except (OSError, ValueError, SafetensorError) as error:
         raise DeltaMixError(f"{file} is not a sound safetensors file: {error}") from error
-    infos = {}
-    for name, entry in header.items():
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        infos[name] = TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), start, end)
     return infos
-
-
-def _check_shape(name: str, shape: list[int]) -> None:
-    """Refuse what torch cannot make: it multiplies dimensions beside a 0, which take no bytes."""
-    if len(shape) > _MAX_DIMENSIONS or 16 * math.prod(max(d, 1) for d in shape) >= _MAX_EXTENT:
-        raise ValueError(f"tensor {name} has an absurd shape of {len(shape)} dimensions")
 
 
 def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
