@@ -58,11 +58,6 @@ class BlockChain:
     """A chain of blocks, by name in order, and the batches of token ids that run through it.
 
     `batches` are int64 [rows, length]; the model is in evaluation mode.
-
-    Attributes:
-        block_args: of every block, what its calls get besides hidden states.
-        reference: hidden states [rows, length, d] of the fine-tune, a batch each.
-        plain: blocks return hidden states and nothing else.
     """
 
     def __init__(
@@ -77,8 +72,8 @@ class BlockChain:
         self.hold, self.tensor_list = hold, tensor_list
         self.blocks = [model.get_submodule(name) for name in blocks]
         self.block_args: list[BlockArgs] = [[] for _ in blocks]
-        self.reference = self.empty("reference")
-        self.plain = True
+        self.reference = self.empty("reference")  # the fine-tune's hidden states, a batch each
+        self.plain = True  # blocks return hidden states and nothing else
 
     def empty(self, name: str) -> TensorList:
         """Make a list of that name and clear it."""

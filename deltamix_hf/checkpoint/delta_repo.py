@@ -70,25 +70,16 @@ def find_delta(
 
 @dataclass(frozen=True)
 class Contents:
-    """A delta repo, sorted for the model that `keys` are of: names of the model -> names in files.
-
-    Attributes:
-        infos: the headers of its files.
-        packed: by module, or by 3-D parameter of experts.
-        overlay: by tensor.
-        guards: names in the files.
-        resized: matrices with more or fewer rows than in the base, by module.
-        absent: names in the files, of modules or tensors that the model has not.
-    """
+    """A delta repo, sorted for the model that `keys` are of: names of the model -> names in files."""
 
     keys: KeyMap
-    infos: Mapping[str, TensorInfo]
+    infos: Mapping[str, TensorInfo]  # the headers of its files
     config: DeltaMixConfig
-    packed: dict[str, str]
-    overlay: dict[str, str]
-    guards: set[str]
-    resized: dict[str, Resized]
-    absent: list[str]
+    packed: dict[str, str]  # by module, or by 3-D parameter of experts
+    overlay: dict[str, str]  # by tensor
+    guards: set[str]  # names in the files
+    resized: dict[str, Resized]  # matrices with more or fewer rows than in the base, by module
+    absent: list[str]  # names in the files, of modules or tensors that the model has not
 
     @property
     def whole(self) -> dict[str, str]:

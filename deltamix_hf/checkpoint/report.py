@@ -106,9 +106,13 @@ def type_and_depth(name: str) -> tuple[str, int | None]:
 
 
 def inspect_repo(repo: str | Path) -> RepoReport:
-    """Read headers and widths of a delta repo, a folder or Hub id.
+    """Read a delta repo's headers and widths.
 
-    Raises a DeltaMixError: not found, no delta repo, damaged, or of a class transformers has not.
+    Args:
+        repo: folder or Hub id.
+
+    Raises:
+        DeltaMixError: not found, not a delta repo, damaged, or of a class transformers has not.
     """
     repo = str(repo)
     model_config = delta_config(repo)  # before its weights are fetched

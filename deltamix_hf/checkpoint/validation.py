@@ -35,9 +35,12 @@ class Check:
 
 
 def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iterator[Check]:
-    """Check a delta repo, a folder or Hub id, until nothing more can be read, and its base.
+    """Check a delta repo and its base; the list ends where nothing more can be read.
 
-    `base` says where that is, if not where the repo says; if `quick`, only its names are read.
+    Args:
+        repo: folder or Hub id.
+        base: where the base is, if not where the repo says.
+        quick: compare only the names of the base's tensors; its bytes are not read.
     """
     try:
         files, config, _ = find_delta(repo, {})

@@ -35,21 +35,13 @@ Targets = dict[str, nn.Module]
 
 @dataclass(frozen=True)
 class Source:
-    """A fine-tune to compress: a model in memory, or its files.
+    """A fine-tune to compress: a model in memory, or its files."""
 
-    Args:
-        model: loaded; if `files` are given, as `weight_access.unloaded` makes it.
-        commit: of its repo, for its tokenizer; None for a local folder.
-        files: where its weights are, if not in the model.
-        device: where a model from files runs.
-        workers: who compress a model from files together.
-    """
-
-    model: PreTrainedModel
-    commit: str | None = None
-    files: BaseCheckpoint | None = None
-    device: torch.device | str = "cpu"
-    workers: Workers = ALONE
+    model: PreTrainedModel  # loaded; if `files` are given, as `weight_access.unloaded` makes it
+    commit: str | None = None  # of its repo, for its tokenizer; None for a local folder
+    files: BaseCheckpoint | None = None  # where its weights are, if not in the model
+    device: torch.device | str = "cpu"  # where a model from files runs
+    workers: Workers = ALONE  # who compress a model from files together
 
     def runs(
         self, base: BaseCheckpoint, overlay: dict[str, Tensor], targets: Targets, store: ResumeStore

@@ -142,7 +142,7 @@ def test_better_than_rounding_to_nearest():
             cost(near.dequantize() - weight, hessian) / cost(plain.dequantize() - weight, hessian)
         )
         factor, hessian = weight.t(), damped(gram(40, seed), 0.01)
-        near, plain = gptq_columns(factor, hessian, bits, 32), gptq_columns(factor, None, bits, 32)
+        near, plain = gptq_columns(factor, hessian, bits, 32), round_rows(factor.t(), bits, 32)
         ratios.append(
             cost(near.dequantize().t() - factor, hessian)
             / cost(plain.dequantize().t() - factor, hessian)
