@@ -70,7 +70,7 @@ def find_delta(
 
 @dataclass(frozen=True)
 class Contents:
-    """A delta repo, sorted for the model that `keys` are of: names of the model -> names in files."""
+    """A delta repo, sorted for the model of `keys`: names of the model -> names in files."""
 
     keys: KeyMap
     infos: Mapping[str, TensorInfo]  # the headers of its files
