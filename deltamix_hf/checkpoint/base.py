@@ -166,10 +166,7 @@ class BaseCheckpoint:
         return len(source) == 1 and source[0][1] is None
 
     def read(self, name: str) -> Tensor:
-        """Read the base's value of a parameter, in the base's dtype, on the CPU.
-
-        Raises a DeltaMixError if the base has no such tensor.
-        """
+        """Read a parameter in the base's dtype, on the CPU; a DeltaMixError if the base has none."""
         if name not in self:
             raise DeltaMixError(f"the base has no tensor for {name!r}")
         if self.is_plain(name):

@@ -232,10 +232,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyMap) -> StoredDelta:
-    """Read a delta repo for the model that `keys` are of.
-
-    Raises a DeltaMixError if it is damaged, incomplete, or of another model.
-    """
+    """Read a delta repo for the model of `keys`; a DeltaMixError if it is damaged or another's."""
     if config.resized:
         name, (old, new) = next(iter(config.resized.items()))
         raise DeltaMixError(

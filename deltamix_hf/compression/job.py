@@ -134,10 +134,7 @@ class Job:
     # Compression
 
     def run(self, budget: Budget) -> None:
-        """Compress every target, then tune.
-
-        Raises DeltaMixError if a delta holds NaN, or a metric cannot be factorised.
-        """
+        """Compress all targets, then tune; DeltaMixError for NaN, or a metric without a factor."""
         shapes = {name: shape_of(module) for name, module in self.targets.items()}
         embeddings = {name for name, m in self.targets.items() if isinstance(m, nn.Embedding)}
         tools = self.store, self.watch, self.workers
