@@ -166,7 +166,7 @@ class BaseCheckpoint:
         return len(source) == 1 and source[0][1] is None
 
     def read(self, name: str) -> Tensor:
-        """Read a parameter in the base's dtype, on the CPU; a DeltaMixError if the base has none."""
+        """Read a parameter in the base's dtype, on the CPU; DeltaMixError if the base has none."""
         if name not in self:
             raise DeltaMixError(f"the base has no tensor for {name!r}")
         if self.is_plain(name):

@@ -36,7 +36,7 @@ def delta_config(repo: str) -> PreTrainedConfig:
 
 
 def model_class(repo: str, config: PreTrainedConfig) -> Any:
-    """Look up the first class of `repo` that this transformers knows; a DeltaMixError if none is."""
+    """Look up the first class of `repo` that this transformers knows; DeltaMixError if none is."""
     names = config.architectures or []
     cls: Any = next((c for n in names if (c := getattr(transformers, str(n), None))), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
