@@ -121,14 +121,13 @@ class BlockChain:
     @contextmanager
     def _stubs(self, act: Act) -> Iterator[None]:
         """Context manager: call `act(i, hidden, block_args)` in place of block i."""
-        owner = self.model.get_submodule(self.names[0].rpartition(".")[0])
-        for i, block in enumerate(self.blocks):
-            owner._modules[str(i)] = _Stub(block, i, act)
+        modules = self.model.get_submodule(self.names[0].rpartition(".")[0])._modules
+        own = dict(modules)
+        modules |= {str(i): _Stub(block, i, act) for i, block in enumerate(self.blocks)}
         try:
             yield
         finally:
-            for i, block in enumerate(self.blocks):
-                owner._modules[str(i)] = block
+            modules |= own
 
     @torch.no_grad()
     def entry(self) -> tuple[TensorList, list[BlockArgs]]:

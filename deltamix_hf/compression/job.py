@@ -144,7 +144,7 @@ class Job:
             )
         chains = self._chains()
         blocks = tuple(f"{block}." for chain in chains for block in chain.names)
-        chained = [name for name in self.targets if blocks and name.startswith(blocks)]
+        chained = [name for name in self.targets if name.startswith(blocks)]
         self._bar = logging.tqdm(total=len(self.targets), desc="Compressing", unit="matrix")
         with self.watch.stage("compression"):
             plain = [name for name in self.targets if name not in chained]
@@ -184,17 +184,12 @@ class Job:
     ) -> Iterator[str]:
         """Names of targets in turn as they are compressed, by this worker or by others."""
         owners = self.workers.owners({name: shape_of(self.targets[name]) for name in changes})
-        own = [name for name in changes if owners[name] == self.workers.rank]
-        others = [name for name in changes if name not in own]
-        for name in own:
+        for name in sorted(changes, key=lambda name: owners[name] != self.workers.rank):
+            if owners[name] != self.workers.rank:
+                with self.watch.stage("waiting"):
+                    self.workers.wait(self.store, f"matrix {name}")
+                self.finished.add(name)
             self._compress(name, changes.pop(name), inputs)
-            yield name
-        for name in others:
-            changes.pop(name)
-            with self.watch.stage("waiting"):
-                self.workers.wait(self.store, f"matrix {name}")
-            self.finished.add(name)
-            self._compress(name, None, None)
             yield name
 
     def _compress(self, name: str, change: Tensor | None, inputs: Tensor | None) -> None:
