@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -24,14 +23,6 @@ from ..storage.sizes import header_bytes, reference_bytes
 _V_GPTQ = 0.35
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Bytes promised, and what of them is left for ranks by headers, guards and overlay."""
-
-    total: int
-    ranks: int
-
-
 def plan_budget(
     shapes: Mapping[str, tuple[int, int]],
     overlay: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
@@ -39,8 +30,8 @@ def plan_budget(
     config: DeltaMixConfig,
     embeddings: Collection[str] = (),
     experts: Mapping[str, int] | None = None,
-) -> Budget:
-    """Split the promised bytes into what is fixed and what is left for ranks.
+) -> tuple[int, int]:
+    """Compute the promised bytes, and what headers, guards and overlay leave of them for ranks.
 
     `shapes` are [m, n] of the matrices to pack by module name, `embeddings` those of embeddings,
     `overlay` is (dtype, shape) of what is stored whole by tensor name, `guards` are tensor names.
@@ -82,7 +73,7 @@ def plan_budget(
             f"bytes that differ) is too small: headers and the overlay take {fixed:,}, one "
             f"{least}-bit rank per matrix {one_rank:,}. Give {advice}budget_bytes >= {needed}"
         )
-    return Budget(total, total - fixed)
+    return total, total - fixed
 
 
 def rank_options(

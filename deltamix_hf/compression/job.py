@@ -28,7 +28,6 @@ from ..nn.delta_module import oriented
 from ..nn.experts import Expert
 from ..nn.layers import attach_with_ties, shape_of, tied_modules
 from . import scale_tuning
-from .budget import Budget
 from .matrix_pipeline import Compressed, Compressor
 from .runs import LoadedRuns
 from .sequential import compress_blocks
@@ -133,8 +132,11 @@ class Job:
 
     # Compression
 
-    def run(self, budget: Budget) -> None:
-        """Compress all targets, then tune; DeltaMixError for NaN, or a metric without a factor."""
+    def run(self, budget: int) -> None:
+        """Compress all targets into `budget` bytes, then tune.
+
+        Raises DeltaMixError if a delta holds NaN, or a metric cannot be factorised.
+        """
         shapes = {name: shape_of(module) for name, module in self.targets.items()}
         embeddings = {name for name, m in self.targets.items() if isinstance(m, nn.Embedding)}
         tools = self.store, self.watch, self.workers

@@ -38,7 +38,7 @@ from ..quantization.target_correction import (
     plain_left_factor,
     unbiased_gains,
 )
-from .budget import Budget, rank_options
+from .budget import rank_options
 
 # Shares of the mean diagonal added to the metrics before they are used.
 OUTPUT_DAMPING, INPUT_DAMPING = DAMPING = 0.1, 0.01
@@ -53,7 +53,7 @@ class Compressed:
 
 
 class Compressor:
-    """Compress one matrix after the other, in any order, within one budget.
+    """Compress one matrix after the other, in any order, within one `budget` of bytes.
 
     With a global allocation the widths of every rank are fixed at the start, from the spectra of
     all matrices. Otherwise every matrix gets the same share of the budget (its bf16 bytes times one
@@ -68,7 +68,7 @@ class Compressor:
         shapes: Mapping[str, tuple[int, int]],
         embeddings: Collection[str],
         measure: Callable[[str], tuple[Tensor, Metrics]],
-        budget: Budget,
+        budget: int,
         config: DeltaMixConfig,
         store: ResumeStore | None = None,
         watch: Stopwatch | None = None,
@@ -80,11 +80,10 @@ class Compressor:
         self.quantizer = config.method.quantizer
         self.sizes = {name: m * n for name, (m, n) in shapes.items()}
         self.group_sizes = {name: self.method.group_sizes(name in embeddings) for name in shapes}
-        self._left, self._weight = budget.ranks, sum(self.sizes.values())
-        everywhere = config.method.allocation == "global"
-        self._plan = self._allocation(budget.ranks) if everywhere else {}
+        self._left, self._weight = budget, sum(self.sizes.values())
+        self._plan = self._allocation() if self.method.allocation == "global" else {}
 
-    def _allocation(self, budget: int) -> dict[str, Tensor]:
+    def _allocation(self) -> dict[str, Tensor]:
         """Widths of all ranks, read or solved for: uint8 [2, k], of V and U by falling sigma."""
         if (found := self.store.read("allocation")) is not None:
             return found[0]
@@ -96,7 +95,7 @@ class Compressor:
         with self.watch.stage("HiGHS"):
             gap = config.allocation_gap or DEFAULT_GAP
             choices = [choices for choices, _ in options]
-            picked = solve_global(energies, choices, budget, gap).choice
+            picked = solve_global(energies, choices, self._left, gap).choice
         plan = {}
         for name, (_, pairs), ranks in zip(shapes, options, picked, strict=True):
             widths = torch.tensor(pairs, dtype=torch.uint8)[ranks]

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..allocation.whole_model import DEFAULT_GAP, solve_global
 from ..checkpoint.base import BaseCheckpoint, guard_names, same, untied_state
 from ..checkpoint.tensor_diff import Difference, differences
-from ..compression.budget import Budget, plan_budget, rank_options
+from ..compression.budget import plan_budget, rank_options
 from ..config import DeltaMixConfig, overlay_dtype
 from ..errors import DeltaMixError
 from ..linalg.svd import singular_values
@@ -182,12 +182,12 @@ def _loss(
     matrices: list[MatrixDistance],
     ratio: float,
     reference: int,
-    plan: Callable[[DeltaMixConfig], Budget],
+    plan: Callable[[DeltaMixConfig], tuple[int, int]],
     gap: float,
 ) -> BudgetLoss:
     config = DeltaMixConfig(ratio=ratio, method=replace(METHODS[DEFAULT_METHOD], drop_penalty=1.0))
     try:
-        budget = plan(config)
+        promised, budget = plan(config)
     except DeltaMixError:  # too small
         return BudgetLoss(ratio, config.budget(reference), None)
     energies = [matrix.energies for matrix in matrices]
@@ -195,6 +195,6 @@ def _loss(
         rank_options(matrix.shape, config.method.group_sizes(matrix.embedding), config)[0]
         for matrix in matrices
     ]
-    found = solve_global(energies, options, budget.ranks, gap)
+    found = solve_global(energies, options, budget, gap)
     whole = sum(float(e.sum()) for e in energies)
-    return BudgetLoss(ratio, budget.total, found.error / whole if whole else 0.0)
+    return BudgetLoss(ratio, promised, found.error / whole if whole else 0.0)

@@ -162,10 +162,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
 
     def _compress(self, source: Source) -> None:
         base = BaseCheckpoint(self.base_files, source.model)
-        outcome = compress(source, base, self.quantization_config)
-        self.commit, self.seconds, self.store = source.commit, outcome.seconds, outcome.store
+        self.commit = source.commit
+        self.seconds, self.store, overlay = compress(source, base, self.quantization_config)
         if source.files is not None:
-            self.stored = stored_without_base(source.model, base, outcome.overlay)
+            self.stored = stored_without_base(source.model, base, overlay)
 
     # Dense again
 

@@ -20,7 +20,7 @@ from matrix_cases import (
 from tiny_pairs import make_config
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
-from deltamix_hf.compression.budget import Budget, plan_budget
+from deltamix_hf.compression.budget import plan_budget
 from deltamix_hf.compression.matrix_pipeline import Compressed
 
 
@@ -37,7 +37,7 @@ def compress_matrix(single: Matrix, budget: int, config: DeltaMixConfig) -> Comp
     if single[1].inputs is not None:
         config = copy.copy(config)
         config.calibration = ["some text"]
-    return compress_all({"w": single}, Budget(budget, budget), config)["w"]
+    return compress_all({"w": single}, budget, config)["w"]
 
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
@@ -180,7 +180,7 @@ def test_values_that_are_not_finite_are_named(where, value, method):
     shapes = dict.fromkeys(matrices, (96, 64))
     config = DeltaMixConfig("b", ratio=0.25, method=method)
     with pytest.raises(DeltaMixError, match=r"layer\.7: .*(NaN|infinity)"):
-        compress_all(matrices, plan_budget(shapes, {}, [], config), config)
+        compress_all(matrices, plan_budget(shapes, {}, [], config)[1], config)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ import torch
 from tiny_pairs import make_config
 
 from deltamix_hf.calibration.statistics import Metrics
-from deltamix_hf.compression.budget import Budget
 from deltamix_hf.compression.matrix_pipeline import Compressor
 from deltamix_hf.linalg.svd import thin_svd
 
@@ -199,7 +198,7 @@ def packaged(delta, gram, budget, group, **options):
     calibrated = not np.array_equal(gram, np.eye(len(gram)))
     metrics = Metrics(inputs=torch.tensor(gram, dtype=torch.float32) if calibrated else None)
     shapes, measured = {"w": tuple(delta.shape)}, (delta, metrics)
-    compressor = Compressor(shapes, (), lambda name: measured, Budget(budget, budget), config)
+    compressor = Compressor(shapes, (), lambda name: measured, budget, config)
     return compressor.compress("w", delta, metrics)
 
 

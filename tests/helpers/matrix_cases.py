@@ -6,7 +6,6 @@ import torch
 
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.calibration.statistics import Metrics
-from deltamix_hf.compression.budget import Budget
 from deltamix_hf.compression.matrix_pipeline import Compressed, Compressor
 from deltamix_hf.method import METHODS as METHODS_BY_NAME
 from deltamix_hf.quantization.packed_layout import rank_bytes
@@ -29,7 +28,7 @@ def matrix(delta, gram=None, fisher=None) -> Matrix:
 
 
 def compress_all(
-    matrices: dict[str, Matrix], budget: Budget, config: DeltaMixConfig
+    matrices: dict[str, Matrix], budget: int, config: DeltaMixConfig
 ) -> dict[str, Compressed]:
     """Compress every matrix, largest ranks first so that slack fills up."""
     shapes = {name: tuple(delta.shape) for name, (delta, _) in matrices.items()}
