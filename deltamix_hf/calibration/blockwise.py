@@ -92,10 +92,7 @@ class BlockwisePass:
     # What waits between the blocks: hidden states ("level") and their gradients, by batch
 
     def get(self, kind: str, i: int, b: int) -> Tensor:
-        """Read hidden states ("level", [rows, length, d]) or gradients ([draws, rows, length, d]).
-
-        They are those of batch b at the entrance of block i, on the device.
-        """
+        """Read "level" [rows, length, d] or "gradient" [draws, rows, length, d] b before block i."""
         if kind == "level" and i == 0:
             return self.chain.reference[b]
         return self.store.load(f"{kind} {i} of batch {b}", self.device)[0]["item"]
@@ -185,10 +182,7 @@ def _place(i: int) -> str:
 
 
 class StatisticsStore(Mapping[str, LayerStatistics]):
-    """Statistics of every module that was called, each read onto `device` when it is asked for.
-
-    `workers` measure them together; the store has a folder.
-    """
+    """Statistics of all modules that `workers` called, each read onto `device` when asked for."""
 
     def __init__(self, store: ResumeStore, device: torch.device, workers: Workers):
         self.store, self.device, self.workers = store, device, workers

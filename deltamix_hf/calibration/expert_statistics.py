@@ -40,10 +40,7 @@ _Observed = dict[str, dict[int, Moments]]  # parameter -> expert -> its moments
 def observed_experts(
     modules: Mapping[str, nn.Module], fisher: bool, seed: int = 0
 ) -> Iterator[dict[str, Moments]]:
-    """Context manager: measure the experts among `modules`; yields their moments by name.
-
-    `seed` is of sketches, for moments that are merged with others'.
-    """
+    """Context manager: measure experts among `modules`; yields moments by name, as `observed`."""
     seen: dict[nn.Module, _Observed] = {}
     own: dict[str, Moments] = {}
     for name, expert in modules.items():

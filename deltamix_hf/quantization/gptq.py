@@ -173,10 +173,7 @@ def _sweep(
     order: Tensor,
     damping: float = 0.0,
 ) -> None:
-    """Round the rows of `work` `[s, l]` in turn; `round_step(i, values [l])` rounds row i.
-
-    Row i is coordinate `order[i]` of the Hessian `[s, s]`.
-    """
+    """Round rows `[l]` of `work` by `round_step(i, row)`: coordinates `order[i]` of the Hessian."""
     mixing = cholesky32(hessian, damping, order.flip(0))  # R, rows and columns reversed
     mixing.div_(mixing.diagonal().clone())
     mixing = mixing.t().flip(0, 1)  # (i, j): R_ji / R_ii, what the error of step j adds to step i
