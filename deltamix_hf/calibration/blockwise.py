@@ -92,7 +92,7 @@ class BlockwisePass:
     # What waits between the blocks: hidden states ("level") and their gradients, by batch
 
     def get(self, kind: str, i: int, b: int) -> Tensor:
-        """Read "level" [rows, length, d] or "gradient" [draws, rows, length, d] b before block i."""
+        """Read "level" [rows, length, d] or "gradient" [draws, rows, length, d] of batch b."""
         if kind == "level" and i == 0:
             return self.chain.reference[b]
         return self.store.load(f"{kind} {i} of batch {b}", self.device)[0]["item"]

@@ -43,6 +43,8 @@ def plan_budget(
     reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})
     total = config.budget(reference)
     entries = dict(overlay) | dict.fromkeys(guards, GUARD)
+    whole = sum(math.prod(shape) * dtype.itemsize for dtype, shape in entries.values())
+    whole += torch.int32.itemsize * sum(experts.values())  # counts of their ranks
     group_sizes = {name: config.method.group_sizes(name in embeddings) for name in shapes}
     for name, (m, n) in shapes.items():
         fused = name.rpartition(".")[0]
@@ -51,9 +53,6 @@ def plan_budget(
         runs = [((number or 1) * min(m, n), 8, 8)]  # nothing is longer than all ranks at 8 bits
         shapes_of = part_shapes(m, n, runs, group_sizes[name], quantizer, number)
         entries |= {names[part]: (DTYPES[part], shape) for part, shape in shapes_of.items()}
-    whole = sum(math.prod(shape) * dtype.itemsize for dtype, shape in overlay.values())
-    whole += len(guards)  # a byte each
-    whole += torch.int32.itemsize * sum(experts.values())  # counts of their ranks
     least = min(b for b in config.method.bits if b > 0)
     one_rank = sum(
         rank_bytes(m, n, least, least, group_sizes[name], quantizer)

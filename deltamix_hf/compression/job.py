@@ -46,7 +46,7 @@ class Job:
         finished = {n for n in self.targets if self.store.read(f"matrix {n}") is not None}
         self.finished: set[str] = self.workers.from_first(finished)
         self.batches: list[Tensor] = []
-        self.tuning_data: scale_tuning.TuningRows = []
+        self.tuning_data = scale_tuning.TuningData([], [], [])
         self.found: Mapping[str, LayerStatistics] = {}
         self.scored = 1
         self.watch = Stopwatch()

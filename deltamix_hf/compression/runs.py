@@ -26,7 +26,7 @@ from ..jobs.resume_store import ResumeStore, TensorList
 from ..jobs.weight_access import LazyWeights, LoadedWeights, Weights
 from ..jobs.workers import ALONE, Workers
 from ..quantization.packed_delta import PackedDelta
-from .scale_tuning import TOKENS_PER_STEP, TuningRows, tuning_batches
+from .scale_tuning import TOKENS_PER_STEP, TuningData, tuning_batches
 
 Statistics = tuple[Mapping[str, LayerStatistics], int]
 Targets = dict[str, nn.Module]
@@ -71,7 +71,7 @@ class LoadedRuns:
         """Measure modules, as `statistics.collect` does."""
         return collect(self.model, modules, batches, fisher, seed)
 
-    def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningRows:
+    def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningData:
         """Record what scales are tuned by."""
         return tuning_batches(self.model, batches, seed)
 
@@ -107,9 +107,9 @@ class FileRuns(LoadedRuns):
         self._passes = BlockwisePass(chain, modules, fisher, seed, self.store, self.workers)
         return self._passes.found, self._passes.scored
 
-    def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningRows:
+    def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningData:
         if self.workers.rank:  # the first tunes
-            return []
+            return TuningData([], [], [])
 
         def outputs() -> Iterator[Any]:
             assert self._passes is not None  # statistics are measured in the same run

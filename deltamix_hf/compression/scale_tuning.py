@@ -65,9 +65,6 @@ class TuningData:
         return TuningBatch(self.pieces[i], self.positions[i], self.wanted[i])
 
 
-TuningRows = TuningData | list[TuningBatch]
-
-
 @torch.no_grad()
 def tuning_batches(
     model: PreTrainedModel,
@@ -105,7 +102,7 @@ def tuning_batches(
 
 def tune(
     model: PreTrainedModel,
-    data: TuningRows,
+    data: TuningData,
     steps: int,
     store: ResumeStore | None = None,
     small: bool = False,
@@ -137,7 +134,7 @@ def tune(
 
 
 def _train(
-    model: PreTrainedModel, gains: list[Tensor], data: TuningRows, steps: int, store: ResumeStore
+    model: PreTrainedModel, gains: list[Tensor], data: TuningData, steps: int, store: ResumeStore
 ) -> list[float]:
     """Adam on the gains; they end at 0 if they do not help on the texts kept out."""
     optimizer = torch.optim.Adam(gains, lr=LEARNING_RATE)
@@ -177,12 +174,12 @@ def _train(
     return losses
 
 
-def validation_rows(data: TuningRows) -> list[TuningBatch]:
+def validation_rows(data: TuningData) -> list[TuningBatch]:
     """Read the texts that decide whether tuning helped, and are not trained on."""
     return [data[i] for i in range(0, len(data), _KEEP_OUT)] if len(data) > 1 else []
 
 
-def validation_kl(model: PreTrainedModel, data: TuningRows) -> dict[str, float]:
+def validation_kl(model: PreTrainedModel, data: TuningData) -> dict[str, float]:
     """Measure KL(fine-tune ‖ model) on the texts kept out, in nats per position; {} without any."""
     validation = validation_rows(data)
     positions = sum(len(item.positions) for item in validation)
