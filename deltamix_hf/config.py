@@ -231,11 +231,10 @@ class DeltaMixConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a user may override when loading an existing delta repo."""
-        given = {"dequantize": self.dequantize, "base_kwargs": self.base_kwargs}
+        names = ["dequantize", "base_kwargs"]
         if self.base_model is not None:
-            given |= {"base_model": self.base_model, "base_revision": self.base_revision}
-            given |= {"base_given": self.base_given}
-        return given
+            names += ["base_model", "base_revision", "base_given"]
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """All that is set, JSON-ready: of the method its name and each switch.
