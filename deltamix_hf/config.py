@@ -6,8 +6,6 @@ says what the repo holds. `base_model`, `base_revision`, `base_kwargs` and `dequ
 given again when a delta repo is loaded (the base moved, or a dense model is wanted).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

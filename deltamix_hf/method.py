@@ -6,8 +6,6 @@
 - `delta-come`: Delta-CoMe as published (arXiv 2406.08903).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from typing import Any

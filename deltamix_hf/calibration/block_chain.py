@@ -10,8 +10,6 @@ their place where blocks hand on nothing but hidden states.
 keeps the hidden states of one place; by default the weights are there, and the list is a list.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any

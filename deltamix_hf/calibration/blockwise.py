@@ -11,8 +11,6 @@ merges those of all workers, in the order of their ranks: nobody waits for anoth
 block, and each moment is merged only by the one or two workers that need it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

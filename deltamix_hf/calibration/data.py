@@ -1,7 +1,5 @@
 """Calibration text: token batches from whatever the user gave, or the fine-tune writes."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

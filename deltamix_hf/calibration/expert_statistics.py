@@ -14,8 +14,6 @@ moments are sketched (`linalg/second_moments.py`) from such a size on, and with 
 all experts of a layer together take what one wide layer may.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

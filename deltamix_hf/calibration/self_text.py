@@ -5,8 +5,6 @@ A chat model is given the empty opening of a user's turn and samples a question,
 causal model continues a random token.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

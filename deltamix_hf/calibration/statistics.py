@@ -15,8 +15,6 @@ An embedding is a linear layer on one-hot inputs: its rows are weighted by how o
 its columns by G of its output. Where it is tied to an output layer, the two uses are added.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

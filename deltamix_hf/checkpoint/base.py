@@ -6,8 +6,6 @@ conversions on just the keys of one parameter, so one matrix of the base at a ti
 Only safetensors are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterable, Mapping
 from copy import deepcopy
 from typing import Any

@@ -1,7 +1,5 @@
 """What config.json says a repo is: a delta or a whole model, and of which class."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

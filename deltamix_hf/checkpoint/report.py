@@ -4,8 +4,6 @@ Neither the base nor any weight of the model is read: headers, the ranks' widths
 `rank_sizes` reads the packed factors too, one matrix at a time.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ What is identical is not stored; matrices (linear layers, embeddings, experts) a
 everything else that differs is stored whole.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence

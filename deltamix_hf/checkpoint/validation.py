@@ -4,8 +4,6 @@ Checks come as streams. `verify_repo` lists all that is wrong, without building 
 asks the same of files, base and model and stops at the first problem.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

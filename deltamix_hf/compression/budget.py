@@ -5,8 +5,6 @@ stored whole are paid first. Rounding a rank's two vectors with relative errors 
 1 − (1 − d_v)·(1 − d_u) of what dropping it would.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 

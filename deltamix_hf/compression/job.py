@@ -6,8 +6,6 @@ the blocks come first, because the blocks are fitted to what they hand on; then 
 the scales of all of them last. What an interrupted run has left in the store is not done again.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

@@ -7,8 +7,6 @@ h_i·[1 − (1 − d_v)·(1 − d_u)]. A global allocation is made from these; t
 measures its own table, and Delta-CoMe has fixed bands.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ compressing 32000 x 4096 takes 2.8 GB, 4096 x 11008 takes 2.6 GB, calibrating a 
 2.4 GB, the predictions of 2048 tokens for a vocabulary of 128256 2.4 GB.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ calibration text, then runs the pipeline matrix by matrix, each time putting the
 the fine-tuned one was, and tunes the scales at last. One matrix of the base is in memory at a time.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import warnings

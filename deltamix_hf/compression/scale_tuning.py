@@ -11,8 +11,6 @@ help there, they are dropped. (A classifier makes one prediction a text; 128 of 
 two thousand scales, and at 1/16 tuning took rxnfp from KL 0.0012 to 0.0020.)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -15,8 +15,6 @@ one block's layers for all calibration tokens, and two streams of hidden states.
 share the batches and the rows of the targets (`sequential_sums.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -11,8 +11,6 @@ needs one row of W_ft, so workers share those rows too: at 4096 x 11008 that is 
 one thread takes for the matrix, whose stage has no other to share.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import torch

@@ -4,8 +4,6 @@ Every moment belongs to the innermost stage that runs. Memory that was freed goe
 where the allocator does not return it by itself.
 """
 
-from __future__ import annotations
-
 import ctypes
 import ctypes.util
 import time

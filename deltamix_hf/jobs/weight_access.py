@@ -6,8 +6,6 @@ loses them when it is done, so one block at a time is in memory. What a backward
 weight is read again then. Where a matrix has been compressed, its weight is the base's.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

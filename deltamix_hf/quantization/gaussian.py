@@ -16,8 +16,6 @@ level with two multiply-adds instead of a look-up. Mean squared errors, for unit
     Lloyd-Max            0.3634  0.1175  0.03455  0.00950  0.002505  0.000644  1.74e-4   5.0e-5
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

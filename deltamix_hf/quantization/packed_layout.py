@@ -19,8 +19,6 @@ their first dimension, so that a parameter takes five tensors at most. One more 
     counts int32 [experts]                 ranks of each expert, 0 for one that kept none
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping

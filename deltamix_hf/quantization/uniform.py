@@ -18,8 +18,6 @@ GPTQ later quantizes other values with the same grid. A 0-bit row also gets scal
 code 0, so it decodes to 0 like any other row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

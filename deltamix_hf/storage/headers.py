@@ -1,7 +1,5 @@
 """Read and check safetensors headers before any tensor, and fingerprint tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

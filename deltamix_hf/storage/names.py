@@ -10,8 +10,6 @@ A delta repo is an ordinary transformers repo whose weight files hold, instead o
 base is stored.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Set
 
