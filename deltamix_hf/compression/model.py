@@ -1,8 +1,6 @@
-"""Compress a fine-tune against its base, in place.
+"""Compress a fine-tune against its base, in place; one matrix of the base is in memory at a time.
 
-Sorts every tensor of the model (`checkpoint/tensor_diff.py`), measures the fine-tune on the
-calibration text, then runs the pipeline matrix by matrix, each time putting the base weight where
-the fine-tuned one was, and tunes the scales at last. One matrix of the base is in memory at a time.
+Its tensors are sorted by `checkpoint/tensor_diff.py`; the order of all that follows is `job.py`'s.
 """
 
 import importlib.metadata
