@@ -6,8 +6,6 @@ says what the repo holds. `base_model`, `base_revision`, `base_kwargs` and `dequ
 given again when a delta repo is loaded (the base moved, or a dense model is wanted).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -131,14 +129,14 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
         self.dequantize, self.checkpoint_dir = dequantize, _path("checkpoint_dir", checkpoint_dir)
         self.format_version = format_version
-        self.base_fingerprints = _mapping("base_fingerprints", base_fingerprints)
-        self.measured, self.errors = _mapping("measured", measured), _mapping("errors", errors)
+        self.base_fingerprints = _mapping("base_fingerprints", base_fingerprints, _is_text)
+        self.measured = _mapping("measured", measured, is_number)
+        self.errors = _mapping("errors", errors, is_number)
         self.dropped, self.overlay = _names("dropped", dropped) or [], _names("overlay", overlay)
-        self.resized = _mapping("resized", resized)
+        self.resized = _mapping("resized", resized, _are_two_counts)
         self._check_options()
         self._check_budget()
         self._check_calibration()
-        self._check_records()
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -162,6 +160,10 @@ class DeltaMixConfig(QuantizationConfigMixin):
         return found
 
     def _check_options(self) -> None:
+        for name in ("base_revision", "calibration_source"):
+            value = getattr(self, name)
+            if value is not None and not _is_text(value):
+                raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a text")
         if self.f_max is not None:
             require_int("f_max", self.f_max, 1)
             if self.method.allocation != "matrix":
@@ -217,22 +219,6 @@ class DeltaMixConfig(QuantizationConfigMixin):
             if not any(text.strip() for text in data):
                 raise DeltaMixError("calibration holds no text; use None for data-free compression")
 
-    def _check_records(self) -> None:
-        for name in ("base_revision", "calibration_source"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a text")
-        kinds: dict[str, Callable[[Any], bool]] = {
-            "base_fingerprints": lambda value: isinstance(value, str),
-            "measured": is_number,
-            "errors": is_number,
-            "resized": _are_two_counts,
-        }
-        for name, fits in kinds.items():
-            for key, value in getattr(self, name).items():
-                if not isinstance(key, str) or not fits(value):
-                    raise DeltaMixError(f"{name} says {value!r} of {key!r}: config.json is damaged")
-
     def budget(self, reference_bytes: int) -> int:
         """Bytes allowed for the weight files, given the bf16 bytes of all tensors that differ."""
         if self.budget_bytes is not None:
@@ -243,11 +229,10 @@ class DeltaMixConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a user may override when loading an existing delta repo."""
-        given = {"dequantize": self.dequantize, "base_kwargs": self.base_kwargs}
+        names = ["dequantize", "base_kwargs"]
         if self.base_model is not None:
-            given |= {"base_model": self.base_model, "base_revision": self.base_revision}
-            given |= {"base_given": self.base_given}
-        return given
+            names += ["base_model", "base_revision", "base_given"]
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """All that is set, JSON-ready: of the method its name and each switch.
@@ -282,10 +267,19 @@ def _names(name: str, value: Any) -> list[str] | None:
     return list(value)
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
+def _mapping(
+    name: str, value: Any, fits: Callable[[Any], bool] = lambda item: True
+) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a dict")
+    for key, item in (value or {}).items():
+        if not _is_text(key) or not fits(item):
+            raise DeltaMixError(f"{name} says {item!r} of {key!r}: config.json is damaged")
     return dict(value or {})
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _are_two_counts(value: Any) -> bool:

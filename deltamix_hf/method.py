@@ -6,8 +6,6 @@
 - `delta-come`: Delta-CoMe as published (arXiv 2406.08903).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -151,9 +149,8 @@ _OURS = Method(
     tune_steps=40,
     bf16_overlay=True,
 )
-_DELTAMIX = Method(name="deltamix")
 _DELTA_COME = Method(name="delta-come", allocation="bands", bits=(0, 2, 3, 8), correct_target=False)
-METHODS = {method.name: method for method in (_OURS, _DELTAMIX, _DELTA_COME)}
+METHODS = {method.name: method for method in (_OURS, Method(name="deltamix"), _DELTA_COME)}
 SWITCHES = tuple(field.name for field in fields(Method) if field.name != "name")
 
 

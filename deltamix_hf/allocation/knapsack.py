@@ -16,8 +16,6 @@ do not suit error tables that span 12 orders of magnitude. Four exact steps avoi
    bound + sum r f + L * (unspent bytes), so that every term is at most the remaining gap.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

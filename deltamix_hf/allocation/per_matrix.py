@@ -31,23 +31,16 @@ _LAST_WIDTH = 2
 def bands(ranks: int, costs: Mapping[int, int], budget: int) -> Tensor:
     """Delta-CoMe widths int64 `[ranks]` within `budget` bytes.
 
-    `costs` are the bytes of one rank at 0 (0 if absent), 2, 3 and 8 bit. Bands are filled in
+    `costs` are the bytes of one rank at 2, 3 and 8 bit; at 0 it costs nothing. Bands are filled in
     order, so a budget too small for the published bands ends inside one; what a band cannot use
-    goes to the next, cheaper one. Raises ValueError if even all ranks at 0 bit exceed the budget.
+    goes to the next, cheaper one.
     """
-    idle = costs.get(0, 0)
-    left = budget - ranks * idle
-    if left < 0:
-        raise ValueError(f"a budget of {budget} bytes is below the {ranks * idle} of 0-bit ranks")
     bits = torch.zeros(ranks, dtype=torch.int64)
     filled = 0
     for count, width in (*_BANDS, (ranks, _LAST_WIDTH)):
-        price = costs[width] - idle
-        if price <= 0:
-            raise ValueError(f"a {width}-bit rank must cost more than a 0-bit one: {dict(costs)}")
-        taken = min(count, ranks - filled, left // price)
+        taken = min(count, ranks - filled, budget // costs[width])
         bits[filled : filled + taken] = width
-        filled, left = filled + taken, left - taken * price
+        filled, budget = filled + taken, budget - taken * costs[width]
     return bits
 
 

@@ -10,8 +10,6 @@ their place where blocks hand on nothing but hidden states.
 keeps the hidden states of one place; by default the weights are there, and the list is a list.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
@@ -58,12 +56,6 @@ class BlockChain:
     """A chain of blocks, by name in order, and the batches of token ids that run through it.
 
     `batches` are int64 [rows, length]; the model is in evaluation mode.
-
-    Attributes:
-        block_args: of every block, what its calls get besides hidden states.
-        reference: hidden states [rows, length, d] of the fine-tune, a batch each.
-        usable: the blocks are called once each, one on the other's output.
-        plain: they return hidden states and nothing else.
     """
 
     def __init__(
@@ -78,8 +70,8 @@ class BlockChain:
         self.hold, self.tensor_list = hold, tensor_list
         self.blocks = [model.get_submodule(name) for name in blocks]
         self.block_args: list[BlockArgs] = [[] for _ in blocks]
-        self.reference = self.empty("reference")
-        self.usable = self.plain = True
+        self.reference = self.empty("reference")  # the fine-tune's hidden states, a batch each
+        self.plain = True  # blocks return hidden states and nothing else
 
     def empty(self, name: str) -> TensorList:
         """Make a list of that name and clear it."""
@@ -91,14 +83,12 @@ class BlockChain:
     def capture(self) -> bool:
         """Record what enters the fine-tune's blocks; False if they are no chain."""
         for ids in self.batches:
-            if not self.usable:
-                break
             if len(self.reference) and self.plain:
                 with self._stubs(self._record):
                     self._forward(ids)
-            else:
-                self._capture_by_hooks(ids)
-        return self.usable
+            elif not self._capture_by_hooks(ids):
+                return False
+        return True
 
     def _record(self, i: int, hidden: Tensor, block_args: Arguments) -> Tensor:
         self.block_args[i].append(block_args)
@@ -106,37 +96,36 @@ class BlockChain:
             self.reference.append(hidden)
         return hidden
 
-    def _capture_by_hooks(self, ids: Tensor) -> None:
-        last: list[Tensor | None] = [None]
-        batch = len(self.block_args[0])
+    def _capture_by_hooks(self, ids: Tensor) -> bool:
+        """Record a batch; whether the blocks are called once each, one on the other's output."""
+        called: list[str] = []
+        last: list[Tensor] = []
 
         def before(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            i = self.names.index(name)
-            chained = bool(args) and (i == 0 or args[0] is last[0])
-            if not chained or len(self.block_args[i]) != batch:
-                self.usable = False
+            if not args or (last and args[0] is not last[0]):
+                called.clear()
                 raise Reached
-            self._record(i, args[0], (args[1:], kwargs))
+            called.append(name)
+            self._record(self.names.index(name), args[0], (args[1:], kwargs))
 
         def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            last[0] = tensor_of(output)
+            last[:] = [tensor_of(output)]
             self.plain = self.plain and isinstance(output, Tensor)
 
         with hooked(dict(zip(self.names, self.blocks, strict=True)), before, after):
             self._forward(ids)
-        self.usable = self.usable and all(len(args) == batch + 1 for args in self.block_args)
+        return called == self.names
 
     @contextmanager
     def _stubs(self, act: Act) -> Iterator[None]:
         """Context manager: call `act(i, hidden, block_args)` in place of block i."""
-        owner = self.model.get_submodule(self.names[0].rpartition(".")[0])
-        for i, block in enumerate(self.blocks):
-            owner._modules[str(i)] = _Stub(block, i, act)
+        modules = self.model.get_submodule(self.names[0].rpartition(".")[0])._modules
+        own = dict(modules)
+        modules |= {str(i): _Stub(block, i, act) for i, block in enumerate(self.blocks)}
         try:
             yield
         finally:
-            for i, block in enumerate(self.blocks):
-                owner._modules[str(i)] = block
+            modules |= own
 
     @torch.no_grad()
     def entry(self) -> tuple[TensorList, list[BlockArgs]]:

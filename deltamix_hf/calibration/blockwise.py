@@ -11,8 +11,6 @@ merges those of all workers, in the order of their ranks: nobody waits for anoth
 block, and each moment is merged only by the one or two workers that need it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,16 +41,9 @@ from .statistics import (
 class BlockwisePass:
     """Measure a chain block by block: statistics `found`, and how many predictions are `scored`.
 
-    Args:
-        chain: captured.
-        modules: what is observed, by name.
-        fisher: measure gradients too.
-        seed: of ε; each worker adds its rank.
-        store: with a folder.
-        workers: who share the batches.
-
-    Raises:
-        DeltaMixError: the model gives NaN on the calibration data.
+    `chain` is captured, `modules` are observed, by name, `store` has a folder, and `workers` share
+    the batches; `fisher` measures gradients too, with ε drawn by `seed` plus the worker's rank.
+    Raises DeltaMixError if the model gives NaN on the calibration data.
     """
 
     def __init__(
@@ -99,10 +90,7 @@ class BlockwisePass:
     # What waits between the blocks: hidden states ("level") and their gradients, by batch
 
     def get(self, kind: str, i: int, b: int) -> Tensor:
-        """Read hidden states ("level", [rows, length, d]) or gradients ([draws, rows, length, d]).
-
-        They are those of batch b at the entrance of block i, on the device.
-        """
+        """Read "level" [rows, length, d] or "gradient" [draws, rows, length, d] of batch b."""
         if kind == "level" and i == 0:
             return self.chain.reference[b]
         return self.store.load(f"{kind} {i} of batch {b}", self.device)[0]["item"]
@@ -142,11 +130,7 @@ class BlockwisePass:
     def _called_first(self, outside: dict[str, nn.Module]) -> set[str]:
         """Which of the modules are called before the first block."""
         found: set[str] = set()
-
-        def note(name: str, module: nn.Module, args: object, kwargs: object) -> None:
-            found.add(name)
-
-        with hooked(outside, note), torch.no_grad():
+        with hooked(outside, lambda name, *call: found.add(name)), torch.no_grad():
             self.chain.before_blocks(self.chain.batches[0])
         return found
 
@@ -196,10 +180,7 @@ def _place(i: int) -> str:
 
 
 class StatisticsStore(Mapping[str, LayerStatistics]):
-    """Statistics of every module that was called, each read onto `device` when it is asked for.
-
-    `workers` measure them together; the store has a folder.
-    """
+    """Statistics of all modules that `workers` called, each read onto `device` when asked for."""
 
     def __init__(self, store: ResumeStore, device: torch.device, workers: Workers):
         self.store, self.device, self.workers = store, device, workers
@@ -227,9 +208,7 @@ class StatisticsStore(Mapping[str, LayerStatistics]):
         """Wait for all workers at a place; returns what they have counted there."""
         counts, experts = Counter[str](), Counter[str]()
         for rank in range(self.workers.size):
-            part = self._place(place, rank)
-            self.workers.wait(self.store, part)
-            facts = self.store.load(part)[1]
+            _, facts = self.workers.wait(self.store, self._place(place, rank))
             for name, kept in facts["modules"].items():
                 self.parts.setdefault(name, []).append(kept)
             experts.update(facts["experts"])

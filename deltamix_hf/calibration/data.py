@@ -1,7 +1,5 @@
 """Calibration text: token batches from whatever the user gave, or the fine-tune writes."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -145,7 +143,7 @@ def random_tokens(vocabulary: int, config: DeltaMixConfig) -> list[Tensor]:
 
 
 def split_rows(ids: Tensor, tokens: int = _TOKENS_PER_FORWARD) -> tuple[Tensor, ...]:
-    """Split token ids [rows, length] into pieces of at most `tokens` tokens, or of one row."""
+    """Split token ids [rows, length, ...] into pieces of at most `tokens` tokens, or of one row."""
     return ids.split(max(1, tokens // ids.shape[1]))
 
 

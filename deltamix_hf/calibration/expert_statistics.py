@@ -14,11 +14,10 @@ moments are sketched (`linalg/second_moments.py`) from such a size on, and with 
 all experts of a layer together take what one wide layer may.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -39,10 +38,7 @@ _Observed = dict[str, dict[int, Moments]]  # parameter -> expert -> its moments
 def observed_experts(
     modules: Mapping[str, nn.Module], fisher: bool, seed: int = 0
 ) -> Iterator[dict[str, Moments]]:
-    """Context manager: measure the experts among `modules`; yields their moments by name.
-
-    `seed` is of sketches, for moments that are merged with others'.
-    """
+    """Context manager: measure experts among `modules`; yields moments by name, as `observed`."""
     seen: dict[nn.Module, _Observed] = {}
     own: dict[str, Moments] = {}
     for name, expert in modules.items():
@@ -75,17 +71,17 @@ def _measuring(observed: _Observed) -> Callable[..., Tensor]:
         def project(name: str, x: Tensor, ends: Tensor) -> Tensor:
             y = base_product(module, name, weight_of(module, name), x, ends)
             bounds = [0, *ends.tolist()]
-            for number, (inputs, gradients) in observed.get(name, {}).items():
-                rows = slice(bounds[number], bounds[number + 1])
-                inputs.add(x[rows])
-                if gradients is not None and y.requires_grad:
-                    y.register_hook(_adding(gradients, rows))
+
+            def add(side: int, rows: Tensor) -> None:
+                for number, moments in observed.get(name, {}).items():
+                    if (moment := moments[side]) is not None:
+                        moment.add(rows[bounds[number] : bounds[number + 1]])
+
+            add(0, x)
+            if y.requires_grad:
+                y.register_hook(partial(add, 1))
             return y
 
         return experts_forward(module, hidden, top_k_index, top_k_weights, project)
 
     return forward
-
-
-def _adding(moment: SecondMoment, rows: slice) -> Callable[[Tensor], None]:
-    return lambda gradient: moment.add(gradient[rows])

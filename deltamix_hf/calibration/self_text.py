@@ -5,8 +5,6 @@ A chat model is given the empty opening of a user's turn and samples a question,
 causal model continues a random token.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -33,11 +31,7 @@ def writes_text(model: PreTrainedModel) -> bool:
 def self_texts(
     model: PreTrainedModel, tokenizer: Any, samples: int, seed: int, length: int = SELF_LENGTH
 ) -> list[list[int]]:
-    """Sample texts from the model: lists of at most `length` token ids.
-
-    Raises:
-        DeltaMixError: the model cannot generate.
-    """
+    """Sample lists of at most `length` token ids; DeltaMixError if the model cannot generate."""
     if not writes_text(model):
         raise DeltaMixError(
             f"calibration='self' needs a causal language model, not a {type(model).__name__}; give "

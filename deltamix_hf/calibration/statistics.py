@@ -15,10 +15,8 @@ An embedding is a linear layer on one-hot inputs: its rows are weighted by how o
 its columns by G of its output. Where it is tied to an output layer, the two uses are added.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,39 +53,6 @@ class Metrics:
     inputs: Metric = None
 
 
-class _Layers:
-    """Accumulates the moments of every use of layers that `measure` is called for."""
-
-    def __init__(self, fisher: bool, seed: int):
-        self.found: dict[str, LayerStatistics] = {}
-        self.fisher, self.seed = fisher, seed
-        self._last: tuple[Tensor | None, SecondMoment] = (None, SecondMoment(0))
-        self._adding: set[str] = set()  # the first of the modules that share their inputs
-
-    def measure(self, name: str, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        x = args[0].detach()
-        if name not in self.found:
-            self.found[name] = self._start(name, module, args[0], y)
-        layer = self.found[name]
-        if layer.tokens is not None:
-            layer.tokens += torch.bincount(x.reshape(-1), minlength=len(layer.tokens))
-        elif name in self._adding:
-            layer.inputs.add(x)
-        if layer.gradients is not None and y.requires_grad:
-            y.register_hook(layer.gradients.add)
-
-    def _start(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerStatistics:
-        gradients = SecondMoment(y.shape[-1], seed=self.seed) if self.fisher else None
-        if isinstance(module, nn.Embedding):
-            rows = torch.zeros(module.num_embeddings, device=y.device)
-            return LayerStatistics(SecondMoment(0), gradients, rows)
-        # q/k/v and gate/up are called with the very same tensor object, one after the other
-        if self._last[0] is not x:
-            self._last = x, SecondMoment(x.shape[-1], seed=self.seed)
-            self._adding.add(name)
-        return LayerStatistics(self._last[1], gradients)
-
-
 @contextmanager
 def observed(
     modules: Mapping[str, nn.Module], fisher: bool, seed: int = 0
@@ -97,9 +62,35 @@ def observed(
     Yields the statistics, in the end of all modules that were called. `seed` is of sketches, for
     moments that are merged with others'. Raises DeltaMixError if some hold NaN.
     """
-    layers = _Layers(fisher, seed)
-    found, measuring = layers.found, hooked(modules, after=layers.measure)
-    with measuring, observed_experts(modules, fisher, seed) as experts:
+    found: dict[str, LayerStatistics] = {}
+    last: tuple[Tensor | None, SecondMoment] = None, SecondMoment(0)
+    adding: set[str] = set()  # the first of the modules that share their inputs
+
+    def start(name: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerStatistics:
+        nonlocal last
+        gradients = SecondMoment(y.shape[-1], seed=seed) if fisher else None
+        if isinstance(module, nn.Embedding):
+            rows = torch.zeros(module.num_embeddings, device=y.device)
+            return LayerStatistics(SecondMoment(0), gradients, rows)
+        # q/k/v and gate/up are called with the very same tensor object, one after the other
+        if last[0] is not x:
+            last = x, SecondMoment(x.shape[-1], seed=seed)
+            adding.add(name)
+        return LayerStatistics(last[1], gradients)
+
+    def measure(name: str, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        x = args[0]
+        if name not in found:
+            found[name] = start(name, module, x, y)
+        layer = found[name]
+        if layer.tokens is not None:
+            layer.tokens += torch.bincount(x.reshape(-1), minlength=len(layer.tokens))
+        elif name in adding:
+            layer.inputs.add(x)
+        if layer.gradients is not None and y.requires_grad:
+            y.register_hook(layer.gradients.add)
+
+    with hooked(modules, after=measure), observed_experts(modules, fisher, seed) as experts:
         yield found
     found |= {n: LayerStatistics(*moments) for n, moments in experts.items() if moments[0].count}
     _check_finite(found)
@@ -115,15 +106,9 @@ def collect(
 ) -> tuple[dict[str, LayerStatistics], int]:
     """Measure every module that is called; its statistics, and the number of scored predictions.
 
-    Args:
-        modules: layers and experts, by name.
-        batches: token ids int64 [rows, length].
-        fisher: measure gradients too.
-        seed: of ε.
-        fewest: tokens that an expert must have seen, or it is left out.
-
-    Raises:
-        DeltaMixError: the model gives NaN on the calibration data.
+    `modules` are layers and experts, by name, `batches` token ids int64 [rows, length]; `fisher`
+    measures gradients too, with ε drawn by `seed`. Experts that saw less than `fewest` tokens are
+    left out. Raises DeltaMixError if the model gives NaN on the calibration data.
     """
     random = torch.Generator().manual_seed(seed)
     scored = 0
@@ -152,18 +137,14 @@ def _check_finite(found: Mapping[str, LayerStatistics]) -> None:
 @contextmanager
 def hooked(named: Mapping[str, nn.Module], before: Any = None, after: Any = None) -> Iterator[None]:
     """Context manager: call before(name, module, args, kwargs) and after(name, module, args, y)."""
-    handles = []
-    for name, module in named.items():
-        if before:
-            hook = partial(before, name)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        if after:
-            handles.append(module.register_forward_hook(partial(after, name)))
-    try:
+    with ExitStack() as stack:
+        for name, module in named.items():
+            if before:
+                hook = partial(before, name)
+                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if after:
+                stack.enter_context(module.register_forward_hook(partial(after, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

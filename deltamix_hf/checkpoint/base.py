@@ -6,8 +6,6 @@ conversions on just the keys of one parameter, so one matrix of the base at a ti
 Only safetensors are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -166,10 +164,7 @@ class BaseCheckpoint:
         return len(source) == 1 and source[0][1] is None
 
     def read(self, name: str) -> Tensor:
-        """Read the base's value of a parameter, in the base's dtype, on the CPU.
-
-        Raises a DeltaMixError if the base has no such tensor.
-        """
+        """Read a parameter in the base's dtype, on the CPU; DeltaMixError if the base has none."""
         if name not in self:
             raise DeltaMixError(f"the base has no tensor for {name!r}")
         if self.is_plain(name):

@@ -16,6 +16,7 @@ from ..errors import DeltaMixError, first_line
 from ..nn.experts import expert_place, fused_weights, is_experts, matrix_shape, slice_shape
 from ..nn.layers import declared_shape, weight_of
 from ..quantization.packed_delta import PackedDelta
+from ..quantization.packed_layout import part_names
 from ..storage.headers import TensorInfo, opened, read_headers
 from ..storage.names import GUARD, ROWS, check_listed, is_guard, packed_names, packed_part
 from ..storage.untrusted_paths import check_weight_files, repo_files
@@ -69,25 +70,16 @@ def find_delta(
 
 @dataclass(frozen=True)
 class Contents:
-    """A delta repo, sorted for the model that `keys` are of: names of the model -> names in files.
-
-    Attributes:
-        infos: the headers of its files.
-        packed: by module, or by 3-D parameter of experts.
-        overlay: by tensor.
-        guards: names in the files.
-        resized: matrices with more or fewer rows than in the base, by module.
-        absent: names in the files, of modules or tensors that the model has not.
-    """
+    """A delta repo, sorted for the model of `keys`: names of the model -> names in files."""
 
     keys: KeyMap
-    infos: Mapping[str, TensorInfo]
+    infos: Mapping[str, TensorInfo]  # the headers of its files
     config: DeltaMixConfig
-    packed: dict[str, str]
-    overlay: dict[str, str]
-    guards: set[str]
-    resized: dict[str, Resized]
-    absent: list[str]
+    packed: dict[str, str]  # by module, or by 3-D parameter of experts
+    overlay: dict[str, str]  # by tensor
+    guards: set[str]  # names in the files
+    resized: dict[str, Resized]  # matrices with more or fewer rows than in the base, by module
+    absent: list[str]  # names in the files, of modules or tensors that the model has not
 
     @property
     def whole(self) -> dict[str, str]:
@@ -107,16 +99,17 @@ class Contents:
         experts than config.json lists.
         """
         stored, method, experts = self.packed[name], self.config.method, None
+        get = read or self._uncoded
         if name in self.keys.state:
             owner, _, leaf = name.rpartition(".")
             module = self.keys.model.get_submodule(owner)
             experts, shape = len(weight_of(module, leaf)), slice_shape(module, leaf)
         else:
             shape = declared_shape(self.keys.model.get_submodule(name))
+        names = part_names(stored, method.quantizer, experts is not None)
         try:
-            packed = PackedDelta.read(
-                stored, read or self._uncoded, *shape, method.group_size, method.quantizer, experts
-            )
+            tensors = {part: get(key) for part, key in names.items()}
+            packed = PackedDelta.checked(*shape, method.group_size, tensors, experts)
         except DeltaMixError as error:
             raise DeltaMixError(f"{name}: {error}") from None
         if packed.counts is not None:
@@ -160,8 +153,7 @@ class Contents:
 def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: KeyMap) -> Contents:
     """Sort out the tensors of a delta repo for the model that `keys` are of.
 
-    Raises a DeltaMixError: incomplete, of other shapes or kinds than the model's, or two for one
-    place.
+    Raises a DeltaMixError: incomplete, of other shapes or kinds, or two tensors for one place.
     """
     modules, fused = packed_names(infos, config.method.quantizer, config.errors)
     others = {name for name in infos if packed_part(name) is None}
@@ -240,10 +232,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyMap) -> StoredDelta:
-    """Read a delta repo for the model that `keys` are of.
-
-    Raises a DeltaMixError if it is damaged, incomplete, or of another model.
-    """
+    """Read a delta repo for the model of `keys`; a DeltaMixError if it is damaged or another's."""
     if config.resized:
         name, (old, new) = next(iter(config.resized.items()))
         raise DeltaMixError(

@@ -1,7 +1,5 @@
 """What config.json says a repo is: a delta or a whole model, and of which class."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -36,10 +34,7 @@ def delta_config(repo: str) -> PreTrainedConfig:
 
 
 def model_class(repo: str, config: PreTrainedConfig) -> Any:
-    """Look up the class that `repo` was saved with: the first that this transformers knows.
-
-    Raises a DeltaMixError if it knows none.
-    """
+    """Look up the first class of `repo` that this transformers knows; DeltaMixError if none is."""
     names = config.architectures or []
     cls: Any = next((c for n in names if (c := getattr(transformers, str(n), None))), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):

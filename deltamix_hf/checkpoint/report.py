@@ -4,8 +4,6 @@ Neither the base nor any weight of the model is read: headers, the ranks' widths
 `rank_sizes` reads the packed factors too, one matrix at a time.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -16,8 +14,6 @@ from torch import Tensor
 
 from ..config import DeltaMixConfig
 from ..nn.experts import fused_name
-from ..quantization.packed_delta import PackedDelta
-from ..quantization.packed_layout import part_names
 from ..storage.headers import read_headers
 from ..storage.sizes import SizeReport, size_report
 from .base import KeyMap
@@ -30,7 +26,6 @@ class MatrixReport:
     """One compressed matrix.
 
     Attributes:
-        stored: the matrix's name in the files; None if it kept no rank.
         shape: [m, n] of the dense matrix.
         v_bits, u_bits: int64 [k], widths of both sides of every rank kept, as stored.
         payload, scales, metadata: bytes of its codes, of its scales and zero points, and of its
@@ -39,7 +34,6 @@ class MatrixReport:
             at least 0.
     """
 
-    stored: str | None
     shape: tuple[int, int]
     v_bits: Tensor
     u_bits: Tensor
@@ -72,14 +66,14 @@ class RepoReport:
     """A delta repo.
 
     Attributes:
-        files: its weight files.
+        contents: its tensors, sorted; they are not read.
         config: how it was made, and of which base.
         size: true bytes by kind.
         matrices: by module name, in the model's order; those that kept no rank too.
         overlay: what is stored whole, by tensor name: its dtype's name, shape and bytes.
     """
 
-    files: list[str]
+    contents: Contents
     config: DeltaMixConfig
     size: SizeReport
     matrices: dict[str, MatrixReport]
@@ -125,13 +119,13 @@ def inspect_repo(repo: str | Path) -> RepoReport:
     contents = contents_of(infos, config, KeyMap(empty_model(repo, model_config)))
     shapes = contents.shapes()
     widths = torch.zeros(0, dtype=torch.int64)
-    matrices = {n: MatrixReport(None, s, widths, widths, 0, 0, 0, None) for n, s in shapes.items()}
+    matrices = {n: MatrixReport(s, widths, widths, 0, 0, 0, None) for n, s in shapes.items()}
     for name in contents.packed:
         matrices |= _matrices(contents, name)
     whole = {name: infos[stored] for name, stored in contents.whole.items()}
     overlay = {name: (info.dtype, info.shape, info.nbytes) for name, info in whole.items()}
     size = size_report(Path(files[0]).parent, shapes)
-    return RepoReport(files, config, size, matrices, overlay)
+    return RepoReport(contents, config, size, matrices, overlay)
 
 
 def rank_sizes(report: RepoReport, name: str) -> Tensor:
@@ -140,22 +134,14 @@ def rank_sizes(report: RepoReport, name: str) -> Tensor:
     In the plain metric that is the singular value; in that of the layer it is what the rank adds to
     the weight all the same.
     """
-    matrix, config = report.matrices[name], report.config
-    if matrix.stored is None:
+    if not report.matrices[name].rank:
         return torch.zeros(0)
-    infos = read_headers(report.files)
-    quantizer, stored = config.method.quantizer, matrix.stored
-    fused, _, number = stored.rpartition(".")
-    counts = infos.get(part_names(fused, quantizer, experts=True)["counts"])
-    packed = PackedDelta.read(
-        stored if counts is None else fused,
-        lambda name: infos[name].read(),
-        *matrix.shape,
-        config.method.group_size,
-        quantizer,
-        experts=None if counts is None else counts.shape[0],
+    contents, (fused, _, number) = report.contents, name.rpartition(".")
+    alone = name in contents.packed  # no expert
+    packed = contents.read_packed(
+        name if alone else fused, lambda stored: contents.infos[stored].read()
     )
-    factors = packed.split()[0 if counts is None else int(number)]
+    factors = packed.split()[0 if alone else int(number)]
     assert factors is not None
     return factors.left().norm(dim=1) * factors.right().norm(dim=1)
 
@@ -169,7 +155,6 @@ def _matrices(contents: Contents, name: str) -> dict[str, MatrixReport]:
             words, stored = factors.ranks[:, 0].long(), contents.packed[name] + end
             error = contents.config.errors.get(stored, -1.0)
             found[name + end] = MatrixReport(
-                stored=stored,
                 shape=(factors.m, factors.n),
                 v_bits=words % 16,
                 u_bits=words // 16 % 16,

@@ -4,8 +4,6 @@ What is identical is not stored; matrices (linear layers, embeddings, experts) a
 everything else that differs is stored whole.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,20 +32,16 @@ _ROWS = 4096  # of a matrix in float32 at once
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor of the fine-tune against the base's.
+    """A tensor of the fine-tune, by its name in the model, against the base's.
 
-    Attributes:
-        name: of the tensor in the model.
-        kind: "same"; "matrix" or "experts", to be packed; "whole", to be stored as it is; or
-            "rows", those of a resized vocabulary that the base has not.
-        ours: the fine-tune's value.
-        base: the base's, of any dtype; None if it has none.
+    Its kind is "same"; "matrix" or "experts", to be packed; "whole", to be stored as it is; or
+    "rows", those of a resized vocabulary that the base has not.
     """
 
     name: str
     kind: str
     ours: Tensor
-    base: Tensor | None
+    base: Tensor | None  # of any dtype; None if it has none
 
 
 def differences(

@@ -4,8 +4,6 @@ Checks come as streams. `verify_repo` lists all that is wrong, without building 
 asks the same of files, base and model and stops at the first problem.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,8 +171,7 @@ def check_filled(
 def check_base_was_read(model: PreTrainedModel, base: BaseCheckpoint, names: Iterable[str]) -> None:
     """Raise a DeltaMixError unless the weights `names` of the loaded model are the base's.
 
-    This is the net under the splice. Not looked at is what was offloaded, sharded or converted on
-    the way.
+    The net under the splice. What was offloaded, sharded or converted is not looked at.
     """
     for name in names:
         tensor = model.get_parameter_or_buffer(name)

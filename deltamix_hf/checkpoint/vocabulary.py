@@ -6,8 +6,6 @@ followed by the rows that only the fine-tune has, which the delta repo stores wh
 output head may differ so: any other shape means another base.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

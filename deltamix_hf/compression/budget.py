@@ -5,11 +5,8 @@ stored whole are paid first. Rounding a rank's two vectors with relative errors 
 1 − (1 − d_v)·(1 − d_u) of what dropping it would.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -24,19 +21,6 @@ from ..storage.sizes import header_bytes, reference_bytes
 _V_GPTQ = 0.35
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Bytes for packed ranks in total, after headers, guards and overlay are paid."""
-
-    total: int
-    fixed: int
-    reference: int
-
-    @property
-    def ranks(self) -> int:
-        return self.total - self.fixed
-
-
 def plan_budget(
     shapes: Mapping[str, tuple[int, int]],
     overlay: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
@@ -44,25 +28,21 @@ def plan_budget(
     config: DeltaMixConfig,
     embeddings: Collection[str] = (),
     experts: Mapping[str, int] | None = None,
-) -> Budget:
-    """Split the promised bytes into what is fixed and what is left for ranks.
+) -> tuple[int, int]:
+    """Compute the promised bytes, and what headers, guards and overlay leave of them for ranks.
 
-    Args:
-        shapes: module name -> [m, n] of each matrix to pack.
-        overlay: tensor name -> (dtype, shape) of everything stored whole.
-        guards: names of the guard tensors.
-        embeddings: which of the matrices are embeddings.
-        experts: 3-D parameter -> number of its experts. Their matrices, `<parameter>.<number>`,
-            are stored together.
-
-    Raises:
-        DeltaMixError: the overlay and headers alone exceed the budget, or no matrix could keep
-            even one rank; names the smallest budget that works.
+    `shapes` are [m, n] of the matrices to pack by module name, `embeddings` those of embeddings,
+    `overlay` is (dtype, shape) of what is stored whole by tensor name, `guards` are tensor names.
+    `experts` counts those of each 3-D parameter, whose matrices, `<parameter>.<number>`, are stored
+    together. Raises a DeltaMixError, which names the smallest budget that works, if headers and
+    overlay alone exceed it, or no matrix could keep even one rank.
     """
     quantizer, experts = config.method.quantizer, experts or {}
     reference = reference_bytes(shapes, {name: shape for name, (_, shape) in overlay.items()})
     total = config.budget(reference)
     entries = dict(overlay) | dict.fromkeys(guards, GUARD)
+    whole = sum(math.prod(shape) * dtype.itemsize for dtype, shape in entries.values())
+    whole += torch.int32.itemsize * sum(experts.values())  # counts of their ranks
     group_sizes = {name: config.method.group_sizes(name in embeddings) for name in shapes}
     for name, (m, n) in shapes.items():
         fused = name.rpartition(".")[0]
@@ -71,9 +51,6 @@ def plan_budget(
         runs = [((number or 1) * min(m, n), 8, 8)]  # nothing is longer than all ranks at 8 bits
         shapes_of = part_shapes(m, n, runs, group_sizes[name], quantizer, number)
         entries |= {names[part]: (DTYPES[part], shape) for part, shape in shapes_of.items()}
-    whole = sum(math.prod(shape) * dtype.itemsize for dtype, shape in overlay.values())
-    whole += len(guards)  # a byte each
-    whole += torch.int32.itemsize * sum(experts.values())  # counts of their ranks
     least = min(b for b in config.method.bits if b > 0)
     one_rank = sum(
         rank_bytes(m, n, least, least, group_sizes[name], quantizer)
@@ -93,7 +70,7 @@ def plan_budget(
             f"bytes that differ) is too small: headers and the overlay take {fixed:,}, one "
             f"{least}-bit rank per matrix {one_rank:,}. Give {advice}budget_bytes >= {needed}"
         )
-    return Budget(total=total, fixed=fixed, reference=reference)
+    return total, total - fixed
 
 
 def rank_options(

@@ -5,8 +5,6 @@ WavLM's attention hands `q_proj.weight` to a function, DeBERTa looks its relativ
 of a layer that is not running at that time is a direct read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

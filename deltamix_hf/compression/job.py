@@ -6,12 +6,10 @@ the blocks come first, because the blocks are fitted to what they hand on; then 
 the scales of all of them last. What an interrupted run has left in the store is not done again.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +26,8 @@ from ..nn.delta_module import oriented
 from ..nn.experts import Expert
 from ..nn.layers import attach_with_ties, shape_of, tied_modules
 from . import scale_tuning
-from .budget import Budget
-from .matrix_pipeline import Compressed, Compressor, Matrix
-from .runs import Runs
+from .matrix_pipeline import Compressed, Compressor
+from .runs import LoadedRuns
 from .sequential import compress_blocks
 
 _ROWS = 4096  # of a delta at once
@@ -39,7 +36,7 @@ _ROWS = 4096  # of a delta at once
 class Job:
     """Compression of one model; fills the config with records."""
 
-    def __init__(self, runs: Runs, config: DeltaMixConfig):
+    def __init__(self, runs: LoadedRuns, config: DeltaMixConfig):
         self.runs, self.config, self.targets = runs, config, runs.targets
         self.model, self.weights, self.base = runs.model, runs.weights, runs.weights.base
         self.workers, self.store = runs.workers, runs.store
@@ -47,7 +44,7 @@ class Job:
         finished = {n for n in self.targets if self.store.read(f"matrix {n}") is not None}
         self.finished: set[str] = self.workers.from_first(finished)
         self.batches: list[Tensor] = []
-        self.tuning_data: scale_tuning.TuningRows = []
+        self.tuning_data = scale_tuning.TuningData([], [], [])
         self.found: Mapping[str, LayerStatistics] = {}
         self.scored = 1
         self.watch = Stopwatch()
@@ -65,11 +62,9 @@ class Job:
             return
         seed, fisher = self.config.seed, self.config.method.fisher
         if len(self.finished) < len(self.targets):
-            observed: dict[str, nn.Module] = {}
-            for users in map(self._users, self.targets):
-                if not fisher:  # a tied embedding is measured where it is a matrix
-                    users = {n: m for n, m in users.items() if not isinstance(m, nn.Embedding)}
-                observed |= users
+            observed = {n: m for name in self.targets for n, m in self._users(name).items()}
+            if not fisher:  # a tied embedding is measured where it is a matrix
+                observed = {n: m for n, m in observed.items() if not isinstance(m, nn.Embedding)}
             with self.watch.stage("statistics"):
                 self.found, self.scored = self.runs.statistics(observed, batches, fisher, seed)
         if self.config.method.tune_steps:
@@ -111,6 +106,10 @@ class Job:
 
     # Weights
 
+    def measured(self, name: str, inputs: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        """Read ΔW float32 [m, n] of a target, and its `metrics`."""
+        return self.delta(name), self.metrics(name, inputs)
+
     def delta(self, name: str) -> Tensor:
         """Read ΔW float32 [m, n] of a target."""
         with self.watch.stage("read"):
@@ -131,31 +130,25 @@ class Job:
 
     # Compression
 
-    def run(self, budget: Budget) -> None:
-        """Compress every target, then tune.
+    def run(self, budget: int) -> None:
+        """Compress all targets into `budget` bytes, then tune.
 
         Raises DeltaMixError if a delta holds NaN, or a metric cannot be factorised.
         """
-        matrices = {
-            name: Matrix(
-                shape_of(module),
-                partial(self.delta, name),
-                partial(self.metrics, name),
-                isinstance(module, nn.Embedding),
-            )
-            for name, module in self.targets.items()
-        }
+        shapes = {name: shape_of(module) for name, module in self.targets.items()}
+        embeddings = {name for name, m in self.targets.items() if isinstance(m, nn.Embedding)}
+        tools = self.store, self.watch, self.workers
         with self.watch.stage("allocation"):
             self._compressor = Compressor(
-                matrices, budget, self.config, self.store, self.watch, self.workers
+                shapes, embeddings, self.measured, budget, self.config, *tools
             )
         chains = self._chains()
         blocks = tuple(f"{block}." for chain in chains for block in chain.names)
-        chained = [name for name in self.targets if blocks and name.startswith(blocks)]
+        chained = [name for name in self.targets if name.startswith(blocks)]
         self._bar = logging.tqdm(total=len(self.targets), desc="Compressing", unit="matrix")
         with self.watch.stage("compression"):
             plain = [name for name in self.targets if name not in chained]
-            plain.sort(key=lambda name: -sum(shape_of(self.targets[name])))
+            plain.sort(key=lambda name: -sum(shapes[name]))
             for name in self._compress_all(dict.fromkeys(plain)):
                 self._attach(name)
             for chain in chains:
@@ -191,23 +184,18 @@ class Job:
     ) -> Iterator[str]:
         """Names of targets in turn as they are compressed, by this worker or by others."""
         owners = self.workers.owners({name: shape_of(self.targets[name]) for name in changes})
-        own = [name for name in changes if owners[name] == self.workers.rank]
-        others = [name for name in changes if name not in own]
-        for name in own:
+        for name in sorted(changes, key=lambda name: owners[name] != self.workers.rank):
+            if owners[name] != self.workers.rank:
+                with self.watch.stage("waiting"):
+                    self.workers.wait(self.store, f"matrix {name}")
+                self.finished.add(name)
             self._compress(name, changes.pop(name), inputs)
-            yield name
-        for name in others:
-            changes.pop(name)
-            with self.watch.stage("waiting"):
-                self.workers.wait(self.store, f"matrix {name}")
-            self.finished.add(name)
-            self._compress(name, None, None)
             yield name
 
     def _compress(self, name: str, change: Tensor | None, inputs: Tensor | None) -> None:
         result = self._compressor.recall(name) if name in self.finished else None
         if result is None:
-            metrics, delta = self.metrics(name, inputs), self.delta(name)
+            delta, metrics = self.measured(name, inputs)
             if change is not None:
                 delta += change
                 del change
@@ -226,15 +214,14 @@ class Job:
         """Put the base weight and the packed delta where the fine-tuned weight was."""
         result, target = self._results.pop(name), self.targets[name]
         packed = result.packed and self.runs.placed(result.packed, f"matrix {name}")
-        if isinstance(target, Expert):
-            self.weights.put_base(target.fused.name, target.number)
-        else:
-            self.weights.put_base(f"{name}.weight")
         if packed is None:
             self.config.dropped.append(name)
         else:
             self.config.errors[name] = result.error
         if isinstance(target, Expert):
+            self.weights.put_base(target.fused.name, target.number)
             target.fused.finish(target.number, packed)
-        elif packed is not None:
-            attach_with_ties(self.model, name, packed)
+        else:
+            self.weights.put_base(f"{name}.weight")
+            if packed is not None:
+                attach_with_ties(self.model, name, packed)

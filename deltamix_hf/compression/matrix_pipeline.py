@@ -1,15 +1,13 @@
 """The pipeline: delta → SVD → widths → V by GPTQ → U re-fitted → U rounded → gains → packing.
 
 The only module that knows the order of the stages. All methods share it; `Method` says which
-parts are on. In the metric (A on outputs, C on inputs, see `factor`) dropping rank i costs
+parts are on. In the metric (A on outputs, C on inputs, see `whitened_svd`) dropping rank i costs
 h_i = sigma_i²; rounding its two vectors with relative errors d_v and d_u costs
 h_i·[1 − (1 − d_v)·(1 − d_u)]. A global allocation is made from these; the published DeltaMix
 measures its own table, and Delta-CoMe has fixed bands.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,20 +36,10 @@ from ..quantization.target_correction import (
     plain_left_factor,
     unbiased_gains,
 )
-from .budget import Budget, rank_options
+from .budget import rank_options
 
 # Shares of the mean diagonal added to the metrics before they are used.
 OUTPUT_DAMPING, INPUT_DAMPING = DAMPING = 0.1, 0.01
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix to compress: how to get its delta ΔW float32 [m, n], and its metrics."""
-
-    shape: tuple[int, int]
-    delta: Callable[[], Tensor]
-    metrics: Callable[[], Metrics] = Metrics
-    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,79 +51,78 @@ class Compressed:
 
 
 class Compressor:
-    """Compress one matrix after the other, in any order, within one budget.
+    """Compress one matrix after the other, in any order, within one `budget` of bytes.
 
     With a global allocation the widths of every rank are fixed at the start, from the spectra of
     all matrices. Otherwise every matrix gets the same share of the budget (its bf16 bytes times one
     common ratio), and what one matrix leaves unspent goes to the next.
 
-    What an earlier run has left in `store` is taken from there.
+    `shapes` are [m, n] of all matrices, some of which are `embeddings`; `measure` gives ΔW float32
+    [m, n] and the metrics of one. What an earlier run has left in `store` is taken from there.
     """
 
     def __init__(
         self,
-        matrices: Mapping[str, Matrix],
-        budget: Budget,
+        shapes: Mapping[str, tuple[int, int]],
+        embeddings: Collection[str],
+        measure: Callable[[str], tuple[Tensor, Metrics]],
+        budget: int,
         config: DeltaMixConfig,
         store: ResumeStore | None = None,
         watch: Stopwatch | None = None,
         workers: Workers = ALONE,
     ):
-        self.workers = workers
+        self.shapes, self.measure, self.workers = shapes, measure, workers
         self.store, self.watch = store or ResumeStore(), watch or Stopwatch()
-        self.shapes = {name: matrix.shape for name, matrix in matrices.items()}
         self.config, self.method = config, config.method
         self.quantizer = config.method.quantizer
-        self.sizes = {name: m * n for name, (m, n) in self.shapes.items()}
-        self.group_sizes = {n: config.method.group_sizes(m.embedding) for n, m in matrices.items()}
-        self._left, self._weight = budget.ranks, sum(self.sizes.values())
-        everywhere = config.method.allocation == "global"
-        self._plan = self._allocation(matrices, budget.ranks) if everywhere else {}
+        self.sizes = {name: m * n for name, (m, n) in shapes.items()}
+        self.group_sizes = {name: self.method.group_sizes(name in embeddings) for name in shapes}
+        self._left, self._weight = budget, sum(self.sizes.values())
+        self._plan = self._allocation() if self.method.allocation == "global" else {}
 
-    def _allocation(self, matrices: Mapping[str, Matrix], budget: int) -> dict[str, Tensor]:
+    def _allocation(self) -> dict[str, Tensor]:
         """Widths of all ranks, read or solved for: uint8 [2, k], of V and U by falling sigma."""
         if (found := self.store.read("allocation")) is not None:
             return found[0]
-        energies = self._spectra(matrices)
+        energies = self._spectra()
         if self.workers.rank:
-            self.workers.wait(self.store, "allocation")
-            return self.store.load("allocation")[0]
-        options = [
-            rank_options(matrix.shape, self.group_sizes[name], self.config)
-            for name, matrix in matrices.items()
-        ]
+            return self.workers.wait(self.store, "allocation")[0]
+        shapes, config = self.shapes, self.config
+        options = [rank_options(shapes[n], self.group_sizes[n], config) for n in shapes]
         with self.watch.stage("HiGHS"):
-            gap = self.config.allocation_gap or DEFAULT_GAP
+            gap = config.allocation_gap or DEFAULT_GAP
             choices = [choices for choices, _ in options]
-            picked = solve_global(energies, choices, budget, gap).choice
+            picked = solve_global(energies, choices, self._left, gap).choice
         plan = {}
-        for name, (_, pairs), ranks in zip(matrices, options, picked, strict=True):
+        for name, (_, pairs), ranks in zip(shapes, options, picked, strict=True):
             widths = torch.tensor(pairs, dtype=torch.uint8)[ranks]
             # Among equal energies the solver may drop any; the kept ones must come first.
             plan[name] = widths[torch.argsort((widths[:, 0] == 0).int(), stable=True)].T
         self.store.write("allocation", plan)
         return plan
 
-    def _spectra(self, matrices: Mapping[str, Matrix]) -> list[Tensor]:
+    def _spectra(self) -> list[Tensor]:
         """Energies of the ranks of every matrix; each worker measures a share of them."""
         owners = self.workers.owners(self.shapes)
-        mine = [name for name in matrices if owners[name] == self.workers.rank]
+        mine = [name for name in self.shapes if owners[name] == self.workers.rank]
         measured: dict[str, Tensor] = {}
         for name in logging.tqdm(mine, desc="Measuring spectra", unit="matrix"):
             if found := self.store.read(f"spectrum of {name}"):
                 measured[name] = found[0]["energies"]
                 continue
             with _named(name):
-                delta = matrices[name].delta()
-                whitening = self._whitening(self._informed(delta, matrices[name].metrics()))
+                delta, metrics = self.measure(name)
+                whitening = self._whitening(self._informed(delta, metrics))
+                del metrics
                 with self.watch.stage("spectra"):
                     sigma = spectrum(delta, whitening.outputs, whitening.inputs, DAMPING)
             measured[name] = (sigma**2).cpu()
             self.store.write(f"spectrum of {name}", {"energies": measured[name]})
-        for name in matrices.keys() - measured.keys() if self.workers.rank == 0 else ():
-            self.workers.wait(self.store, f"spectrum of {name}")
-            measured[name] = self.store.load(f"spectrum of {name}")[0]["energies"]
-        return [measured[name] for name in matrices if name in measured]
+        for name in self.shapes.keys() - measured.keys() if self.workers.rank == 0 else ():
+            tensors, _ = self.workers.wait(self.store, f"spectrum of {name}")
+            measured[name] = tensors["energies"]
+        return [measured[name] for name in self.shapes if name in measured]
 
     def _factors(self, delta: Tensor, metrics: Metrics, rank: int | None = None) -> Factors:
         """Ranks of ΔW."""
@@ -177,8 +164,7 @@ class Compressor:
 
     def recall(self, name: str) -> Compressed | None:
         """Read the result of an earlier run, on the CPU; None if there is none."""
-        found = self.store.read(f"matrix {name}")
-        if found is None:
+        if (found := self.store.read(f"matrix {name}")) is None:
             return None
         tensors, error = found
         packed = None

@@ -5,10 +5,7 @@ compressing 32000 x 4096 takes 2.8 GB, 4096 x 11008 takes 2.6 GB, calibrating a 
 2.4 GB, the predictions of 2048 tokens for a vocabulary of 128256 2.4 GB.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,33 +25,22 @@ _PER_DRAWN = 16  # of the predictions' noise that is drawn at once
 _PREDICTIONS = 1_000_000_000
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes at the peak."""
-
-    memory: int
-    disk: int
-
-    def __str__(self) -> str:
-        return f"about {self.memory / 1e9:.1f} GB of memory and {self.disk / 1e9:.1f} GB of disk"
-
-
 def estimate_memory(
     model: PreTrainedModel,
     targets: Mapping[str, nn.Module],
     batches: Sequence[Tensor],
     sequential: bool,
     result: int,
-) -> MemoryEstimate:
+) -> tuple[int, int]:
     """Estimate the peaks of compressing `targets`, by name, of a model from its files.
 
-    Batches are token ids [rows, length], `result` the delta's bytes. If `sequential`, blocks are
-    fitted one after the other, with exact input metrics.
+    Returns bytes of memory and of disk. Batches are token ids [rows, length], `result` the delta's
+    bytes. If `sequential`, blocks are fitted one after the other, with exact input metrics.
     """
     shapes = {name: shape_of(module) for name, module in targets.items()}
     peaks = [_compressing(shape, bool(batches), sequential) for shape in shapes.values()]
     if not batches:
-        return MemoryEstimate(_PROCESS + max(peaks, default=0), 2 * result)
+        return _PROCESS + max(peaks, default=0), 2 * result
     config: Any = model.config.get_text_config()
     classes, hidden = getattr(config, "vocab_size", 0), config.hidden_size
     itemsize, most = model.dtype.itemsize, max(ids.numel() for ids in batches)
@@ -74,7 +60,7 @@ def estimate_memory(
     states = sum(ids.numel() for ids in batches) * hidden * itemsize
     disk = sum(SecondMoment(side).nbytes for shape in shapes.values() for side in shape)
     disk += states * (len(blocks) + 4) + 12 * states + largest + _PREDICTIONS
-    return MemoryEstimate(_PROCESS + max(*peaks, steps), disk + 2 * result)
+    return _PROCESS + max(*peaks, steps), disk + 2 * result
 
 
 def _is_exact(m: int, n: int) -> bool:

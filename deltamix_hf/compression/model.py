@@ -1,16 +1,11 @@
-"""Compress a fine-tune against its base, in place.
+"""Compress a fine-tune against its base, in place; one matrix of the base is in memory at a time.
 
-Sorts every tensor of the model (`checkpoint/tensor_diff.py`), measures the fine-tune on the
-calibration text, then runs the pipeline matrix by matrix, each time putting the base weight where
-the fine-tuned one was, and tunes the scales at last. One matrix of the base is in memory at a time.
+Its tensors are sorted by `checkpoint/tensor_diff.py`; the order of all that follows is `job.py`'s.
 """
-
-from __future__ import annotations
 
 import importlib.metadata
 import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,20 +34,13 @@ logger = logging.get_logger(__name__)
 _PACKAGES = ("deltamix-hf", "torch", "transformers", "highspy")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Seconds by stage, the store to remove once the delta is saved, what is stored whole."""
-
-    seconds: dict[str, float]
-    store: ResumeStore
-    overlay: dict[str, Tensor]
-
-
-def compress(source: Source, base: BaseCheckpoint, config: DeltaMixConfig) -> Outcome:
+def compress(
+    source: Source, base: BaseCheckpoint, config: DeltaMixConfig
+) -> tuple[dict[str, float], ResumeStore, dict[str, Tensor]]:
     """Replace what differs from the base by packed deltas; fills in the config's records.
 
-    Raises:
-        DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
+    Returns seconds by stage, the store to remove once the delta is saved, what is stored whole.
+    Raises a DeltaMixError: shapes differ from the base, NaN weights, budget too small, no tokens.
     """
     model = source.model
     if not base.sources:
@@ -66,8 +54,8 @@ def compress(source: Source, base: BaseCheckpoint, config: DeltaMixConfig) -> Ou
         warnings.warn(
             "the fine-tune is identical to its base: the delta is empty", UserWarning, stacklevel=2
         )
-        return Outcome({}, ResumeStore(), {})
-    budget = plan_budget(
+        return {}, ResumeStore(), {}
+    promised, budget = plan_budget(
         {name: shape_of(module) for name, module in targets.items()},
         {n: (overlay_dtype(t.dtype, config), tuple(t.shape)) for n, t in overlay.items()},
         guard_names(model, base, overlay),
@@ -80,8 +68,9 @@ def compress(source: Source, base: BaseCheckpoint, config: DeltaMixConfig) -> Ou
     batches = calibration_batches(model, config, store, source.commit, source.files is None)
     if source.files is not None and source.workers.rank == 0:
         sequential = config.method.sequential
-        expected = estimate_memory(model, targets, batches, sequential, budget.total)
-        logger.warning("compressing takes %s", expected)
+        peaks = estimate_memory(model, targets, batches, sequential, promised)
+        gigabytes = [peak / 1e9 for peak in peaks]
+        logger.warning("compressing takes about %.1f GB of memory and %.1f GB of disk", *gigabytes)
     job.measure(batches)
     if config.method.bf16_overlay:
         with torch.no_grad():
@@ -90,7 +79,7 @@ def compress(source: Source, base: BaseCheckpoint, config: DeltaMixConfig) -> Ou
     job.run(budget)
     if not isinstance(config.calibration, str):
         config.calibration = None
-    return Outcome(job.watch.seconds, store, overlay)
+    return job.watch.seconds, store, overlay
 
 
 def _sorted(

@@ -6,7 +6,7 @@ resume store, where an interrupted job finds them again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,10 +23,10 @@ from ..calibration.statistics import LayerStatistics, collect
 from ..checkpoint.base import BaseCheckpoint
 from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore, TensorList
-from ..jobs.weight_access import LazyWeights, LoadedWeights
+from ..jobs.weight_access import LazyWeights, LoadedWeights, Weights
 from ..jobs.workers import ALONE, Workers
 from ..quantization.packed_delta import PackedDelta
-from .scale_tuning import TOKENS_PER_STEP, TuningRows, tuning_batches
+from .scale_tuning import TOKENS_PER_STEP, TuningData, tuning_batches
 
 Statistics = tuple[Mapping[str, LayerStatistics], int]
 Targets = dict[str, nn.Module]
@@ -35,29 +35,18 @@ Targets = dict[str, nn.Module]
 
 @dataclass(frozen=True)
 class Source:
-    """A fine-tune to compress: a model in memory, or its files.
+    """A fine-tune to compress: a model in memory, or its files."""
 
-    Args:
-        model: loaded; if `files` are given, as `weight_access.unloaded` makes it.
-        commit: of its repo, for its tokenizer; None for a local folder.
-        files: where its weights are, if not in the model.
-        device: where a model from files runs.
-        workers: who compress a model from files together.
-    """
-
-    model: PreTrainedModel
-    commit: str | None = None
-    files: BaseCheckpoint | None = None
-    device: torch.device | str = "cpu"
-    workers: Workers = ALONE
+    model: PreTrainedModel  # loaded; if `files` are given, as `weight_access.unloaded` makes it
+    commit: str | None = None  # of its repo, for its tokenizer; None for a local folder
+    files: BaseCheckpoint | None = None  # where its weights are, if not in the model
+    device: torch.device | str = "cpu"  # where a model from files runs
+    workers: Workers = ALONE  # who compress a model from files together
 
     def runs(
         self, base: BaseCheckpoint, overlay: dict[str, Tensor], targets: Targets, store: ResumeStore
-    ) -> Runs:
-        """Give access to weights and runs; `overlay` is what is stored whole.
-
-        Raises DeltaMixError for a parameter of the model that is in no file.
-        """
+    ) -> LoadedRuns:
+        """Give access to weights and runs; `overlay` is what is stored whole."""
         if self.files is None:
             return LoadedRuns(LoadedWeights(self.model, base), targets, store)
         device = torch.device(self.device)
@@ -68,11 +57,13 @@ class Source:
 class LoadedRuns:
     """Weights and runs of a model in memory."""
 
-    workers = ALONE
     unpack_anew = False  # factors, whenever a module runs while its scales are tuned
 
-    def __init__(self, weights: LoadedWeights, targets: Targets, store: ResumeStore):
-        self.model, self.weights, self.targets, self.store = weights.model, weights, targets, store
+    def __init__(
+        self, weights: Weights, targets: Targets, store: ResumeStore, workers: Workers = ALONE
+    ):
+        self.model, self.weights = weights.model, weights
+        self.targets, self.store, self.workers = targets, store, workers
 
     def statistics(
         self, modules: Mapping[str, nn.Module], batches: Sequence[Tensor], fisher: bool, seed: int
@@ -80,7 +71,7 @@ class LoadedRuns:
         """Measure modules, as `statistics.collect` does."""
         return collect(self.model, modules, batches, fisher, seed)
 
-    def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningRows:
+    def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningData:
         """Record what scales are tuned by."""
         return tuning_batches(self.model, batches, seed)
 
@@ -102,17 +93,12 @@ class LoadedRuns:
         return nullcontext()
 
 
-class FileRuns:
-    """Weights and runs of a model in its files; see `LoadedRuns` for what each method is for."""
+class FileRuns(LoadedRuns):
+    """Weights and runs of a model in its files."""
 
+    weights: LazyWeights
     unpack_anew = True  # all of them take half as much memory as the model
-
-    def __init__(
-        self, weights: LazyWeights, targets: Targets, store: ResumeStore, workers: Workers
-    ):
-        self.model, self.weights, self.targets = weights.model, weights, targets
-        self.store, self.workers = store, workers
-        self._passes: BlockwisePass | None = None
+    _passes: BlockwisePass | None = None
 
     def statistics(
         self, modules: Mapping[str, nn.Module], batches: Sequence[Tensor], fisher: bool, seed: int
@@ -121,22 +107,20 @@ class FileRuns:
         self._passes = BlockwisePass(chain, modules, fisher, seed, self.store, self.workers)
         return self._passes.found, self._passes.scored
 
-    def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningRows:
+    def predictions(self, batches: Sequence[Tensor], seed: int) -> TuningData:
         if self.workers.rank:  # the first tunes
-            return []
-        places: list[tuple[int, int]] = []  # of each piece: its batch and first row
-        for b, ids in enumerate(batches):
-            pieces = split_rows(ids, TOKENS_PER_STEP)
-            places += [(b, i * len(pieces[0])) for i in range(len(pieces))]
+            return TuningData([], [], [])
 
-        def output(i: int, ids: Tensor) -> Any:
-            passes = self._passes
-            assert passes is not None  # statistics are measured in the same run
-            (b, start), last = places[i], len(passes.chain.blocks)
-            hidden = passes.get("level", last, b)[start : start + len(ids)]
-            return passes.chain.after_blocks(ids, hidden)
+        def outputs() -> Iterator[Any]:
+            assert self._passes is not None  # statistics are measured in the same run
+            chain = self._passes.chain
+            for b, ids in enumerate(batches):
+                last = self._passes.get("level", len(chain.blocks), b)
+                pieces = (split_rows(t, TOKENS_PER_STEP) for t in (ids, last))
+                yield from map(chain.after_blocks, *pieces)
 
-        return tuning_batches(self.model, batches, seed, partial(TensorList, self.store), output)
+        tensor_list = partial(TensorList, self.store)
+        return tuning_batches(self.model, batches, seed, tensor_list, outputs())
 
     def forget(self) -> None:
         if self._passes is not None and self.workers.rank == 0:  # nobody is in the passes any more
@@ -165,6 +149,3 @@ class FileRuns:
 
     def tuning(self) -> AbstractContextManager[None]:
         return self.weights.forgotten()
-
-
-Runs = LoadedRuns | FileRuns

@@ -11,10 +11,8 @@ help there, they are dropped. (A classifier makes one prediction a text; 128 of 
 two thousand scales, and at 1/16 tuning took rxnfp from KL 0.0012 to 0.0020.)
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -65,23 +63,20 @@ class TuningData:
         return TuningBatch(self.pieces[i], self.positions[i], self.wanted[i])
 
 
-TuningRows = TuningData | list[TuningBatch]
-
-
 @torch.no_grad()
 def tuning_batches(
     model: PreTrainedModel,
     batches: Sequence[Tensor],
     seed: int,
     tensor_list: Callable[[str], TensorList] = lambda name: [],
-    output: Callable[[int, Tensor], Any] | None = None,
+    outputs: Iterator[Any] | None = None,
     most_bytes: int = _MOST_BYTES,
 ) -> TuningData:
     """Run the fine-tune over the batches and keep its predictions at positions drawn by the seed.
 
     Batches are token ids int64 [rows, length]; `tensor_list` makes the lists that keep the rest, up
-    to `most_bytes` of log-probabilities, float16. `output` gives the model's output for a piece by
-    its number, if running it would be slow.
+    to `most_bytes` of log-probabilities, float16. `outputs` are the model's for each piece in
+    turn, if running it would be slow.
     """
     random = torch.Generator().manual_seed(seed)
     pieces = [piece for ids in batches for piece in split_rows(ids, TOKENS_PER_STEP)]
@@ -90,8 +85,8 @@ def tuning_batches(
         return data
     data.positions.clear()
     data.wanted.clear()
-    for i, ids in enumerate(data.pieces):
-        found = output(i, ids) if output else model(**inputs_of(model, ids))
+    for ids in data.pieces:
+        found = next(outputs) if outputs else model(**inputs_of(model, ids))
         values, is_logits = prediction(found)
         if not is_logits:
             return data  # nothing to compare distributions of
@@ -105,7 +100,7 @@ def tuning_batches(
 
 def tune(
     model: PreTrainedModel,
-    data: TuningRows,
+    data: TuningData,
     steps: int,
     store: ResumeStore | None = None,
     small: bool = False,
@@ -118,26 +113,26 @@ def tune(
     modules = _tunable(model)
     if not data or not modules or not steps:
         return []
-    owners = {id(ranks_of(m)): m for m in modules.values()}  # tied modules share their gain
+    owners = {id(ranks_of(m)): m for m in modules}  # tied modules share their gain
     gains = {
         key: torch.zeros(len(ranks_of(m)), device=ranks_of(m).device, requires_grad=True)
         for key, m in owners.items()
     }
-    for module in modules.values():
+    for module in modules:
         _open(module, gains[id(ranks_of(module))], small)
     try:
         with frozen(model):
             losses = _train(model, list(gains.values()), data, steps, store or ResumeStore())
     finally:
-        for module in modules.values():
-            _close(module)
+        for module in modules:
+            module.__dict__.pop("forward")
     for key, module in owners.items():
         _fold(module, gains[key].detach().exp())
     return losses
 
 
 def _train(
-    model: PreTrainedModel, gains: list[Tensor], data: TuningRows, steps: int, store: ResumeStore
+    model: PreTrainedModel, gains: list[Tensor], data: TuningData, steps: int, store: ResumeStore
 ) -> list[float]:
     """Adam on the gains; they end at 0 if they do not help on the texts kept out."""
     optimizer = torch.optim.Adam(gains, lr=LEARNING_RATE)
@@ -150,8 +145,8 @@ def _train(
         _restore(optimizer, gains, tensors)
     else:
         before = _mean(model, validation)
-    bar = logging.tqdm(total=steps, initial=len(losses), desc="Tuning scales", unit="step")
-    for step in range(len(losses), steps):
+    done, shown = len(losses), {"desc": "Tuning scales", "unit": "step"}
+    for step in logging.tqdm(range(done, steps), total=steps, initial=done, **shown):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         batch: list[TuningBatch] = []
@@ -171,20 +166,18 @@ def _train(
         optimizer.step()
         losses.append(total)
         store.write("tuning", _state(optimizer, gains), [losses, position, before])
-        bar.update()
-    bar.close()
     if not _mean(model, validation) <= before:  # worse, or NaN
         for gain in gains:
             gain.detach().zero_()
     return losses
 
 
-def validation_rows(data: TuningRows) -> list[TuningBatch]:
+def validation_rows(data: TuningData) -> list[TuningBatch]:
     """Read the texts that decide whether tuning helped, and are not trained on."""
     return [data[i] for i in range(0, len(data), _KEEP_OUT)] if len(data) > 1 else []
 
 
-def validation_kl(model: PreTrainedModel, data: TuningRows) -> dict[str, float]:
+def validation_kl(model: PreTrainedModel, data: TuningData) -> dict[str, float]:
     """Measure KL(fine-tune ‖ model) on the texts kept out, in nats per position; {} without any."""
     validation = validation_rows(data)
     positions = sum(len(item.positions) for item in validation)
@@ -201,25 +194,22 @@ def _state(optimizer: torch.optim.Optimizer, gains: list[Tensor]) -> dict[str, T
 def _restore(
     optimizer: torch.optim.Optimizer, gains: list[Tensor], kept: dict[str, Tensor]
 ) -> None:
-    states: list[dict[str, Tensor]] = [{} for _ in gains]
+    states: dict[int, dict[str, Tensor]] = {}  # none of what text never met
     for key, value in kept.items():
         i, name = key.split(".")
-        states[int(i)][name] = value
-    for gain, state in zip(gains, states, strict=True):
-        gain.copy_(state.pop("gain"))
-    found = {i: state for i, state in enumerate(states) if state}  # not of what text never met
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": found})
+        if name == "gain":
+            gains[int(i)].copy_(value)
+        else:
+            states.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
-def _tunable(model: PreTrainedModel) -> dict[str, DeltaModule]:
+def _tunable(model: PreTrainedModel) -> list[DeltaModule]:
     """Packed modules, but for embeddings with a forward of their own (Gemma) and their ties."""
-    modules = delta_modules(model)
-    own = [
-        id(ranks_of(module))
-        for module in modules.values()
-        if isinstance(module, DeltaEmbedding) and type(module) is not DeltaEmbedding
-    ]
-    return {name: module for name, module in modules.items() if id(ranks_of(module)) not in own}
+    modules = delta_modules(model).values()
+    embeddings = [m for m in modules if isinstance(m, DeltaEmbedding)]
+    own = [id(ranks_of(m)) for m in embeddings if type(m) is not DeltaEmbedding]
+    return [module for module in modules if id(ranks_of(module)) not in own]
 
 
 def ranks_of(module: DeltaModule) -> Tensor:
@@ -271,10 +261,6 @@ def _open(module: DeltaModule, gain: Tensor, small: bool = False) -> None:
         return y + (low_rank(x) if kept else checkpoint(low_rank, x, use_reentrant=False))
 
     object.__setattr__(module, "forward", forward)
-
-
-def _close(module: DeltaModule) -> None:
-    module.__dict__.pop("forward", None)
 
 
 @torch.no_grad()

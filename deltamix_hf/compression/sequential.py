@@ -15,9 +15,7 @@ one block's layers for all calibration tokens, and two streams of hidden states.
 share the batches and the rows of the targets (`sequential_sums.py`).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,16 +59,11 @@ def compress_blocks(
     finished: Container[str] = (),
     workers: Workers = ALONE,
 ) -> None:
-    """Compress all blocks in order.
+    """Compress `targets`, layers and experts by full name, in all blocks of a captured chain.
 
-    The model must still hold the fine-tune's weights in every block not yet done.
-
-    Args:
-        chain: captured.
-        targets: full names of the layers and experts to compress.
-        finish: compresses the targets of a stage and returns their new weights.
-        done: called with a block's name when its new weights may be put into the model.
-        finished: targets that `finish` needs no measurement for; the same for all `workers`.
+    The model must still hold the fine-tune's weights in every block not yet done: `done` is called
+    with a block's name when the new ones, which `finish` returns for each stage, may be put into
+    the model. For targets that are `finished`, the same for all `workers`, nothing is measured.
     """
     compressed, present = chain.entry()
     mine = workers.share(len(compressed))  # another's hidden states stay those of the first block
@@ -99,13 +92,7 @@ def compress_blocks(
 
 @dataclass
 class BlockState:
-    """A block of the chain while its targets are compressed.
-
-    Attributes:
-        targets: names of its targets, within the block.
-        seen: what the fine-tune's modules get, a tensor for each of this worker's batches.
-        made: new weights of its targets, each in a list of its own where hidden states are kept.
-    """
+    """A block of the chain while its targets, by name within the block, are compressed."""
 
     chain: BlockChain
     index: int
@@ -113,7 +100,9 @@ class BlockState:
     compressed: TensorList  # hidden states of the compressed model
     block_args: BlockArgs
     workers: Workers
+    # what the fine-tune's modules get, a tensor for each of this worker's batches
     seen: dict[str, TensorList] = field(default_factory=dict)
+    # new weights of targets, each in a list of its own where hidden states are kept
     made: dict[str, TensorList] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -193,16 +182,6 @@ class BlockState:
         return found
 
 
-@dataclass
-class _Calls:
-    """What a forward pass through a block has called, by module name and in order."""
-
-    order: list[str]
-    inputs: dict[str, list[Tensor]]
-    outputs: dict[str, Tensor]  # of targets
-    result: Tensor  # of the block
-
-
 def find_stages(
     block: nn.Module, targets: Sequence[str], hidden: Tensor, block_args: Arguments
 ) -> list[Stage]:
@@ -211,54 +190,46 @@ def find_stages(
     Targets, by name within the block, that are called more or less than once are left out. `hidden`
     [rows, length, d] enters the block.
     """
-    calls = _capture(block, targets, hidden, block_args)
+    order: list[str] = []
+    inputs: dict[str, Tensor] = {}  # the first of each module
+    outputs: dict[str, Tensor] = {}
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            inputs.setdefault(name, args[0])
+            order.append(name)
+
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        outputs[name] = output
+
+    modules = {n: m for n, m in block.named_modules() if n}
+    inside = {n: modules[n] for n in targets if n in modules}  # experts, slices, are no modules
+    with hooked(modules, before), hooked(inside, after=after):
+        result = tensor_of(block(hidden, *block_args[0], **block_args[1]))
     stages: list[Stage] = []
-    for name in calls.order:
-        if name not in calls.outputs or len(calls.inputs[name]) != 1:
+    for name in order:
+        if name not in outputs or order.count(name) != 1:
             continue
-        if stages and calls.inputs[stages[-1].names[0]][0] is calls.inputs[name][0]:
+        if stages and inputs[stages[-1].names[0]] is inputs[name]:
             stages[-1].names.append(name)
         else:
             stages.append(Stage([name]))
     for stage in stages:
-        if len(stage.names) == 1:
-            stage.residual = _residual_of(stage.names[0], calls, hidden)
+        (name, *others), at = stage.names, order.index(stage.names[0])
+        if not others and outputs[name].shape == hidden.shape:
+            streams = {"": hidden} | {n: inputs[n] for n in order[:at]}
+            later = [inputs[n] for n in order[at + 1 :]] + [result]
+            stage.residual = _residual_of(outputs[name], streams, later)
     return stages
 
 
-def _capture(
-    block: nn.Module, targets: Sequence[str], hidden: Tensor, block_args: Arguments
-) -> _Calls:
-    """Run a block and keep inputs and outputs; experts, slices of a parameter, are no modules."""
-    calls = _Calls([], {}, {}, hidden)
-
-    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if args and isinstance(args[0], Tensor):
-            calls.inputs.setdefault(name, []).append(args[0])
-            calls.order.append(name)
-
-    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        calls.outputs[name] = output
-
-    modules = {n: m for n, m in block.named_modules() if n}
-    inside = {name: modules[name] for name in targets if name in modules}
-    with hooked(modules, before), hooked(inside, after=after):
-        calls.result = tensor_of(block(hidden, *block_args[0], **block_args[1]))
-    return calls
-
-
-def _residual_of(name: str, calls: _Calls, hidden: Tensor) -> str | None:
-    """Find the module whose input the target's output is added to; None if there is none.
+def _residual_of(y: Tensor, streams: Mapping[str, Tensor], later: Sequence[Tensor]) -> str | None:
+    """Find the module whose stream the target's output y is added to; None if there is none.
 
     The sum of both must be what a later module gets, or the block's result.
     """
-    y, at = calls.outputs[name], calls.order.index(name)
-    if y.shape != hidden.shape:
-        return None
-    streams = [("", hidden)] + [(n, calls.inputs[n][0]) for n in calls.order[:at]]
-    later = [calls.inputs[n][0] for n in calls.order[at + 1 :]] + [calls.result]
     sums = [z for z in later if z.shape == y.shape]
-    for module, stream in streams:
+    for module, stream in streams.items():
         if stream.shape == y.shape and any(
             torch.allclose(z, y + stream, rtol=1e-3, atol=1e-3 * float(z.abs().mean()))
             for z in sums

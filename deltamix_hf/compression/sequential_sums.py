@@ -11,8 +11,6 @@ needs one row of W_ft, so workers share those rows too: at 4096 x 11008 that is 
 one thread takes for the matrix, whose stage has no other to share.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -26,28 +24,18 @@ _ROWS = 256  # of a target at once: in float64 23 MB at 11008 inputs
 
 
 class StageSums:
-    """The three sums for layers [m, n] of a stage, float32.
-
-    Attributes:
-        inputs: C `[n, n]`.
-        drift: of the inputs, `[n, n]`.
-        lag: of the residual stream, `[m, n]`, or None where there is none.
-        count: rows added.
-    """
+    """The three sums for layers [m, n] of a stage, float32."""
 
     def __init__(self, m: int, n: int, residual: bool, device: torch.device):
-        self.count = 0
-        self.inputs = torch.zeros(n, n, device=device)
-        self.drift = torch.zeros(n, n, device=device)
-        self.lag = torch.zeros(m, n, device=device) if residual else None
+        self.count = 0  # rows added
+        self.inputs = torch.zeros(n, n, device=device)  # C
+        self.drift = torch.zeros(n, n, device=device)  # of the inputs
+        self.lag = torch.zeros(m, n, device=device) if residual else None  # of the residual stream
 
     def add(
         self, reference: Tensor, compressed: Tensor, residuals: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Add a batch: inputs [..., n] of both models' layers, and both residual streams [..., m].
-
-        They are of any dtype.
-        """
+        """Add a batch of any dtype: inputs [..., n] of both models, residual streams [..., m]."""
         x = compressed.flatten(0, -2).to(self.inputs)
         self.inputs.addmm_(x.T, x)
         self.drift.addmm_((reference.flatten(0, -2).to(x) - x).T, x)

@@ -173,7 +173,7 @@ def _loss(
     shapes = {name: matrix.shape for name, matrix in found.matrices.items()}
     embeddings = {name for name, matrix in found.matrices.items() if matrix.embedding}
     try:
-        budget = plan_budget(shapes, found.overlay, guards, config, embeddings, experts)
+        promised, budget = plan_budget(shapes, found.overlay, guards, config, embeddings, experts)
     except DeltaMixError:  # too small
         return BudgetLoss(ratio, config.budget(found.reference), None)
     energies = [matrix.energies for matrix in found.matrices.values()]
@@ -181,6 +181,6 @@ def _loss(
         rank_options(matrix.shape, config.method.group_sizes(matrix.embedding), config)[0]
         for matrix in found.matrices.values()
     ]
-    error = solve_global(energies, options, budget.ranks, gap).error
+    error = solve_global(energies, options, budget, gap).error
     whole = sum(float(e.sum()) for e in energies)
-    return BudgetLoss(ratio, budget.total, error / whole if whole else 0.0)
+    return BudgetLoss(ratio, promised, error / whole if whole else 0.0)

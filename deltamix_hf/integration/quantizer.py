@@ -142,10 +142,10 @@ class DeltaMixHfQuantizer(HfQuantizer):
                 )
             source = self.source or Source(model, self.commit)
             base = BaseCheckpoint(self.base_files, model)
-            outcome = compress(source, base, self.quantization_config)
-            self.commit, self.seconds, self.store = source.commit, outcome.seconds, outcome.store
+            self.commit = source.commit
+            self.seconds, self.store, overlay = compress(source, base, self.quantization_config)
             if source.files is not None:
-                self.stored = stored_without_base(model, base, outcome.overlay)
+                self.stored = stored_without_base(model, base, overlay)
         if tensor_parallel.is_sharded(model):
             tensor_parallel.keep_own_part(model)
         else:  # which needs the factors of several layers while one of them runs

@@ -4,8 +4,6 @@ Every moment belongs to the innermost stage that runs. Memory that was freed goe
 where the allocator does not return it by itself.
 """
 
-from __future__ import annotations
-
 import ctypes
 import ctypes.util
 import time
@@ -21,25 +19,18 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._running: list[str] = []
-        self._since = 0.0
+        self._inside = 0.0  # seconds of the stages that have ended in the one that runs
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Context manager: count the time as that of `name`."""
-        self._count()
-        self._running.append(name)
+        began, outer, self._inside = time.perf_counter(), self._inside, 0.0
         try:
             yield
         finally:
-            self._count()
-            self._running.pop()
-
-    def _count(self) -> None:
-        now = time.perf_counter()
-        if self._running:
-            self.seconds[self._running[-1]] += now - self._since
-        self._since = now
+            spent = time.perf_counter() - began
+            self.seconds[name] += spent - self._inside
+            self._inside = outer + spent
 
 
 @cache

@@ -6,8 +6,6 @@ loses them when it is done, so one block at a time is in memory. What a backward
 weight is read again then. Where a matrix has been compressed, its weight is the base's.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,8 +64,7 @@ class LazyWeights:
     """Weights of a model, as `unloaded` makes it, which has them while its modules run on `device`.
 
     They are read from `tuned`, or from `base` once `put_base` was called; `overlay` is in memory
-    all the time, by name, and may be changed there. Raises DeltaMixError for a parameter of the
-    model that is in no file.
+    all the time, by name, and may be changed there.
     """
 
     def __init__(
@@ -88,18 +85,12 @@ class LazyWeights:
         self._owners: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
         self._taken: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
         self._calls = Counter[nn.Module]()
-        for name, _ in model.named_parameters():
-            if self._ties.get(name, name) not in tuned:
-                raise DeltaMixError(f"the fine-tune's files hold no {name}: they are incomplete")
-        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-        blocks = {block for blocks in lists for block in blocks}
+        blocks = {block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m}
         inside: tuple[str, ...] = ()  # prefixes of names in blocks
+        for name, buffer in model.named_buffers():
+            value = tuned.read(name).to(buffer.dtype) if name in tuned else buffer
+            buffer.data = value.to(device)
         for name, module in model.named_modules():
-            for leaf, buffer in module._buffers.items():
-                full = f"{name}.{leaf}".lstrip(".")
-                if buffer is not None:
-                    value = tuned.read(full).to(buffer.dtype) if full in tuned else buffer
-                    module._buffers[leaf] = value.to(device)
             if name.startswith(inside):
                 continue
             if module in blocks:

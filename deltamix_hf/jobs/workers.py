@@ -75,13 +75,14 @@ class Workers:
         if self.size > 1:
             dist.barrier(group=_group(self))
 
-    def wait(self, store: ResumeStore, part: str) -> None:
-        """Return when another process has finished `part`; DeltaMixError if it does not come."""
+    def wait(self, store: ResumeStore, part: str) -> tuple[dict[str, Tensor], Any]:
+        """Load `part` when another process has finished it; DeltaMixError if it does not come."""
         until = time.monotonic() + self.patience
         while part not in store:
             if time.monotonic() > until:
                 raise DeltaMixError(f"another worker has not finished {part!r}; start all again")
             time.sleep(_INTERVAL)
+        return store.load(part)
 
 
 ALONE = Workers()

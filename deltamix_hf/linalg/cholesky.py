@@ -5,8 +5,6 @@ terms over many orders of magnitude. Nothing is copied that need not be: of 1100
 matrix takes 970 MB.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -98,10 +98,8 @@ class SecondMoment:
             self._add(piece.float())
 
     def _add(self, rows: Tensor) -> None:
-        if self.total is None:
-            self.total = rows.new_zeros(self.rows, self.dim)
-            self.squares = rows.new_zeros(self.dim)
-        assert self.squares is not None
+        if self.total is None or self.squares is None:
+            self.total, self.squares = rows.new_zeros(self.rows, self.dim), rows.new_zeros(self.dim)
         if self.kind == "full":
             self.total.addmm_(rows.T, rows)
         else:
@@ -126,8 +124,7 @@ class SecondMoment:
     def restored(cls, tensors: dict[str, Tensor], sizes: dict[str, Any]) -> SecondMoment:
         """Return the moment that gave this `state`, for reading and merging."""
         moment = cls(sizes["dim"])
-        moment.count, moment.kind, moment.rows = sizes["count"], sizes["kind"], sizes["rows"]
-        moment.total, moment.squares = tensors.get("total"), tensors.get("squares")
+        vars(moment).update(sizes | tensors)
         return moment
 
     def merge(self, other: SecondMoment) -> None:
@@ -180,10 +177,8 @@ def blended(metric: Metric, rows: Tensor, share: float) -> Tensor | LowRank:
     known = rows.new_ones(dim) if metric is None else metric
     mean = (known.diagonal() if known.dim() == 2 else known).mean()
     product *= share * mean / sizes.mean().clamp(min=_NOTHING)
-    if known.dim() < product.dim():
-        product.diagonal().add_(known, alpha=1 - share)
-        return product
-    return product.add_(known, alpha=1 - share)
+    (sizes if known.dim() < product.dim() else product).add_(known, alpha=1 - share)
+    return product
 
 
 def damped(metric: Metric, fraction: float) -> Metric:
@@ -251,22 +246,17 @@ def root(metric: Metric, damping: float = 0.0) -> Root:
     if not isinstance(metric, LowRank) and metric.dim() == 2:
         return cholesky32(metric, damping)
     metric = damped(metric, damping)
+    if isinstance(metric, Tensor):
+        if bool((metric < 0).any()):
+            raise ValueError("a diagonal metric has negative entries")
+        return metric.double().sqrt()
     assert metric is not None
-    if isinstance(metric, LowRank):
-        return _low_rank_root(metric)
-    if bool((metric < 0).any()):
-        raise ValueError("a diagonal metric has negative entries")
-    return metric.double().sqrt()
-
-
-def _low_rank_root(metric: LowRank) -> LowRankRoot:
-    """Directions of less than 1e-6 of the diagonal are left to the diagonal."""
     weights, rows = metric.weights.double().clamp(min=_NOTHING).sqrt(), metric.rows
     scaled = rows / weights.to(rows)  # B [r, d]
     inner = (scaled @ scaled.T).double()
     del scaled
     values, vectors = torch.linalg.eigh(inner)
-    kept = values > 1e-6
+    kept = values > 1e-6  # the other directions are left to the diagonal
     values, vectors = values[kept], vectors[:, kept]
     mix = (vectors / values.sqrt()).to(rows)
     return LowRankRoot(weights.float(), rows, mix, (1 + values).sqrt().float())
@@ -302,10 +292,7 @@ def unwhiten(rows: Tensor, factor: Root) -> Tensor:
     """`rows @ L⁻¹`, the inverse of `whiten`."""
     if factor is None:
         return rows
-    if isinstance(factor, LowRankRoot):
-        found = factor.spread(rows.T.clone(), 1 / factor.growth - 1)
-        return found.div_(factor.weights[:, None]).T
-    if factor.dim() == 1:
-        return rows / factor.to(rows)
+    if isinstance(factor, LowRankRoot) or factor.dim() == 1:
+        return unwhiten_left(rows.T.clone(), factor).T
     solved = torch.linalg.solve_triangular(factor, rows.to(factor.dtype), upper=False, left=False)
     return solved.to(rows.dtype)

@@ -51,9 +51,8 @@ def thin_svd(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Te
     if (found := _low_rank(delta, largest)) is not None:
         left, sigma, right = found
         kept = _kept(sigma, m, rank)
-        parts = left[:, :kept], sigma[:kept] * largest, right[:kept]
-        left, sigma, right = (part.to(dtype).contiguous() for part in parts)
-        return left, sigma, right
+        sigma = (sigma[:kept] * largest).to(dtype)
+        return left[:, :kept].to(dtype).contiguous(), sigma, right[:kept].to(dtype).contiguous()
     try:
         values, vectors = _eigh(_gram(delta, largest))
     except LinAlgError:  # slower, and converges where divide and conquer did not
@@ -65,9 +64,8 @@ def thin_svd(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Te
     del values, vectors  # 134 MB at 4096
     left = delta.new_empty(m, kept, dtype=dtype)
     scaled = right / (sigma * largest)
-    for start in range(0, m, _BLOCK_ROWS):
-        rows = delta[start : start + _BLOCK_ROWS].to(torch.float64)
-        left[start : start + _BLOCK_ROWS] = rows @ scaled
+    for rows, out in zip(delta.split(_BLOCK_ROWS), left.split(_BLOCK_ROWS), strict=True):
+        out.copy_(rows.to(torch.float64) @ scaled)
     return left, (sigma * largest).to(dtype), right.t().to(dtype).contiguous()
 
 

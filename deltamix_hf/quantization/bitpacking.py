@@ -48,10 +48,7 @@ _CPU_CHUNK = 1 << 15
 
 
 def packed_rows(runs: Runs) -> int:
-    """Sum the widths of all ranks: the byte rows of a packed factor.
-
-    Raises ValueError for a negative count or a width outside 0..8.
-    """
+    """Sum widths: a factor's byte rows; ValueError for a negative count or a width outside 0..8."""
     for count, bits in runs:
         if count < 0 or bits not in _PLANES:
             raise ValueError(f"run ({count}, {bits}): need count >= 0 and 0 <= bits <= 8")

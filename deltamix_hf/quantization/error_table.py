@@ -31,19 +31,13 @@ def error_table(
     """Error table float64 `[k, B]` and all candidates, rank i at width b being row `b * k + i`.
 
     Of `factors` only V and sigma count; `gram` is C `[n, n]` or its diagonal `[n]`, undamped (None:
-    identity), `widths` the B candidate widths, distinct, in 0..8. Raises ValueError for repeated
-    widths or wrong shapes.
+    identity), `widths` the B candidate widths, distinct, in 0..8 (as `Method` keeps them).
     """
-    right, sigma = factors.right, factors.sigma
-    if not widths or len(set(widths)) != len(widths):
-        raise ValueError(f"widths must be distinct and not empty, got {tuple(widths)}")
-    ranks = len(right)
-    if tuple(sigma.shape) != (ranks,):
-        raise ValueError(f"sigma {list(sigma.shape)} does not match right {list(right.shape)}")
+    right, ranks = factors.right, len(factors.right)
     bits = torch.tensor(widths, device=right.device).repeat_interleave(ranks)
     hessian = dense(damped(gram, _DAMPING))
     rounded = gptq_rows(right.repeat(len(widths), 1), hessian, bits, group_size, quantizer)
-    power = sigma.to(torch.float64) ** 2
+    power = factors.sigma.to(torch.float64) ** 2
     table = torch.empty(ranks, len(widths), dtype=torch.float64, device=right.device)
     for rows in torch.arange(table.numel(), device=right.device).split(_BLOCK_ROWS):
         error = right[rows % ranks].to(torch.float64) - rounded.rows(rows).dequantize()
@@ -52,10 +46,7 @@ def error_table(
 
 
 def pick(table: Tensor, rounded: Rounded, choice: Tensor) -> Rounded:
-    """The candidates of `table` whose rank i has width number `choice[i]`, int64 `[k]`.
-
-    Raises ValueError for another number of ranks.
-    """
+    """Pick width number `choice[i]`, int64 `[k]`, of each rank; ValueError for another k."""
     if tuple(choice.shape) != (len(table),):
         raise ValueError(f"need a choice for each of {len(table)} ranks, got {list(choice.shape)}")
     rows = torch.arange(table.numel(), device=table.device).view(table.T.shape)

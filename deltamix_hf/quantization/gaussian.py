@@ -16,8 +16,6 @@ level with two multiply-adds instead of a look-up. Mean squared errors, for unit
     Lloyd-Max            0.3634  0.1175  0.03455  0.00950  0.002505  0.000644  1.74e-4   5.0e-5
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -141,17 +139,7 @@ class Gaussian:
 
     name = "gaussian"
     zero_points = False
-    distortion = (
-        1.0,
-        0.36338,
-        0.117482,
-        0.034623,
-        0.0096878,
-        0.0026494,
-        7.161e-4,
-        1.92e-4,
-        5.109e-5,
-    )
+    distortion = DISTORTION
 
     def fit(
         self, x: Tensor, bits: Tensor, group_size: int, weights: Tensor | None = None

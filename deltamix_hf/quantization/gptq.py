@@ -135,7 +135,7 @@ def gptq_rows(
     return Rounded(ordered.t().contiguous(), scales, zeros, group_size, bits)
 
 
-def gptq_columns(weight: Tensor, hessian: Tensor | None, bits: Tensor, group_size: int) -> Rounded:
+def gptq_columns(weight: Tensor, hessian: Tensor, bits: Tensor, group_size: int) -> Rounded:
     """Round `weight` `[m, k]`, column i at width `bits[i]`, with `hessian` `[k, k]` over columns.
 
     Same conventions as `gptq_rows`, but the result is rank-major: codes `[k, m]` and
@@ -144,8 +144,6 @@ def gptq_columns(weight: Tensor, hessian: Tensor | None, bits: Tensor, group_siz
     m, ranks = weight.shape
     _check(weight, hessian, bits, ranks, ranks)
     bits = bits.to(weight.device)
-    if hessian is None:
-        return round_rows(weight.t(), bits, group_size)
     groups = uniform.group_count(m, group_size)
     width = group_size or m
     # Padded elements are 0, round to 0 and have no error, so they stay 0 through the sweep.
@@ -175,10 +173,7 @@ def _sweep(
     order: Tensor,
     damping: float = 0.0,
 ) -> None:
-    """Round the rows of `work` `[s, l]` in turn; `round_step(i, values [l])` rounds row i.
-
-    Row i is coordinate `order[i]` of the Hessian `[s, s]`.
-    """
+    """Round rows `[l]` of `work` by `round_step(i, row)`: coordinates `order[i]` of the Hessian."""
     mixing = cholesky32(hessian, damping, order.flip(0))  # R, rows and columns reversed
     mixing.div_(mixing.diagonal().clone())
     mixing = mixing.t().flip(0, 1)  # (i, j): R_ji / R_ii, what the error of step j adds to step i

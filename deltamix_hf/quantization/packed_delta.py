@@ -79,24 +79,8 @@ class PackedDelta:
         Raises DeltaMixError if they are not those of such matrices, or hold what no compressor
         writes.
         """
-        layouts, group_sizes = packed_layout.checked_layouts(m, n, group_size, tensors, experts)
-        return cls(m, n, group_sizes, layouts[0] if experts is None else [], **tensors)
-
-    @classmethod
-    def read(
-        cls,
-        prefix: str,
-        get: Callable[[str], Tensor],
-        m: int,
-        n: int,
-        group_size: int,
-        quantizer: Quantizer,
-        experts: int | None = None,
-    ) -> PackedDelta:
-        """Take the tensors stored for `prefix`, which `get` gives by name, as `checked` does."""
-        names = packed_layout.part_names(prefix, quantizer, experts is not None)
-        tensors = {part: get(name) for part, name in names.items()}
-        return cls.checked(m, n, group_size, tensors, experts)
+        runs, group_sizes = packed_layout.checked_layout(m, n, group_size, tensors, experts)
+        return cls(m, n, group_sizes, runs if experts is None else [], **tensors)
 
     def names(self, prefix: str) -> dict[str, str]:
         """Name the tensors by part, as they are stored for the module or parameter `prefix`."""
@@ -155,11 +139,10 @@ class PackedDelta:
         groups = packed_layout.scale_counts(self.m, self.n, self.group_sizes)
         codes = bitpacking.unpack(getattr(self, side), runs, length)
         scales = uniform.scales_from_bits(self.ranks[:, 1:].contiguous()).split(groups, 1)[number]
-        points = None
-        if self.zeros is not None:
-            points = packed_layout.zero_points(self.zeros, self.runs, sum(groups)).split(groups, 1)[
-                number
-            ]
+        points = self.zeros
+        if points is not None:
+            points = packed_layout.zero_points(points, self.runs, sum(groups))
+            points = points.split(groups, 1)[number]
         bits, group_size = packed_layout.row_bits(runs, codes), self.group_sizes[number]
         return self.quantizer.decode(codes, scales, points, bits, group_size)
 
@@ -198,8 +181,7 @@ class PackedDelta:
     def chosen(self, experts: Tensor) -> tuple[PackedDelta, Tensor]:
         """Gather all ranks of some experts (int64 [H]), sorted by width like those of one matrix.
 
-        Returns:
-            The K ranks, and whose each is: int64 [K] in 0 .. H − 1.
+        Returns the K ranks, and whose each is: int64 [K] in 0 .. H − 1.
         """
         assert self.counts is not None
         counts, words = self.counts.long(), self.ranks[:, 0].long() & 255

@@ -19,9 +19,8 @@ their first dimension, so that a parameter takes five tensors at most. One more 
     counts int32 [experts]                 ranks of each expert, 0 for one that kept none
 """
 
-from __future__ import annotations
-
 import math
+from collections import Counter
 from collections.abc import Mapping
 from itertools import groupby
 
@@ -107,12 +106,8 @@ def rank_bytes(
 
 
 def bytes_by_kind(part_bytes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Sum the bytes of parts by kind.
-
-    Codes are "payload", scales and zero points "scales", the widths of `ranks` and experts' counts
-    "metadata".
-    """
-    size, widths = {**dict.fromkeys((*PARTS, "counts"), 0), **part_bytes}, 2 * ranks
+    """Sum the bytes of parts by kind; widths of `ranks` and experts' counts are "metadata"."""
+    size, widths = Counter(part_bytes), 2 * ranks
     return {
         "payload": size["v"] + size["u"],
         "scales": size["ranks"] - widths + size["zeros"],
@@ -153,14 +148,14 @@ def exponent_of(group_sizes: GroupSizes) -> int:
     return 0 if group_sizes[0] == group_sizes[1] else group_sizes[1].bit_length() - 1
 
 
-def checked_layouts(
-    m: int, n: int, group_size: int, tensors: Mapping[str, Tensor], experts: int | None = None
-) -> tuple[list[Runs], GroupSizes]:
-    """Read the runs of a matrix, or of each of the `experts`, as `PackedDelta.checked` does.
+def checked_layout(
+    m: int, n: int, group_size: int, tensors: Mapping[str, Tensor], experts: int | None
+) -> tuple[Runs, GroupSizes]:
+    """Read the runs of a matrix, or of all `experts` in turn, as `PackedDelta.checked` does.
 
     Of `tensors`, `v` and `u` may be meta. Raises DeltaMixError for what no compressor writes.
     """
-    ranks, zeros = tensors["ranks"], tensors.get("zeros")
+    ranks = tensors["ranks"]
     each = [ranks] if experts is None else _split_ranks(m, n, ranks, tensors["counts"], experts)
     layouts = [layout_of(part, group_size) for part in each]
     sizes = {sizes for runs, sizes in layouts if runs or experts is None}
@@ -169,12 +164,10 @@ def checked_layouts(
             "the experts have no ranks, or scale groups of several sizes: the file is damaged"
         )
     (group_sizes,) = sizes
-    check_parts(m, n, [run for runs, _ in layouts for run in runs], group_sizes, tensors, experts)
-    rows = [bitpacking.packed_rows(packed_runs(runs)["zeros"]) for runs, _ in layouts]
-    points = [None] * len(rows) if zeros is None else zeros.split(rows)
-    for (runs, _), part, point in zip(layouts, each, points, strict=True):
-        _check_values(m, n, runs, group_sizes, part, point)
-    return [runs for runs, _ in layouts], group_sizes
+    runs = [run for own, _ in layouts for run in own]
+    check_parts(m, n, runs, group_sizes, tensors, experts)
+    _check_values(m, n, runs, group_sizes, ranks, tensors.get("zeros"))
+    return runs, group_sizes
 
 
 def _split_ranks(m: int, n: int, ranks: Tensor, counts: Tensor, experts: int) -> list[Tensor]:

@@ -12,8 +12,6 @@ whole row), and zero points uint8 `[k, G]` or None:
 error of each width 0..8 on a standard normal variable.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .gaussian import GAUSSIAN, Gaussian

@@ -57,13 +57,13 @@ def corrected_left_factor(
 
 
 def plain_left_factor(
-    left: Tensor, gram: Metric, right: Tensor, sigma: Tensor, damping: float = PLAIN_DAMPING
+    left: Tensor, gram: Metric, right: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Delta-CoMe: the SVD's own T = U S `[m, k]` and the same Hessian, float64 `[k, k]`.
 
     `left` U `[m, k]`; the other arguments as in `corrected_left_factor`.
     """
-    _, scaled, root = _scaled_hessian(gram, right, sigma, damping)
+    _, scaled, root = _scaled_hessian(gram, right, sigma, PLAIN_DAMPING)
     return left * sigma, scaled / root
 
 

@@ -18,8 +18,6 @@ GPTQ later quantizes other values with the same grid. A 0-bit row also gets scal
 code 0, so it decodes to 0 like any other row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
@@ -87,11 +85,6 @@ def _grouped(x: Tensor, group_size: int) -> Tensor:
     return F.pad(x, (0, groups * width - n)).view(k, groups, width)
 
 
-def _ungrouped(x: Tensor, n: int) -> Tensor:
-    """`[k, n]` of `[k, G, g]`, without what the last group was filled with."""
-    return x.flatten(1)[:, :n].contiguous()
-
-
 def scales_to_bits(scales: Tensor) -> Tensor:
     """int16 bit patterns of the nearest bfloat16; exact for fitted scales."""
     return scales.to(torch.bfloat16).view(torch.int16)
@@ -124,10 +117,10 @@ class MinMax:
     ) -> Tensor:
         """Round to the nearest code, uint8 `[k, n]`."""
         assert zeros is not None
-        top = top_code(bits)[:, None, None]
-        code = torch.round(_grouped(x, group_size) / scales[..., None]) + zeros[..., None]
-        code = torch.clamp(code, torch.zeros_like(top), top).to(torch.uint8)
-        return _ungrouped(code, x.shape[1])
+        groups, top = _grouped(x, group_size), top_code(bits)[:, None, None]
+        codes = torch.empty_like(groups, dtype=torch.uint8)
+        round_values(groups, scales[..., None], zeros[..., None], codes, top)
+        return codes.flatten(1)[:, : x.shape[1]].contiguous()
 
     def decode(
         self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: Tensor, group_size: int
@@ -137,7 +130,7 @@ class MinMax:
         check_groups(codes, group_size, scales, zeros)
         values = _grouped(codes, group_size).to(torch.float32)
         values.sub_(zeros[..., None].float()).mul_(scales[..., None])
-        return _ungrouped(values, codes.shape[1])
+        return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
     def rounder(self, bits: Tensor) -> Rounder:
         """Round to the grid `scale`, `zero`; its largest code is computed once."""

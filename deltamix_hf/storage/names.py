@@ -2,17 +2,13 @@
 
 A delta repo is an ordinary transformers repo whose weight files hold, instead of the model,
 
-- the packed tensors `<module>.dm_v`, `.dm_u`, `.dm_ranks` and, on min-max grids, `.dm_zeros` of
-  each compressed matrix,
-- the same of fused experts, `<parameter>_dm_v` and so on, and `<parameter>_dm_counts`,
+- packed tensors of each compressed matrix and of fused experts (`quantization/packed_layout.py`),
 - full tensors: every other tensor that differs from the base, whole, under its model name,
 - guards: one-byte tensors that make a loader that ignores the format fail instead of loading noise.
 
 `config.json` names the base, its revision and a fingerprint of each of its tensors. Nothing of the
-base is stored. This is the only module that knows these names.
+base is stored.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Set

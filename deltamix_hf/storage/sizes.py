@@ -1,7 +1,5 @@
 """Count the bytes of a delta repo by kind, on disk and before it is written."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

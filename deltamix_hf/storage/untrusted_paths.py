@@ -4,8 +4,6 @@ docs/security.md is the threat model. Headers of weight files are `headers.py`'s
 tensors `packed_layout.py`'s; here are the names of other files and repos.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

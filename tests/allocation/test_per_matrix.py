@@ -146,22 +146,12 @@ def test_published_bands():
 @given(
     ranks=st.integers(0, 80),
     budget=st.integers(0, 40_000),
-    idle=st.integers(0, 5),
     step=st.integers(1, 200),
 )
-def test_bands_keep_the_budget_and_leave_no_affordable_rank(ranks, budget, idle, step):
-    costs = {0: idle, **{b: idle + b * step + 7 for b in (2, 3, 8)}}
-    if budget < ranks * idle:
-        with pytest.raises(ValueError, match="below"):
-            bands(ranks, costs, budget)
-        return
+def test_bands_keep_the_budget_and_leave_no_affordable_rank(ranks, budget, step):
+    costs = {0: 0, **{b: b * step + 7 for b in (2, 3, 8)}}
     bits = bands(ranks, costs, budget).tolist()
     spent = sum(costs[b] for b in bits)
     assert len(bits) == ranks and spent <= budget
     assert bits == sorted(bits, reverse=True)
-    assert 0 not in bits or spent + costs[2] - idle > budget
-
-
-def test_bands_refuse_free_ranks():
-    with pytest.raises(ValueError, match="must cost more"):
-        bands(4, {2: 0, 3: 1, 8: 2}, 10)
+    assert 0 not in bits or spent + costs[2] > budget

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrix_cases import (
     METHODS,
+    Matrix,
     bytes_of_rank,
     compress_all,
     matrix,
@@ -19,8 +20,8 @@ from matrix_cases import (
 from tiny_pairs import make_config
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
-from deltamix_hf.compression.budget import Budget, plan_budget
-from deltamix_hf.compression.matrix_pipeline import Compressed, Compressor, Matrix
+from deltamix_hf.compression.budget import plan_budget
+from deltamix_hf.compression.matrix_pipeline import Compressed
 
 
 def random_gram(n, seed=0) -> torch.Tensor:
@@ -33,11 +34,10 @@ def random_gram(n, seed=0) -> torch.Tensor:
 
 def compress_matrix(single: Matrix, budget: int, config: DeltaMixConfig) -> Compressed:
     """One matrix with the whole budget; its metrics, if there are any, are those of a text."""
-    if single.metrics().inputs is not None:
+    if single[1].inputs is not None:
         config = copy.copy(config)
         config.calibration = ["some text"]
-    compressor = Compressor({"w": single}, Budget(budget, 0, 0), config)
-    return compressor.compress("w", single.delta(), single.metrics())
+    return compress_all({"w": single}, budget, config)["w"]
 
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
@@ -180,7 +180,7 @@ def test_values_that_are_not_finite_are_named(where, value, method):
     shapes = dict.fromkeys(matrices, (96, 64))
     config = DeltaMixConfig("b", ratio=0.25, method=method)
     with pytest.raises(DeltaMixError, match=r"layer\.7: .*(NaN|infinity)"):
-        compress_all(matrices, plan_budget(shapes, {}, [], config), config)
+        compress_all(matrices, plan_budget(shapes, {}, [], config)[1], config)
 
 
 @pytest.mark.parametrize(

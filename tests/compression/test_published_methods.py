@@ -22,8 +22,7 @@ import torch
 from tiny_pairs import make_config
 
 from deltamix_hf.calibration.statistics import Metrics
-from deltamix_hf.compression.budget import Budget
-from deltamix_hf.compression.matrix_pipeline import Compressor, Matrix
+from deltamix_hf.compression.matrix_pipeline import Compressor
 from deltamix_hf.linalg.svd import thin_svd
 
 # ---- the reference: numpy, float64
@@ -198,8 +197,8 @@ def packaged(delta, gram, budget, group, **options):
     delta = torch.tensor(delta, dtype=torch.float32)
     calibrated = not np.array_equal(gram, np.eye(len(gram)))
     metrics = Metrics(inputs=torch.tensor(gram, dtype=torch.float32) if calibrated else None)
-    matrix = Matrix(tuple(delta.shape), lambda: delta, lambda: metrics)
-    compressor = Compressor({"w": matrix}, Budget(budget, 0, 2 * delta.numel()), config)
+    shapes, measured = {"w": tuple(delta.shape)}, (delta, metrics)
+    compressor = Compressor(shapes, (), lambda name: measured, budget, config)
     return compressor.compress("w", delta, metrics)
 
 

@@ -6,8 +6,7 @@ import torch
 
 from deltamix_hf import DeltaMixConfig
 from deltamix_hf.calibration.statistics import Metrics
-from deltamix_hf.compression.budget import Budget
-from deltamix_hf.compression.matrix_pipeline import Compressed, Compressor, Matrix
+from deltamix_hf.compression.matrix_pipeline import Compressed, Compressor
 from deltamix_hf.method import METHODS as METHODS_BY_NAME
 from deltamix_hf.quantization.packed_layout import rank_bytes
 
@@ -21,17 +20,21 @@ def random_delta(m, n, seed=0, decay=1.0) -> torch.Tensor:
     return 0.01 * left @ torch.randn(len(spectrum), n, generator=random)
 
 
+Matrix = tuple[torch.Tensor, Metrics]  # a delta, and its metrics
+
+
 def matrix(delta, gram=None, fisher=None) -> Matrix:
-    return Matrix(tuple(delta.shape), lambda: delta, lambda: Metrics(fisher, gram))
+    return delta, Metrics(fisher, gram)
 
 
 def compress_all(
-    matrices: dict[str, Matrix], budget: Budget, config: DeltaMixConfig
+    matrices: dict[str, Matrix], budget: int, config: DeltaMixConfig
 ) -> dict[str, Compressed]:
     """Compress every matrix, largest ranks first so that slack fills up."""
-    compressor = Compressor(matrices, budget, config)
-    order = sorted(matrices, key=lambda name: -sum(matrices[name].shape))
-    return {n: compressor.compress(n, matrices[n].delta(), matrices[n].metrics()) for n in order}
+    shapes = {name: tuple(delta.shape) for name, (delta, _) in matrices.items()}
+    compressor = Compressor(shapes, (), matrices.__getitem__, budget, config)
+    order = sorted(shapes, key=lambda name: -sum(shapes[name]))
+    return {name: compressor.compress(name, *matrices[name]) for name in order}
 
 
 def bytes_of_rank(m, n, bits, config: DeltaMixConfig) -> int:

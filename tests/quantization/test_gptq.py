@@ -142,7 +142,7 @@ def test_better_than_rounding_to_nearest():
             cost(near.dequantize() - weight, hessian) / cost(plain.dequantize() - weight, hessian)
         )
         factor, hessian = weight.t(), damped(gram(40, seed), 0.01)
-        near, plain = gptq_columns(factor, hessian, bits, 32), gptq_columns(factor, None, bits, 32)
+        near, plain = gptq_columns(factor, hessian, bits, 32), round_rows(factor.t(), bits, 32)
         ratios.append(
             cost(near.dequantize().t() - factor, hessian)
             / cost(plain.dequantize().t() - factor, hessian)
@@ -214,8 +214,8 @@ def test_rows_picked_and_scaled(gaussian):
 
 def test_identity_hessian_is_plain_rounding():
     weight, bits = normal(5, 40), torch.tensor([2, 3, 4, 8, 0])
+    plain = gptq_rows(weight, None, bits, 16)
     for rounder, factor in ((gptq_rows, weight), (gptq_columns, weight.t())):
-        plain = rounder(factor, None, bits, 16)
         swept = rounder(factor, torch.eye(factor.shape[1]), bits, 16)
         for name in ("codes", "scales", "zeros", "bits"):
             assert torch.equal(getattr(plain, name), getattr(swept, name)), name
