@@ -5,8 +5,6 @@ reported as `DeltaMixError`: one line that names what was wrong and what to do a
 from `ValueError` so that callers who already guard `from_pretrained` keep working.
 """
 
-from __future__ import annotations
-
 _LONGEST = 1500  # characters of a message
 
 

@@ -5,8 +5,6 @@ nowhere else (tests/test_private_parts.py). A name is looked up when it is first
 version that lacks one breaks only what needs it, and continuous batching costs no one else time.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

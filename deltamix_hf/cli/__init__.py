@@ -5,8 +5,6 @@ it turns into help. It imports torch and transformers inside, so that `--help` a
 raises; `main` turns what is raised into one readable line and an exit status other than 0.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from functools import wraps

@@ -1,7 +1,5 @@
 """`deltamix compress`: a fine-tune becomes a delta repo."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any

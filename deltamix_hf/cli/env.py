@@ -1,7 +1,5 @@
 """`deltamix env`: what a bug report should begin with."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """`deltamix generate`, `chat` and `serve`: ask a delta repo, or any model."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

@@ -1,7 +1,5 @@
 """`deltamix merge`: the dense fine-tune back from a delta repo."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

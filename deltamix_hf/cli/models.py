@@ -1,7 +1,5 @@
 """Loading models for the commands: with the class a repo was saved with, on a GPU if any."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from typing import Any

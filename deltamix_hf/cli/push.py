@@ -1,7 +1,5 @@
 """`deltamix push`: a delta repo goes to the Hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

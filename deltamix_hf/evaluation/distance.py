@@ -7,8 +7,6 @@ what matters; the use of these shares is to compare budgets, and one fine-tune w
 docs/budget.md has them beside the measured KL of real pairs.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -11,8 +11,6 @@ row is scored. Causal models predict the next token; models with [rows, classes]
 classifiers, each row counts as one token, and labels, if any, are [rows].
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Our part (`model_card_template.md`) stands between two comments and is made anew
 people write before or after it stays, and so does metadata that is not ours.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Figures are made without pyplot, so that nothing global changes and no display i
 map a layer type is a row and a depth a column: readable for thousands of matrices.
 """
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable

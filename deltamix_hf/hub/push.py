@@ -5,8 +5,6 @@ several of it (huggingface_hub 2.4, with hf_xet). A repo that others cannot load
 base must be on the Hub too.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -12,8 +12,6 @@ LoRA's ΔW = B·A has few ranks, so a delta repo holds it almost exactly, and th
 serves full fine-tunes: one format, one kernel, mixed in one batch.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, cast

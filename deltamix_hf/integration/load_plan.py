@@ -7,8 +7,6 @@ last copy of a key wins. Base keys that the delta supplies under another name, a
 hidden by a renaming of our own.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

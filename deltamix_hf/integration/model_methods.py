@@ -1,7 +1,5 @@
 """Methods that `registration.register` gives every `PreTrainedModel`; see `multi_delta.manager`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any

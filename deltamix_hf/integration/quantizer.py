@@ -7,8 +7,6 @@ Load a delta repo: the before-hook attaches empty packed parameters as the file 
 the base, and splices its files into what transformers is about to read (`load_plan`).
 """
 
-from __future__ import annotations
-
 import copy
 import os
 from typing import Any

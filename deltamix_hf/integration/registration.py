@@ -12,8 +12,6 @@ and nothing heavy may be imported above. If a transformers we do not know has ot
 not registered, and a delta repo stops it from loading, by `NOTICE` and by its guards.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder

@@ -5,8 +5,6 @@ model therefore carries its own `save_pretrained`: transformers writes into a hi
 the tokenizer's files are copied along, and only then are the files renamed into place.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import os

@@ -4,8 +4,6 @@ A fine-tune may have other ones than its base, such as another `rope_theta` for 
 itself a delta repo runs with its own config.json, beside a base it cannot.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -7,8 +7,6 @@ kernels do not know (min-max grids, whole weights) and gradients take the loop o
 graph cannot, because it would keep the deltas it was recorded with.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -9,8 +9,6 @@ Of fused experts, rows that take the same delta are computed together. Not all o
 kernels' tables tell rows apart by one number, here the expert, and these rows differ by delta too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -7,8 +7,6 @@ PEFT's adapters: `set_delta` chooses one for all calls, and
 None or "__base__" being the base. Names given to a call win over what is set or disabled.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import warnings

@@ -4,8 +4,6 @@
 continuous batching take `delta_names`.
 """
 
-from __future__ import annotations
-
 from functools import wraps
 from typing import Any
 

@@ -7,8 +7,6 @@ never exceed the budget, and since a batch never waits while it holds anything, 
 wait for each other.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

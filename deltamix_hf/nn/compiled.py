@@ -5,8 +5,6 @@ which rows take them, and how their products are launched is looked up while the
 so nothing it could guard on changes when deltas do. Without gradients only.
 """
 
-from __future__ import annotations
-
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary

@@ -1,7 +1,5 @@
 """What all layers with deltas share: zero, one or many of them beside the base's frozen weights."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any, NamedTuple
 

@@ -7,8 +7,6 @@ weight stays at `.weight`. The factors of a layer's own delta are frozen integer
 offloads and saves parameters).
 """
 
-from __future__ import annotations
-
 import inspect
 from types import MethodType
 from typing import Any, cast

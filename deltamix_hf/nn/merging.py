@@ -6,8 +6,6 @@ cache restores the packed product. Unlike `model.dequantize()`, nothing is lost;
 is freed either.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import Tensor, nn

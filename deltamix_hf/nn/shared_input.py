@@ -10,8 +10,6 @@ tensor. If grouped layers share no input, the others' products are wasted; after
 group dissolves. With gradients, every layer is on its own.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any

@@ -10,8 +10,6 @@ the output, or the partial sum, that transformers gathers or sums up afterwards.
 With p processes, a matrix [m, n] of k ranks takes k·(m/p + n) or k·(m + n/p) codes in each.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, TypeGuard, cast
 

@@ -17,8 +17,6 @@ Widths 2, 3, 4 and 8, Gaussian codebook, one scale a vector except for U of embe
 default method makes. Levels of a U with groups are multiplied by their scales as they are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache

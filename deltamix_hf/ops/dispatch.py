@@ -7,8 +7,6 @@ Before the kernels are first used on a GPU, `isolated_check` compares them with 
 of their own. A GPU, driver or Triton that they do not work on costs speed, and no wrong answers.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -7,8 +7,6 @@ run, only the factors of experts that some token chose are decoded, together for
 tokens: while generating, that is one step for all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -6,8 +6,6 @@ speed, and no wrong answers. A pass is cached in the user's cache folder for thi
 torch, Triton and source of the kernels; after anything else the next process checks again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

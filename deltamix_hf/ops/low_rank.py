@@ -12,8 +12,6 @@ Both factors are stored rank-major, so `low_rank` with its two sides swapped is 
 dL/dx = (g·Û)·V̂. No gradient flows to the packed factors, they are frozen integers.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

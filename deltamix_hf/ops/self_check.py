@@ -8,8 +8,6 @@ that 16 divides, for which Triton compiles other code than for odd ones; both ar
 line printed is the largest error.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any

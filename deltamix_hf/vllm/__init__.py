@@ -11,8 +11,6 @@ vLLM calls `register` in each of its processes, by our entry point in the group
   `manager.py` is the one place that replaces a private part of vLLM.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..constants import QUANT_METHOD

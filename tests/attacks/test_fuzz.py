@@ -266,12 +266,14 @@ def test_the_fuzzer_sees_a_crash(targets, monkeypatch):
     assert sum(fuzz(targets, 5, action=trip).crashed.values()) == 5
 
 
+@pytest.mark.untraced
 def test_files_changed_at_random(targets):
     outcome = fuzz(targets, CI_COUNT)
     assert not outcome.crashes, str(outcome)
     assert outcome.refused > CI_COUNT // 3 and outcome.loaded > CI_COUNT // 50
 
 
+@pytest.mark.untraced
 def test_files_changed_at_random_and_loaded_whole(targets):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

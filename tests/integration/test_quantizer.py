@@ -157,6 +157,7 @@ def test_gradient_through_the_model_is_the_dense_one(delta, name, method):
     assert relative(*gradients) < 1e-4
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("backend", "method"),
     [("eager", "delta-come"), ("aot_eager", "delta-come"), ("aot_eager", "deltamix-kl")],
@@ -170,6 +171,7 @@ def test_compiles_in_one_graph(delta, backend, method):
     torch.testing.assert_close(found, repo.logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.untraced
 def test_a_static_cache_and_a_compiled_decode_write_the_same(delta):
     repo = delta("llama_tied", "deltamix-kl")
     model = repo.pair.load(repo.folder)

@@ -213,6 +213,7 @@ def test_delta_modules_lists_only_packed_ones():
     assert list(delta_modules(model)) == ["0"]
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("backend", "gaussian"), [("eager", True), ("aot_eager", False), ("inductor", True)]
 )
