@@ -17,9 +17,7 @@ if not os.path.exists("/dev/nvidiactl"):
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), "deltamix_datasets"))
 
 import shutil
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,23 +42,6 @@ settings.register_profile(
     "deltamix", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("deltamix")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Stop tracing for tests marked `untraced`.
-
-    pytest-cov's `no_cover` does not in xdist's workers, where it has started coverage twice.
-    """
-    of_main, of_threads = sys.gettrace(), threading.gettrace()
-    if item.get_closest_marker("untraced"):
-        sys.settrace(None)
-        threading.settrace(None)
-    try:
-        return (yield)
-    finally:
-        sys.settrace(of_main)
-        threading.settrace(of_threads)
 
 
 @dataclass(frozen=True)
