@@ -187,7 +187,7 @@ mixes = st.lists(
 @pytest.mark.untraced
 @given(mixes)
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_mix_while_deltas_come_and_go(family, shared, mix):
     model, alone = shared

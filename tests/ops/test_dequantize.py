@@ -22,7 +22,7 @@ LAYOUTS = [  # m, n, v_bits, u_bits, group_size, gaussian
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("layout", [layout.values for layout in LAYOUTS], ids=lambda v: str(v[:2]))
 def test_against_float64(layout, dtype):
     packed, delta = packed_of(*layout)

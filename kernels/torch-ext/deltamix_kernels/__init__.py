@@ -4,7 +4,6 @@ from .config import DECODE_ROWS
 from .decode_plan import DECODE_DTYPES, DecodePlan, decodable
 from .grouped_launch import Rows, Table, gather, grouped_add, grouped_embed
 from .launch import INTERPRETED, Packed, delta_linear, dequantize, low_rank, supported
-from .layout import runs_of
 from .persistent import persistent
 
 __all__ = [
@@ -23,6 +22,5 @@ __all__ = [
     "grouped_embed",
     "low_rank",
     "persistent",
-    "runs_of",
     "supported",
 ]

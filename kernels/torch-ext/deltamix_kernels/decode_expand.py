@@ -30,6 +30,19 @@ def runs_of(runs, known, WIDTHS: tl.constexpr):
 
 
 @triton.jit
+def prefetch_ranks(
+    codes, found, tile, columns, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr
+):
+    """Ask for the codes of a tile of COLUMNS byte columns, of all widths; see `prefetch`."""
+    for b in tl.static_range(1, 9):
+        if (WIDTHS >> b) & 1:
+            begin, _, size = found[b - 1]
+            here = tl.minimum(COLUMNS, columns - tile * COLUMNS) * size * 16
+            at = codes + begin.to(tl.int64) * 16 + tile * COLUMNS * size * 16
+            prefetch(at, columns * size * 16, here, b, WARPS)
+
+
+@triton.jit
 def add_ranks(
     sums,
     codes,
@@ -88,12 +101,7 @@ def expand_tile(
     j, g, t = lanes(8)
     found = runs_of(runs, known, WIDTHS)
     if PTX:
-        for b in tl.static_range(1, 9):
-            if (WIDTHS >> b) & 1:
-                begin, _, size = found[b - 1]
-                here = tl.minimum(8, columns - tile * 8) * size * 16
-                at = codes + begin.to(tl.int64) * 16 + tile * 8 * size * 16
-                prefetch(at, columns * size * 16, here, b, 8)
+        prefetch_ranks(codes, found, tile, columns, WIDTHS, 8, 8)
     if PDL:
         tl.extra.cuda.gdc_wait()
     column = tl.minimum(tile * 8 + g, columns - 1)  # past the end: any codes

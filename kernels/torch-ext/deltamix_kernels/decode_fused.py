@@ -8,14 +8,13 @@ those of a byte column its ranks, and their sums are added in one order.
 import triton
 import triton.language as tl
 
-from .decode_expand import add_ranks, runs_of
+from .decode_expand import add_ranks, prefetch_ranks, runs_of
 from .decode_product import (
     four,
     lanes,
     mma,
     no_sums,
     over_warps,
-    prefetch,
     some_of,
     together,
 )
@@ -114,12 +113,7 @@ def decode_fused_kernel(
     if DELTA:
         found = runs_of(runs, True, WIDTHS)
     if DELTA and PTX:
-        for b in tl.static_range(1, 9):
-            if (WIDTHS >> b) & 1:
-                first, _, size = found[b - 1]
-                here = tl.minimum(COLUMNS, columns - tile * COLUMNS) * size * 16
-                at = codes + first.to(tl.int64) * 16 + tile * COLUMNS * size * 16
-                prefetch(at, columns * size * 16, here, b, WARPS)
+        prefetch_ranks(codes, found, tile, columns, WIDTHS, COLUMNS, WARPS)
     weights = ()
     for c in tl.static_range(COLUMNS):
         output = tl.minimum(tile * outputs + c * 8 + g, length - 1)  # past the end: any weights
@@ -132,9 +126,8 @@ def decode_fused_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     share: tl.constexpr = WARPS // COLUMNS
-    added = no_sums(
-        g, TOKENS
-    )  # of the byte column warp // share, its ranks shared by `share` warps
+    # Of byte column warp // share, whose ranks that many warps share.
+    added = no_sums(g, TOKENS)
     if DELTA:
         column = tl.minimum(tile * COLUMNS + warp // share, columns - 1)
         inputs = ()

@@ -7,7 +7,7 @@ U, first row of the zero points, first rank, number of ranks, v_bits, u_bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,11 +17,6 @@ from .persistent import persistent
 
 Run = tuple[int, int, int]
 Runs = tuple[Run, ...]
-
-
-def runs_of(flat: Sequence[int]) -> Runs:
-    """(count, v_bits, u_bits) triples of a flattened list."""
-    return tuple(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
 
 
 def rank_count(runs: Runs) -> int:
