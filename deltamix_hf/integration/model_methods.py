@@ -79,10 +79,8 @@ def delete_delta(self: PreTrainedModel, name: str) -> None:
 
 
 def list_deltas(self: PreTrainedModel) -> dict[str, int]:
-    """Count the bytes of every loaded delta by name, wherever it is now."""
-    if not _has_deltas(self):
-        return {}
-    return {name: entry.nbytes for name, entry in manager_of(self).pool.entries.items()}
+    """Count the bytes of every loaded delta on the model's device, wherever it is now, by name."""
+    return manager_of(self).pool.placed_bytes() if _has_deltas(self) else {}
 
 
 def set_delta_memory(self: PreTrainedModel, budget_bytes: int | None, host_bytes: int = 0) -> None:

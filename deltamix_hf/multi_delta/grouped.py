@@ -43,8 +43,7 @@ class FactorTable:
 
     def run(self, module: Any, x: Tensor, plan: RowSlots) -> Tensor:
         """Return the module's output, each row by its own delta."""
-        y = module.plain(x).contiguous()
-        k = triton_kernels()
+        k, y = triton_kernels(), module.plain(x).contiguous()
         self.table.captured |= capturing(x.device)
         rows = k.Rows(plan.order, plan.starts, plan.slots)
         if self.linear:
@@ -113,6 +112,23 @@ def refresh(module: Any, name: str) -> None:
         raise _not_in_a_graph(module)
 
 
+def table_bytes(module: Any, packed: Any) -> int:
+    """Count the bytes of a matrix' codes in a table's own order; `module` is None for an expert."""
+    k, looked_up = triton_kernels(), isinstance(module, nn.Embedding)
+    linear = module is None or getattr(module, "dm_plain_class", type(module)) is nn.Linear
+    grouped = any(packed.group_sizes[: 1 if looked_up else 2])
+    if k is None or packed.zeros is not None or grouped or not (linear or looked_up):
+        return 0
+    runs = [(count, u, v) if looked_up else (count, v, u) for count, v, u in packed.runs]
+    widths = {b: k.prepack.padded(count) for b, count in k.prepack.width_counts(runs).items()}
+    slots, columns = sum(widths.values()), -(-(packed.n if looked_up else packed.m) // 8)
+    size = 128 + columns * sum(bits * count for bits, count in widths.items())
+    if looked_up:  # its U stays as it is
+        return size + 12 * slots
+    tiles = k.decode_plan.v_tiles([runs], 0, slots - packed.rank)
+    return size + len(packed.v) * k.prepack.padded(-(-packed.n // 8)) + 8 * slots + 16 * len(tiles)
+
+
 def _enter(module: Any, table: LayerTable, name: str) -> None:
     """Enter delta `name` into the module's table as it now is, or clear its slot."""
     deltas = module.dm_row_deltas
@@ -125,9 +141,8 @@ def _enter(module: Any, table: LayerTable, name: str) -> None:
 
 
 def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
-    if choose(x.device) != TRITON or torch.is_grad_enabled() or x.dim() == 0:
-        return None
-    if torch.is_autocast_enabled(x.device.type):
+    unknown = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    if choose(x.device) != TRITON or unknown or x.dim() == 0:
         return None
     deltas, recording = module.dm_row_deltas, capturing(x.device)
     if not deltas.tried and not recording:  # when it first runs: trying a norm takes a while
@@ -142,9 +157,7 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
     plan = router.plan(rows, x.device)
     if not recording:
         here &= set(route.names)
-        if not here:
-            return None
-        if isinstance(table, FactorTable) and table.is_long(x, len(here)):
+        if not here or (isinstance(table, FactorTable) and table.is_long(x, len(here))):
             return None
     if rows == 0 or not here <= table.names:
         return None
@@ -153,15 +166,12 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
 
 def _new_table(module: Any, x: Tensor) -> LayerTable | None:
     weights, deltas = _tensors(module), module.dm_row_deltas
-    table: LayerTable
     if not all(t.dtype in TRITON_DTYPES and t.device == x.device for t in weights.values()):
         return None
-    if isinstance(module, DeltaEmbedding) or module.dm_plain_class is nn.Linear:
-        table = FactorTable(module, x.device)
-    elif x.dim() > 1 and _multiplies_rows(module, x):
-        table = VectorTable(module, x.device)
-    else:
+    packs = isinstance(module, DeltaEmbedding) or module.dm_plain_class is nn.Linear
+    if not packs and (x.dim() < 2 or not _multiplies_rows(module, x)):
         return None
+    table: LayerTable = (FactorTable if packs else VectorTable)(module, x.device)
     for name in {*deltas.packed, *deltas.overlay}:
         _enter(module, table, name)
     return table
@@ -182,11 +192,9 @@ def _multiplies_rows(module: Any, x: Tensor) -> bool:
     both = {key: torch.stack([t, other[key]])[:, None] for key, t in own.items()}
     try:
         found = module.with_tensors(both).plain(probe)
-        one, two = (
-            module.with_tensors(tensors).plain(row[None])
-            for tensors, row in zip((own, other), probe, strict=True)
-        )
-        return torch.equal(found, torch.cat([one, two]))
+        alone = zip((own, other), probe, strict=True)
+        each = [module.with_tensors(tensors).plain(row[None]) for tensors, row in alone]
+        return torch.equal(found, torch.cat(each))
     except (RuntimeError, ValueError, TypeError):  # it does something else
         return False
 

@@ -46,7 +46,8 @@ class RoutedDeltas:
         """Return the output of `module` by the route now in force."""
         route = self.router.route
         if isinstance(route, PackedRoute) and not route.alike:
-            return self._by_token(module, route.seen_by(module), args, kwargs)
+            seen = route.kept if module is route.head else route.tokens
+            return self._by_token(module, seen, args, kwargs)
         together = run_grouped(module, args, kwargs)
         if together is not None:
             return together
@@ -63,7 +64,9 @@ class RoutedDeltas:
         """
         route = self.router.route
         fits = x.dim() > 0 and x.shape[0] % len(route.rows) == 0
-        with self.router.using(route.of_batch(x.shape[0]) if fits else route):
+        route = route.of_batch(x.shape[0]) if fits else route
+        route.compiled = True
+        with self.router.using(route):
             y: Tensor = self.run(module, (x,), {})
         if y.shape[:1] != x.shape[:1]:
             raise DeltaMixError(
@@ -154,9 +157,8 @@ def make_routed(module: nn.Module, router: Router) -> DeltaModule:
 
 def _has_rows(y: Any, batch: int) -> bool:
     """Whether it is what routers of experts give: tensors with as many rows each, for any row."""
-    if not isinstance(y, tuple) or not all(isinstance(t, Tensor) and t.dim() for t in y):
-        return False
-    sizes = {len(t) for t in y}
+    known = isinstance(y, tuple) and all(isinstance(t, Tensor) and t.dim() for t in y)
+    sizes = {len(t) for t in y} if known else set()
     return len(sizes) == 1 and max(sizes) % batch == 0
 
 

@@ -26,11 +26,11 @@ from ..errors import DeltaMixError
 from ..nn.delta_module import DeltaModule, own_deltas
 from ..nn.layers import change_class, detach_all, tied_modules, tied_tensors, weight_of
 from ..nn.tensor_parallel import is_sharded
-from ..ops.dispatch import TRITON, choose
+from ..ops.dispatch import TRITON, choose, triton_kernels
 from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import check_base
 from .config_mismatch import differing
-from .grouped import refresh
+from .grouped import refresh, table_bytes
 from .layers import RoutedDeltas, make_routed
 from .model import routed_model_class
 from .pool import Pool
@@ -47,18 +47,15 @@ class DeltaManager:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.router = Router()
-        self.pool = Pool(self._place, self._remove, self._resident_bytes)
+        self.pool = Pool(self._place, self._remove, self._sizes, self._by_kernels)
         self.enabled = True
         self._modules: dict[str, set[DeltaModule]] = {}  # resident delta -> what it changes
         quantizer: Any = getattr(model, "hf_quantizer", None)
         files = getattr(quantizer, "base_files", None)  # of a delta repo
-        if files is not None:
-            self._base = BaseCheckpoint(files, model)
+        commit, place = getattr(model.config, "_commit_hash", None), model.name_or_path
+        self._base = BaseCheckpoint(files or resolve_base(place, commit, {})[0], model)
+        if files:
             self._adopt_own(quantizer)
-        else:
-            commit = getattr(model.config, "_commit_hash", None)
-            files, _ = resolve_base(model.name_or_path, commit, {})
-            self._base = BaseCheckpoint(files, model)
         for module in model.modules():
             # Now, not with the first delta that changes it: what torch.compile has seen must keep
             # its class.
@@ -101,17 +98,15 @@ class DeltaManager:
                 experts: Any = self._routed(owner, touched).packed.setdefault(name, {})
                 experts[leaf] = packed.to(own.device)
                 continue
-            placed: dict[torch.device, PackedDelta] = {}  # twins share it
-            for module in tied_modules(self.model, weight).values():
-                device = weight_of(module).device
-                if device not in placed:
-                    placed[device] = packed.to(device)
+            twins = {m: weight_of(m).device for m in tied_modules(self.model, weight).values()}
+            placed = {device: packed.to(device) for device in set(twins.values())}  # shared
+            for module, device in twins.items():
                 self._routed(module, touched).packed[name] = placed[device]
         for tensor_name, value in stored.overlay.items():
             for twin in tied_tensors(self.model, tensor_name):
                 owner, leaf, own = self._owner(twin)
                 overlay = self._routed(owner, touched).overlay.setdefault(name, {})
-                overlay[leaf] = value.to(own.device, own.dtype)
+                value = overlay[leaf] = value.to(own.device, own.dtype)  # twins share it
         for module in touched:
             refresh(module, name)
 
@@ -122,9 +117,20 @@ class DeltaManager:
             refresh(module, name)
         self.router.slots.pop(name, None)
 
-    def _resident_bytes(self, stored: StoredDelta) -> int:
-        """Bytes on the device, at most: the kernels' tables hold the codes once more."""
-        return stored.nbytes * (2 if choose(self.model.device) == TRITON else 1)
+    def _sizes(self, stored: StoredDelta) -> tuple[int, int]:
+        """Bytes on the device: of the tensors alone, and with what the kernels' tables hold."""
+        whole, tables = stored.overlay.items(), 0
+        plain = sum(t.numel() * self._owner(name)[2].element_size() for name, t in whole)
+        for weight, packed in stored.packed.items():
+            plain += sum(packed.nbytes.values())
+            experts = packed.counts is not None
+            twins = [None] if experts else tied_modules(self.model, weight).values()
+            tables += sum(table_bytes(m, own) for m in twins for own in packed.split() if own)
+        return plain, plain + tables
+
+    def _by_kernels(self) -> bool:
+        model = self.model
+        return choose(model.device) == TRITON and model.dtype in triton_kernels().DECODE_DTYPES
 
     def _owner(self, name: str) -> tuple[nn.Module, str, Tensor]:
         """Find a tensor of the base by its name: its module, its name there, and itself."""

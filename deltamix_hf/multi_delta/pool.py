@@ -22,7 +22,7 @@ class Entry:
     """One delta of the pool."""
 
     nbytes: int
-    resident_bytes: int
+    placed: tuple[int, int]  # bytes on the device: by plain torch, by Triton kernels
     read: Callable[[], StoredDelta] | None  # from disk again; None: it is in memory only, and stays
     stored: StoredDelta | None  # its tensors in host memory, if they are kept there
     resident: bool = False
@@ -48,17 +48,19 @@ class Pool:
     """Deltas by name. Safe to use from several threads.
 
     `place` puts a delta's tensors beside the base's, `remove` takes them away, after a placement
-    that was interrupted too. `active` is in use for all calls, until another is chosen.
-    `resident_bytes` tells what a delta takes there.
+    that was interrupted too. `sizes` tells what a delta takes there, and `by_kernels` which of the
+    two now. `active` is in use for all calls, until another is chosen: it stays, as compiled code
+    and captured graphs read it without asking for it.
     """
 
     def __init__(
         self,
         place: Callable[[str, StoredDelta], None],
         remove: Callable[[str], None],
-        resident_bytes: Callable[[StoredDelta], int],
+        sizes: Callable[[StoredDelta], tuple[int, int]],
+        by_kernels: Callable[[], bool],
     ):
-        self.place, self.remove, self.resident_bytes = place, remove, resident_bytes
+        self.place, self.remove, self.sizes, self.by_kernels = place, remove, sizes, by_kernels
         self.active: str | None = None
         self.budget: int | None = None
         self.host_budget = 0
@@ -73,7 +75,7 @@ class Pool:
         """
         with self._changed:
             self.check_new(name)
-            self.entries[name] = Entry(stored.nbytes, self.resident_bytes(stored), read, stored)
+            self.entries[name] = Entry(stored.nbytes, self.sizes(stored), read, stored)
             try:
                 with self.holding([name]):
                     pass
@@ -122,10 +124,10 @@ class Pool:
         """
         with self._changed:
             before, self.budget = self.budget, budget
-            if not self._make_room(0, keep=()):
+            if not self._make_room(()):
                 self.budget = before
-                entries = self.entries.items()
-                staying = {n: e.resident_bytes for n, e in entries if e.users or self._stays(n)}
+                entries, sizes = self.entries.items(), self.placed_bytes()
+                staying = {n: sizes[n] for n, e in entries if e.users or self._stays(n)}
                 raise DeltaMixError(
                     f"{sorted(staying)} are in use, or on no disk, and take "
                     f"{sum(staying.values()):,} bytes; the budget cannot be {budget:,}"
@@ -141,13 +143,10 @@ class Pool:
         """
         names = list(dict.fromkeys(names))
         with self._changed:
-            while True:
-                entries = [self._entry(name) for name in names]
-                missing = sum(entry.resident_bytes for entry in entries if not entry.resident)
-                if self._make_room(missing, keep=names):
-                    break
+            while not self._make_room([name for name in names if self._entry(name)]):
                 self.check_possible(names)
                 self._changed.wait()  # for another batch to end
+            entries = [self.entries[name] for name in names]
             self._clock += 1
             for name, entry in zip(names, entries, strict=True):
                 entry.used = self._clock
@@ -165,23 +164,30 @@ class Pool:
 
     def memory(self) -> DeltaMemory:
         with self._changed:
-            resident = {n: e.resident_bytes for n, e in self.entries.items() if e.resident}
+            sizes = self.placed_bytes()
+            resident = {n: sizes[n] for n, e in self.entries.items() if e.resident}
             host = {n: e.nbytes for n, e in self.entries.items() if e.stored is not None}
             return DeltaMemory(self.budget, resident, host)
+
+    def placed_bytes(self) -> dict[str, int]:
+        """Count what each delta takes on the device when it is there."""
+        with self._changed:
+            number = int(self.by_kernels())
+            return {name: entry.placed[number] for name, entry in self.entries.items()}
 
     def check_possible(self, names: Sequence[str]) -> None:
         """Raise DeltaMixError for an unknown name, or if these can never be resident at once."""
         with self._changed:
-            wanted = {name: self._entry(name).resident_bytes for name in names}
-            needed, others = sum(wanted.values()), self.entries.keys() - wanted
-            staying = [n for n in sorted(others) if self.entries[n].resident and self._stays(n)]
-            beside = sum(self.entries[name].resident_bytes for name in staying)
+            wanted, sizes = {name: self._entry(name) for name in names}, self.placed_bytes()
+            others = sorted(self.entries.keys() - wanted)
+            staying = [n for n in others if self.entries[n].resident and self._stays(n)]
+            needed, beside = (sum(sizes[n] for n in some) for some in (wanted, staying))
             if self.budget is not None and needed + beside > self.budget:
                 with_them = f" beside {staying}, which stay," if staying else ""
                 raise DeltaMixError(
                     f"the deltas {list(wanted)} take {needed:,} bytes; the budget of "
                     f"{self.budget:,} bytes cannot hold them{with_them} at once: use fewer in a "
-                    "batch, or raise the budget"
+                    "batch, raise the budget, or set_delta(None)"
                 )
 
     def _entry(self, name: str) -> Entry:
@@ -200,23 +206,23 @@ class Pool:
         except BaseException:  # interrupted, or the device is full
             self.remove(name)
             raise
-        entry.resident, entry.stored = True, stored
+        entry.resident, entry.stored, entry.placed = True, stored, self.sizes(stored)
         self._trim_host()
         if entry.stored is not None and entry.read is not None:  # kept, to come back fast
             entry.stored = stored.pinned()
 
-    def _make_room(self, missing: int, keep: Sequence[str]) -> bool:
-        """Move out what was used longest ago until `missing` bytes fit; False: not possible now."""
+    def _make_room(self, wanted: Sequence[str]) -> bool:
+        """Move out what was used longest ago until all these fit; False: not possible now."""
         if self.budget is None:
             return True
+        sizes = self.placed_bytes()
         resident = {name: e for name, e in self.entries.items() if e.resident}
-        excess = sum(e.resident_bytes for e in resident.values()) + missing - self.budget
-        leaving = []
+        excess, leaving = sum(sizes[n] for n in {*resident, *wanted}) - self.budget, []
         for name, entry in sorted(resident.items(), key=lambda item: item[1].used):
-            stays = entry.users or name in keep or self._stays(name)
+            stays = entry.users or name in wanted or self._stays(name)
             if excess > 0 and not stays:
                 leaving.append(name)
-                excess -= entry.resident_bytes
+                excess -= sizes[name]
         if excess > 0:
             return False
         for name in leaving:

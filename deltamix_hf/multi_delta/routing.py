@@ -16,16 +16,19 @@ replay; so there is one fixed plan for each batch size, which follows what `use_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
+from itertools import accumulate
 from threading import Lock, RLock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DeltaMixError
-from ..ops.dispatch import capturing
+from ..ops.dispatch import capturing, persistent
 
 Rows = Sequence[str | None]  # each row's delta, None for the base
 Names = str | Rows | None
@@ -68,13 +71,14 @@ def named_route(names: Names, batch: int | None = None) -> Route | None:
 class Route:
     """The deltas of a batch's rows, in order; `names` are those in use, `alike` if it is one."""
 
+    compiled = False  # compiled code runs it: `persistent` makes what outlives the call
+
     def __init__(self, rows: Rows):
         self.rows = tuple(rows)
         self.alike = len(set(rows)) == 1
         self.names = [name for name in dict.fromkeys(rows) if name is not None]
-        self._index: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
         self._batches: dict[int, Route] = {}
-        self._plans: dict[tuple[int, torch.device], RowSlots] = {}
+        self._made: dict[Any, Any] = {}
 
     def of_batch(self, rows: int) -> Route:
         """Return the route of a batch in which each row is repeated in place.
@@ -100,42 +104,41 @@ class Route:
 
     def plan(self, rows: int, device: torch.device, slots: Slots) -> RowSlots:
         """Return the slots of `rows` rows, while the route's deltas stay resident."""
-        if (key := (rows, device)) not in self._plans:
-            plan = RowSlots(rows, len(self.names), device)
-            plan.load(self.of_rows(rows), slots)  # first: another thread may look for it
-            self._plans[key] = plan
-        return self._plans[key]
+        key, most = (RowSlots, rows, device), len(self.names)
+        return self._once(key, lambda: RowSlots(self.of_rows(rows), most, device, slots))
 
     def groups(self, length: int, device: torch.device) -> list[tuple[str, Tensor]]:
         """Return the row numbers, int64, of every delta in use, among `length` rows."""
-        if (key := (length, device)) not in self._index:
+
+        def make() -> list[tuple[str, Tensor]]:
             numbers = torch.arange(length, device=device).view(len(self.rows), -1)
-            self._index[key] = [
-                (name, numbers[[i for i, row in enumerate(self.rows) if row == name]].flatten())
-                for name in self.names
-            ]
-        return self._index[key]
+            places = {n: [i for i, row in enumerate(self.rows) if row == n] for n in self.names}
+            return [(name, numbers[own].flatten()) for name, own in places.items()]
+
+        return self._once((Tensor, length, device), make)
+
+    def _once(self, key: tuple[type, int, torch.device], make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = persistent(key[-1], make) if self.compiled else make()
+        return self._made[key]
 
 
 class PackedRoute(Route):
     """The deltas of the tokens of many requests in one row [1, tokens].
 
     `rows` has each request's delta, or None, in the order of their tokens, `lengths` how many it
-    has, and `kept` the deltas of the tokens whose logits are wanted, which `head` sees alone.
+    has, and `kept` the deltas of the tokens whose logits are wanted, which `head` sees alone. Other
+    modules see `tokens`, a row for each.
     """
 
     def __init__(
         self, rows: Rows, lengths: Sequence[int], kept: Rows = (), head: nn.Module | None = None
     ):
         super().__init__([row for row, n in zip(rows, lengths, strict=True) for _ in range(n)])
-        self._tokens, self._kept, self._head = Route(self.rows), Route(kept), head
+        self.tokens, self.kept, self.head = Route(self.rows), Route(kept), head
 
     def of_batch(self, rows: int) -> Route:
         return self
-
-    def seen_by(self, module: nn.Module) -> Route:
-        """Return the route of what `module` sees, a row for each token."""
-        return self._kept if module is self._head else self._tokens
 
 
 class Router:
@@ -192,7 +195,7 @@ class Router:
         """
         fixed = self._fixed.get((rows, device))
         if capturing(device):
-            if fixed is None or self.route.of_rows(rows) != self._of_graphs.of_rows(rows):
+            if fixed is None or self.route.of_rows(rows) != self._of_graphs(rows):
                 raise DeltaMixError(
                     "before a CUDA graph is recorded, run the same once, and name the deltas with "
                     "use_deltas or set_delta around both, not in the call"
@@ -203,9 +206,10 @@ class Router:
             self._add_fixed(rows, device)
         return self.route.plan(rows, device, self.slots)
 
-    @property
-    def _of_graphs(self) -> Route:
-        return (self._announced or [self.default])[-1]
+    def _of_graphs(self, rows: int) -> Rows:
+        """List the rows that graphs of a batch size follow: the base if those named do not fit."""
+        route = (self._announced or [self.default])[-1]
+        return [None] * rows if rows % len(route.rows) else route.of_rows(rows)
 
     def _add_fixed(self, rows: int, device: torch.device) -> None:
         """Memory for graphs of this batch size, should one be recorded."""
@@ -213,20 +217,15 @@ class Router:
             idle = [key for key, plan in self._fixed.items() if not plan.captured]
             for key in idle[: max(0, len(idle) + 1 - _MOST_PLANS)]:
                 del self._fixed[key]
-            plan = self._fixed[rows, device] = RowSlots(rows, min(rows, self.slots.size), device)
-            self._load(plan)
+            wanted, most = self._of_graphs(rows), min(rows, self.slots.size)
+            make = partial(RowSlots, wanted, most, device, self.slots)
+            self._fixed[rows, device] = persistent(device, make)
 
     def _load_fixed(self) -> None:
         """Write the rows that captured graphs follow."""
         with self._writing:
-            for plan in self._fixed.values():
-                self._load(plan)
-
-    def _load(self, plan: RowSlots) -> None:
-        """The rows of graphs into one plan; the base where they do not fit a batch."""
-        route, rows = self._of_graphs, plan.rows
-        fits = rows % len(route.rows) == 0
-        plan.load(route.of_rows(rows) if fits else [None] * rows, self.slots)
+            for (rows, _), plan in self._fixed.items():
+                plan.load(self._of_graphs(rows), self.slots)
 
 
 class Slots(dict[str, int]):
@@ -253,26 +252,22 @@ class RowSlots:
         captured: a CUDA graph reads it.
     """
 
-    def __init__(self, rows: int, entries: int, device: torch.device):
-        self.rows, self.entries, self.captured = rows, entries, False
-        width = (rows + 4) // 4 * 4  # each begins at a multiple of 16 bytes
-        self._memory = torch.zeros(4, width, dtype=torch.int32, device=device)
-        self.order, self.starts, self.slots, self.of_rows = self._parts(self._memory)
-
-    def _parts(self, memory: Tensor) -> list[Tensor]:
-        ends = self.rows, self.entries + 1, self.entries, self.rows
-        return [row[:end] for row, end in zip(memory.unbind(), ends, strict=True)]
+    def __init__(self, rows: Rows, entries: int, device: torch.device, slots: Mapping[str, int]):
+        self.rows, self.entries, self.captured = len(rows), entries, False
+        width = (self.rows + 4) // 4 * 4  # each begins at a multiple of 16 bytes
+        self._memory = torch.empty(4, width, dtype=torch.int32, device=device)
+        ends = self.rows, entries + 1, entries, self.rows
+        parts = [row[:end] for row, end in zip(self._memory, ends, strict=True)]
+        self.order, self.starts, self.slots, self.of_rows = parts
+        self.load(rows, slots)
 
     def load(self, rows: Rows, slots: Mapping[str, int]) -> None:
         """Write these rows into the same memory."""
-        numbers = [-1 if row is None else slots.get(row, -1) for row in rows]
-        used = sorted(set(numbers) - {-1})
-        memory = torch.zeros(self._memory.shape, dtype=torch.int32)
-        order, starts, entries, of_rows = self._parts(memory)
-        by_slot = sorted(range(self.rows), key=lambda i: (numbers[i] < 0, numbers[i]))
-        order[:] = torch.tensor(by_slot)
-        counts = [numbers.count(slot) for slot in used] + [0] * (self.entries - len(used))
-        starts[1:] = torch.tensor(counts, dtype=torch.int64).cumsum(0)
-        entries[: len(used)] = torch.tensor(used)
-        of_rows[:] = torch.tensor(numbers)
-        self._memory.copy_(memory)
+        of_rows = [-1 if row is None else slots.get(row, -1) for row in rows]
+        used = sorted(set(of_rows) - {-1})
+        order = sorted(range(self.rows), key=lambda i: (of_rows[i] < 0, of_rows[i]))
+        starts = [0, *accumulate(of_rows.count(slot) for slot in used)]
+        starts += starts[-1:] * (self.entries - len(used))
+        width, parts = self._memory.shape[1], (order, starts, used, of_rows)
+        padded = [part + [0] * (width - len(part)) for part in parts]
+        self._memory.copy_(torch.tensor(padded, dtype=torch.int32))

@@ -101,7 +101,7 @@ def persistent(device: torch.device, make: Callable[[], T]) -> T:
             "a CUDA graph cannot make what the kernels read: run the model once, without "
             "gradients, before recording"
         )
-    return triton_kernels().persistent(device, make)
+    return make() if _kernels is None else _kernels.persistent(device, make)
 
 
 def table_of(packed: PackedDelta, dtype: torch.dtype, make: Callable[[], T]) -> T:

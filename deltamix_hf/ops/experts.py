@@ -31,11 +31,7 @@ _ALIGNED = 16  # bytes between rows that torch's grouped product wants
 
 
 def experts_forward(
-    module: Any,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    project: Project,
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, project: Project
 ) -> Tensor:
     """Run `module` on tokens [T, h] and their experts [T, k], by way of `project`: [T, h].
 
@@ -185,12 +181,9 @@ def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> b
 
     Rows and `ends` as for `Project`. Not for min-max grids, gradients or autocast.
     """
-    fits = packed.zeros is None and y.dtype == x.dtype
-    if not fits or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return False
-    if choose(x.device) != TRITON:
-        return False
-    found = _expert_table(packed, x.dtype)
+    unknown = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    fits = packed.zeros is None and y.dtype == x.dtype and not unknown
+    found = _expert_table(packed, x.dtype) if fits and choose(x.device) == TRITON else None
     if found is None:
         return False
     table, slots = found

@@ -34,10 +34,7 @@ _LONGEST = 300  # characters of what a child said
 
 
 def kernels_work(
-    device: torch.device,
-    kernels: Path,
-    command: Sequence[str] = _COMMAND,
-    limit: float = LIMIT,
+    device: torch.device, kernels: Path, command: Sequence[str] = _COMMAND, limit: float = LIMIT
 ) -> bool:
     """Return whether the kernels run on this GPU and are right there; log a warning if not.
 

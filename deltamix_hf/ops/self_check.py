@@ -62,16 +62,13 @@ def errors(
     case: str, device: torch.device, counts: Sequence[int] = (1, 16, 40, 80)
 ) -> Iterator[float]:
     """The error of each product of `counts` rows as a share of its largest output."""
-    random = torch.Generator().manual_seed(0)
+    k, random = triton_kernels(), torch.Generator().manual_seed(0)
     layer, other = (_Layer(case, device, random) for _ in range(2))
-    k, decodes = triton_kernels(), layer.dtype in triton_kernels().DECODE_DTYPES
-    plan = k.DecodePlan([layer.packed, other.packed], layer.dtype) if decodes else None
+    plan = k.DecodePlan([layer.packed, other.packed], layer.dtype)
     for rows in counts:
         x = layer.inputs(rows, random)
         found = k.delta_linear(x.to(device), layer.weight, None, layer.packed)
         yield _distance(found, layer.expected(x))
-        if plan is None:
-            continue
         y = F.linear(x.to(device), layer.weight)
         k.grouped_add(y, x.to(device), layer.table, _all_rows(k, rows, device), None)
         yield _distance(y, layer.expected(x))
@@ -79,8 +76,6 @@ def errors(
             both = plan.linear(x.to(device), [layer.weight, other.weight], [None, None])
             for one, found in zip((layer, other), both, strict=True):
                 yield _distance(found, one.expected(x))
-    if plan is None:
-        return
     ids = torch.randint(layer.m, (16,), generator=random)
     y = F.embedding(ids.to(device), layer.weight)
     k.grouped_embed(y, ids.to(device), layer.rows_table, _all_rows(k, 16, device))

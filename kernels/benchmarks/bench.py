@@ -13,6 +13,7 @@ rows; a way that fails does not stop the rest.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,8 +24,7 @@ import torch
 from cases import last_lines, tell
 from deltamix_kernels import DECODE_ROWS, INTERPRETED, DecodePlan, delta_linear
 from factors import TINY, groups, kernel_form, layer_factors
-from model import block_costs
-from shapes import MODELS, Linear, delta_bytes
+from shapes import MODELS, Linear, bytes_of, delta_bytes
 from timing import DEVICE, copy_rate, spread, time_eager, time_graph
 from torch import Tensor
 
@@ -117,9 +117,11 @@ def our_base(group: Group, rows: int) -> Way | None:
 
 
 def reference(group: Group, rows: int) -> Way:
+    os.environ["DELTAMIX_KERNEL"] = "reference"  # of the library's ops, which no other way calls
+
     def one(x: Tensor, i: int) -> Tensor:
         *tensors, flat, _, _, group_sizes = group.factors[i].op_arguments
-        arguments = group.weights[i], group.biases[i], *tensors, flat, group_sizes, "reference"
+        arguments = group.weights[i], group.biases[i], *tensors, flat, group_sizes
         return low_rank.delta_linear(x, *arguments)
 
     return Way(lambda x: [one(x, i) for i in range(len(group.linears))], group.deltas)
@@ -214,8 +216,8 @@ def measure_all(
     linears: list[Linear], rows: int, names: list[str], blocks: list[list[Group]], rate: float
 ) -> None:
     """Check and time the ways at one number of rows; one JSON line each."""
-    costs, middle = block_costs(linears), None
-    moved = {"base": costs["base MB"], "ours": costs["base MB"] + costs["delta MB"]}
+    (weights, deltas), middle = bytes_of(linears), None
+    moved = {"base": weights, "ours": weights + deltas}
     inputs = {g.reads: torch.randn(rows, g.n, device=DEVICE, dtype=DTYPE) for g in blocks[0]}
     for name in names:
         started, row = time.perf_counter(), {"rows": rows, "way": name}
@@ -233,7 +235,7 @@ def measure_all(
         middle = median if name == "base" else middle
         row |= {**spread(found), "of base": round(median / middle, 3) if middle else None}
         if name in moved and rows <= DECODE_ROWS:
-            row["share of copy rate"] = round(moved[name] * 1e6 / median / rate, 3)
+            row["share of copy rate"] = round(moved[name] / median / rate, 3)
         tell(**row, seconds=round(time.perf_counter() - started, 1))
 
 

@@ -152,8 +152,8 @@ def grouped(
     weight = inputs(DEVICE, dtype, m, n) / n**0.5
     for rows in rows_list:
         chosen = torch.randint(-1, tenants, (rows,)).tolist()
-        plan = RowSlots(rows, min(rows, 256), DEVICE)
-        plan.load([str(i) if i >= 0 else None for i in chosen], slots)
+        names = [str(i) if i >= 0 else None for i in chosen]
+        plan = RowSlots(names, min(rows, 256), DEVICE, slots)
         of_batch = dk.Rows(plan.order, plan.starts, plan.slots)
         ids = torch.randint(m, (rows,), device=DEVICE)
         x = ids if embed else inputs(DEVICE, dtype, rows, n)

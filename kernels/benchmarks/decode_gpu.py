@@ -161,9 +161,53 @@ class Group:
         )
 
 
+CHAIN = 2 if CPU else 24  # layers of `chain`
+REPLAYS = 1 if CPU else 50
+
+
+def chain(group: Group, rows: int) -> Iterator[bool]:
+    """Whether layers that each read what the one before wrote give the same bits each time.
+
+    In one CUDA graph of dependent launches, replayed with fresh inputs, against launches that wait
+    for each other: a kernel that began before its input was there would differ.
+    """
+    start = torch.empty(rows, group.plans[0].n, device=DEVICE, dtype=DTYPE)
+
+    def run(dependent: bool) -> Tensor:
+        x = start
+        for i in range(CHAIN):
+            plan = group.plans[i % SETS]
+            now, plan.dependent = plan.dependent, dependent and plan.dependent
+            x = plan.linear(x, group.weights[i % BASE_SETS], [None])[0]
+            plan.dependent = now
+            if i % 3 == 2:  # others' kernels in between, at times
+                x = x / x.abs().mean()
+        return x
+
+    run(True)
+    if CPU:
+        graph, found = None, start
+    else:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run(True)
+    for _ in range(REPLAYS):
+        start.normal_()
+        right = run(False)
+        if graph is None:
+            found = run(True)
+        else:
+            graph.replay()
+        yield torch.equal(found, right) and not found.isnan().any()
+
+
 def part_kernels(rows_list: list[int]) -> None:
     """Check and time every group at each number of rows."""
     made = [*map(Group, GROUPS)]
+    for rows in rows_list:
+        good = [*chain(made[1], rows)] if rows <= 16 else [True]
+        tell(part="kernels", rows=rows, chain=f"{sum(good)} of {len(good)}", ok=all(good))
     for rows in rows_list:
         layer: dict[str, float] = {}
         for group in made:

@@ -72,3 +72,9 @@ def runs(linear: Linear, ratio: float = 1 / 16) -> list[tuple[int, int, int]]:
 def delta_bytes(linear: Linear, layout: list[tuple[int, int, int]]) -> int:
     columns_n, columns_m = -(-linear.n // 8), -(-linear.m // 8)
     return sum(c * (v * columns_n + u * columns_m + 6) for c, v, u in layout)
+
+
+def bytes_of(linears: list[Linear]) -> tuple[int, int]:
+    """(base, delta) bytes of these layers: bf16 weights, and deltas of 1/16 of that."""
+    delta = sum(delta_bytes(linear, runs(linear)) for linear in linears)
+    return sum(linear.base_bytes for linear in linears), delta

@@ -33,50 +33,89 @@ from timing import DEVICE, time_graph
 CONFIGS = Path(deltamix_kernels.__file__).parent / "configs"
 META = torch.device("meta")
 ROWS = {"8": 1, "16": 16}  # by settings: the rows that they are chosen by
-# What is tried in place of a kernel's settings in configs/.
-TRIED: dict[str, list[dict[str, int]]] = {
-    "shrink": [{"UNROLL": unroll} for unroll in (1, 2, 4, 8)],
-    "expand": [{"UNROLL": unroll} for unroll in (1, 2, 4)],
-    "fused": [
-        {"WARPS": 4, "UNROLL": 8, "COLUMNS": 1},
-        {"WARPS": 8, "UNROLL": 4, "COLUMNS": 1},
-        {"WARPS": 8, "UNROLL": 2, "COLUMNS": 1},
-        {"WARPS": 4, "UNROLL": 4, "COLUMNS": 2},
-        {"WARPS": 4, "UNROLL": 2, "COLUMNS": 2},
+# What is tried in place of settings in configs/, by their names there.
+SHRINK = [
+    {"UNROLL": 2},
+    {"UNROLL": 4},
+    {"UNROLL": 4, "maxnreg": 80},
+    {"WARPS": 16, "UNROLL": 2},
+    {"WARPS": 16, "UNROLL": 4},
+]
+TRIED: dict[str, Any] = {
+    "dequantize": [
+        {"C": 32},
+        {"C": 64},
+        {"C": 64, "num_warps": 8},
+        {"R": 8, "C": 64},
+        {"R": 4, "C": 128},
+        {"R": 4, "C": 128, "num_warps": 8},
     ],
-    "dequantize": [{"C": 32}, {"C": 64}, {"num_warps": 8}, {"C": 32, "num_warps": 8}],
+    "8": {
+        "fused": [
+            {"AHEAD": 1},
+            {"AHEAD": 2},
+            {"RANKS": 1},
+            {"UNROLL": 8},
+            {"UNROLL": 8, "AHEAD": 1},
+            {"WARPS": 8},
+            {"WARPS": 8, "UNROLL": 2},
+            {"COLUMNS": 2},
+            {"COLUMNS": 2, "WARPS": 8},
+        ],
+        "shrink": SHRINK,
+        "expand": [{"UNROLL": 4}],
+    },
+    "16": {
+        "fused": [
+            {"COLUMNS": 1},
+            {"WARPS": 8},
+            {"COLUMNS": 4, "WARPS": 8},
+            {"COLUMNS": 4, "WARPS": 8, "UNROLL": 2},
+            {"COLUMNS": 4},
+            {"UNROLL": 2},
+            {"AHEAD": 1},
+            {"RANKS": 1},
+        ],
+        "shrink": SHRINK,
+        "expand": [{"UNROLL": 4}],
+    },
 }
 if INTERPRETED:
-    TRIED = {"shrink": [{"UNROLL": 2}], "expand": [], "fused": [], "dequantize": [{"C": 32}]}
+    TRIED = {"dequantize": [{"C": 32}], "8": {"shrink": [{"UNROLL": 2}]}, "16": {}}
 
 
-def candidates(kernel: str, now: dict[str, int]) -> list[dict[str, int]]:
+def candidates(now: dict[str, int], tried: list[dict[str, int]]) -> list[dict[str, int]]:
     """The settings `now`, then all that are tried."""
-    tried = [{**now, **change} for change in TRIED[kernel]]
-    return [now, *(some for some in tried if some != now)]
+    changed = [{**now, **change} for change in tried]
+    return [now, *(some for some in changed if some != now)]
 
 
 def jobs() -> Iterator[tuple[str, str, dict[str, int]]]:
     """(kernel, settings' name, settings) of all that is compiled, what is surely needed first."""
-    settings = read("default")
-    for i in range(1 + max(map(len, TRIED.values()))):
-        for tokens in ROWS:
-            for kernel in ("fused", "shrink", "expand"):
-                some = candidates(kernel, settings[tokens][kernel])
-                yield from [(kernel, tokens, some[i])] if i < len(some) else []
+    found = {
+        (kernel, tokens): candidates(read("default")[tokens][kernel], TRIED[tokens].get(kernel, []))
+        for tokens in ROWS
+        for kernel in ("fused", "shrink", "expand")
+    }
+    for i in range(max(map(len, found.values()))):
+        for (kernel, tokens), some in found.items():
+            yield from [(kernel, tokens, some[i])] if i < len(some) else []
 
 
-def compile_one(job: tuple[str, str, dict[str, int]]) -> str:
+def compile_one(job: tuple[str, str, dict[str, int]], long: bool = False) -> str:
     """Compile for an H100 by the host code that launches, on tensors without memory."""
     kernel, tokens, chosen = job
-    # integers are not specialised on: all groups launch what the smallest one does
-    linears, rows, settings = GROUPS[1], ROWS[tokens], read("default")
+    # integers are not specialised on: all groups launch what the smallest one does, but that
+    # shrink has more warps for many inputs
+    linears, rows, settings = GROUPS[3 * long], ROWS[tokens], read("default")
     tiles = {**settings, tokens: {**settings[tokens], kernel: chosen}}
     plan = DecodePlan([random_packed(one, META) for one in linears], DTYPE, tiles)
     x = torch.empty(rows, plan.n, dtype=DTYPE, device=META)
     h = torch.empty(rows, plan.codes.total, dtype=DTYPE, device=META)
     ys = [torch.empty(rows, one.m, dtype=DTYPE, device=META) for one in linears]
     weights = [torch.empty(one.m, one.n, dtype=DTYPE, device=META) for one in linears]
+    if kernel == "shrink" and not long and not CPU:
+        compile_one(job, long=True)
     with launches():
         if kernel == "shrink":
             plan.shrink(x)
@@ -105,18 +144,20 @@ def part_tune(options: argparse.Namespace) -> None:
     """Keep the fastest settings of each kernel over a layer: launches read the device's own."""
     end, folder = time.perf_counter() + options.seconds, Path(options.configs)
     made, settings = [*map(Group, GROUPS)], config(DEVICE)
-    for tokens, rows in ROWS.items():
-        for kernel in ("fused", "shrink", "expand"):
+    checks, runs = [group.worst_dequantized for group in made], [g.dequantized for g in made]
+    tried = candidates(settings["dequantize"], TRIED["dequantize"])
+    choose(settings, "dequantize", None, tried, checks, runs, end)
+    for kernel in ("fused", "shrink", "expand"):
+        for tokens, rows in ROWS.items():
             checks = [partial(group.worst, rows, kernel) for group in made]
-            runs = [group.timed(rows)[kernel] for group in made]
-            tried = candidates(kernel, settings[tokens][kernel])
+            # shrink and the fused launch overlap
+            what = "expand" if kernel == "expand" else "linear"
+            runs = [group.timed(rows)[what] for group in made]
+            tried = candidates(settings[tokens][kernel], TRIED[tokens].get(kernel, []))
             choose(settings[tokens], kernel, rows, tried, checks, runs, end)
             save(settings, folder)
     runs = [group.timed(16)["linear"] for group in made]
     choose(settings, "fused_rows", 16, [settings["fused_rows"], 8], [], runs, end)
-    checks, runs = [group.worst_dequantized for group in made], [g.dequantized for g in made]
-    tried = candidates("dequantize", settings["dequantize"])
-    choose(settings, "dequantize", None, tried, checks, runs, end)
     save(settings, folder)
     tell(part="tune", settings=settings)
 
@@ -148,12 +189,13 @@ def choose(
             if not (error := max((check() for check in checks), default=0.0)) <= TOLERANCE:
                 tell(**what, ok=False, error=error)
                 continue
-            seconds = sum(statistics.median(time_graph(run, SETS, LOOPS)) for run in runs)
+            groups_us = [1e6 * statistics.median(time_graph(run, SETS, LOOPS)) for run in runs]
         except Exception as fault:
             tell(**what, ok=False, error=last_lines(fault))
             continue
-        tell(**what, layer_us=round(1e6 * seconds, 2))
-        found.append((seconds, value))
+        layer_us = sum(groups_us)
+        tell(**what, layer_us=round(layer_us, 2), groups_us=[round(us, 2) for us in groups_us])
+        found.append((layer_us, value))
     settings[name] = min(found, key=lambda one: one[0])[1] if found else now
 
 

@@ -17,8 +17,7 @@ from bench import DTYPE, LOOPS, TOLERANCE, Group
 from cases import last_lines, tell
 from deltamix_kernels import Rows, Table, grouped_add
 from factors import TINY, groups, kernel_form, layer_factors
-from model import block_costs
-from shapes import MODELS, Linear
+from shapes import MODELS, Linear, bytes_of
 from timing import DEVICE, spread, time_graph
 from torch import Tensor
 
@@ -72,7 +71,7 @@ def rows_over(tenants: int) -> Rows:
 
 
 def measure(linears: list[Linear], count: int, spreads: tuple[int, ...]) -> None:
-    costs, some = block_costs(linears), groups(linears)
+    (weights, deltas), some = bytes_of(linears), groups(linears)
     blocks = [
         [Grouped(Group(each, 10 * seed + i), 10 * seed + i) for i, each in enumerate(some)]
         for seed in range(count)
@@ -97,7 +96,7 @@ def measure(linears: list[Linear], count: int, spreads: tuple[int, ...]) -> None
         except Exception as error:
             tell(**row, ok=False, error=last_lines(error))
             continue
-        floor = 1 + tenants * costs["delta MB"] / costs["base MB"]
+        floor = 1 + tenants * deltas / weights
         ratio = statistics.median(seconds) / statistics.median(base)
         figures = {"of base": round(ratio, 3), "floor by bytes": round(floor, 3)}
         tell(**row, **figures, **spread(seconds))

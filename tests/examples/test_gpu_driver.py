@@ -134,6 +134,34 @@ def test_every_step_is_there_and_runs_without_a_gpu(tmp_path):
     assert rows[0]["torch"] and rows[-1]["state"] == "exit 0"
 
 
+IMPORTS = """
+import ast, importlib, sys
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+sys.path.insert(0, str(folder))
+for path in sorted(folder.glob("*.py")):
+    try:
+        importlib.import_module(path.stem)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                exec(compile(ast.unparse(node), path.name, "exec"), {})
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] not in ("vllm", "gemlite"):  # rivals, not installed here
+            print(path.name, error)
+    except BaseException as error:
+        print(path.name, repr(error))
+print("all")
+"""
+
+
+def test_every_script_can_be_imported():
+    """With what its functions import, too."""
+    command = [sys.executable, "-c", IMPORTS, str(FOLDER)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "all\n", done.stdout + done.stderr
+
+
 def test_unknown_step():
     command = [sys.executable, str(FOLDER / "gpu.py"), "out", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -324,7 +324,7 @@ def test_the_route_of_a_step():
         state = SimpleNamespace(logit_processor_kwargs={continuous.KEY: request_delta})
         return SimpleNamespace(state=state, query_length=length, has_new_token=new)
 
-    head, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    head = nn.Linear(2, 2)
     batch = [request("a", 2, False), request("b", 1, True), request("c", 1, True)]
     io = SimpleNamespace(requests_in_batch=batch)
     pairs = [SimpleNamespace(host_io=None), SimpleNamespace(host_io=io)]
@@ -338,5 +338,6 @@ def test_the_route_of_a_step():
         processor: Any = SimpleNamespace(inputs_and_outputs=ios, model_runner=runner)
         route = continuous.RoutedBatchProcessor._route(processor, model)
         tokens = ("a", "a", "b", "c")
-        assert route.rows == route.seen_by(other).rows == tokens
-        assert route.seen_by(head).rows == (("b", "c", "a") if slices else tokens)
+        assert route.rows == route.tokens.rows == tokens
+        found = route.head, route.kept.rows
+        assert found == ((head, ("b", "c", "a")) if slices else (None, ()))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
-import tiny_pairs
 import torch
-from kernel_cases import DEVICE, FEW_BITS
+from kernel_cases import DEVICE
 from many_deltas import CLOSE, Family, loaded
-from tiny_pairs import FAMILIES, logits, token_ids
-from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
+from tiny_pairs import logits, token_ids
+from transformers import CompileConfig
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta import grouped, routing
@@ -25,18 +22,9 @@ IDS = token_ids(3, 5)
 MIXED = ["one", None, "three"]
 
 
-def _build():
-    """One block with norms of its heads; k_proj and v_proj are large enough to be packed."""
-    sizes = {**tiny_pairs.DECODER, "num_key_value_heads": 4, "num_hidden_layers": 1}
-    return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16))
-
-
 @pytest.fixture(scope="module")
-def family(tmp_path_factory, make_family) -> Family:
-    small = replace(FAMILIES["qwen3"], build=_build, budget={"ratio": 0.1})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, "one block", small)
-        return make_family("one block", bits=FEW_BITS)
+def family(one_block) -> Family:
+    return one_block
 
 
 @pytest.fixture

@@ -141,9 +141,12 @@ def test_beneath_the_hooks_of_a_device_map(family):
 
 
 def test_bytes_are_those_of_the_files(family, model):
-    for name, size in model.list_deltas().items():
+    for name, entry in model.dm_deltas.pool.entries.items():
         on_disk = sum(f.stat().st_size for f in family.repos[name].glob("*.safetensors"))
-        assert 0 < size < on_disk < size + 20_000  # headers
+        assert 0 < entry.nbytes < on_disk < entry.nbytes + 20_000  # headers
+        overlay = entry.read().overlay.values()  # in the base's dtype once it is beside it
+        wider = sum(t.numel() * (model.dtype.itemsize - t.element_size()) for t in overlay)
+        assert model.list_deltas()[name] == entry.nbytes + wider
 
 
 def test_a_delta_repo_becomes_one_of_many(family):

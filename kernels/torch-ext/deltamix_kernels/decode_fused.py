@@ -10,57 +10,155 @@ import triton.language as tl
 
 from .decode_expand import add_ranks, prefetch_ranks, runs_of
 from .decode_product import (
+    addresses,
+    advanced,
     four,
     lanes,
+    load,
+    load_some,
     mma,
+    mma_of_16,
     no_sums,
+    no_words,
     over_warps,
+    prefetch,
     some_of,
-    together,
 )
 
 
 @triton.jit
+def _prefetch_weights(
+    rows, start, length, count, WARPS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr
+):
+    """Ask for what an iteration of `base_product` reads from unit `start` on; see `prefetch`.
+
+    rows: uint8 pointer to the weights of the first of `count` outputs, each of `length` units.
+    """
+    wide: tl.constexpr = 64 * WARPS * UNROLL  # bytes of a row
+    for c in tl.static_range(COLUMNS):
+        at = rows + (c * 8 * length + start).to(tl.int64) * 16
+        prefetch(at, length * 16, tl.minimum((length - start) * 16, wide), count - c * 8, WARPS)
+
+
+@triton.jit
+def _weights(rows, ahead: tl.constexpr, COUNT: tl.constexpr, PTX: tl.constexpr):
+    """Words of COUNT steps' weights of every byte column."""
+    found = ()
+    for u in tl.static_range(COUNT):
+        for c in tl.static_range(len(rows)):
+            found = found + load(rows[c], ahead + 4 * u, PTX, ONCE=True)
+    return found
+
+
+@triton.jit
+def _inputs(x, ahead: tl.constexpr, live, before, COUNT: tl.constexpr, PTX: tl.constexpr):
+    """Words of COUNT steps' inputs; of tokens that are not `live` those of `before`."""
+    found = ()
+    for u in tl.static_range(COUNT):
+        for i in tl.static_range(len(x)):
+            others = some_of(before, 4 * (u * len(x) + i), 4)
+            found = found + load_some(x[i], ahead + 4 * u, live[i], others, PTX)
+    return found
+
+
+@triton.jit
+def _add(
+    sums, weights, given, COLUMNS: tl.constexpr, dtype: tl.constexpr, TOKENS: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """sums + the product of `_weights` and `_inputs`."""
+    blocks: tl.constexpr = TOKENS // 8
+    for u in tl.static_range(len(weights) // (4 * COLUMNS)):
+        done = ()
+        a = some_of(given, 4 * blocks * u, 4)
+        for c in tl.static_range(COLUMNS):
+            b = some_of(weights, 4 * (u * COLUMNS + c), 4)
+            if TOKENS == 8:
+                done = done + mma(some_of(sums, 8 * c, 8), (a,), b, dtype, TOKENS, PTX)
+            else:
+                more = some_of(given, 8 * u + 4, 4)
+                done = done + mma_of_16(some_of(sums, 4 * c, 4), a, more, b, dtype, PTX)
+        sums = done
+    return sums
+
+
+@triton.jit
 def base_product(
-    sums,
+    rows8,  # uint8 pointer: the row of the first output
+    count,  # outputs that exist
     weights,  # of every byte column int32 pointers: the row of output g
-    x,  # int32 pointers: token g
-    eighth,
-    first,
+    x,  # of every eight tokens int32 pointers: token g
+    live,  # of every eight tokens: whether it exists
+    warp,
+    t,
     length,  # inputs in units of 8
-    token,
-    tokens,
     dtype: tl.constexpr,
     TOKENS: tl.constexpr,
     WARPS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr,  # steps whose weights are loaded before the first is used; even
+    AHEAD: tl.constexpr,  # iterations from asking for weights to loading them
     PTX: tl.constexpr,
 ):
-    """sums + the product of a thread's output's weights and a token."""
-    for start in range(0, length, 4 * WARPS * UNROLL):
-        rows, given, loads = (), (), ()
-        for u in tl.static_range(UNROLL):
-            at = start + u * 4 + first
-            inside = at < length
-            for c in tl.static_range(len(weights)):
-                rows = rows + (four(weights[c] + at * 4, inside, True),)
-                loads = loads + (rows[u * len(weights) + c],)
-            some = (four(x + at * 4, inside & (token < tokens)),)
-            if TOKENS == 16:
-                some = some + (four(x + eighth + at * 4, inside & (token + 8 < tokens)),)
-            given = given + (some,)
-            loads = loads + some
-        for u in tl.static_range(UNROLL):
-            done = ()
-            for c in tl.static_range(len(weights)):
-                b = rows[u * len(weights) + c]
-                if UNROLL > 1 and u + c == 0:
-                    b = (together(b[0], loads, tokens), b[1], b[2], b[3])
-                done = done + mma(
-                    some_of(sums, c * TOKENS, TOKENS), given[u], b, dtype, TOKENS, PTX
-                )
-            sums = done
+    """The product of a thread's outputs' weights and a token: 8 sums a column, for 16 tokens 4.
+
+    A warp reads 64·UNROLL neighbouring bytes of each row, half of them while it multiplies the
+    others; inputs, which the L1 cache has, are read when they are wanted.
+    """
+    COLUMNS: tl.constexpr = len(weights)
+    half: tl.constexpr = UNROLL // 2
+    step: tl.constexpr = 4 * WARPS * UNROLL
+    sums = no_sums(t, COLUMNS * (8 if TOKENS == 8 else 4))
+    if PTX:
+        for i in tl.static_range(AHEAD):
+            _prefetch_weights(rows8, i * step, length, count, WARPS, COLUMNS, UNROLL)
+    whole = length // step * step
+    first = warp * (4 * UNROLL) + t
+    rows, to = (), ()
+    for c in tl.static_range(COLUMNS):
+        rows = rows + (weights[c] + first * 4,)
+    for i in tl.static_range(len(x)):
+        to = to + (x[i] + first * 4,)
+    rows, to = addresses(rows, PTX), addresses(to, PTX)
+    given = no_words(t, 4 * half * len(x))
+    if whole > 0:
+        loads = _weights(rows, 0, half, PTX)
+        for start in range(step, whole + 1, step):
+            if PTX and AHEAD > 0:
+                later = start + (AHEAD - 1) * step
+                _prefetch_weights(rows8, later, length, count, WARPS, COLUMNS, UNROLL)
+            others = _weights(rows, 4 * half, half, PTX)
+            given = _inputs(to, 0, live, given, half, PTX)
+            sums = _add(sums, loads, given, COLUMNS, dtype, TOKENS, PTX)
+            # the last ones are loaded once more
+            rows = advanced(rows, tl.where(start < whole, step, 0))
+            loads = _weights(rows, 0, half, PTX)
+            given = _inputs(to, 4 * half, live, given, half, PTX)
+            sums = _add(sums, others, given, COLUMNS, dtype, TOKENS, PTX)
+            to = advanced(to, step)
+    for start in range(whole, length, 4 * WARPS):
+        at = start + warp * 4 + t
+        inside = at < length
+        last, given_last = (), ()
+        for c in tl.static_range(COLUMNS):
+            last = last + four(weights[c] + at * 4, inside)
+        for i in tl.static_range(len(x)):
+            given_last = given_last + four(x[i] + at * 4, inside & live[i])
+        sums = _add(sums, last, given_last, COLUMNS, dtype, TOKENS, PTX)
     return sums
+
+
+@triton.jit
+def _store(y, bias, sums, first, length, rows, BIASED: tl.constexpr, TOKENS: tl.constexpr):
+    """Write eight outputs from `first` on of every token, with their bias."""
+    _, row, pair = lanes(1)
+    for i in tl.static_range(TOKENS // 4):
+        output = first + 2 * pair + i % 2
+        token = row + i // 2 * 8
+        live = (output < length) & (token < rows)
+        value = sums[i]
+        if BIASED:
+            value += tl.load(bias + output, mask=output < length, other=0.0).to(tl.float32)
+        tl.store(y + token * length + output, value.to(y.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["rows", "stride", "units", "total", "m0", "m1", "m2"])
@@ -94,7 +192,11 @@ def decode_fused_kernel(
     WARPS: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,  # of the base product
+    AHEAD: tl.constexpr,  # see `base_product`
+    RANKS: tl.constexpr,  # UNROLL of the ranks
 ):
+    if PDL:  # the next shrink may ask for its codes; it waits for the end of this
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     outputs: tl.constexpr = 8 * COLUMNS
     w, y, bias, length = w0, y0, b0, m0
@@ -118,10 +220,15 @@ def decode_fused_kernel(
     for c in tl.static_range(COLUMNS):
         output = tl.minimum(tile * outputs + c * 8 + g, length - 1)  # past the end: any weights
         weights = weights + (w.to(words) + output.to(tl.int64) * (units * 4),)
-    # a warp reads 64·UNROLL neighbouring bytes of each row
+    inputs, ranked, live = (), (), ()
+    for i in tl.static_range(TOKENS // 8):
+        inputs = inputs + (x.to(words) + (g + 8 * i) * stride * 4,)
+        ranked = ranked + (h.to(words) + (g + 8 * i) * total * 8,)
+        live = live + (g + 8 * i < rows,)
+    rows8 = w.to(tl.pointer_type(tl.uint8)) + (tile * outputs).to(tl.int64) * units * 16
     sums = base_product(
-        no_sums(g, COLUMNS * TOKENS), weights, x.to(words) + g * stride * 4, 8 * stride * 4,
-        warp * (4 * UNROLL) + t, units, g, rows, dtype, TOKENS, WARPS, UNROLL, PTX,
+        rows8, length - tile * outputs, weights, inputs, live, warp, t, units,
+        dtype, TOKENS, WARPS, UNROLL, AHEAD, PTX,
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -130,25 +237,18 @@ def decode_fused_kernel(
     added = no_sums(g, TOKENS)
     if DELTA:
         column = tl.minimum(tile * COLUMNS + warp // share, columns - 1)
-        inputs = ()
-        for i in tl.static_range(TOKENS // 8):
-            inputs = inputs + (h.to(words) + (g + 8 * i) * total * 8,)
         added = add_ranks(
-            added, codes, found, inputs, column, columns, g, warp % share * 4 + t, g, rows,
-            dtype, WIDTHS, TOKENS, 4 * share, 1, PTX,
+            added, codes, found, ranked, column, columns, g, warp % share * 4 + t, g, rows,
+            dtype, WIDTHS, TOKENS, 4 * share, RANKS, PTX,
         )  # fmt: skip
-    _, row, pair = lanes(1)
     for c in tl.static_range(COLUMNS):
         mine = ()
         for i in tl.static_range(TOKENS):
             own = added[i] if COLUMNS == 1 else tl.where(warp // share == c, added[i], 0.0)
-            mine = mine + (sums[c * TOKENS + i] + own,)
+            if TOKENS == 8:
+                own += sums[c * 8 + i]
+            elif i % 8 < 2:
+                own += sums[c * 4 + i // 8 * 2 + i % 8]
+            mine = mine + (own,)
         mine = over_warps(mine, TOKENS, WARPS)
-        for i in tl.static_range(TOKENS // 4):
-            output = tile * outputs + c * 8 + 2 * pair + i % 2
-            token = row + i // 2 * 8
-            live = (output < length) & (token < rows)
-            value = mine[i]
-            if BIASED:
-                value += tl.load(bias + output, mask=output < length, other=0.0).to(tl.float32)
-            tl.store(y + token * length + output, value.to(y.dtype.element_ty), mask=live)
+        _store(y, bias, mine, (tile * COLUMNS + c) * 8, length, rows, BIASED, TOKENS)

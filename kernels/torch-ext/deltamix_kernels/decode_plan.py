@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .prepack import ALIGN, cdiv, pack_u, pack_v, padded, slots_of, v_runs, widt
 
 DECODE_DTYPES = torch.bfloat16, torch.float16  # of x, the base weight and y
 _TILE = 8  # ranks of a program of shrink
+_LONG = 1024  # byte columns of V from which a program of shrink has 16 warps
 
 
 def decodable(packed: Packed, dtype: torch.dtype) -> bool:
@@ -30,6 +32,13 @@ def decodable(packed: Packed, dtype: torch.dtype) -> bool:
 def token_block(rows: int) -> int:
     """Rows of x that a program takes."""
     return 8 if rows <= 8 else 16
+
+
+@lru_cache(maxsize=64)
+def launches_dependents(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one ahead of it ends: from Hopper on."""
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capable and not INTERPRETED
 
 
 def aligned(x: Tensor, columns: int) -> Tensor:
@@ -135,9 +144,9 @@ class DecodePlan:
         self.dtype, self.n, self.lengths = dtype, one.n, [p.m for p in matrices]
         self.codes = Codes.of(matrices)
         self.tiles = tiles or config(device)
-        # launches of dependent kernels before their predecessor ends, from Hopper on
-        capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self.dependent = capable and not INTERPRETED
+        self.dependent = launches_dependents(device)
+        if self.dependent:  # such a launch asks for codes before it waits for those before it
+            torch.cuda.current_stream(device).synchronize()
         missing = 3 - len(self.lengths)
         self._lengths = [*self.lengths, *self.lengths[:1] * missing]
 
@@ -165,11 +174,15 @@ class DecodePlan:
     def shrink(self, x: Tensor, dependent: bool = False) -> Tensor:
         """h [rows, slots] of x [rows <= 64, n], with both scales.
 
-        `dependent`: let the launch that follows begin at once, if it is a dependent one.
+        `dependent`: launch before the preceding kernel of the stream ends, and wait for it inside;
+        a dependent launch that follows begins as soon as x is there.
         """
         rows, codes = x.shape[0], self.codes
         assert x.dtype == self.dtype and x.shape[1] == self.n and 0 < rows <= DECODE_ROWS
         tokens, x = token_block(rows), aligned(x, codes.columns)
+        options = self._options(tokens, "shrink")
+        if codes.columns >= _LONG:
+            options["WARPS"] = 16
         h = x.new_empty(rows, codes.total)
         launch(
             decode_shrink_kernel,
@@ -185,8 +198,9 @@ class DecodePlan:
             codes.total // ALIGN,
             codes.columns // ALIGN,
             PDL=dependent,
-            num_warps=8,
-            **self._options(tokens, "shrink"),
+            num_warps=options["WARPS"],
+            **options,
+            **({"launch_pdl": True} if dependent else {}),
         )
         return h
 

@@ -18,15 +18,12 @@ _MMA = (
     "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
 )
 _MMAS = tl.constexpr([_MMA.format(t) for t in ("bf16", "f16")])
-# by what is masked, and how many 16 bytes ahead
+# by whether it is masked, and how many 16 bytes ahead
 _LOAD = "ld.global.v4.b32 {$0, $1, $2, $3}, [$4 + AHEAD];"
-_MASK = "{ .reg .pred p; setp.ne.b32 p, $5, 0; ZERO@p " + _LOAD + " }"
-_ZERO = "".join(f"mov.b32 ${i}, 0; " for i in range(4))
+_MASK = "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p " + _LOAD + " }"
+_ONCE = _LOAD.replace("global", "global.cg")  # leaves the L1 cache to others
 _LOADS = tl.constexpr(
-    [
-        [text.replace("AHEAD", str(16 * i)) for i in range(256)]
-        for text in (_LOAD, _MASK.replace("ZERO", ""), _MASK.replace("ZERO", _ZERO))
-    ]
+    [[text.replace("AHEAD", str(16 * i)) for i in range(256)] for text in (_LOAD, _MASK, _ONCE)]
 )
 
 
@@ -38,16 +35,13 @@ def lanes(WARPS: tl.constexpr):
 
 
 @triton.jit
-def four(at, mask=None, ONCE: tl.constexpr = False):
-    """Four words from each address on, an int32 pointer to 16 aligned bytes; 0 where masked.
-
-    ONCE: leave the L1 cache to others.
-    """
+def four(at, mask=None):
+    """Four words from each address on, an int32 pointer to 16 aligned bytes; 0 where masked."""
     words = at[:, None] + tl.arange(0, 4)[None, :]
     if mask is None:
-        both = tl.load(words, cache_modifier=".cg" if ONCE else "")
+        both = tl.load(words)
     else:
-        both = tl.load(words, mask=mask[:, None], other=0, cache_modifier=".cg" if ONCE else "")
+        both = tl.load(words, mask=mask[:, None], other=0)
     even, odd = tl.split(tl.reshape(both, [at.shape[0], 2, 2]))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
@@ -55,30 +49,38 @@ def four(at, mask=None, ONCE: tl.constexpr = False):
 
 
 @triton.jit
-def load(address, ahead: tl.constexpr, mask, ZERO: tl.constexpr, PTX: tl.constexpr):
-    """Four words from 16·ahead bytes after each address int64 on. mask may be None: everywhere.
+def load(address, ahead: tl.constexpr, PTX: tl.constexpr, ONCE: tl.constexpr = False):
+    """Four words from 16·ahead bytes after each address int64 on. ONCE: not by the L1 cache.
 
-    Where masked, zeros or (not ZERO) any words: Triton's load would take instructions to write
-    zeros, and LLVM one more pointer for each distance.
+    Triton's own load would take a pointer for each distance.
     """
     if not PTX:
-        return four(address.to(tl.pointer_type(tl.int32)) + ahead * 4, mask)
-    if mask is None:
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            _LOADS[0][ahead], "=r,=r,=r,=r,l", [address],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-        return w0, w1, w2, w3
-    else:
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            _LOADS[2 if ZERO else 1][ahead], "=r,=r,=r,=r,l,r", [address, mask.to(tl.int32)],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-        return w0, w1, w2, w3
+        return four(address.to(tl.pointer_type(tl.int32)) + ahead * 4)
+    w0, w1, w2, w3 = tl.inline_asm_elementwise(
+        _LOADS[2 if ONCE else 0][ahead], "=r,=r,=r,=r,l", [address],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+    return w0, w1, w2, w3
 
 
 @triton.jit
-def _addresses(pointers, PTX: tl.constexpr):
+def load_some(address, ahead: tl.constexpr, mask, others, PTX: tl.constexpr):
+    """The same; where masked the four words `others`, or in the interpreter 0.
+
+    If others are what the same load gave the last time, a masked thread's registers stay.
+    """
+    if not PTX:
+        return four(address.to(tl.pointer_type(tl.int32)) + ahead * 4, mask)
+    w0, w1, w2, w3 = tl.inline_asm_elementwise(
+        _LOADS[1][ahead], "=r,=r,=r,=r,l,r,0,1,2,3",
+        [address, mask.to(tl.int32), others[0], others[1], others[2], others[3]],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def addresses(pointers, PTX: tl.constexpr):
     """int64 of pointers; LLVM would take these apart and put them together for each load."""
     found = ()
     for i in tl.static_range(len(pointers)):
@@ -92,7 +94,7 @@ def _addresses(pointers, PTX: tl.constexpr):
 
 
 @triton.jit
-def _advanced(addresses, units: tl.constexpr):
+def advanced(addresses, units):
     """Every address so many 16 bytes further."""
     found = ()
     for i in tl.static_range(len(addresses)):
@@ -151,6 +153,15 @@ def no_sums(like, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def no_words(like, count: tl.constexpr):
+    """So many zeros int32 a thread."""
+    found = ()
+    for _ in tl.static_range(count):
+        found = found + (tl.zeros(like.shape, tl.int32),)
+    return found
+
+
+@triton.jit
 def some_of(sums, first: tl.constexpr, count: tl.constexpr):
     """A part of a tuple."""
     found = ()
@@ -177,16 +188,14 @@ def mma(sums, inputs, b, dtype: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.cons
 
 
 @triton.jit
-def together(first, loads, rows):
-    """`first`, but known only when all the loads (tuples of words) are there.
+def mma_of_16(sums, first, second, b, dtype: tl.constexpr, PTX: tl.constexpr):
+    """The same for tokens g and g + 8, four words each: as the instruction means it.
 
-    Otherwise ptxas moves each load to where it is needed and one latency follows the other.
+    It takes half the instructions and sums, four, but copies of inputs, which pay where several
+    columns use them.
     """
-    any_of = first
-    for i in tl.static_range(len(loads)):
-        for w in tl.static_range(0, len(loads[i]), 4):
-            any_of = any_of | loads[i][w]
-    return first | (any_of & (rows >> 31))  # rows, an argument, is no negative number
+    sums = _mma(sums, (first[0], second[0], first[1], second[1]), b[0], b[1], dtype, PTX)
+    return _mma(sums, (first[2], second[2], first[3], second[3]), b[2], b[3], dtype, PTX)
 
 
 @triton.jit
@@ -226,34 +235,39 @@ def byte_rows(at, plane, j, bits: tl.constexpr):
 
 
 @triton.jit
-def _masked(masks, also):
+def _step(
+    rows, inputs, ahead: tl.constexpr, inside, live, before, FIRST: tl.constexpr, PTX: tl.constexpr
+):
+    """Words of the step so many units of 16 terms ahead: two halves of inputs, the planes' codes.
+
+    Inputs of tokens that are not `live` are those of `before`, zeros or an earlier step. Codes are
+    zeros if not `inside`; None: surely. FIRST: codes before inputs. ptxas keeps the order of loads,
+    and at times puts others' use between.
+    """
+    codes, given = (), ()
+    zero = tl.zeros(rows[0].shape, tl.int32)
+    for order in tl.static_range(2):
+        if (order == 0) == FIRST:
+            for i in tl.static_range(len(rows)):
+                if inside is None:
+                    codes = codes + load(rows[i], ahead, PTX)
+                else:
+                    codes = codes + load_some(rows[i], ahead, inside, (zero, zero, zero, zero), PTX)
+        else:
+            for half in tl.static_range(2):
+                for i in tl.static_range(len(inputs)):
+                    others = some_of(before, 4 * (half * len(inputs) + i), 4)
+                    given = given + load_some(inputs[i], 2 * ahead + half, live[i], others, PTX)
+    return given + codes
+
+
+@triton.jit
+def masked(masks, also):
     """Every one of a tuple of masks, and `also`."""
     found = ()
     for i in tl.static_range(len(masks)):
         found = found + (masks[i] & also,)
     return found
-
-
-@triton.jit
-def _step(
-    rows, inputs, ahead: tl.constexpr, live, inside, ZERO: tl.constexpr, FIRST: tl.constexpr,
-    PTX: tl.constexpr,
-):  # fmt: skip
-    """Words of the step so many units of 16 terms ahead: two halves of inputs, the planes' codes.
-
-    Any codes if not `inside` (None: surely), any inputs, or ZERO, of tokens not `live`. FIRST:
-    codes before inputs. ptxas keeps the order of loads, and at times puts others' use between.
-    """
-    codes, given = (), ()
-    for order in tl.static_range(2):
-        if (order == 0) == FIRST:
-            for i in tl.static_range(len(rows)):
-                codes = codes + load(rows[i], ahead, inside, False, PTX)
-        else:
-            for half in tl.static_range(2):
-                for i in tl.static_range(len(inputs)):
-                    given = given + load(inputs[i], 2 * ahead + half, live[i], ZERO, PTX)
-    return given + codes
 
 
 @triton.jit
@@ -296,43 +310,59 @@ def multiply(
     UNROLL: tl.constexpr,  # steps whose codes are loaded before the first is used
     PTX: tl.constexpr,
 ):
-    """sums + the product of all terms."""
-    rows = byte_rows(codes + first * 4, plane, j, bits)
+    """sums + the product of all terms.
+
+    No masked load leaves a register undefined: it would be in use around whatever loop this is in
+    (242 registers for 80, and three times the instructions outside of loops).
+    """
+    rows, to, live = byte_rows(codes + first * 4, plane, j, bits), (), ()
     fixed = constants((token + tokens) >> 31, bits, dtype, PTX)
-    to, live = (), ()
     for i in tl.static_range(len(inputs)):
         to = to + (inputs[i] + first * 8,)
         live = live + (token + 8 * i < tokens,)
-    rows, to = _addresses(rows, PTX), _addresses(to, PTX)
+    rows, to = addresses(rows, PTX), addresses(to, PTX)
     some: tl.constexpr = STEP * UNROLL
     whole = length // some * some
+    of_inputs: tl.constexpr = TOKENS  # words of a step
+    none = no_words(first, of_inputs)
     if UNROLL == 1:
-        for start in range(0, whole, some):
-            here = _masked(live, first * 0 + start < length)  # as below for the order of loads
-            step = _step(rows, to, 0, here, None, False, False, PTX)
+        before = none
+        for _ in range(0, whole, some):
+            step = _step(rows, to, 0, None, live, before, False, PTX)
             sums = _sums(sums, step, j, fixed, bits, dtype, TOKENS, PTX)
-            rows, to = _advanced(rows, some), _advanced(to, 2 * some)
+            rows, to = advanced(rows, some), advanced(to, 2 * some)
+            before = some_of(step, 0, of_inputs)
     else:
-        # One half of the steps is loaded while the other is multiplied.
+        # One half of the steps is loaded while the other is multiplied; the last ones load what
+        # they have once more.
         half: tl.constexpr = UNROLL // 2
-        more, loads = first * 0 < whole, ()
+        size: tl.constexpr = of_inputs + 4 * len(rows)  # words of a step
+        any_whole, loads = first * 0 < whole, ()
         for u in tl.static_range(half):
-            loads += _step(rows, to, u * STEP, _masked(live, more), more, False, True, PTX)
+            here = masked(live, any_whole)
+            loads += _step(rows, to, u * STEP, any_whole, here, none, True, PTX)
+        later = no_words(first, half * size)
         for start in range(some, whole + 1, some):
-            more, later, following = first * 0 + start < whole, (), ()
-            for u in tl.static_range(half, UNROLL):
-                later += _step(rows, to, u * STEP, live, None, False, True, PTX)
-            sums = _sums(sums, loads, j, fixed, bits, dtype, TOKENS, PTX)
-            rows, to = _advanced(rows, some), _advanced(to, 2 * some)
+            others, following = later, ()
+            later = ()
             for u in tl.static_range(half):
-                following += _step(rows, to, u * STEP, _masked(live, more), more, False, True, PTX)
+                before = some_of(others, u * size, of_inputs)
+                later += _step(rows, to, (half + u) * STEP, None, live, before, True, PTX)
+            sums = _sums(sums, loads, j, fixed, bits, dtype, TOKENS, PTX)
+            further = tl.where(start < whole, some, 0)
+            rows, to = advanced(rows, further), advanced(to, 2 * further)
+            for u in tl.static_range(half):
+                before = some_of(loads, u * size, of_inputs)
+                following += _step(rows, to, u * STEP, None, live, before, True, PTX)
             sums = _sums(sums, later, j, fixed, bits, dtype, TOKENS, PTX)
             loads = following
+        further = tl.where(whole > 0, some, 0)
+        rows, to = advanced(rows, further), advanced(to, 2 * further)
     for start in range(whole, length, STEP):
         within = start + first < length
-        last = _step(rows, to, 0, _masked(live, within), within, True, False, PTX)
+        last = _step(rows, to, 0, within, masked(live, within), none, True, PTX)
         sums = _sums(sums, last, j, fixed, bits, dtype, TOKENS, PTX)
-        rows, to = _advanced(rows, STEP), _advanced(to, 2 * STEP)
+        rows, to = advanced(rows, STEP), advanced(to, 2 * STEP)
     return sums
 
 

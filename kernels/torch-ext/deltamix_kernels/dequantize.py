@@ -27,11 +27,16 @@ def dequantize_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """out[r] = the vector of rank r, with its scales. Grid: rank tiles, blocks of byte columns."""
+    """out[r] = the vector of rank r, with its scales; ranks of no bits are zeros.
+
+    Grid: rank tiles, blocks of byte columns.
+    """
     tile = tiles + tl.program_id(0) * 7
     column = tl.program_id(1) * C
     first_rank = tl.load(tile + 3)
     count = tl.load(tile + 4)
+    bits = tl.load(tile + 5 + SIDE)
+    known = tl.where(bits > 0, count, 0)
     value = factor(
         packed,
         ranks,
@@ -39,8 +44,8 @@ def dequantize_kernel(
         tl.load(tile + SIDE),
         tl.load(tile + 2),
         first_rank,
-        count,
-        tl.load(tile + 5 + SIDE),
+        known,
+        bits,
         tl.maximum(tl.load(tile + 5), tl.load(tile + 6)),
         column,
         columns,
@@ -55,7 +60,7 @@ def dequantize_kernel(
         C,
     )
     if GROUP == 0:
-        value *= whole_scales(ranks, first_rank, count, stride, scale_column, R)[:, None]
+        value *= whole_scales(ranks, first_rank, known, stride, scale_column, R)[:, None]
     r = tl.arange(0, R)
     element = column * 8 + tl.arange(0, 8 * C)
     at = (first_rank + r).to(tl.int64)[:, None] * out_stride + element[None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +11,24 @@ import triton
 from torch import Tensor
 
 from .config import config
-from .decode_plan import DECODE_DTYPES, Codes, aligned, decodable, token_block, u_table
+from .decode_plan import (
+    DECODE_DTYPES,
+    Codes,
+    aligned,
+    decodable,
+    launches_dependents,
+    u_table,
+)
 from .gather import gather_kernel
 from .grouped import FIELDS, grouped_expand_kernel, grouped_rows_kernel, grouped_shrink_kernel
 from .launch import CHUNK, INTERPRETED, Packed, U, flat, launch
 from .layout import canonical, widths_mask
 from .prepack import ALIGN, cdiv, pack_u, padded
 
-_PROGRAMS = 64  # that share a delta's ranks
+_FEW = 64  # rows up to which a program takes 8, since each delta has few of them
+# Of such a program, registers a thread at most, and how many run on a multiprocessor. What ptxas
+# takes by itself, 115 and 94, lets only two run.
+_RESOURCES = {"shrink": (80, 3), "expand": (64, 4)}
 _RANKS = 64  # of a program that decodes rows of an embedding
 
 
@@ -129,17 +140,16 @@ def grouped_add(y: Tensor, x: Tensor, table: Table, rows: Rows, bias: Tensor | N
     x = aligned(flat(x), columns)
 
     def shrink(h: Tensor, where: tuple[Any, ...], tokens: int) -> None:
-        unroll = config(x.device)[str(tokens)]["shrink"]["UNROLL"]
         launch(
             grouped_shrink_kernel,
-            (min(_PROGRAMS, 2 * table.total), _row_programs(len(h), tokens), len(rows.slots)),
+            (_programs(x.device, "shrink"),),
             x,
             h,
             *where,
             x.stride(0) // 8,
             table.total,
             columns // ALIGN,
-            **_options(table, tokens, unroll),
+            **_options(table, rows, tokens, x.device, "shrink"),
         )
 
     _add(y, len(x), table, rows, shrink, table.m, bias)
@@ -155,7 +165,7 @@ def grouped_embed(y: Tensor, ids: Tensor, table: Table, rows: Rows) -> None:
     def look_up(h: Tensor, where: tuple[Any, ...], tokens: int) -> None:
         launch(
             grouped_rows_kernel,
-            (cdiv(16 * table.total, _RANKS), min(len(h), 64), len(rows.slots)),
+            (8 * _programs(ids.device, "expand"),),
             ids,
             h,
             *where,
@@ -165,6 +175,7 @@ def grouped_embed(y: Tensor, ids: Tensor, table: Table, rows: Rows) -> None:
             GROUP=table.group,
             WIDTHS=table.widths,
             R=_RANKS,
+            MOST=_most(rows),
             num_warps=1,
         )
 
@@ -185,14 +196,14 @@ def _add(
     assert rest == 0 and y.is_contiguous()
     for low in range(0, count, CHUNK):
         high = min(low + CHUNK, count)
-        tokens = token_block(high - low)
+        tokens = 8 if high - low <= _FEW else 16
         h = y.new_empty(high - low, 16 * table.total)
-        where = table.data, *rows, length, low, high
+        where = table.data, *rows, length, low, high, len(rows.slots)
         enter(h, where, tokens)
-        unroll = config(y.device)[str(tokens)]["expand"]["UNROLL"]
+        options = _options(table, rows, tokens, y.device, "expand")
         launch(
             grouped_expand_kernel,
-            (cdiv(outputs, 64), _row_programs(len(h), tokens), len(rows.slots)),
+            (_programs(y.device, "expand"),),
             h,
             y,
             y if bias is None else bias,
@@ -200,23 +211,38 @@ def _add(
             outputs,
             table.total,
             BIASED=bias is not None,
-            **_options(table, tokens, unroll),
+            **options,
+            **({"launch_pdl": True} if options["PDL"] else {}),
         )
 
 
-def _options(table: Table, tokens: int, unroll: int) -> dict[str, Any]:
+def _options(
+    table: Table, rows: Rows, tokens: int, device: torch.device, kernel: str
+) -> dict[str, Any]:
+    limit = {} if INTERPRETED or tokens > 8 else {"maxnreg": _RESOURCES[kernel][0]}
     return {
+        **limit,
         "WIDTHS": table.widths,
         "PTX": not INTERPRETED,
+        "PDL": launches_dependents(device),
         "TOKENS": tokens,
-        "UNROLL": unroll,
+        "UNROLL": config(device)[str(tokens)][kernel]["UNROLL"],
+        "MOST": _most(rows),
         "num_warps": 8,
     }
 
 
-def _row_programs(rows: int, tokens: int) -> int:
-    """Programs that share an entry's rows."""
-    return min(16, cdiv(rows, tokens))
+def _most(rows: Rows) -> int:
+    """A power of two that `entries` do not exceed; 256 for most, to compile one kernel for them."""
+    return max(256, triton.next_power_of_2(len(rows.slots)))
+
+
+@lru_cache(maxsize=64)
+def _programs(device: torch.device, kernel: str) -> int:
+    """As many as the device runs at a time."""
+    if device.type != "cuda":
+        return 4  # by turns, in Triton's interpreter
+    return _RESOURCES[kernel][1] * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def gather(base: Tensor, addresses: Tensor, of_rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import config
 from .dequantize import dequantize_kernel
-from .layout import Runs, canonical, rank_count, tile_table, widths_mask
+from .layout import Runs, canonical, padded_rank, rank_count, tile_table, widths_mask
 from .prepack import cdiv
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -82,7 +82,7 @@ def delta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed)
     rows, (m, n) = flat(x), weight.shape
     with _no_autocast(x):
         if len(rows) > m * n // (m + n):
-            right, left = (dequantize(packed, side, weight.dtype) for side in (V, U))
+            right, left = (_factor(packed, side, weight.dtype) for side in (V, U))
             y = F.linear(rows, torch.addmm(weight, left.T, right), bias)
         else:
             y = F.linear(rows, weight, bias)
@@ -92,7 +92,7 @@ def delta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed)
 
 def _multiply(y: Tensor, x: Tensor, packed: Packed, enter: int, leave: int, add: bool) -> None:
     """Write or add x·V̂ᵀ·Ûᵀ to y, `CHUNK` rows at a time."""
-    right, left = (dequantize(packed, side, x.dtype) for side in (enter, leave))
+    right, left = (_factor(packed, side, x.dtype) for side in (enter, leave))
     with _no_autocast(x):
         for start in range(0, len(x), CHUNK):
             part = slice(start, start + CHUNK)
@@ -100,13 +100,15 @@ def _multiply(y: Tensor, x: Tensor, packed: Packed, enter: int, leave: int, add:
 
 
 def dequantize(packed: Packed, side: int, dtype: torch.dtype) -> Tensor:
-    """V̂ [k, n] or Ûᵀ [k, m] in `dtype`, scaled. Rows begin at multiples of 8 elements.
+    """V̂ [k, n] or Ûᵀ [k, m] in `dtype`, scaled."""
+    return _factor(packed, side, dtype)[: packed.rank]
 
-    cuBLAS multiplies rows that begin anywhere by its slow kernels.
-    """
-    length = packed.length(side)
+
+def _factor(packed: Packed, side: int, dtype: torch.dtype) -> Tensor:
+    """The same with zeros after the last rank; ranks and the stride of rows are multiples of 8."""
+    length, ranks = packed.length(side), padded_rank(packed.runs)
     columns = cdiv(length, 8)
-    out = packed.ranks.new_empty(packed.rank, 8 * columns, dtype=dtype)
+    out = packed.ranks.new_empty(ranks, 8 * columns, dtype=dtype)
     if out.numel() == 0:
         return out[:, :length]
     chosen = config(out.device)["dequantize"]

@@ -38,11 +38,16 @@ def canonical(mask: int) -> int:
     return _EVERY if mask & ~_USUAL else _USUAL
 
 
+def padded_rank(runs: Runs) -> int:
+    """The next multiple of 8: cuBLAS multiplies rows of whole 16 bytes, others by slow kernels."""
+    return -(-rank_count(runs) // 8) * 8
+
+
 def tile_rows(runs: Runs, tile: int) -> list[list[int]]:
-    """The table as a list."""
-    rows = []
+    """The table as a list, up to the padded rank: the last tile has no bits."""
+    rows, pads = [], padded_rank(runs) - rank_count(runs)
     v_row = u_row = zero_row = rank = 0
-    for count, v_bits, u_bits in runs:
+    for count, v_bits, u_bits in (*runs, (pads, 0, 0)):
         for start in range(0, count, tile):
             size = min(tile, count - start)
             rows.append([v_row, u_row, zero_row, rank, size, v_bits, u_bits])
@@ -53,11 +58,15 @@ def tile_rows(runs: Runs, tile: int) -> list[list[int]]:
 
 def tile_table(runs: Runs, tile: int, ranks: Tensor) -> Tensor:
     """The table on the device of `ranks`; lives as long as that, as captured graphs need it."""
-    found = _tables.get(ranks)
-    if found is None or found.device != ranks.device:
-        rows = torch.tensor(tile_rows(runs, tile), dtype=torch.int32)
-        found = _tables[ranks] = persistent(ranks.device, lambda: rows.to(ranks.device))
-    return found
+    tables = _tables.setdefault(ranks, {})
+    key = tile, ranks.device
+    if key not in tables:
+
+        def make() -> Tensor:
+            return torch.tensor(tile_rows(runs, tile), dtype=torch.int32).to(ranks.device)
+
+        tables[key] = persistent(ranks.device, make)
+    return tables[key]
 
 
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
