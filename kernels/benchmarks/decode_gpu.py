@@ -34,7 +34,7 @@ from deltamix_hf.quantization import uniform
 
 CPU = DEVICE.type == "cpu"
 GROUPS = groups(TINY)[:2] if INTERPRETED else groups()
-SETS = 1 if CPU else 8  # of codes that take turns: 27 MB each against an L2 cache of 50 MB
+SETS = 1 if CPU else 4  # of codes that take turns: 27 MB each against an L2 cache of 50 MB
 BASE_SETS = 1 if CPU else 2  # of base weights: 436 MB each
 LOOPS = 4  # of a graph over all sets
 DTYPE = torch.bfloat16

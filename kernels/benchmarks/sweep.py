@@ -52,9 +52,10 @@ TRIED: dict[str, Any] = {
     ],
     "8": {
         "fused": [
+            {"TOUCH": 0},
             {"AHEAD": 1},
-            {"AHEAD": 2},
             {"RANKS": 1},
+            {"RANKS": 1, "TOUCH": 0},
             {"UNROLL": 8},
             {"UNROLL": 8, "AHEAD": 1},
             {"WARPS": 8},
@@ -73,7 +74,7 @@ TRIED: dict[str, Any] = {
             {"COLUMNS": 4, "WARPS": 8, "UNROLL": 2},
             {"COLUMNS": 4},
             {"UNROLL": 2},
-            {"AHEAD": 1},
+            {"TOUCH": 0},
             {"RANKS": 1},
         ],
         "shrink": SHRINK,

@@ -7,7 +7,9 @@ j of 8 takes element j of the byte columns.
 import triton
 import triton.language as tl
 
-from .decode_product import lanes, multiply, over_warps, prefetch
+from .decode_product import lanes, multiply, over_warps, prefetch, touch
+
+_POWERS = tl.constexpr([1, 1, 2, 4, 4, 8, 8, 8, 8])  # the next power of two
 
 
 @triton.jit
@@ -40,6 +42,21 @@ def prefetch_ranks(
             here = tl.minimum(COLUMNS, columns - tile * COLUMNS) * size * 16
             at = codes + begin.to(tl.int64) * 16 + tile * COLUMNS * size * 16
             prefetch(at, columns * size * 16, here, b, WARPS)
+
+
+@triton.jit
+def touch_ranks(
+    codes, found, tile, columns, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr
+):
+    """Load the codes of a tile, or most of them, into the L1 cache; see `touch`."""
+    words = tl.zeros([32 * WARPS], tl.int32)
+    for b in tl.static_range(1, 9):
+        if (WIDTHS >> b) & 1:
+            begin, _, size = found[b - 1]
+            here = tl.minimum(COLUMNS, columns - tile * COLUMNS) * size * 16
+            at = codes + begin.to(tl.int64) * 16 + tile * COLUMNS * size * 16
+            words |= touch(at, columns * size * 16, here, b, _POWERS[b], WARPS)
+    return words
 
 
 @triton.jit

@@ -8,7 +8,7 @@ those of a byte column its ranks, and their sums are added in one order.
 import triton
 import triton.language as tl
 
-from .decode_expand import add_ranks, prefetch_ranks, runs_of
+from .decode_expand import add_ranks, prefetch_ranks, runs_of, touch_ranks
 from .decode_product import (
     addresses,
     advanced,
@@ -23,6 +23,7 @@ from .decode_product import (
     over_warps,
     prefetch,
     some_of,
+    touch,
 )
 
 
@@ -148,6 +149,37 @@ def base_product(
 
 
 @triton.jit
+def _rank_product(
+    h, codes, found, tile, columns, rows, total, dtype: tl.constexpr, WIDTHS: tl.constexpr,
+    TOKENS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    TOUCH: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Wait for h, then make the product of all ranks and every warp's byte column.
+
+    Neighbouring warps have the same column and share its ranks.
+    """
+    warp, g, t = lanes(WARPS)
+    share: tl.constexpr = WARPS // COLUMNS
+    near = tl.zeros(g.shape, tl.int32)
+    if TOUCH:  # a few steps follow, each of which would wait for the L2 cache
+        near = touch_ranks(codes, found, tile, columns, WIDTHS, COLUMNS, WARPS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    added, inputs = no_sums(g, TOKENS), ()
+    if TOUCH:
+        near |= touch(h.to(tl.pointer_type(tl.uint8)), 0, rows * total * 32, 1, 1, WARPS)
+        none = (near & (rows >> 31)).to(tl.float32)  # 0: rows is no negative number
+        added = (none,) + some_of(added, 1, TOKENS - 1)
+    for i in tl.static_range(TOKENS // 8):
+        inputs = inputs + (h.to(tl.pointer_type(tl.int32)) + (g + 8 * i) * total * 8,)
+    column = tl.minimum(tile * COLUMNS + warp // share, columns - 1)
+    return add_ranks(
+        added, codes, found, inputs, column, columns, g, warp % share * 4 + t, g, rows,
+        dtype, WIDTHS, TOKENS, 4 * share, RANKS, PTX,
+    )  # fmt: skip
+
+
+@triton.jit
 def _store(y, bias, sums, first, length, rows, BIASED: tl.constexpr, TOKENS: tl.constexpr):
     """Write eight outputs from `first` on of every token, with their bias."""
     _, row, pair = lanes(1)
@@ -194,6 +226,7 @@ def decode_fused_kernel(
     UNROLL: tl.constexpr,  # of the base product
     AHEAD: tl.constexpr,  # see `base_product`
     RANKS: tl.constexpr,  # UNROLL of the ranks
+    TOUCH: tl.constexpr,  # bring what expand reads to the L1 cache first
 ):
     if PDL:  # the next shrink may ask for its codes; it waits for the end of this
         tl.extra.cuda.gdc_launch_dependents()
@@ -220,27 +253,25 @@ def decode_fused_kernel(
     for c in tl.static_range(COLUMNS):
         output = tl.minimum(tile * outputs + c * 8 + g, length - 1)  # past the end: any weights
         weights = weights + (w.to(words) + output.to(tl.int64) * (units * 4),)
-    inputs, ranked, live = (), (), ()
+    inputs, live = (), ()
     for i in tl.static_range(TOKENS // 8):
         inputs = inputs + (x.to(words) + (g + 8 * i) * stride * 4,)
-        ranked = ranked + (h.to(words) + (g + 8 * i) * total * 8,)
         live = live + (g + 8 * i < rows,)
     rows8 = w.to(tl.pointer_type(tl.uint8)) + (tile * outputs).to(tl.int64) * units * 16
     sums = base_product(
         rows8, length - tile * outputs, weights, inputs, live, warp, t, units,
         dtype, TOKENS, WARPS, UNROLL, AHEAD, PTX,
     )  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     share: tl.constexpr = WARPS // COLUMNS
-    # Of byte column warp // share, whose ranks that many warps share.
-    added = no_sums(g, TOKENS)
     if DELTA:
-        column = tl.minimum(tile * COLUMNS + warp // share, columns - 1)
-        added = add_ranks(
-            added, codes, found, ranked, column, columns, g, warp % share * 4 + t, g, rows,
-            dtype, WIDTHS, TOKENS, 4 * share, RANKS, PTX,
+        added = _rank_product(
+            h, codes, found, tile, columns, rows, total, dtype,
+            WIDTHS, TOKENS, WARPS, COLUMNS, RANKS, TOUCH, PTX, PDL,
         )  # fmt: skip
+    else:
+        added = no_sums(g, TOKENS)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
     for c in tl.static_range(COLUMNS):
         mine = ()
         for i in tl.static_range(TOKENS):

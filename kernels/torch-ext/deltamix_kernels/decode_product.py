@@ -214,6 +214,18 @@ def prefetch(codes, plane, length, count, WARPS: tl.constexpr):
 
 
 @triton.jit
+def touch(at, plane, length, count, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """Load `count` <= ROWS stretches into the L1 cache, of each up to 1024·WARPS / ROWS bytes.
+
+    What it returns, an int32 a thread, must be used, or nothing is loaded.
+    """
+    i, lanes_of_row = tl.arange(0, 32 * WARPS), 32 * WARPS // ROWS
+    row, byte = i // lanes_of_row, i % lanes_of_row * 32
+    where = (at + row * plane + byte).to(tl.pointer_type(tl.int32))
+    return tl.load(where, mask=(row < count) & (byte < length), other=0)
+
+
+@triton.jit
 def byte_rows(at, plane, j, bits: tl.constexpr):
     """Of every plane of a width, pointers to the byte row that holds element j."""
     if bits == 8:
