@@ -148,7 +148,7 @@ def kernel_counts(bits: tuple[int, ...], rows: int, capability: int) -> dict[str
 
 def decode_loops(kernel: str, counts: Counts) -> list[Loop]:
     """Those that unpack codes: of each width one of whole steps, then one of the rest."""
-    return counts.loops[1:] if kernel == "fused" else counts.loops
+    return counts.loops[2:] if kernel == "fused" else counts.loops  # the base's come first
 
 
 def _passes(units: int, loops: tuple[Loop, Loop], step: int) -> int:

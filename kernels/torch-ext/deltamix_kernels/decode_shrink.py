@@ -1,8 +1,8 @@
 """h = x·V̂ᵀ from prepacked codes (prepack.py): shrink for decoding.
 
 One program multiplies 8 ranks of one width with up to 16 inputs. Warp j of 8 takes element j of the
-byte columns, whose inputs lie at j·columns + byte column; of 16 warps two share an element. Their
-sums are added in one order, so that two runs give the same bits.
+byte columns, whose inputs lie at j·columns + byte column. The warps' sums are added in one order,
+so that two runs give the same bits.
 """
 
 import triton
@@ -28,22 +28,20 @@ def shrink_tile(
     PTX: tl.constexpr,
     PDL: tl.constexpr,  # launched before its predecessor ended: ask for codes, then wait for x
     TOKENS: tl.constexpr,
-    WARPS: tl.constexpr,  # a multiple of 8
     UNROLL: tl.constexpr,
 ):
-    """Write h of a tile's ranks for up to TOKENS tokens from `first` on.
+    """Write h of a tile's ranks for up to TOKENS tokens from `first` on; 8 warps.
 
     A tile of 0 bits gets zeros.
     """
     begin, rank = tl.load(tile), tl.load(tile + 1)
     count, bits = tl.load(tile + 2), tl.load(tile + 3)
-    warp, g, t = lanes(WARPS)
-    j, part = warp % 8, warp // 8
+    j, g, t = lanes(8)
     words = tl.pointer_type(tl.int32)
     if PTX:
         size = bits * units * 16
-        for start in range(0, size, 512 * WARPS):
-            prefetch(codes + begin.to(tl.int64) * 16 + start, size, size - start, count, WARPS)
+        for start in range(0, size, 512 * 8):
+            prefetch(codes + begin.to(tl.int64) * 16 + start, size, size - start, count, 8)
     _, row, pair = lanes(1)
     column = 2 * pair
     slot0 = tl.load(slots + rank + column, mask=column < count, other=0)
@@ -63,10 +61,10 @@ def shrink_tile(
         if (WIDTHS >> b) & 1:
             if bits == b:
                 sums = multiply(
-                    sums, at, units * 4, given, j, part * 4 + t, units, first + g, tokens, b, dtype,
-                    TOKENS, WARPS // 2, UNROLL, PTX,
+                    sums, at, units * 4, given, j, t, units, first + g, tokens, b, dtype,
+                    TOKENS, 4, UNROLL, PTX,
                 )  # fmt: skip
-    sums = over_warps(sums, TOKENS, WARPS)
+    sums = over_warps(sums, TOKENS, 8)
     for i in tl.static_range(TOKENS // 8):
         token = first + i * 8 + row
         to = h + token.to(tl.int64) * total * 16
@@ -92,11 +90,10 @@ def decode_shrink_kernel(
     PTX: tl.constexpr,
     PDL: tl.constexpr,
     TOKENS: tl.constexpr,
-    WARPS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """Grid: tiles, blocks of TOKENS rows."""
-    _, g, _ = lanes(WARPS)
+    _, g, _ = lanes(8)
     first = tl.program_id(1) * TOKENS
     inputs = ()
     for i in tl.static_range(TOKENS // 8):
@@ -104,5 +101,5 @@ def decode_shrink_kernel(
         inputs = inputs + (x.to(tl.pointer_type(tl.int32)) + row * stride * 4,)
     shrink_tile(
         inputs, h, tiles + tl.program_id(0) * 4, codes, slots, scales, first, rows, total, units,
-        x.dtype.element_ty, WIDTHS, PTX, PDL, TOKENS, WARPS, UNROLL,
+        x.dtype.element_ty, WIDTHS, PTX, PDL, TOKENS, UNROLL,
     )  # fmt: skip

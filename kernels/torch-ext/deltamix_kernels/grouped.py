@@ -110,7 +110,7 @@ def grouped_shrink_kernel(
                 inputs, h, _tensor(fields, TILES, tl.int32) + tile * 4,
                 _tensor(fields, V, tl.uint8), _tensor(fields, SLOTS, tl.int32),
                 _tensor(fields, SCALES, tl.float32), first, end, total, units,
-                x.dtype.element_ty, WIDTHS, PTX, False, TOKENS, 8, UNROLL,
+                x.dtype.element_ty, WIDTHS, PTX, False, TOKENS, UNROLL,
             )  # fmt: skip
 
 
