@@ -23,11 +23,7 @@ def load_delta(self: PreTrainedModel, repo: Any, name: str = DEFAULT, **base_kwa
         DeltaMixError: not a delta repo, made from another base, damaged, or the name is taken; the
             model is as it was.
     """
-    deltas = manager_of(self)
-    first = not deltas.pool.entries
-    deltas.load(str(repo), name, **base_kwargs)
-    if first:
-        deltas.choose(name)
+    manager_of(self).load(str(repo), name, **base_kwargs)
 
 
 def set_delta(self: PreTrainedModel, name: str | None) -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ class DeltaManager:
         base = self._base
         check_base(config.base_fingerprints, base.infos, "the model's base", base.fingerprints)
         read = partial(read_delta, repo, files, config, base.keys)
-        self.pool.add(name, read(), read)
+        if self.pool.add(name, read(), read):
+            self.choose(name)
 
     def _place(self, name: str, stored: StoredDelta) -> None:
         """Put a delta's tensors beside the base's, on the base's devices."""
@@ -183,6 +185,23 @@ class DeltaManager:
         self.enabled = enabled
         self.router.set_default(Route([self.pool.active if enabled else None]))
 
+    def recomputed(self, plain: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call `plain`, a checkpoint function, so that `function` finds its deltas later too."""
+        route = self.router.route
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with self.pool.holding(route.names), self.router.recomputing(route):
+                return function(*args, **kwargs)
+
+        return plain(again, *args, **kwargs)
+
+    def remember_checkpointed(self) -> None:
+        """Make gradient checkpointing, where it is on, run layers with the deltas they had."""
+        for module in self.model.modules():
+            plain = module.__dict__.get("_gradient_checkpointing_func")
+            if plain is not None and getattr(plain, "func", None) != self.recomputed:
+                module._gradient_checkpointing_func = partial(self.recomputed, plain)
+
     @contextmanager
     def using(self, names: str | Sequence[str | None]) -> Iterator[None]:
         """Context manager: calls that name no deltas use these, in captured graphs too."""
@@ -225,19 +244,29 @@ def manager_of(model: PreTrainedModel) -> DeltaManager:
 
     Raises DeltaMixError if parts of the model are offloaded or in other processes.
     """
-    if "dm_deltas" not in model.__dict__:
-        if is_sharded(model):
-            raise DeltaMixError(
-                "the model is shared out among processes and cannot take several deltas in; load "
-                "it without tp_plan, or one delta repo by itself with from_pretrained"
-            )
-        if any(t.device.type == "meta" for t in model.state_dict().values()):
-            raise DeltaMixError(
-                "parts of the model are offloaded; load it whole to serve several deltas from it"
-            )
-        deltas = model.__dict__["dm_deltas"] = DeltaManager(model)
-        change_class(model, routed_model_class(type(model), DEFAULT in deltas.pool.entries))
+    with _MAKING:  # threads that come first together share one
+        if "dm_deltas" not in model.__dict__:
+            _make(model)
     return model.__dict__["dm_deltas"]
+
+
+_MAKING = RLock()
+
+
+def _make(model: PreTrainedModel) -> None:
+    if is_sharded(model):
+        raise DeltaMixError(
+            "the model is shared out among processes and cannot take several deltas in; load "
+            "it without tp_plan, or one delta repo by itself with from_pretrained"
+        )
+    if any(t.device.type == "meta" for t in model.state_dict().values()):
+        raise DeltaMixError(
+            "parts of the model are offloaded; load it whole to serve several deltas from it"
+        )
+    deltas = DeltaManager(model)
+    deltas.remember_checkpointed()
+    change_class(model, routed_model_class(type(model), DEFAULT in deltas.pool.entries))
+    model.__dict__["dm_deltas"] = deltas
 
 
 def _maps_one_tensor(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
@@ -45,7 +45,15 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
 
         return named
 
-    methods: dict[str, Any] = {"forward": naming(cls.forward, forward=True)}
+    def set_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
+        cls._set_gradient_checkpointing(self, *args, **kwargs)
+        self.__dict__["dm_deltas"].remember_checkpointed()
+
+    methods: dict[str, Any] = {
+        "forward": naming(cls.forward, forward=True),
+        "_set_gradient_checkpointing": set_checkpointing,
+        **{name: _unless_changed(getattr(cls, name)) for name in _EMBEDDINGS},
+    }
     if hasattr(cls, "generate"):
         methods["generate"] = naming(cls.generate, forward=False)
     for name in ("init_continuous_batching", "generate_batch"):
@@ -54,6 +62,31 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
     if adopted:
         methods |= {name: _refused(name) for name in ("save_pretrained", "dequantize")}
     return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+
+
+_EMBEDDINGS = "set_input_embeddings", "set_output_embeddings", "resize_token_embeddings"
+
+
+def _unless_changed(method: Any) -> Any:
+    """Return `method`, which gives a model embeddings, so that deltas keep those they are for."""
+
+    @wraps(method)
+    def checked(self: Any, new: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if self.__dict__["dm_deltas"].pool.entries:
+            new = kwargs.get("new_num_tokens", new)
+            step = kwargs.get("pad_to_multiple_of", args[0] if args else None) or 1
+            rows = self.get_input_embeddings().weight.shape[0]
+            same = new in (self.get_input_embeddings(), self.get_output_embeddings())
+            if not (
+                same if isinstance(new, nn.Module) else -(-(new or rows) // step) * step == rows
+            ):
+                raise DeltaMixError(
+                    f"{method.__name__} would change what the loaded deltas are for; delete them, "
+                    "and load deltas of fine-tunes that have these embeddings"
+                )
+        return method(self, new, *args, **kwargs)
+
+    return checked
 
 
 def _refused(name: str) -> Any:

@@ -68,8 +68,8 @@ class Pool:
         self._changed = threading.Condition()
         self._clock = 0
 
-    def add(self, name: str, stored: StoredDelta, read: Callable[[], StoredDelta] | None) -> None:
-        """Take a new delta in, resident.
+    def add(self, name: str, stored: StoredDelta, read: Callable[[], StoredDelta] | None) -> bool:
+        """Take a new delta in, resident; tell whether it is the only one.
 
         Raises DeltaMixError if the name is taken, or there is no room for it.
         """
@@ -82,6 +82,7 @@ class Pool:
             except BaseException:
                 del self.entries[name]
                 raise
+            return len(self.entries) == 1
 
     def check_new(self, name: str) -> None:
         """Raise DeltaMixError if the name is taken."""

@@ -153,13 +153,33 @@ class Router:
         self.slots = Slots()  # of the resident deltas
         self.turn = RLock()  # held by the thread that announces
         self._current: ContextVar[Route | None] = ContextVar("deltamix_route", default=None)
+        self._recomputing: ContextVar[bool] = ContextVar("deltamix_recomputing", default=False)
         self._announced: list[Route] = []  # the last one counts
         self._fixed: dict[tuple[int, torch.device], RowSlots] = {}
         self._writing = Lock()
 
     @property
     def route(self) -> Route:
+        """The route of the running call.
+
+        Raises DeltaMixError in the backward pass, if what runs there has not brought its own.
+        """
+        if torch._C._current_autograd_node() is not None and not self._recomputing.get():
+            raise DeltaMixError(
+                "a layer with deltas runs once more in the backward pass, where its rows' deltas "
+                "are not known: use gradient_checkpointing_enable, which remembers them"
+            )
         return self._current.get() or self.default
+
+    @contextmanager
+    def recomputing(self, route: Route) -> Iterator[None]:
+        """Context manager: use `route`, that of the call whose part runs once more."""
+        token = self._recomputing.set(True)
+        try:
+            with self.using(route):
+                yield
+        finally:
+            self._recomputing.reset(token)
 
     @contextmanager
     def using(self, route: Route | None) -> Iterator[None]:

@@ -212,8 +212,8 @@ def check_parts(
             raise DeltaMixError(
                 f"packed tensor {PREFIX}{part} is {tensors[part].dtype} "
                 f"{list(tensors[part].shape)}, an [{m}, {n}] matrix with these widths needs "
-                f"{DTYPES[part]} {list(shape)}: the delta does not belong to this model, or the "
-                "file is damaged"
+                f"{DTYPES[part]} {list(shape)}: the delta does not belong to this model "
+                "(was it resized?), or the file is damaged"
             )
 
 
