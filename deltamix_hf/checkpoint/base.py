@@ -115,6 +115,18 @@ class BaseCheckpoint:
             if pattern is not None:
                 first, *others = self.keys.converter(pattern).target_patterns
                 self._group |= {name.replace(first, other, 1): name for other in others}
+        self._check_ties()
+
+    def _check_ties(self) -> None:
+        """Raise a DeltaMixError if the model ties what the files hold as two that differ."""
+        for name, source in self.keys.model.all_tied_weights_keys.items():
+            both = name in self and source in self and self.is_plain(name) and self.is_plain(source)
+            if both and not same(self.read(name), self.read(source)):
+                raise DeltaMixError(
+                    f"the model ties {name} to {source}, but {self._first(name).file} holds two "
+                    "tensors that differ: save the fine-tune untied, with tie_word_embeddings="
+                    "False in its config and a weight of its own for each"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self._group

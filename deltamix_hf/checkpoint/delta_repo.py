@@ -177,7 +177,9 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
             found.absent.append(stored)
             continue
         if name in keys.model.all_tied_weights_keys:
-            raise DeltaMixError(f"the delta repo holds {stored}, which the model ties to another")
+            raise DeltaMixError(
+                f"the delta repo holds {stored}, which the model ties to another: use it by itself"
+            )
         if name in taken:
             raise DeltaMixError(f"the delta repo holds {taken[name]} and {stored} for one weight")
         taken[name] = stored

@@ -48,6 +48,8 @@ def compress(
             f"the base {config.base_model!r} holds no tensor of a {type(model).__name__}: it is "
             "another kind of model; give the base the fine-tune was made from"
         )
+    if not model.all_tied_weights_keys and model.get_output_embeddings() is not None:
+        model.config.tie_word_embeddings = False  # or what is saved would be tied again
     targets, overlay = _sorted(source, base, config)
     _begin_records(model, base, config)
     if not targets and not overlay:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 _OF_NO_EFFECT = (
     "architectures", "dtype", "torch_dtype", "transformers_version", "transformers_weights",
     "quantization_config", "use_cache", "id2label", "label2id", "problem_type", "return_dict",
-    "tie_word_embeddings", "distributed_config", "chunk_size_feed_forward", "is_decoder",
+    "distributed_config", "chunk_size_feed_forward", "is_decoder",
 )  # fmt: skip
 
 
