@@ -200,7 +200,7 @@ class DeltaManager:
         for module in self.model.modules():
             plain = module.__dict__.get("_gradient_checkpointing_func")
             if plain is not None and getattr(plain, "func", None) != self.recomputed:
-                module._gradient_checkpointing_func = partial(self.recomputed, plain)
+                module.__dict__["_gradient_checkpointing_func"] = partial(self.recomputed, plain)
 
     @contextmanager
     def using(self, names: str | Sequence[str | None]) -> Iterator[None]:

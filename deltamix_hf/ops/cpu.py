@@ -219,8 +219,8 @@ def _entries(packed: Tensor, width: int, index: slice | Tensor) -> Tensor:
     return torch.add(rows[:, :2].int(), low, alpha=256)
 
 
-_ALPHA = torch.tensor(codebook.CUBIC[7][0])
-_NIBBLES = torch.tensor([0, 4], dtype=torch.uint8)[:, None]
+_ALPHA = torch.tensor(codebook.CUBIC[7][0], dtype=torch.float32, device="cpu")
+_NIBBLES = torch.tensor([0, 4], dtype=torch.uint8, device="cpu")[:, None]
 
 
 def _look_up(order: int, index: Tensor, out: Tensor | None = None) -> Tensor:
@@ -238,12 +238,13 @@ def _look_up(order: int, index: Tensor, out: Tensor | None = None) -> Tensor:
 @cache
 def _table(order: int) -> Tensor:
     """Levels [entries, 8 / order] of every entry."""
-    if order == 4:
-        return _of_bytes(4)
-    numbers, element = torch.arange(_TWO_BITS)[:, None], torch.arange(4)
-    codes = ((numbers >> (element * 2)) & 3) << 1 | ((numbers >> (8 + element)) & 1)
-    three = codebook.decode(codes.to(torch.uint8), torch.tensor(3))
-    return torch.cat([three, _of_bytes(2)])
+    with torch.device("cpu"):  # whatever is the default where it is first wanted
+        if order == 4:
+            return _of_bytes(4)
+        numbers, element = torch.arange(_TWO_BITS)[:, None], torch.arange(4)
+        codes = ((numbers >> (element * 2)) & 3) << 1 | ((numbers >> (8 + element)) & 1)
+        three = codebook.decode(codes.to(torch.uint8), torch.tensor(3))
+        return torch.cat([three, _of_bytes(2)])
 
 
 def _of_bytes(width: int) -> Tensor:

@@ -44,21 +44,25 @@ _NOTHING = 2.0**-100
 def levels(bits: int) -> Tensor:
     """The 2**bits levels of one width, float32, ascending; width 0 has the single level 0."""
     if bits == 0:
-        return torch.zeros(1)
+        return torch.zeros(1, dtype=torch.float32, device="cpu")
     alpha, beta = CUBIC[bits - 1]
-    c = torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
+    c = torch.arange(2**bits, dtype=torch.float64, device="cpu") - (2**bits - 1) / 2
     return (alpha * c + beta * c**3).float()
 
 
+# Made when this is imported, maybe within another default dtype or device: so both are said.
 _LEVELS = [levels(b) for b in range(9)]
 _TABLE = torch.cat(_LEVELS)
-_FIRST = 2 ** torch.arange(9) - 1  # of each width in _TABLE
+_FIRST = 2 ** torch.arange(9, device="cpu") - 1  # of each width in _TABLE
 # Decision points of all widths in one ascending table; width b begins at (b - 1/2) shifts.
 _EDGES = torch.cat(
     [
         part
         for b, table in enumerate(_LEVELS)
-        for part in (torch.tensor([_SHIFT * (b - 0.5)]), (table[1:] + table[:-1]) / 2 + _SHIFT * b)
+        for part in (
+            table.new_tensor([_SHIFT * (b - 0.5)]),
+            (table[1:] + table[:-1]) / 2 + _SHIFT * b,
+        )
     ]
 )
 _AT_ONCE = 1 << 22  # elements

@@ -23,7 +23,8 @@ def _patterns(bits: int, half: bool) -> list[int]:
     """The levels of one width as bit patterns of float16 (`half`) or bfloat16."""
     alpha, beta = _CUBIC[bits]
     centred = [code - (2**bits - 1) / 2 for code in range(2**bits)]
-    found = torch.tensor([alpha * c + beta * c**3 for c in centred], dtype=torch.float64)
+    values = [alpha * c + beta * c**3 for c in centred]
+    found = torch.tensor(values, dtype=torch.float64, device="cpu")
     rounded = found.float().to(torch.float16 if half else torch.bfloat16)
     return [p & 0xFFFF for p in rounded.view(torch.int16).tolist()]
 
