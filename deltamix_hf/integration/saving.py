@@ -195,16 +195,31 @@ class DeltaModel:
         return cast(Any, super()).resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
+class DeltaPart:
+    """What a part of such a model, a model of its own kind, does in another way than its class."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a delta repo of a part could not be loaded."""
+        raise DeltaMixError(
+            "a part of a model with a delta cannot be saved by itself: save the whole model, or "
+            "call its dequantize() first"
+        )
+
+
 def add_methods(model: PreTrainedModel) -> None:
-    """Put `DeltaModel` before the model's class."""
-    if not isinstance(model, DeltaModel):
-        change_class(model, joined_class(type(model), (DeltaModel, type(model))))
+    """Put `DeltaModel` before the model's class, and `DeltaPart` before those of its parts."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and own_deltas(module):
+            more = DeltaModel if module is model else DeltaPart
+            if not isinstance(module, more):
+                change_class(module, joined_class(type(module), (more, type(module))))
 
 
 def remove_methods(model: PreTrainedModel) -> None:
-    """Restore the model's class."""
-    if isinstance(model, DeltaModel):
-        change_class(model, cast(Any, model).dm_plain_class)
+    """Restore the classes of the model and its parts."""
+    for module in model.modules():
+        if isinstance(module, (DeltaModel, DeltaPart)):
+            change_class(cast(Any, module), cast(Any, module).dm_plain_class)
 
 
 def _add_notice(path: Path) -> None:

@@ -33,7 +33,7 @@ from ..storage.headers import check_base
 from .config_mismatch import differing
 from .grouped import refresh, table_bytes
 from .layers import RoutedDeltas, make_routed
-from .model import routed_model_class
+from .model import part_class, routed_model_class
 from .pool import Pool
 from .routing import BASE, Route, Router, named_route, row_delta
 
@@ -265,6 +265,9 @@ def _make(model: PreTrainedModel) -> None:
         )
     deltas = DeltaManager(model)
     deltas.remember_checkpointed()
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part is not model:
+            change_class(part, part_class(type(part), model))
     change_class(model, routed_model_class(type(model), DEFAULT in deltas.pool.entries))
     model.__dict__["dm_deltas"] = deltas
 

@@ -61,6 +61,8 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
             methods[name] = _continuous(name, getattr(cls, name))
     if adopted:
         methods |= {name: _refused(name) for name in ("save_pretrained", "dequantize")}
+    else:
+        methods["save_pretrained"] = _without_deltas(cls.save_pretrained, None)
     return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
 
 
@@ -87,6 +89,26 @@ def _unless_changed(method: Any) -> Any:
         return method(self, new, *args, **kwargs)
 
     return checked
+
+
+def part_class(cls: type[PreTrainedModel], whole: PreTrainedModel) -> type[PreTrainedModel]:
+    """Return the class of a part of a model with named deltas that is a model of its own kind."""
+    save = _without_deltas(cls.save_pretrained, whole)
+    return type(cls.__name__, (cls,), {"save_pretrained": save, "__module__": cls.__module__})
+
+
+def _without_deltas(plain: Any, whole: PreTrainedModel | None) -> Any:
+    @wraps(plain)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        active = (self if whole is None else whole).active_deltas
+        if active:
+            raise DeltaMixError(
+                f"save_pretrained writes the base's weights, without {active}: call set_delta("
+                "None) first if that is what you want, or load the delta repo by itself"
+            )
+        plain(self, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _refused(name: str) -> Any:
