@@ -172,8 +172,9 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if wanted is not None and wanted != model.dtype:
             nn.Module.to(model, dtype=wanted)
         remove_methods(model)
-        for module in model.modules():  # an encoder's config is a copy, which transformers leaves
-            if hasattr(config := getattr(module, "config", None), "quantization_config"):
+        for part in model.modules():  # an encoder's config is a copy, which transformers leaves
+            config: Any = getattr(part, "config", None)
+            if hasattr(config, "quantization_config"):
                 del config.quantization_config
         return model
 
