@@ -244,9 +244,10 @@ def manager_of(model: PreTrainedModel) -> DeltaManager:
 
     Raises DeltaMixError if parts of the model are offloaded or in other processes.
     """
-    with _MAKING:  # threads that come first together share one
-        if "dm_deltas" not in model.__dict__:
-            _make(model)
+    if "dm_deltas" not in model.__dict__:
+        with _MAKING:  # threads that come first together share one
+            if "dm_deltas" not in model.__dict__:
+                _make(model)
     return model.__dict__["dm_deltas"]
 
 
