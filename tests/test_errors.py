@@ -221,6 +221,7 @@ def test_base_that_diverged(pair, copied):
     refusal(lambda: source.load(source.tuned, quantization_config=config), name, "NaN or infini")
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("name", "method"),
     [

@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from deltamix_hf import METHODS, DeltaMixConfig, DeltaMixError, Method
 from deltamix_hf.method import SWITCHES
 
+pytestmark = pytest.mark.untraced
+
 PUBLISHED = {
     "whiten": False,
     "fisher": False,

@@ -88,6 +88,7 @@ def model(matrices, ranks, seed=0):
     return energies, choices, budget
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(("matrices", "ranks"), [(1, 64), (5, 40), (16, 128), (16, 4096)])
 def test_models_are_solved_within_a_certified_gap(matrices, ranks):
     energies, choices, budget = model(matrices, ranks)

@@ -11,6 +11,7 @@ COUNTS, RANKS = f"{FUSED}_dm_counts", f"{FUSED}_dm_ranks"
 BOTH = pytest.mark.parametrize("method", ["delta-come", "deltamix-kl"])
 
 
+@pytest.mark.untraced
 @BOTH
 @pytest.mark.parametrize(
     "counts",

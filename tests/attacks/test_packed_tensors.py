@@ -6,6 +6,8 @@ import pytest
 import torch
 from hostile import MODULE, edit_json, edit_settings, edit_weights
 
+pytestmark = pytest.mark.untraced
+
 BOTH = pytest.mark.parametrize("method", ["delta-come", "deltamix-kl"])
 RANKS = f"{MODULE}.dm_ranks"
 

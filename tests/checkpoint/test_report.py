@@ -192,6 +192,7 @@ def test_command_prints_every_layer_and_json(delta, tmp_path):
     assert {p.name for p in (tmp_path / "plots").iterdir()} == names
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("method", ["deltamix-kl", "delta-come"])
 def test_pictures_show_all_of_it(delta, tmp_path, method):
     report = inspect_repo(delta("llama_tied", method).folder)

@@ -79,6 +79,7 @@ def stored_whole(stored: dict[str, torch.Tensor]) -> list[str]:
     return [name for name in stored if packed_part(name) is None and not is_guard(name)]
 
 
+@pytest.mark.untraced
 def test_each_tensor_is_packed_or_whole(made):
     """And, since all differ, none is left to the base; tied ones are stored once."""
     cls, folder, tuned = made
@@ -124,6 +125,7 @@ def test_beside_the_base_too(made):
         assert relative(model(**inputs).logits, alone(**inputs).logits) < 1e-5
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", BUILDS)
 def test_nothing_changed_is_nothing_stored(name, tmp_path):
     """A fine-tune that is its base: the delta holds the guards alone."""

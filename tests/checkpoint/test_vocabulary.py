@@ -69,6 +69,7 @@ def made(request, tmp_path_factory):
     return Made(tmp_path_factory.mktemp("resized"), *request.param)
 
 
+@pytest.mark.untraced
 def test_reload_gives_bit_equal_logits(made):
     assert torch.equal(logits(made.load("delta")), logits(made.packed))
     assert relative(logits(made.packed), made.tuned_logits) < 0.2
@@ -184,6 +185,7 @@ def test_edited_numbers_of_rows_are_refused(longer, copied, resized):
         longer.family.auto.from_pretrained(folder)
 
 
+@pytest.mark.untraced
 def test_distance_of_a_resized_fine_tune(made):
     files = [[str(made.folder / name / FILE)] for name in ("tuned", "base")]
     model = empty_model(str(made.folder / "tuned"))

@@ -95,6 +95,7 @@ def test_what_equals_the_base_is_not_stored(pair, tmp_path, method):
 ALONE = {"sequential": False, "tune_steps": 0}  # every matrix by itself, against its own delta
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("name", "method", "calibrated"),
     [
@@ -205,6 +206,7 @@ def test_records_in_the_config(delta, method):
         assert "calibration" not in stored and "base_kwargs" not in stored
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("load", "method"),
     [
@@ -268,6 +270,7 @@ def test_modules_to_not_convert_are_stored_whole(pair, tmp_path, method):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.untraced
 @each_method
 @pytest.mark.parametrize(
     ("base_dtype", "tuned_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")]
@@ -296,6 +299,7 @@ def with_tokenizer(pair, tmp_path_factory):
     return folder
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
@@ -338,6 +342,7 @@ def test_tokenizers_that_give_no_tokens(pair, with_tokenizer, tmp_path):
         pair("llama").load(with_tokenizer, quantization_config=config)
 
 
+@pytest.mark.untraced
 @each_method
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_longer_than_the_model_has_positions(pair, name, method):

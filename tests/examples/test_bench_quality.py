@@ -27,6 +27,8 @@ from pairs import tiny
 from pairs.pair import cache_root
 from tiny_pairs import make_config
 
+pytestmark = pytest.mark.untraced
+
 FIELDS = {
     *("id", "pair", "label", "method", "share", "seed", "calibration", "samples", "switches"),
     *("questions", "figures", "kept", "bytes", "ratio", "seconds"),

@@ -27,6 +27,7 @@ def stream(source, output, **options):
 OTHERS = [pytest.param(name, marks=pytest.mark.untraced) for name in CHAINS[1:]]
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", [CHAINS[0], *OTHERS])
 def test_the_bytes_are_those_of_compressing_in_memory(pair, tmp_path, name, method):
@@ -60,6 +61,7 @@ def test_a_crash_at_any_part_changes_no_byte(pair, tmp_path):
     assert not (tmp_path / ".out.unfinished").exists()
 
 
+@pytest.mark.untraced
 def test_tuning_reads_weights_again_and_ends_where_it_does_in_memory(pair, tmp_path):
     source, options = pair("llama"), {"tune_steps": 8, "calibration": calibration_ids()}
     memory = source.compress(**options)

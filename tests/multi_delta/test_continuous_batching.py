@@ -209,6 +209,7 @@ def test_requests_that_made_room_in_the_cache_keep_the_delta(model, alone, monke
     alone.check(found.values(), inputs, names)
 
 
+@pytest.mark.untraced
 def test_eviction(family, model, alone):
     sizes = model.list_deltas()
     model.set_delta(None)

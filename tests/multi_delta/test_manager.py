@@ -32,6 +32,7 @@ def model(family):
     return loaded(family)
 
 
+@pytest.mark.untraced
 def test_every_row_is_what_its_delta_gives_alone(family, model):
     ids = token_ids(5, 7)
     names = ["one", None, "three", "two", "one"]
@@ -66,6 +67,7 @@ def test_choosing_for_all_calls(family, model):
     assert model.active_deltas == [] and torch.equal(logits(model, ids), base)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_a_load_cut_off_leaves_the_model_as_it_was(family, monkeypatch, error):
     model, ids = family.pair.load(family.pair.base), token_ids(3, 7)
@@ -170,7 +172,8 @@ def test_a_delta_repo_becomes_one_of_many(family):
 
 
 def test_saving_a_base_saves_the_base(family, model, tmp_path):
-    model.save_pretrained(tmp_path / "base")
+    with model.disable_deltas():
+        model.save_pretrained(tmp_path / "base")
     again = family.pair.load(tmp_path / "base")
     assert torch.equal(logits(again, token_ids()), family.alone(None, token_ids()))
 
@@ -281,6 +284,7 @@ def test_what_sees_no_batch_is_refused_in_a_mixed_one(make_family):
         logits(model, ids, delta_names=["one", "two", *["three"] * 5])
 
 
+@pytest.mark.untraced
 def test_twenty_deltas_through_room_for_four(make_family):
     """Threads ask at random; whatever was moved out meanwhile, every row is right."""
     family = make_family("llama_tied")

@@ -79,6 +79,7 @@ def test_another_forward_is_not_ours_to_replace(pair):
 # Compressed, saved, loaded
 
 
+@pytest.mark.untraced
 @FAMILY
 @pytest.mark.parametrize("method", METHODS)
 def test_reload_is_bit_equal_and_dense_the_same(delta, name, method):
@@ -294,6 +295,7 @@ def test_experts_that_see_no_token(pair, tmp_path):
     assert (experts_of(packed).gate_up_proj_dm_counts > 0).all()
 
 
+@pytest.mark.untraced
 def test_an_interrupted_job_goes_on(pair, tmp_path, monkeypatch):
     """What is finished of the experts is not done again, and the bytes are the same."""
     source, options = pair("mixtral"), quick("deltamix-kl")

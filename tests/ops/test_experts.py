@@ -70,6 +70,7 @@ def test_dtypes(dtype):
     assert relative(found, by_loops(x, load, experts)) < (1e-6 if dtype.itemsize > 4 else 5e-3)
 
 
+@pytest.mark.untraced
 def test_gradients_reach_the_inputs():
     load, packed = LOADS[0], PackedDelta.join(some_experts())
     x = torch.randn(10, N, dtype=torch.float64, requires_grad=True)

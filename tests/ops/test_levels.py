@@ -101,6 +101,7 @@ def inputs_of(bits, j, rows, half):
     return {f"${4 + i}": value for i, value in enumerate(values)}
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_lookup_finds_the_rounded_levels(bits, half):

@@ -33,6 +33,7 @@ def slow_table(factors, gram, widths, group_size, gaussian):
     return table
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("gaussian", [False, True], ids=["min-max", "gaussian"])
 @pytest.mark.parametrize("with_gram", [True, False])
 @pytest.mark.parametrize("group_size", [0, 16])

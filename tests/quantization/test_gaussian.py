@@ -94,6 +94,7 @@ def test_rounding_loses_what_the_table_says(bits):
     assert lost == pytest.approx(DISTORTION[bits], rel=0.02)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
 @pytest.mark.parametrize("shape", ["normal", "uniform", "heavy"])
