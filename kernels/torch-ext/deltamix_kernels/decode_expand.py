@@ -32,16 +32,23 @@ def runs_of(runs, known, WIDTHS: tl.constexpr):
 
 
 @triton.jit
+def _stretch(codes, run, tile, columns, COLUMNS: tl.constexpr):
+    """(first byte, bytes to the next byte row, bytes) of a tile's codes of one width."""
+    begin, _, size = run
+    here = tl.minimum(COLUMNS, columns - tile * COLUMNS) * size * 16
+    at = codes + begin.to(tl.int64) * 16 + tile * COLUMNS * size * 16
+    return at, columns * size * 16, here
+
+
+@triton.jit
 def prefetch_ranks(
     codes, found, tile, columns, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr
 ):
     """Ask for the codes of a tile of COLUMNS byte columns, of all widths; see `prefetch`."""
     for b in tl.static_range(1, 9):
         if (WIDTHS >> b) & 1:
-            begin, _, size = found[b - 1]
-            here = tl.minimum(COLUMNS, columns - tile * COLUMNS) * size * 16
-            at = codes + begin.to(tl.int64) * 16 + tile * COLUMNS * size * 16
-            prefetch(at, columns * size * 16, here, b, WARPS)
+            at, plane, here = _stretch(codes, found[b - 1], tile, columns, COLUMNS)
+            prefetch(at, plane, here, b, WARPS)
 
 
 @triton.jit
@@ -52,10 +59,8 @@ def touch_ranks(
     words = tl.zeros([32 * WARPS], tl.int32)
     for b in tl.static_range(1, 9):
         if (WIDTHS >> b) & 1:
-            begin, _, size = found[b - 1]
-            here = tl.minimum(COLUMNS, columns - tile * COLUMNS) * size * 16
-            at = codes + begin.to(tl.int64) * 16 + tile * COLUMNS * size * 16
-            words |= touch(at, columns * size * 16, here, b, _POWERS[b], WARPS)
+            at, plane, here = _stretch(codes, found[b - 1], tile, columns, COLUMNS)
+            words |= touch(at, plane, here, b, _POWERS[b], WARPS)
     return words
 
 

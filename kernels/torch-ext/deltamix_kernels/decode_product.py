@@ -274,7 +274,7 @@ def _step(
 
 
 @triton.jit
-def masked(masks, also):
+def _masked(masks, also):
     """Every one of a tuple of masks, and `also`."""
     found = ()
     for i in tl.static_range(len(masks)):
@@ -351,7 +351,7 @@ def multiply(
         size: tl.constexpr = of_inputs + 4 * len(rows)  # words of a step
         any_whole, loads = first * 0 < whole, ()
         for u in tl.static_range(half):
-            here = masked(live, any_whole)
+            here = _masked(live, any_whole)
             loads += _step(rows, to, u * STEP, any_whole, here, none, True, PTX)
         later = no_words(first, half * size)
         for start in range(some, whole + 1, some):
@@ -372,7 +372,7 @@ def multiply(
         rows, to = advanced(rows, further), advanced(to, 2 * further)
     for start in range(whole, length, STEP):
         within = start + first < length
-        last = _step(rows, to, 0, within, masked(live, within), none, True, PTX)
+        last = _step(rows, to, 0, within, _masked(live, within), none, True, PTX)
         sums = _sums(sums, last, j, fixed, bits, dtype, TOKENS, PTX)
         rows, to = advanced(rows, STEP), advanced(to, 2 * STEP)
     return sums
