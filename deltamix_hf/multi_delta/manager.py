@@ -36,6 +36,7 @@ from .layers import RoutedDeltas, make_routed
 from .model import part_class, routed_model_class
 from .pool import Pool
 from .routing import BASE, Route, Router, named_route, row_delta
+from .row_layout import observe
 
 DEFAULT = "default"  # what PEFT calls the first one
 
@@ -55,6 +56,7 @@ class DeltaManager:
         files = getattr(quantizer, "base_files", None)  # of a delta repo
         commit, place = getattr(model.config, "_commit_hash", None), model.name_or_path
         self._base = BaseCheckpoint(files or resolve_base(place, commit, {})[0], model)
+        self._layouts, self._read_directly = observe(model)
         if files:
             self._adopt_own(quantizer)
         for module in model.modules():
@@ -143,27 +145,9 @@ class DeltaManager:
     def _routed(self, module: nn.Module, touched: set[DeltaModule]) -> RoutedDeltas:
         """Return the named deltas of a module, which is noted in `touched`."""
         if not isinstance(module, DeltaModule):
-            module = make_routed(module, self.router)
-            if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
-                module.dm_row_deltas.has_batch = self._looked_up_by_row(module)
+            module = make_routed(module, self.router, self._layouts.get(module, ""))
         touched.add(module)
         return module.dm_row_deltas
-
-    @torch.no_grad()
-    def _looked_up_by_row(self, module: nn.Module) -> bool:
-        """Whether an embedding's ids come as [batch, ...] or [1, ...]: tried out."""
-        seen: list[int] = []
-        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
-        try:
-            with self.router.using(Route([None])):
-                tried = {key: t.to(self.model.device) for key, t in self.model.dummy_inputs.items()}
-                self.model(**tried)
-        except Exception:  # a model that needs other inputs: better refuse mixed batches
-            return False
-        finally:
-            handle.remove()
-        rows = len(next(iter(tried.values())))
-        return bool(seen) and all(length in (1, rows) for length in seen)
 
     def delete(self, name: str) -> None:
         """Forget a delta once no call uses it; it is no longer active."""

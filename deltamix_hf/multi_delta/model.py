@@ -4,6 +4,7 @@
 continuous batching take `delta_names`.
 """
 
+import inspect
 from functools import wraps
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
+from .item_features import routed_features
 from .routing import Names, named_route
 
 
@@ -23,6 +25,8 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
     """
 
     def naming(method: Any, forward: bool) -> Any:
+        names = list(inspect.signature(method).parameters)[1:]  # without self
+
         @wraps(method)  # transformers looks at the signature
         def named(self: Any, *args: Any, delta_names: Names = None, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # modules find their rows when they run
@@ -32,15 +36,16 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
                         "`with model.use_deltas(names):`, or after set_delta"
                     )
                 return method(self, *args, **kwargs)
-            tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
-            deltas, rows = self.__dict__["dm_deltas"], next((len(t) for t in tensors), 1)
-            route = named_route(delta_names, rows)
+            deltas, batch = self.__dict__["dm_deltas"], _batch(self, names, args, kwargs)
+            route = named_route(delta_names, len(batch))
             if not forward and delta_names is not None and _fixed_cache(self, kwargs):
                 with deltas.using(delta_names):
                     return method(self, *args, **kwargs)
             if forward:  # in `generate`, rows may be repeated since they were named
-                route = (route or deltas.router.route).of_batch(rows)
-            with deltas.pool.holding(route.names if route else []), deltas.router.using(route):
+                route = (route or deltas.router.route).of_batch(_rows_inside(self, batch))
+            ids = None if batch.is_floating_point() else batch
+            held = deltas.pool.holding(route.names if route else [])
+            with held, deltas.router.using(route, ids):
                 return method(self, *args, **kwargs)
 
         return named
@@ -53,6 +58,7 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
         "forward": naming(cls.forward, forward=True),
         "_set_gradient_checkpointing": set_checkpointing,
         **{name: _unless_changed(getattr(cls, name)) for name in _EMBEDDINGS},
+        **routed_features(cls, lambda self: self.__dict__["dm_deltas"].router),
     }
     if hasattr(cls, "generate"):
         methods["generate"] = naming(cls.generate, forward=False)
@@ -64,6 +70,21 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
     else:
         methods["save_pretrained"] = _without_deltas(cls.save_pretrained, None)
     return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+
+
+def _batch(model: Any, names: list[str], args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Return the input whose first dimension has the rows of a call; pictures may be others."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    encoded = given.pop("encoder_outputs", None)
+    given["encoded"] = None if encoded is None else encoded[0]
+    first = "input_ids", "inputs", "inputs_embeds", model.main_input_name, "encoded", *given
+    found = (given.get(name) for name in first)
+    return next((t for t in found if isinstance(t, Tensor) and t.dim()), torch.zeros(1))
+
+
+def _rows_inside(model: Any, batch: Tensor) -> int:
+    choices = type(model).__name__.endswith("ForMultipleChoice")  # [rows, choices, length]
+    return len(batch) * (batch.shape[1] if choices else 1)
 
 
 _EMBEDDINGS = "set_input_embeddings", "set_output_embeddings", "resize_token_embeddings"
@@ -93,8 +114,9 @@ def _unless_changed(method: Any) -> Any:
 
 def part_class(cls: type[PreTrainedModel], whole: PreTrainedModel) -> type[PreTrainedModel]:
     """Return the class of a part of a model with named deltas that is a model of its own kind."""
-    save = _without_deltas(cls.save_pretrained, whole)
-    return type(cls.__name__, (cls,), {"save_pretrained": save, "__module__": cls.__module__})
+    methods = routed_features(cls, lambda self: whole.__dict__["dm_deltas"].router)
+    methods["save_pretrained"] = _without_deltas(cls.save_pretrained, whole)
+    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
 
 
 def _without_deltas(plain: Any, whole: PreTrainedModel | None) -> Any:

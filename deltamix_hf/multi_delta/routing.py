@@ -153,6 +153,7 @@ class Router:
         self.slots = Slots()  # of the resident deltas
         self.turn = RLock()  # held by the thread that announces
         self._current: ContextVar[Route | None] = ContextVar("deltamix_route", default=None)
+        self._ids: ContextVar[Tensor | None] = ContextVar("deltamix_ids", default=None)
         self._recomputing: ContextVar[bool] = ContextVar("deltamix_recomputing", default=False)
         self._announced: list[Route] = []  # the last one counts
         self._fixed: dict[tuple[int, torch.device], RowSlots] = {}
@@ -171,6 +172,11 @@ class Router:
             )
         return self._current.get() or self.default
 
+    @property
+    def ids(self) -> Tensor | None:
+        """The tokens int64 [rows, length] of the running call, None if it has none."""
+        return self._ids.get()
+
     @contextmanager
     def recomputing(self, route: Route) -> Iterator[None]:
         """Context manager: use `route`, that of the call whose part runs once more."""
@@ -182,12 +188,17 @@ class Router:
             self._recomputing.reset(token)
 
     @contextmanager
-    def using(self, route: Route | None) -> Iterator[None]:
-        """Context manager: use `route`; None leaves it as it is. Other threads keep theirs."""
+    def using(self, route: Route | None, ids: Tensor | None = None) -> Iterator[None]:
+        """Context manager: use `route`; None leaves it as it is. Other threads keep theirs.
+
+        `ids` are the call's tokens int64 [rows, length], if they are known.
+        """
         token = self._current.set(route or self._current.get())
+        tokens = self._ids.set(self._ids.get() if ids is None else ids)
         try:
             yield
         finally:
+            self._ids.reset(tokens)
             self._current.reset(token)
 
     def set_default(self, route: Route) -> None:
