@@ -75,7 +75,6 @@ def init_continuous_batching(
                 "give no compile config"
             )
         config.use_cuda_graph = (False, False)  # transformers may have chosen them by itself
-        manager.logit_processor.supported_keys[KEY] = RequestDelta
         manager.__class__ = RoutedBatchingManager
         manager.dm_router, manager.dm_pool = model.dm_deltas.router, model.dm_deltas.pool
         manager.dm_requests = set()
@@ -116,6 +115,7 @@ class RoutedBatchingManager(ContinuousBatchingManager):
             names = None if delta_name is ACTIVE else [delta_name]
             (input_ids,) = name_prompts(self.dm_router, [input_ids], names)
         self._check_room(names_of([input_ids]))
+        self.logit_processor.supported_keys[KEY] = RequestDelta  # its clear() forgets them
         request_delta = RequestDelta(self.dm_pool, input_ids.delta)
         added = None
         try:

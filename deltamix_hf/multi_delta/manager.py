@@ -25,7 +25,7 @@ from ..checkpoint.base import BaseCheckpoint, resolve_base, same
 from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
 from ..errors import DeltaMixError
 from ..nn.delta_module import DeltaModule, own_deltas
-from ..nn.layers import change_class, detach_all, tied_modules, tied_tensors, weight_of
+from ..nn.layers import change_class, detach_all, tied_tensors, weight_of
 from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose, triton_kernels
 from ..quantization.packed_delta import PackedDelta
@@ -102,7 +102,7 @@ class DeltaManager:
                 experts: Any = self._routed(owner, touched).packed.setdefault(name, {})
                 experts[leaf] = packed.to(own.device)
                 continue
-            twins = {m: weight_of(m).device for m in tied_modules(self.model, weight).values()}
+            twins = {m: weight_of(m).device for m in self._twins(weight)}
             placed = {device: packed.to(device) for device in set(twins.values())}  # shared
             for module, device in twins.items():
                 self._routed(module, touched).packed[name] = placed[device]
@@ -128,7 +128,7 @@ class DeltaManager:
         for weight, packed in stored.packed.items():
             plain += sum(packed.nbytes.values())
             experts = packed.counts is not None
-            twins = [None] if experts else tied_modules(self.model, weight).values()
+            twins = [None] if experts else self._twins(weight)
             tables += sum(table_bytes(m, own) for m in twins for own in packed.split() if own)
         return plain, plain + tables
 
@@ -139,8 +139,13 @@ class DeltaManager:
     def _owner(self, name: str) -> tuple[nn.Module, str, Tensor]:
         """Find a tensor of the base by its name: its module, its name there, and itself."""
         owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
+        module = self._base.keys.modules[owner]
         return module, leaf, weight_of(module, leaf)
+
+    def _twins(self, name: str) -> list[nn.Module]:
+        """Find a module by its name, and those whose weight is tied to its weight."""
+        tensors = tied_tensors(self.model, f"{name}.weight")
+        return [self._base.keys.modules[tensor.removesuffix(".weight")] for tensor in tensors]
 
     def _routed(self, module: nn.Module, touched: set[DeltaModule]) -> RoutedDeltas:
         """Return the named deltas of a module, which is noted in `touched`."""
@@ -247,6 +252,11 @@ def _make(model: PreTrainedModel) -> None:
     if any(t.device.type == "meta" for t in model.state_dict().values()):
         raise DeltaMixError(
             "parts of the model are offloaded; load it whole to serve several deltas from it"
+        )
+    if wrapped := [n for n, m in model.named_modules() if type(m).__module__.startswith("peft.")]:
+        raise DeltaMixError(
+            f"an adapter has replaced {wrapped[0]}: load deltas first, and give the model adapters "
+            "afterwards"
         )
     deltas = DeltaManager(model)
     deltas.remember_checkpointed()

@@ -61,7 +61,7 @@ def named_route(names: Names, batch: int | None = None) -> Route | None:
     if batch is not None and not isinstance(names, str) and len(rows) != batch:
         raise DeltaMixError(
             f"delta_names has {len(rows)} names for a batch of {batch} rows; give one name for "
-            "each row, or a single text for all"
+            "each row (a pipeline calls for batch_size texts at a time), or a single one for all"
         )
     if not rows:
         raise DeltaMixError("delta_names is empty; give one name for each row, or one for all")

@@ -143,6 +143,7 @@ def test_requests_of_a_manager(model, alone):
         model.set_delta("three")
         ids = [manager.add_request(inputs[0], delta_name="one"), manager.add_request(inputs[1])]
         model.set_delta("two")  # is for requests to come
+        manager.logit_processor.clear()  # as those do who want none of the generation config's
         ids += [manager.add_request(inputs[2]), manager.add_request(inputs[3], delta_name=None)]
         found = {result.request_id: result for result in map(manager.get_result, [None] * 4)}
         more = manager.add_requests(inputs, delta_names=["one", "two", None, "two"])

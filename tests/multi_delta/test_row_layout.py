@@ -262,3 +262,21 @@ def test_rows_of_other_models(tmp_path, case):
     for i, name in enumerate(NAMED):
         one = {key: value[i : i + 1] for key, value in inputs.items()}
         torch.testing.assert_close(found[i : i + 1], own[name](**one).logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_encoded_before(tmp_path):
+    """Rows are those of the encoder's outputs where there is no other input."""
+    family, ids = variant(bart, tmp_path), tiny_pairs.token_ids(3, 7)
+    model, options = loaded(family), {"max_new_tokens": 4, "do_sample": False}
+    with model.use_deltas(NAMED):
+        encoded = model.get_encoder()(ids)
+    found = model.generate(encoder_outputs=encoded, delta_names=NAMED, **options)
+    start = torch.full((3, 1), 2)
+    logits = model(encoder_outputs=encoded, decoder_input_ids=start, delta_names=NAMED).logits
+    for i, name in enumerate(NAMED):
+        own = family.pair.load(family.repos.get(name, family.pair.base))
+        expected = own.generate(ids[i : i + 1], **options)[0]
+        assert torch.equal(found[i, : len(expected)], expected)
+        alone = own(input_ids=ids[i : i + 1], decoder_input_ids=start[:1]).logits
+        torch.testing.assert_close(logits[i : i + 1], alone, **CLOSE)
