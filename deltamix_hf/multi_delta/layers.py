@@ -22,7 +22,7 @@ from ..nn.layers import change_class, routable_class
 from ..quantization.packed_delta import PackedDelta
 from .grouped import run_grouped
 from .routing import PackedRoute, Route, Router
-from .row_layout import EACH
+from .row_layout import EACH, SHARED
 
 Args = tuple[Any, ...]  # of a module's call
 Kwargs = dict[str, Any]
@@ -44,8 +44,10 @@ class RoutedDeltas:
     def keeps_rows(self, module: DeltaModule, x: Tensor, batch: int) -> bool:
         """Whether x has as many entries for each row of the batch, in order, or one for all."""
         length = len(x) if x.dim() else 0
-        if isinstance(module, nn.Embedding) and self.layout and length in (1, batch):
-            return True  # positions, for all rows or for each
+        if self.layout and isinstance(module, nn.Embedding) and length in (1, batch):
+            # Positions, for all rows or for each. BART's embedding gets tokens and looks them up.
+            own = module.dm_plain_class is not nn.Embedding
+            return own or length == batch or self.layout == SHARED
         return self.layout == EACH and length > 0 and length % batch == 0
 
     def run(self, module: DeltaModule, args: Args, kwargs: Kwargs) -> Any:
