@@ -78,7 +78,7 @@ class DeltaMatrix(DeltaModule):
     @property
     def weight(self) -> Any:
         """Return the base's parameter, or a `VisibleWeight` if a delta changes it."""
-        base = self._parameters["weight"] if "weight" in self._parameters else vars(self)["weight"]
+        base = self._parameters.get("weight", vars(self).get("weight"))
         if base is None or not self.dm_visible or base.device.type == "meta":
             return base
         if self.dm_row_deltas is not None and not self.dm_row_deltas.changes_weight():
@@ -109,7 +109,7 @@ class DeltaMatrix(DeltaModule):
                 "a layer with named deltas cannot be changed or copied by itself: load the delta "
                 "repo alone with from_pretrained, or delete the deltas first"
             )
-        weight_of(self).data = self.merged_weight()
+        weight_of(self).data.copy_(self.merged_weight())  # views of it stay so
         for twin in self.dm_twins:
             group = getattr(twin, "dm_shared_input", None)
             for member in group.members if group else ():

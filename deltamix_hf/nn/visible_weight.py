@@ -6,66 +6,94 @@ writes to it, or wants to train it, makes the layer dense first.
 """
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-
-from ..errors import DeltaMixError
 
 # Asked of the base's parameter: cheap, and asked in every forward pass (T5, Gemma).
 _LOOKS = {"size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_contiguous"}
 _LOOKS |= {"ndimension", "nelement", "is_complex", "get_device", "__len__", "__hash__"}
-_VALUES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are not
+# What shares memory with the weight: who writes to it writes to the weight.
+_VIEWS = {"data", "detach", "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"}
+_VIEWS |= {"T", "mT", "H", "real", "t", "transpose", "permute", "movedim", "squeeze", "unsqueeze", "narrow"}
+_VIEWS |= {"select", "swapaxes", "expand"}
+_GRADIENTS = {"requires_grad", "requires_grad_", "grad"}
 _MEMORY = {"data_ptr", "untyped_storage", "storage"}
+_copies: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # whose addresses were asked for
 _WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 _WRITES |= {"__setitem__"}
 
 
 class VisibleWeight(Tensor):
-    """Stands for the weight of `dm_layer`; shares the memory of the base's parameter `dm_base`."""
+    """Stands for the weight of `dm_layer`, or a view of it; shares the memory of `dm_base`."""
 
     _is_param = True  # is a Parameter for `isinstance`
     dm_layer: Any
-    dm_base: Tensor
+    dm_base: Tensor  # the base's parameter, or the view of it
+    dm_views: tuple[Any, ...]  # functions that make the view of the weight
 
     @classmethod
-    def of(cls, layer: Any, base: Tensor) -> "VisibleWeight":
-        """Make what others see of `layer`, whose parameter is `base`."""
+    def of(cls, layer: Any, base: Tensor, *views: Any) -> "VisibleWeight":
+        """Make what others see of `layer`, whose parameter is `base`, through `views`."""
         seen = base.detach().as_subclass(cls)
-        vars(seen).update(vars(base), dm_layer=layer, dm_base=base)
+        vars(seen).update(vars(base), dm_layer=layer, dm_base=base, dm_views=views)
         return seen
+
+    def _in_use(self) -> Tensor:
+        weight = self.dm_base
+        if hasattr(self.dm_layer, "weight_in_use"):  # else it is dense by now
+            weight = self.dm_layer.weight_in_use()
+            for view in self.dm_views:
+                weight = view(weight)
+        if self.requires_grad and torch.is_grad_enabled():  # a parameter made of it
+            weight = weight + (self - self.detach())
+        return weight
+
+    def _written(self) -> Tensor:
+        if hasattr(self.dm_layer, "become_dense"):
+            self.dm_layer.become_dense()
+        return self.dm_base
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, func.__name__
-        attribute = name in ("__get__", "__set__")
-        setting, name = name == "__set__", func.__self__.__name__ if attribute else name
+        setting, getting = name == "__set__", name == "__get__"
+        name = func.__self__.__name__ if setting or getting else name
+        first: Any = args[0] if args and isinstance(args[0], cls) else None
         with torch._C.DisableTorchFunctionSubclass():
-            if not setting and name in ("data", "detach"):
-                return cls.of(args[0].dm_layer, args[0].dm_base)
-            if name in ("requires_grad", "requires_grad_") and args[1:] == (False,):
-                looks = True
-            else:
-                looks = name in _LOOKS or attribute and not setting and name not in _VALUES
-            if name in _MEMORY:
-                raise DeltaMixError(
-                    "a weight with a delta has no memory of its own to hand out: take a copy with "
-                    "weight.clone(), or call model.dequantize() first"
-                )
-            writes = setting or name in _WRITES or name[-1] == "_" != name[-2:-1]
-            if writes and not looks and isinstance(args[0], cls):
-                dense = args[0].dm_base
-                if hasattr(args[0].dm_layer, "become_dense"):  # not so already
-                    args[0].dm_layer.become_dense()
-                args = (dense if setting or name == "requires_grad_" else dense.data, *args[1:])
+            if first is not None and name in _GRADIENTS:
+                if isinstance(first.dm_base, nn.Parameter):  # the layer's, not made of it
+                    if name != "grad" and args[1:] not in ((), (False,)):
+                        first._written()
+                    return func(first.dm_base, *args[1:], **kwargs)
+                return func(*args, **kwargs)
+            if name in _LOOKS or (getting and name not in _VIEWS):
+                return func(*args, **kwargs)
+            if first is not None and name in _MEMORY:  # of a copy that lives as long; twins share it
+                copy = _copies.setdefault(id(first.dm_base), first._in_use())
+                return func(vars(first).setdefault("dm_copy", copy))
+            if setting or name in _WRITES or name[-1] == "_" != name[-2:-1]:
+                dense = _each(args[0], cls._written)  # of functions on lists too
+                args = (dense if setting else _each(dense, Tensor.detach, Tensor), *args[1:])
+            elif first is not None and _is_view(name, args):
 
-            def replaced(value: Any) -> Any:
-                if not isinstance(value, cls):
-                    return value
-                dense = looks or not hasattr(value.dm_layer, "weight_in_use")
-                return value.dm_base if dense else value.dm_layer.weight_in_use()
+                def view(weight: Tensor) -> Any:
+                    return func(weight, *args[1:], **kwargs)
 
-            return func(*tree_map(replaced, args), **tree_map(replaced, kwargs))
+                return cls.of(first.dm_layer, view(first.dm_base), *first.dm_views, view)
+            return func(*_each(args, cls._in_use), **_each(kwargs, cls._in_use))
+
+
+def _is_view(name: str, args: tuple[Any, ...]) -> bool:
+    if name == "__getitem__":  # by numbers and slices; tensors and lists take a copy
+        index = args[1] if isinstance(args[1], tuple) else args[1:]
+        return not any(isinstance(part, (Tensor, list)) for part in index)
+    return name in _VIEWS
+
+
+def _each(values: Any, fn: Any, cls: type = VisibleWeight) -> Any:
+    return tree_map(lambda value: fn(value) if isinstance(value, cls) else value, values)
