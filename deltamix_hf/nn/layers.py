@@ -22,6 +22,7 @@ from ..errors import DeltaMixError
 from ..ops.low_rank import cheapest, delta_linear, low_rank, low_rank_rows
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import PREFIX, check_parts
+from . import compiled
 from .delta_module import (
     DeltaModule,
     first_tensor,
@@ -78,12 +79,17 @@ class DeltaMatrix(DeltaModule):
     @property
     def weight(self) -> Any:
         """Return the base's parameter, or a `VisibleWeight` if a delta changes it."""
-        base = self._parameters.get("weight", vars(self).get("weight"))
+        own = self._parameters if "weight" in self._parameters else vars(self)
+        if "weight" not in own:
+            raise AttributeError("weight")
+        base = own["weight"]
         if base is None or not self.dm_visible or base.device.type == "meta":
             return base
+        if torch.compiler.is_compiling():
+            return compiled.weight(base, self.dm_number)
         if self.dm_row_deltas is not None and not self.dm_row_deltas.changes_weight():
             return base
-        return VisibleWeight.of(self, base)
+        return VisibleWeight.whole(self, base)
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -111,7 +117,7 @@ class DeltaMatrix(DeltaModule):
             )
         weight_of(self).data.copy_(self.merged_weight())  # views of it stay so
         for twin in self.dm_twins:
-            group = getattr(twin, "dm_shared_input", None)
+            group: Any = getattr(twin, "dm_shared_input", None)
             for member in group.members if group else ():
                 member.dm_shared_input = type(group)([member])
             detach(twin)

@@ -17,11 +17,23 @@ _LOOKS = {"size", "dim", "numel", "stride", "element_size", "is_floating_point",
 _LOOKS |= {"ndimension", "nelement", "is_complex", "get_device", "__len__", "__hash__"}
 # What shares memory with the weight: who writes to it writes to the weight.
 _VIEWS = {"data", "detach", "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"}
-_VIEWS |= {"T", "mT", "H", "real", "t", "transpose", "permute", "movedim", "squeeze", "unsqueeze", "narrow"}
+_VIEWS |= {
+    "T",
+    "mT",
+    "H",
+    "real",
+    "t",
+    "transpose",
+    "permute",
+    "movedim",
+    "squeeze",
+    "unsqueeze",
+    "narrow",
+}
 _VIEWS |= {"select", "swapaxes", "expand"}
 _GRADIENTS = {"requires_grad", "requires_grad_", "grad"}
 _MEMORY = {"data_ptr", "untyped_storage", "storage"}
-_copies: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # whose addresses were asked for
+_alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by parameter: twins' are one
 _WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 _WRITES |= {"__setitem__"}
 
@@ -33,6 +45,12 @@ class VisibleWeight(Tensor):
     dm_layer: Any
     dm_base: Tensor  # the base's parameter, or the view of it
     dm_views: tuple[Any, ...]  # functions that make the view of the weight
+
+    @classmethod
+    def whole(cls, layer: Any, base: nn.Parameter) -> Tensor:
+        """Return what others see of `layer`, one object while somebody has it."""
+        seen = _alive.get(id(base))
+        return _alive.setdefault(id(base), cls.of(layer, base)) if seen is None else seen
 
     @classmethod
     def of(cls, layer: Any, base: Tensor, *views: Any) -> "VisibleWeight":
@@ -73,9 +91,8 @@ class VisibleWeight(Tensor):
                 return func(*args, **kwargs)
             if name in _LOOKS or (getting and name not in _VIEWS):
                 return func(*args, **kwargs)
-            if first is not None and name in _MEMORY:  # of a copy that lives as long; twins share it
-                copy = _copies.setdefault(id(first.dm_base), first._in_use())
-                return func(vars(first).setdefault("dm_copy", copy))
+            if first is not None and name in _MEMORY:  # of a copy that lives as long
+                return func(vars(first).setdefault("dm_copy", first._in_use()))
             if setting or name in _WRITES or name[-1] == "_" != name[-2:-1]:
                 dense = _each(args[0], cls._written)  # of functions on lists too
                 args = (dense if setting else _each(dense, Tensor.detach, Tensor), *args[1:])
