@@ -42,6 +42,9 @@ class RoutedDeltas:
         self.table: Any = None  # a `grouped.LayerTable`, once `tried` what the kernels can do
         self.tried = self.captured = False  # captured: a CUDA graph was recorded with it
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "table": None, "tried": False, "captured": False}  # new addresses
+
     def run(self, module: DeltaModule, args: Args, kwargs: Kwargs) -> Any:
         """Return the output of `module` by the route now in force."""
         route = self.router.route

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
+from ..nn.delta_module import with_recipe
 from .routing import Names, named_route
 
 
@@ -62,8 +63,9 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
     if adopted:
         methods |= {name: _refused(name) for name in ("save_pretrained", "dequantize")}
     else:
-        methods["save_pretrained"] = _without_deltas(cls.save_pretrained, None)
-    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+        methods["save_pretrained"] = _without_deltas(cls.save_pretrained)
+    made = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+    return with_recipe(made, routed_model_class, cls, adopted)
 
 
 _EMBEDDINGS = "set_input_embeddings", "set_output_embeddings", "resize_token_embeddings"
@@ -91,16 +93,17 @@ def _unless_changed(method: Any) -> Any:
     return checked
 
 
-def part_class(cls: type[PreTrainedModel], whole: PreTrainedModel) -> type[PreTrainedModel]:
+def part_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the class of a part of a model with named deltas that is a model of its own kind."""
-    save = _without_deltas(cls.save_pretrained, whole)
-    return type(cls.__name__, (cls,), {"save_pretrained": save, "__module__": cls.__module__})
+    save = {"save_pretrained": _without_deltas(cls.save_pretrained), "__module__": cls.__module__}
+    return with_recipe(type(cls.__name__, (cls,), save), part_class, cls)
 
 
-def _without_deltas(plain: Any, whole: PreTrainedModel | None) -> Any:
+def _without_deltas(plain: Any) -> Any:
     @wraps(plain)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
-        active = (self if whole is None else whole).active_deltas
+        whole = self.__dict__.get("dm_whole")
+        active = (self if whole is None else whole.model).active_deltas
         if active:
             raise DeltaMixError(
                 f"save_pretrained writes the base's weights, without {active}: call set_delta("

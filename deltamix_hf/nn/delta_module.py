@@ -161,11 +161,47 @@ def joined_class(plain: type[nn.Module], bases: tuple[type, ...]) -> Any:
     """Return the counterpart of a class: a class of its name with these bases, made once."""
     if bases not in _joined:
         own = {"dm_plain_class": plain, "__module__": plain.__module__}
-        _joined[bases] = type(plain.__name__, bases, own)
+        made = type(plain.__name__, bases, own)
+        _joined[bases] = with_recipe(made, joined_class, plain, bases)
     return _joined[bases]
 
 
 _joined: dict[Any, Any] = {}
+
+
+class Recipe(NamedTuple):
+    """How a class is made again that no module has by name; `args` may be such classes too."""
+
+    make: Any
+    args: Any
+
+
+def with_recipe(cls: Any, make: Any, *args: Any) -> Any:
+    """Let instances of `cls`, which `make(*args)` made, be pickled and copied; return `cls`."""
+    cls.dm_recipe, cls.__reduce_ex__ = Recipe(make, args), _reduced
+    return cls
+
+
+def _reduced(self: Any, protocol: Any) -> Any:
+    return _instance, (_by_recipe(type(self)),), *object.__reduce_ex__(self, 2)[2:]
+
+
+def _by_recipe(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_by_recipe, value))
+    found = vars(value).get("dm_recipe") if isinstance(value, type) else None
+    return value if found is None else Recipe(found.make, _by_recipe(found.args))
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, Recipe):
+        return value.make(*_made(value.args))
+    return tuple(map(_made, value)) if isinstance(value, tuple) else value
+
+
+def _instance(recipe: Any) -> Any:
+    cls = _made(recipe)
+    return cls.__new__(cls)
 
 
 def check_frozen(module: nn.Module, requires_grad: bool) -> bool:
