@@ -25,23 +25,21 @@ _KINDS = "image", "video", "audio"
 _BY_LAYER = "hidden_states", "attentions", "deepstack_features"  # outputs for each layer
 
 
-def routed_features(cls: type[PreTrainedModel], router_of: Any) -> dict[str, Any]:
-    """Return the methods of a class that make features, by name, so that they follow routes.
-
-    `router_of` gives the `Router` for an instance.
-    """
+def routed_features(cls: type[PreTrainedModel]) -> dict[str, Any]:
+    """Return the methods of a class that make features, by name, so that they follow routes."""
     named = {f"get_{kind}_features": kind for kind in _KINDS}
     return {
-        name: _by_delta(getattr(cls, name), kind, router_of)
+        name: _by_delta(getattr(cls, name), kind)
         for name, kind in named.items()
         if hasattr(cls, name)
     }
 
 
-def _by_delta(plain: Any, kind: str, router_of: Any) -> Any:
+def _by_delta(plain: Any, kind: str) -> Any:
     @wraps(plain)
     def features(self: Any, *args: Any, **kwargs: Any) -> Any:
-        router = router_of(self)
+        own = self.__dict__
+        router = own.get("dm_whole", own.get("dm_deltas")).router
         route = router.route
         if torch.compiler.is_compiling() or route.alike:
             return plain(self, *args, **kwargs)

@@ -18,7 +18,7 @@ from ..errors import DeltaMixError
 from ..nn import compiled
 from ..nn.delta_module import DeltaModule, first_tensor, joined_class
 from ..nn.experts import DeltaExperts, is_experts
-from ..nn.layers import change_class, routable_class
+from ..nn.layers import change_class, delta_class, routable_class, weight_of
 from ..quantization.packed_delta import PackedDelta
 from .grouped import run_grouped
 from .routing import PackedRoute, Route, Router
@@ -49,6 +49,9 @@ class RoutedDeltas:
             own = module.dm_plain_class is not nn.Embedding
             return own or length == batch or self.layout == SHARED
         return self.layout == EACH and length > 0 and length % batch == 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "table": None, "tried": False, "captured": False}  # new addresses
 
     def run(self, module: DeltaModule, args: Args, kwargs: Kwargs) -> Any:
         """Return the output of `module` by the route now in force."""
@@ -86,6 +89,25 @@ class RoutedDeltas:
     def touched(self, delta: str) -> bool:
         """Whether a delta changes this layer."""
         return delta in self.packed or delta in self.overlay
+
+    def changes_weight(self) -> bool:
+        """Whether the route in force puts something beside the weight or in its place."""
+        names = self.router.route.names
+        return any(n in self.packed or "weight" in self.overlay.get(n, {}) for n in names)
+
+    def weight(self, module: DeltaModule) -> Tensor:
+        """Return the module's weight by the route in force; DeltaMixError if rows differ."""
+        route = self.router.route
+        if not self.changes_weight():
+            return weight_of(module)
+        if not route.alike:
+            raise DeltaMixError(
+                f"the weight of a {module.dm_plain_class.__name__} is read, not its output, which "
+                "cannot differ by row: give all rows the same delta"
+            )
+        (delta,) = route.names
+        whole = self.overlay.get(delta, {}).get("weight")
+        return module.merged_weight(other=self.packed[delta]) if whole is None else whole
 
     def output(self, module: DeltaModule, delta: str, base: Any, args: Args, kwargs: Kwargs) -> Any:
         """Return the output with one delta; `base`, if known, is that of the base's tensors."""
@@ -158,6 +180,7 @@ def make_routed(module: nn.Module, router: Router, layout: str) -> DeltaModule:
     assert isinstance(module, DeltaModule)
     module.dm_row_deltas = RoutedDeltas(router, layout)
     module.dm_number = compiled.register(module)
+    module.__dict__["dm_visible"] = delta_class(cls) is not None
     return module
 
 

@@ -49,6 +49,7 @@ class DeltaManager:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.router = Router()
+        self.router.model = model
         self.pool = Pool(self._place, self._remove, self._sizes, self._by_kernels)
         self.enabled = True
         self._modules: dict[str, set[DeltaModule]] = {}  # resident delta -> what it changes
@@ -262,7 +263,8 @@ def _make(model: PreTrainedModel) -> None:
     deltas.remember_checkpointed()
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part is not model:
-            change_class(part, part_class(type(part), model))
+            change_class(part, part_class(type(part)))
+            part.__dict__["dm_whole"] = deltas
     change_class(model, routed_model_class(type(model), DEFAULT in deltas.pool.entries))
     model.__dict__["dm_deltas"] = deltas
 

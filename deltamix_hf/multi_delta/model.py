@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
+from ..nn.delta_module import with_recipe
 from .item_features import routed_features
 from .routing import Names, named_route
 
@@ -58,7 +59,7 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
         "forward": naming(cls.forward, forward=True),
         "_set_gradient_checkpointing": set_checkpointing,
         **{name: _unless_changed(getattr(cls, name)) for name in _EMBEDDINGS},
-        **routed_features(cls, lambda self: self.__dict__["dm_deltas"].router),
+        **routed_features(cls),
     }
     if hasattr(cls, "generate"):
         methods["generate"] = naming(cls.generate, forward=False)
@@ -68,8 +69,9 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
     if adopted:
         methods |= {name: _refused(name) for name in ("save_pretrained", "dequantize")}
     else:
-        methods["save_pretrained"] = _without_deltas(cls.save_pretrained, None)
-    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+        methods["save_pretrained"] = _without_deltas(cls.save_pretrained)
+    made = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+    return with_recipe(made, routed_model_class, cls, adopted)
 
 
 def _batch(model: Any, names: list[str], args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -112,17 +114,18 @@ def _unless_changed(method: Any) -> Any:
     return checked
 
 
-def part_class(cls: type[PreTrainedModel], whole: PreTrainedModel) -> type[PreTrainedModel]:
+def part_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the class of a part of a model with named deltas that is a model of its own kind."""
-    methods = routed_features(cls, lambda self: whole.__dict__["dm_deltas"].router)
-    methods["save_pretrained"] = _without_deltas(cls.save_pretrained, whole)
-    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+    methods = routed_features(cls) | {"save_pretrained": _without_deltas(cls.save_pretrained)}
+    made = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+    return with_recipe(made, part_class, cls)
 
 
-def _without_deltas(plain: Any, whole: PreTrainedModel | None) -> Any:
+def _without_deltas(plain: Any) -> Any:
     @wraps(plain)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
-        active = (self if whole is None else whole).active_deltas
+        whole = self.__dict__.get("dm_whole")
+        active = (self if whole is None else whole.model).active_deltas
         if active:
             raise DeltaMixError(
                 f"save_pretrained writes the base's weights, without {active}: call set_delta("

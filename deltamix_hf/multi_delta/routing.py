@@ -16,6 +16,7 @@ replay; so there is one fixed plan for each batch size, which follows what `use_
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -148,6 +149,8 @@ class Router:
     until a `with` ends.
     """
 
+    model: Any = None  # whose router it is
+
     def __init__(self) -> None:
         self.default = Route([None])
         self.slots = Slots()  # of the resident deltas
@@ -158,6 +161,25 @@ class Router:
         self._announced: list[Route] = []  # the last one counts
         self._fixed: dict[tuple[int, torch.device], RowSlots] = {}
         self._writing = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rows": self.default.rows, "slots": self.slots, "model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Router.__init__(self)  # calls that run, and graphs, are those of the original
+        self.default = Route(state["rows"])
+        self.slots, self.model = state["slots"], state["model"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Router:
+        if self.model is not None and id(self.model) not in memo:
+            raise DeltaMixError(
+                "a part of a model with named deltas cannot be copied by itself (for peft's "
+                "modules_to_save, say): copy the whole model, or load the delta repo alone with "
+                "from_pretrained"
+            )
+        made = memo[id(self)] = Router()
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     @property
     def route(self) -> Route:

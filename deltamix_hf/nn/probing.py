@@ -75,12 +75,14 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Any]:
 
 def _ids(config: Any) -> Tensor:
     """Make two rows [2, _TOKENS] of ordinary tokens, their last one the end if there is one."""
-    special = {v for key, v in config.to_dict().items() if key.endswith(("_token_id", "_index"))}
+    named = config.to_dict().items()
+    special = [value for key, value in named if key.endswith(("_token_id", "_index"))]
     tokens = range(getattr(config, "vocab_size", 1))
     ordinary = [token for token in tokens if token not in special] or [0]
     ids = torch.tensor(list(islice(cycle(ordinary), 2 * _TOKENS))).view(2, _TOKENS)
-    if (end := getattr(config, "eos_token_id", None)) in tokens:
-        ids[:, -1] = int(end)  # BART's classifiers look for it
+    end: Any = getattr(config, "eos_token_id", None)
+    if end in tokens:
+        ids[:, -1] = end  # BART's classifiers look for it
     return ids
 
 
