@@ -10,7 +10,7 @@ None or "__base__" being the base. Names given to a call win over what is set or
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
@@ -30,7 +30,9 @@ from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose, triton_kernels
 from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import check_base
-from .config_mismatch import differing
+from ..storage.untrusted_paths import read_beside
+from .config_mismatch import chat_template, differing, differing_generation, warning
+from .end_tokens import Ends, repo_ends
 from .grouped import refresh, table_bytes
 from .layers import RoutedDeltas, make_routed
 from .model import part_class, routed_model_class
@@ -50,11 +52,14 @@ class DeltaManager:
         self.router = Router()
         self.pool = Pool(self._place, self._remove, self._sizes, self._by_kernels)
         self.enabled = True
+        self.ends: Ends = {}
         self._modules: dict[str, set[DeltaModule]] = {}  # resident delta -> what it changes
         quantizer: Any = getattr(model, "hf_quantizer", None)
         files = getattr(quantizer, "base_files", None)  # of a delta repo
         commit, place = getattr(model.config, "_commit_hash", None), model.name_or_path
         self._base = BaseCheckpoint(files or resolve_base(place, commit, {})[0], model)
+        how: dict[str, Any] = {"revision": commit}
+        self._template = chat_template(partial(read_beside, place, "", kwargs=how, links=True))
         if files:
             self._adopt_own(quantizer)
         for module in model.modules():
@@ -71,17 +76,28 @@ class DeltaManager:
             raise DeltaMixError(f"{name!r} cannot name a delta; give a text other than {BASE!r}")
         self.pool.check_new(name)
         files, config, theirs = find_delta(repo, kwargs)
-        for setting, values in differing(self.model.config, theirs).items():
-            warnings.warn(
-                f"{repo!r} was made of a model with {setting} = {values[1]}, the base runs with "
-                f"{values[0]}: beside it the delta gives something else than by itself",
-                stacklevel=3,
-            )
-        base = self._base
+        beside = partial(read_beside, repo, files[0], kwargs=kwargs)
+        if found := self._differing(beside, theirs):
+            warnings.warn(warning(repo, found), stacklevel=3)
+        base, ends = self._base, repo_ends(beside, theirs)
         check_base(config.base_fingerprints, base.infos, "the model's base", base.fingerprints)
         read = partial(read_delta, repo, files, config, base.keys)
-        if self.pool.add(name, read(), read):
+        only = self.pool.add(name, read(), read)
+        self.ends.pop(name, None)  # of an earlier one
+        if ends is not None:
+            self.ends[name] = ends
+        if only:
             self.choose(name)
+
+    def _differing(self, read: Callable[[str], Any], config: dict[str, Any]) -> dict[str, Any]:
+        """Name what a delta repo sets otherwise and cannot have beside the base: (ours, its)."""
+        found, theirs = differing(self.model.config, config), read("generation_config.json")
+        ours = getattr(self.model, "generation_config", None)
+        if ours is not None and theirs is not None:
+            found |= differing_generation(ours, theirs)
+        if (template := chat_template(read)) not in (None, self._template):
+            found["chat_template"] = self._template, template
+        return found
 
     def _place(self, name: str, stored: StoredDelta) -> None:
         """Put a delta's tensors beside the base's, on the base's devices."""
@@ -216,7 +232,11 @@ class DeltaManager:
     @torch.no_grad()
     def _adopt_own(self, quantizer: Any) -> None:
         """Make a loaded delta repo's own delta one of many, and the model its base."""
-        model, base = self.model, self._base
+        model, base, config = self.model, self._base, quantizer.quantization_config
+        where = config.base_model, quantizer.base_files[0]
+        beside = partial(read_beside, *where, kwargs=config.base_kwargs, links=True)
+        if (ends := repo_ends(beside, beside("config.json") or {})) is not None:
+            self.ends[None] = ends
         tied = set(model.all_tied_weights_keys)
         packed = {
             name if leaf == "weight" else f"{name}.{leaf}": module.packed(leaf)
@@ -231,8 +251,7 @@ class DeltaManager:
                 overlay[name] = tensor.clone()
                 tensor.copy_(value)
         source, read = str(model.name_or_path), None
-        recorded = quantizer.quantization_config.base_fingerprints
-        stored = StoredDelta(packed, overlay, recorded, source)
+        stored = StoredDelta(packed, overlay, config.base_fingerprints, source)
         if quantizer.pre_quantized and os.path.isdir(source):
             read = partial(read_delta, source, *find_delta(source, {})[:2], base.keys)
         self.pool.add(DEFAULT, stored, read)

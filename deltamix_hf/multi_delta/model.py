@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
+from .end_tokens import by_row, row_ends
 from .routing import Names, named_route
 
 
@@ -35,11 +36,13 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
             tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
             deltas, rows = self.__dict__["dm_deltas"], next((len(t) for t in tensors), 1)
             route = named_route(delta_names, rows)
-            if not forward and delta_names is not None and _fixed_cache(self, kwargs):
-                with deltas.using(delta_names):
-                    return method(self, *args, **kwargs)
             if forward:  # in `generate`, rows may be repeated since they were named
                 route = (route or deltas.router.route).of_batch(rows)
+            else:
+                kwargs |= row_ends(self, deltas.ends, route or deltas.router.route, args, kwargs)
+                if delta_names is not None and _fixed_cache(self, kwargs):
+                    with deltas.using(delta_names):
+                        return method(self, *args, **kwargs)
             with deltas.pool.holding(route.names if route else []), deltas.router.using(route):
                 return method(self, *args, **kwargs)
 
@@ -52,21 +55,17 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
     methods: dict[str, Any] = {
         "forward": naming(cls.forward, forward=True),
         "_set_gradient_checkpointing": set_checkpointing,
-        **{name: _unless_changed(getattr(cls, name)) for name in _EMBEDDINGS},
     }
     if hasattr(cls, "generate"):
         methods["generate"] = naming(cls.generate, forward=False)
-    for name in ("init_continuous_batching", "generate_batch"):
+    for name, wrap in _WRAPPED.items():
         if hasattr(cls, name):
-            methods[name] = _continuous(name, getattr(cls, name))
+            methods[name] = wrap(getattr(cls, name))
     if adopted:
         methods |= {name: _refused(name) for name in ("save_pretrained", "dequantize")}
     else:
         methods["save_pretrained"] = _without_deltas(cls.save_pretrained, None)
     return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
-
-
-_EMBEDDINGS = "set_input_embeddings", "set_output_embeddings", "resize_token_embeddings"
 
 
 def _unless_changed(method: Any) -> Any:
@@ -121,15 +120,26 @@ def _refused(name: str) -> Any:
     return method
 
 
-def _continuous(name: str, plain: Any) -> Any:
+def _continuous(plain: Any) -> Any:
     @wraps(plain)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         # leans on private parts of transformers: only for who uses it
         from . import continuous_batching
 
-        return getattr(continuous_batching, name)(plain, self, *args, **kwargs)
+        return getattr(continuous_batching, plain.__name__)(plain, self, *args, **kwargs)
 
     return method
+
+
+_WRAPPED = {
+    "set_input_embeddings": _unless_changed,
+    "set_output_embeddings": _unless_changed,
+    "resize_token_embeddings": _unless_changed,
+    "init_continuous_batching": _continuous,
+    "generate_batch": _continuous,
+    "_get_stopping_criteria": by_row,
+    "_get_logits_processor": by_row,
+}
 
 
 def _fixed_cache(model: Any, kwargs: dict[str, Any]) -> bool:
