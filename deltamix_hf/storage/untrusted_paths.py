@@ -134,6 +134,16 @@ def lies_inside(repo: str, file: str) -> bool:
     return not os.path.isdir(repo) or Path(os.path.realpath(file)).is_relative_to(root)
 
 
+def find_file(repo: str, name: str, kwargs: dict[str, Any]) -> str | None:
+    """Find a file of a repo; None if it has none, or was not fetched and the Hub does not answer.
+
+    Raises an OSError if there is no such repo.
+    """
+    reasons = ("missing_entries", "connection_errors", "gated_repo")
+    lenient: Any = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
+    return cached_file(repo, name, **lenient, **kwargs)
+
+
 def read_beside(
     repo: str | None, weights: str, name: str, kwargs: dict[str, Any], links: bool = False
 ) -> Any:
@@ -143,10 +153,8 @@ def read_beside(
     it is not readable, or a link out of the repo's folder, unless `links` may be.
     """
     kwargs = kwargs | {"revision": commit_of(weights) or kwargs.get("revision")}
-    reasons = ("missing_entries", "connection_errors", "gated_repo")
     try:
-        lenient: Any = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
-        path = cached_file(repo, name, **lenient, **kwargs) if repo else None
+        path = find_file(repo, name, kwargs) if repo else None
         if path is None or repo is None:
             return None
         if not links and not lies_inside(repo, path):
