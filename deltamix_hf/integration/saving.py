@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.base import BaseCheckpoint, guard_names, untied_state
 from ..checkpoint.tensor_diff import differences
 from ..config import overlay_dtype
-from ..constants import NOTICE
+from ..constants import ACCESS, FETCHED, NOTICE
 from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
 from ..nn.delta_module import DeltaModule, joined_class, own_deltas
@@ -131,8 +131,9 @@ class DeltaModel:
             cast(Any, super()).save_pretrained(staging, **kwargs)
             if (staging / "config.json").exists() and not alone:  # one process of several writes it
                 source = self.config.name_or_path
-                how = {"token": kwargs.get("token"), "revision": quantizer.commit}
-                copy_companions(source, staging, **how)
+                known = {k: v for k, v in FETCHED.get(self, {}).items() if k in ACCESS}
+                known["token"] = kwargs.get("token") or known.get("token")
+                copy_companions(source, staging, **known, revision=quantizer.commit)
                 _add_notice(staging / "config.json")
         if wanted(self):
             torch.distributed.barrier()  # what the others read next is there

@@ -31,21 +31,24 @@ def commit_of(path: str) -> str | None:
 def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any], str | None]:
     """Find a repo's weight files, config.json's content and commit (None for a local folder).
 
-    A whole file goes before shards, as in transformers. Raises an OSError or ValueError if they are
-    not found, or not readable.
+    A whole file goes before shards, as in transformers. `kwargs` are those of `cached_file`, and a
+    `variant`. Raises an OSError or ValueError if they are not found, or not readable.
     """
+    kwargs, weights, shards = dict(kwargs), WEIGHTS, INDEX
+    if variant := kwargs.pop("variant", None):
+        weights, shards = f"model.{variant}.safetensors", f"{WEIGHTS}.index.{variant}.json"
     path = cached_file(repo, CONFIG, **kwargs)
     if path is None:
         raise OSError(f"no file {CONFIG}")
     commit = commit_of(path)
     kwargs = kwargs | {"revision": commit or kwargs.get("revision")}  # the rest from this very one
     config = read_object(path)
-    whole = cached_file(repo, WEIGHTS, _raise_exceptions_for_missing_entries=False, **kwargs)
+    whole = cached_file(repo, weights, _raise_exceptions_for_missing_entries=False, **kwargs)
     if whole is not None:
         return [whole], config, commit
-    index = cached_file(repo, INDEX, _raise_exceptions_for_missing_entries=False, **kwargs)
+    index = cached_file(repo, shards, _raise_exceptions_for_missing_entries=False, **kwargs)
     if index is None:
-        raise OSError(f"no file {WEIGHTS}")
+        raise OSError(f"no file {weights}")
     files = cached_files(repo, sorted(set(read_index(index).values())), **kwargs)
     return files or [], config, commit
 
