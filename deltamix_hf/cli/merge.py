@@ -20,7 +20,8 @@ def merge(
     """
     refuse_existing(output, overwrite)
     from ..checkpoint.model_class import delta_config
-    from ..integration.saving import copy_companions, written_whole
+    from ..integration.companions import copy_companions
+    from ..integration.saving import written_whole
     from ..storage.sizes import weight_files
     from .models import load_model
 

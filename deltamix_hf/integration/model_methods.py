@@ -14,14 +14,18 @@ from ..nn.delta_module import own_deltas
 def load_delta(self: PreTrainedModel, repo: Any, name: str = DEFAULT, **base_kwargs: Any) -> None:
     """Load a delta repo beside the base, under a name; the first one becomes active.
 
+    The base's files are looked for where `from_pretrained` found them, and its weights compared
+    with them: all rows before the first delta, in 0.5 to 0.9 s a GB on an EPYC core, every 64th
+    before each further one. Warns once of settings in which the delta cannot differ by row.
+
     Args:
         repo: folder or Hub id of a delta repo made from this model's base.
         name: what to call it in `set_delta` and `delta_names`.
         base_kwargs: how to fetch it (`revision`, `token`, `cache_dir`, `local_files_only`).
 
     Raises:
-        DeltaMixError: not a delta repo, made from another base, damaged, or the name is taken; the
-            model is as it was.
+        DeltaMixError: not a delta repo, made from another base, damaged, the base was edited in
+            memory, or the name is taken; the model is as it was.
     """
     manager_of(self).load(str(repo), name, **base_kwargs)
 

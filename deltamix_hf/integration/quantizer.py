@@ -22,7 +22,7 @@ from ..checkpoint.validation import base_checks
 from ..compression.model import compress
 from ..compression.runs import Source
 from ..config import DeltaMixConfig
-from ..constants import NOTICE
+from ..constants import ACCESS, FETCHING, NOTICE
 from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore
 from ..nn import tensor_parallel
@@ -46,6 +46,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: DeltaMixConfig, **kwargs: Any):
         # Compression writes fingerprints into the config: never into the caller's own object.
         super().__init__(copy.copy(quantization_config), **kwargs)
+        given = {name: value for name, value in FETCHING.get().items() if name in ACCESS}
+        self.quantization_config.base_kwargs = given | self.quantization_config.base_kwargs
         self.base_files: list[str] = []
         self.source: Source | None = None  # of compression, if transformers did not load it
         self.seconds: dict[str, float] = {}  # of compression, by stage

@@ -14,11 +14,12 @@ not registered, and a delta repo stops it from loading, by `NOTICE` and by its g
 
 import sys
 from collections.abc import Sequence
+from functools import wraps
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from ..constants import QUANT_METHOD
+from ..constants import ACCESS, FETCHED, FETCHING, QUANT_METHOD
 
 METHODS = (  # of every PreTrainedModel, see `model_methods.py`
     "load_delta",
@@ -79,6 +80,25 @@ def register() -> None:
     if model_class is not None and METHODS[0] not in vars(model_class):
         for name in (*METHODS, PROPERTY):
             setattr(model_class, name, MethodStandIn(name))
+        model_class.from_pretrained = classmethod(_remembering(model_class.from_pretrained))
+
+
+def _remembering(plain: Any) -> Any:
+    """Return `from_pretrained`, which notes how it was told to fetch a model."""
+
+    @wraps(plain.__func__)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        names = (*ACCESS, "revision", "subfolder", "variant")
+        how = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        token = FETCHING.set(how)
+        try:
+            found = plain.__func__(cls, *args, **kwargs)
+        finally:
+            FETCHING.reset(token)
+        FETCHED[found[0] if isinstance(found, tuple) else found] = how  # with loading info
+        return found
+
+    return from_pretrained
 
 
 class ConfigStandIn:

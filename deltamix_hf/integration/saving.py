@@ -1,16 +1,15 @@
-"""Writing a delta repo: what is stored, all or nothing, with the tokenizer beside the weights.
+"""Writing a delta repo: what is stored, all or nothing, with the files beside the weights.
 
 transformers writes straight into the target folder and knows nothing of the tokenizer. A delta
 model therefore carries its own `save_pretrained`: transformers writes into a hidden sibling folder,
-the tokenizer's files are copied along, and only then are the files renamed into place.
+the fine-tune's other files are copied along (`companions`), and only then are all renamed into
+place.
 """
 
 import inspect
 import json
 import os
-import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,12 +19,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from ..checkpoint.base import BaseCheckpoint, guard_names, untied_state
 from ..checkpoint.tensor_diff import differences
 from ..config import overlay_dtype
-from ..constants import NOTICE
+from ..constants import ACCESS, FETCHED, NOTICE
 from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
 from ..nn.delta_module import DeltaModule, check_frozen, joined_class, own_deltas
@@ -33,23 +31,7 @@ from ..nn.layers import change_class, weight_of
 from ..nn.tensor_parallel import wanted, whole
 from ..storage.headers import TensorInfo
 from ..storage.names import GUARD, packed_part
-
-# Files that make up tokenizers and processors on the Hub; copied as they are.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+from .companions import copy_companions
 
 # Options of `push_to_hub` that `save_pretrained(push_to_hub=True)` passes on; its token is both's.
 HUB_OPTIONS = inspect.signature(push_folder).parameters.keys() - {"folder", "base", "token"}
@@ -156,7 +138,9 @@ class DeltaModel(_Frozen):
             cast(Any, super()).save_pretrained(staging, **kwargs)
             if (staging / "config.json").exists() and not alone:  # one process of several writes it
                 source = self.config.name_or_path
-                copy_companions(source, staging, kwargs.get("token"), quantizer.commit)
+                known = {k: v for k, v in FETCHED.get(self, {}).items() if k in ACCESS}
+                known["token"] = kwargs.get("token") or known.get("token")
+                copy_companions(source, staging, **known, revision=quantizer.commit)
                 _add_notice(staging / "config.json")
         if wanted(self):
             torch.distributed.barrier()  # what the others read next is there
@@ -270,48 +254,22 @@ def written_whole(target: Path) -> Iterator[Path]:
         raise DeltaMixError(f"cannot write to {target}: {error}; choose another folder") from error
 
 
-def copy_companions(
-    source: str | None, folder: Path, token: str | bool | None = None, revision: str | None = None
-) -> None:
-    """Copy the tokenizer's files of the repo `source` (path or Hub id) into `folder`."""
-    if not source:
-        return
-    for name in COMPANIONS:
-        try:
-            found = cached_file(
-                source,
-                name,
-                token=token,
-                revision=revision,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        except OSError:  # deleted since, or private: no reason to lose the compressed model
-            warnings.warn(
-                f"cannot find {source!r} any more, so its tokenizer is not saved along; call "
-                "tokenizer.save_pretrained on the same folder",
-                UserWarning,
-                stacklevel=3,
-            )
-            return
-        if found is not None:
-            shutil.copyfile(found, folder / name)
-
-
 def _move_into(staging: Path, target: Path) -> None:
     """Rename what was written to `target`, replacing the files of an earlier save."""
-    for path in staging.iterdir():
+    written = {path.relative_to(staging): path for path in staging.rglob("*") if path.is_file()}
+    for path in written.values():
         path.chmod(0o644)  # safetensors writes for its owner alone
     if not target.exists():
         staging.chmod(0o755)  # mkdtemp makes it private
         os.replace(staging, target)
         return
-    written = {path.name for path in staging.iterdir()}
-    for path in sorted(staging.iterdir()):
-        os.replace(path, target / path.name)
-    if not any(name.endswith(".safetensors") and name.startswith("model") for name in written):
+    for name in written:  # all, before a file is replaced
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, path in sorted(written.items()):
+        os.replace(path, target / name)
+    names = {name.name for name in written if len(name.parts) == 1}
+    if not any(name.endswith(".safetensors") and name.startswith("model") for name in names):
         return  # an adapter, beside the delta
     for old in [*target.glob("model*.safetensors"), *target.glob("model*.safetensors.index.json")]:
-        if old.name not in written:
+        if old.name not in names:
             old.unlink()

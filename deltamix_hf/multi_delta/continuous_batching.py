@@ -34,6 +34,7 @@ from ..transformers_private import (
     ContinuousBatchProcessor,
     PagedAttentionCache,
 )
+from .end_tokens import Ends, chose_ends
 from .pool import Pool
 from .routing import Names, PackedRoute, Router, named_route
 
@@ -77,7 +78,7 @@ def init_continuous_batching(
         config.use_cuda_graph = (False, False)  # transformers may have chosen them by itself
         manager.__class__ = RoutedBatchingManager
         manager.dm_router, manager.dm_pool = model.dm_deltas.router, model.dm_deltas.pool
-        manager.dm_requests = set()
+        manager.dm_ends, manager.dm_requests = model.dm_deltas.ends, set()
     return manager
 
 
@@ -98,6 +99,7 @@ class RoutedBatchingManager(ContinuousBatchingManager):
 
     dm_router: Router
     dm_pool: Pool
+    dm_ends: Ends
     dm_requests: set[RequestDelta]  # of those that may not have ended
 
     def add_request(
@@ -106,16 +108,21 @@ class RoutedBatchingManager(ContinuousBatchingManager):
         """Add a request that takes `delta_name`; None or "__base__" is the base.
 
         If not given, it takes the delta that is now in use for all calls. Waits while requests
-        and calls under way leave no room for its delta.
+        and calls under way leave no room for its delta. It ends by the delta's end tokens, if no
+        `eos_token_id` is given and the manager's generation config has not others than the model's.
 
         Raises:
             DeltaMixError: an unknown name, or there can be no room for the delta.
         """
+        one_of_many = isinstance(input_ids, Prompt)  # given the manager's end tokens
         if not isinstance(input_ids, Prompt):
             names = None if delta_name is ACTIVE else [delta_name]
             (input_ids,) = name_prompts(self.dm_router, [input_ids], names)
         self._check_room(names_of([input_ids]))
         self.logit_processor.supported_keys[KEY] = RequestDelta  # its clear() forgets them
+        own, given = self.dm_ends.get(input_ids.delta), kwargs.get("eos_token_id")
+        if own is not None and not chose_ends(self.model, self.generation_config):
+            kwargs |= {"eos_token_id": own} if one_of_many or given is None else {}
         request_delta = RequestDelta(self.dm_pool, input_ids.delta)
         added = None
         try:

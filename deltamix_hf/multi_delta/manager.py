@@ -10,7 +10,7 @@ None or "__base__" being the base. Names given to a call win over what is set or
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint.base import BaseCheckpoint, resolve_base, same
+from ..checkpoint.base import BaseCheckpoint, resolve_base, same, untied_state
 from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
+from ..constants import FETCHED
 from ..errors import DeltaMixError
 from ..nn.delta_module import DeltaModule, own_deltas
 from ..nn.layers import change_class, detach_all, tied_tensors, weight_of
@@ -30,7 +31,9 @@ from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose, triton_kernels
 from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import check_base
-from .config_mismatch import differing
+from ..storage.untrusted_paths import read_beside
+from .config_mismatch import chat_template, differing, differing_generation, warning
+from .end_tokens import Ends, repo_ends
 from .grouped import refresh, table_bytes
 from .layers import RoutedDeltas, make_routed
 from .model import part_class, routed_model_class
@@ -38,6 +41,7 @@ from .pool import Pool
 from .routing import BASE, Route, Router, named_route, row_delta
 from .row_layout import observe
 
+_ROUNDED = torch.bfloat16, torch.float16
 DEFAULT = "default"  # what PEFT calls the first one
 
 
@@ -52,14 +56,22 @@ class DeltaManager:
         self.router.model = model
         self.pool = Pool(self._place, self._remove, self._sizes, self._by_kernels)
         self.enabled = True
+        self.ends: Ends = {}
         self._modules: dict[str, set[DeltaModule]] = {}  # resident delta -> what it changes
         quantizer: Any = getattr(model, "hf_quantizer", None)
         files = getattr(quantizer, "base_files", None)  # of a delta repo
-        commit, place = getattr(model.config, "_commit_hash", None), model.name_or_path
-        self._base = BaseCheckpoint(files or resolve_base(place, commit, {})[0], model)
+        how, place = dict(FETCHED.get(model, {})), model.name_or_path
+        how["revision"] = getattr(model.config, "_commit_hash", None) or how.get("revision")
+        found = files or resolve_base(place, how["revision"], how)[0]
+        self._base = BaseCheckpoint(found, model)
+        self._comparable = quantizer is None or bool(files)  # another's changes the weights
+        how.pop("variant", None)
+        self._template = chat_template(partial(read_beside, place, "", kwargs=how, links=True))
         self._layouts, self._read_directly = observe(model)
         if files:
             self._adopt_own(quantizer)
+        else:
+            self._check_unedited(1)
         for module in model.modules():
             # Now, not with the first delta that changes it: what torch.compile has seen must keep
             # its class.
@@ -74,17 +86,29 @@ class DeltaManager:
             raise DeltaMixError(f"{name!r} cannot name a delta; give a text other than {BASE!r}")
         self.pool.check_new(name)
         files, config, theirs = find_delta(repo, kwargs)
-        for setting, values in differing(self.model.config, theirs).items():
-            warnings.warn(
-                f"{repo!r} was made of a model with {setting} = {values[1]}, the base runs with "
-                f"{values[0]}: beside it the delta gives something else than by itself",
-                stacklevel=3,
-            )
-        base = self._base
+        beside = partial(read_beside, repo, files[0], kwargs=kwargs)
+        if found := self._differing(beside, theirs):
+            warnings.warn(warning(repo, found), stacklevel=3)
+        base, ends = self._base, repo_ends(beside, theirs)
+        self._check_unedited(64)
         check_base(config.base_fingerprints, base.infos, "the model's base", base.fingerprints)
         read = partial(read_delta, repo, files, config, base.keys)
-        if self.pool.add(name, read(), read):
+        only = self.pool.add(name, read(), read)
+        self.ends.pop(name, None)  # of an earlier one
+        if ends is not None:
+            self.ends[name] = ends
+        if only:
             self.choose(name)
+
+    def _differing(self, read: Callable[[str], Any], config: dict[str, Any]) -> dict[str, Any]:
+        """Name what a delta repo sets otherwise and cannot have beside the base: (ours, its)."""
+        found, theirs = differing(self.model.config, config), read("generation_config.json")
+        ours = getattr(self.model, "generation_config", None)
+        if ours is not None and theirs is not None:
+            found |= differing_generation(ours, theirs)
+        if (template := chat_template(read)) not in (None, self._template):
+            found["chat_template"] = self._template, template
+        return found
 
     def _place(self, name: str, stored: StoredDelta) -> None:
         """Put a delta's tensors beside the base's, on the base's devices."""
@@ -204,9 +228,37 @@ class DeltaManager:
     # What it needs to know
 
     @torch.no_grad()
+    def _check_unedited(self, step: int) -> None:
+        """Compare every `step`-th row of the model's tensors with the base's files.
+
+        All rows before the first delta, in 0.5 to 0.9 s a GB on an EPYC core, about what hashing
+        takes; before each further one every 64th, in 0.05 to 0.08 s. Not compared are tensors of
+        other shapes, of a base that another library quantized and, after the first time, those
+        made of several. Raises DeltaMixError if one was edited: an adapter merged, say.
+        """
+        base = self._base
+        for name, tensor in untied_state(self.model).items() if self._comparable else ():
+            if name not in base or not (step == 1 or base.is_plain(name)) or not tensor.ndim:
+                continue
+            stored = base.read(name)
+            if tensor.is_floating_point() and tensor.shape == stored.shape:
+                ours, theirs = tensor[::step], stored[::step]
+                # which may have been rounded on its way here
+                if not any(same(ours, theirs.to(d)) for d in (stored.dtype, *_ROUNDED)):
+                    raise DeltaMixError(
+                        f"{name} of the model is not what the base's files hold: it was edited in "
+                        "memory (an adapter merged, weights scaled?); load the base anew, or "
+                        "compress what you have as a fine-tune of it"
+                    )
+
+    @torch.no_grad()
     def _adopt_own(self, quantizer: Any) -> None:
         """Make a loaded delta repo's own delta one of many, and the model its base."""
-        model, base = self.model, self._base
+        model, base, config = self.model, self._base, quantizer.quantization_config
+        where = config.base_model, quantizer.base_files[0]
+        beside = partial(read_beside, *where, kwargs=config.base_kwargs, links=True)
+        if (ends := repo_ends(beside, beside("config.json") or {})) is not None:
+            self.ends[None] = ends
         tied = set(model.all_tied_weights_keys)
         packed = {
             name if leaf == "weight" else f"{name}.{leaf}": module.packed(leaf)
@@ -221,8 +273,7 @@ class DeltaManager:
                 overlay[name] = tensor.clone()
                 tensor.copy_(value)
         source, read = str(model.name_or_path), None
-        recorded = quantizer.quantization_config.base_fingerprints
-        stored = StoredDelta(packed, overlay, recorded, source)
+        stored = StoredDelta(packed, overlay, config.base_fingerprints, source)
         if quantizer.pre_quantized and os.path.isdir(source):
             read = partial(read_delta, source, *find_delta(source, {})[:2], base.keys)
         self.pool.add(DEFAULT, stored, read)

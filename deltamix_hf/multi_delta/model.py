@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
 from ..nn.delta_module import with_recipe
+from .end_tokens import by_row, row_ends
 from .item_features import routed_features
 from .routing import Names, named_route
 
@@ -39,11 +40,13 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
                 return method(self, *args, **kwargs)
             deltas, batch = self.__dict__["dm_deltas"], _batch(self, names, args, kwargs)
             route = named_route(delta_names, len(batch))
-            if not forward and delta_names is not None and _fixed_cache(self, kwargs):
-                with deltas.using(delta_names):
-                    return method(self, *args, **kwargs)
             if forward:  # in `generate`, rows may be repeated since they were named
                 route = (route or deltas.router.route).of_batch(_rows_inside(self, batch))
+            else:
+                kwargs |= row_ends(self, deltas.ends, route or deltas.router.route, args, kwargs)
+                if delta_names is not None and _fixed_cache(self, kwargs):
+                    with deltas.using(delta_names):
+                        return method(self, *args, **kwargs)
             ids = None if batch.is_floating_point() else batch
             held = deltas.pool.holding(route.names if route else [])
             with held, deltas.router.using(route, ids):
@@ -58,14 +61,13 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
     methods: dict[str, Any] = {
         "forward": naming(cls.forward, forward=True),
         "_set_gradient_checkpointing": set_checkpointing,
-        **{name: _unless_changed(getattr(cls, name)) for name in _EMBEDDINGS},
         **routed_features(cls),
     }
     if hasattr(cls, "generate"):
         methods["generate"] = naming(cls.generate, forward=False)
-    for name in ("init_continuous_batching", "generate_batch"):
+    for name, wrap in _WRAPPED.items():
         if hasattr(cls, name):
-            methods[name] = _continuous(name, getattr(cls, name))
+            methods[name] = wrap(getattr(cls, name))
     if adopted:
         methods |= {name: _refused(name) for name in ("save_pretrained", "dequantize")}
     else:
@@ -87,9 +89,6 @@ def _batch(model: Any, names: list[str], args: Any, kwargs: dict[str, Any]) -> T
 def _rows_inside(model: Any, batch: Tensor) -> int:
     choices = type(model).__name__.endswith("ForMultipleChoice")  # [rows, choices, length]
     return len(batch) * (batch.shape[1] if choices else 1)
-
-
-_EMBEDDINGS = "set_input_embeddings", "set_output_embeddings", "resize_token_embeddings"
 
 
 def _unless_changed(method: Any) -> Any:
@@ -146,15 +145,26 @@ def _refused(name: str) -> Any:
     return method
 
 
-def _continuous(name: str, plain: Any) -> Any:
+def _continuous(plain: Any) -> Any:
     @wraps(plain)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         # leans on private parts of transformers: only for who uses it
         from . import continuous_batching
 
-        return getattr(continuous_batching, name)(plain, self, *args, **kwargs)
+        return getattr(continuous_batching, plain.__name__)(plain, self, *args, **kwargs)
 
     return method
+
+
+_WRAPPED = {
+    "set_input_embeddings": _unless_changed,
+    "set_output_embeddings": _unless_changed,
+    "resize_token_embeddings": _unless_changed,
+    "init_continuous_batching": _continuous,
+    "generate_batch": _continuous,
+    "_get_stopping_criteria": by_row,
+    "_get_logits_processor": by_row,
+}
 
 
 def _fixed_cache(model: Any, kwargs: dict[str, Any]) -> bool:

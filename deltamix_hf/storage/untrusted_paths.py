@@ -31,21 +31,24 @@ def commit_of(path: str) -> str | None:
 def repo_files(repo: str, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any], str | None]:
     """Find a repo's weight files, config.json's content and commit (None for a local folder).
 
-    A whole file goes before shards, as in transformers. Raises an OSError or ValueError if they are
-    not found, or not readable.
+    A whole file goes before shards, as in transformers. `kwargs` are those of `cached_file`, and a
+    `variant`. Raises an OSError or ValueError if they are not found, or not readable.
     """
+    kwargs, weights, shards = dict(kwargs), WEIGHTS, INDEX
+    if variant := kwargs.pop("variant", None):
+        weights, shards = f"model.{variant}.safetensors", f"{WEIGHTS}.index.{variant}.json"
     path = cached_file(repo, CONFIG, **kwargs)
     if path is None:
         raise OSError(f"no file {CONFIG}")
     commit = commit_of(path)
     kwargs = kwargs | {"revision": commit or kwargs.get("revision")}  # the rest from this very one
     config = read_object(path)
-    whole = cached_file(repo, WEIGHTS, _raise_exceptions_for_missing_entries=False, **kwargs)
+    whole = cached_file(repo, weights, _raise_exceptions_for_missing_entries=False, **kwargs)
     if whole is not None:
         return [whole], config, commit
-    index = cached_file(repo, INDEX, _raise_exceptions_for_missing_entries=False, **kwargs)
+    index = cached_file(repo, shards, _raise_exceptions_for_missing_entries=False, **kwargs)
     if index is None:
-        raise OSError(f"no file {WEIGHTS}")
+        raise OSError(f"no file {weights}")
     files = cached_files(repo, sorted(set(read_index(index).values())), **kwargs)
     return files or [], config, commit
 
@@ -113,12 +116,9 @@ def check_weight_files(repo: str, files: list[str], infos: Iterable[str]) -> Non
     """
     beside = os.path.dirname(files[0])
     index = os.path.join(beside, INDEX)
-    if os.path.isdir(repo):
-        root = os.path.realpath(repo)
-        root = re.sub(r"/snapshots/[0-9a-f]{40}(/.*)?$", "", root.replace(os.sep, "/"))
-        for file in [os.path.join(beside, CONFIG), index, *files]:
-            if not Path(os.path.realpath(file)).is_relative_to(root):
-                raise DeltaMixError(f"{file} of the delta repo lies outside its folder; copy it in")
+    for file in [os.path.join(beside, CONFIG), index, *files]:
+        if not lies_inside(repo, file):
+            raise DeltaMixError(f"{file} of the delta repo lies outside its folder; copy it in")
     if os.path.basename(files[0]) == WEIGHTS or not os.path.isfile(index):
         return
     try:
@@ -130,12 +130,55 @@ def check_weight_files(repo: str, files: list[str], infos: Iterable[str]) -> Non
         raise DeltaMixError(f"only {where} of the delta repo know {wrong[0]}: it is incomplete")
 
 
-def read_object(path: str) -> dict[str, Any]:
-    """Read a JSON object from a file; a ValueError if it holds none or is longer than 100 MB."""
+def lies_inside(repo: str, file: str) -> bool:
+    """Tell whether a file of a repo, if that is a folder, is no link out of it."""
+    root = os.path.realpath(repo).replace(os.sep, "/")
+    root = re.sub(r"/snapshots/[0-9a-f]{40}(/.*)?$", "", root)
+    return not os.path.isdir(repo) or Path(os.path.realpath(file)).is_relative_to(root)
+
+
+def find_file(repo: str, name: str, kwargs: dict[str, Any]) -> str | None:
+    """Find a file of a repo; None if it has none, or was not fetched and the Hub does not answer.
+
+    Raises an OSError if there is no such repo.
+    """
+    reasons = ("missing_entries", "connection_errors", "gated_repo")
+    lenient: Any = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
+    return cached_file(repo, name, **lenient, **kwargs)
+
+
+def read_beside(
+    repo: str | None, weights: str, name: str, kwargs: dict[str, Any], links: bool = False
+) -> Any:
+    """Read another file of a repo, of the commit that its `weights` are of; None without one.
+
+    It is a JSON object, or the text of what ends otherwise than in .json. Raises a DeltaMixError if
+    it is not readable, or a link out of the repo's folder, unless `links` may be.
+    """
+    kwargs = kwargs | {"revision": commit_of(weights) or kwargs.get("revision")}
+    try:
+        path = find_file(repo, name, kwargs) if repo else None
+        if path is None or repo is None:
+            return None
+        if not links and not lies_inside(repo, path):
+            raise OSError("it lies outside the folder of the repo")
+        return read_object(path) if name.endswith(".json") else read_bytes(path).decode()
+    except (OSError, ValueError) as error:
+        raise DeltaMixError(f"cannot read {name} of {repo!r}: {first_line(error)}") from error
+
+
+def read_bytes(path: str) -> bytes:
+    """Read a file; a ValueError if it is longer than 100 MB."""
     if os.path.getsize(path) > _MAX_JSON:
         raise ValueError(f"{os.path.basename(path)} is longer than {_MAX_JSON:,} bytes")
+    return Path(path).read_bytes()
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """Read a JSON object from a file; a ValueError if it holds none or is longer than 100 MB."""
+    content = read_bytes(path)
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{os.path.basename(path)} is not JSON: {error}") from error
     if not isinstance(found, dict):

@@ -8,27 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from hostile import edit_settings, edit_weights, refusal, untouched
+from local_hub import SHA, in_cache
 from tiny_pairs import fine_tune, logits
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.checkpoint.validation import verify_repo
 
-SHA, OTHER = "1" * 40, "2" * 40
-
-
-def in_cache(cache: Path, repo: str, folder: Path, sha: str = SHA) -> Path:
-    """`folder` as huggingface_hub keeps a repo: a snapshot of links, and which commit main is."""
-    place = cache / f"models--{repo.replace('/', '--')}"
-    snapshot = place / "snapshots" / sha
-    snapshot.mkdir(parents=True)
-    (place / "blobs").mkdir(exist_ok=True)
-    for file in folder.iterdir():
-        blob = place / "blobs" / f"{sha[:8]}-{file.name}"
-        shutil.copy(file, blob)
-        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
-    (place / "refs").mkdir(exist_ok=True)
-    (place / "refs" / "main").write_text(sha)
-    return snapshot
+OTHER = "2" * 40
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_local"
+SHA = "1" * 40
 LFS_SUFFIXES = (".safetensors", ".bin", ".model")
 JSON = {"Content-Type": "application/json"}
 Answer = tuple[int, dict[str, str], bytes]
@@ -286,3 +288,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Silent: `LocalHub.requests` is the log."""
+
+
+def in_cache(cache: Path, repo: str, folder: Path, sha: str = SHA) -> Path:
+    """`folder` as huggingface_hub keeps a repo: a snapshot of links, and which commit main is."""
+    place = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = place / "snapshots" / sha
+    snapshot.mkdir(parents=True)
+    (place / "blobs").mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        blob = place / "blobs" / f"{sha[:8]}-{file.name}"
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    (place / "refs").mkdir(exist_ok=True)
+    (place / "refs" / "main").write_text(sha)
+    return snapshot

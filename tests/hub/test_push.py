@@ -50,6 +50,8 @@ def author(folder: Path) -> dict[str, Any]:
     tuned = folder / "tuned"
     model.save_pretrained(tuned)
     tokenizer.save_pretrained(tuned)
+    (tuned / "1_Pooling").mkdir()
+    (tuned / "1_Pooling" / "config.json").write_text("{}")
     first = api.create_repo("me/tuned") and api.upload_folder(repo_id="me/tuned", folder_path=tuned)
     # The next version of the fine-tune has another chat template: the delta is not made from it.
     api.upload_file(
@@ -315,7 +317,7 @@ def test_config_pins_the_base(
 def test_tokenizer_travels(authored: dict[str, Any], hub: LocalHub, folder: Path) -> None:
     for repo in ("me/delta", "me/saved"):
         files = hub.files(repo)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json"):
             assert files[name] == (folder / "moved" / name).read_bytes(), (repo, name)
 
 
@@ -327,8 +329,9 @@ def test_tokenizer_is_of_the_revision_that_was_compressed(
 
 def test_save_pretrained_can_push(authored: dict[str, Any], hub: LocalHub, folder: Path) -> None:
     pushed = hub.files("me/saved")
-    for path in (folder / "saved").iterdir():
-        assert pushed[path.name] == path.read_bytes(), path.name
+    for path in (file for file in (folder / "saved").rglob("*") if file.is_file()):
+        name = path.relative_to(folder / "saved").as_posix()
+        assert pushed[name] == path.read_bytes(), name
 
 
 def card_of(hub: LocalHub, repo: str) -> tuple[dict[str, Any], str]:
