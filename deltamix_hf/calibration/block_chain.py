@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..jobs import resume_store
-from .statistics import hooked, inputs_of
+from ..nn.probing import hooked, inputs_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # a call's
 BlockArgs = list[Arguments]

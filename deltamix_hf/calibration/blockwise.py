@@ -23,14 +23,13 @@ from ..jobs.resume_store import ResumeStore
 from ..jobs.workers import Workers
 from ..linalg.second_moments import SecondMoment
 from ..nn.experts import Expert
+from ..nn.probing import device_of, hooked
 from .block_chain import BlockChain, run
 from .expert_statistics import FEWEST
 from .statistics import (
     LayerStatistics,
     backward,
-    device_of,
     frozen,
-    hooked,
     observed,
     output_gradients,
     prediction,

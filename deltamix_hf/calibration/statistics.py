@@ -16,9 +16,8 @@ its columns by G of its output. Where it is tied to an output layer, the two use
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -30,6 +29,7 @@ from transformers.utils import logging
 from ..errors import DeltaMixError
 from ..linalg.second_moments import Metric, SecondMoment, dense, diagonal
 from ..nn.experts import Expert
+from ..nn.probing import hooked, inputs_of
 from .expert_statistics import FEWEST, observed_experts
 
 # Draws of ε in all, at least; a classifier makes only one prediction a text.
@@ -138,19 +138,6 @@ def _check_finite(found: Mapping[str, LayerStatistics]) -> None:
 
 
 @contextmanager
-def hooked(named: Mapping[str, nn.Module], before: Any = None, after: Any = None) -> Iterator[None]:
-    """Context manager: call before(name, module, args, kwargs) and after(name, module, args, y)."""
-    with ExitStack() as stack:
-        for name, module in named.items():
-            if before:
-                hook = partial(before, name)
-                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-            if after:
-                stack.enter_context(module.register_forward_hook(partial(after, name)))
-        yield
-
-
-@contextmanager
 def output_gradients(model: nn.Module, needed: bool) -> Iterator[None]:
     """Context manager: let gradients flow to outputs, but not to parameters, or turn them off.
 
@@ -176,23 +163,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Find where the model runs; `LazyWeights` says so, whose parameters are nowhere."""
-    device: torch.device = getattr(model, "dm_device", model.device)
-    return device
-
-
-def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
-    """Make the keyword arguments of a forward pass over token ids int64 [rows, length]."""
-    ids = ids.to(device_of(model))
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if hasattr(model.config, "use_cache"):
-        inputs["use_cache"] = False  # blocks are run again on their own: nothing may be remembered
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    return inputs
 
 
 def prediction(output: Any) -> tuple[Tensor, bool]:

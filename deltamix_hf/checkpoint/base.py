@@ -78,6 +78,7 @@ class KeyMap:
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self.model = model
+        self.modules = dict(model.named_modules())  # adapters may come and rename them
         # Shapes and dtypes: the tensors themselves would stay in memory when the model moves away.
         self.state = {name: t.to("meta") for name, t in model.state_dict().items()}
 

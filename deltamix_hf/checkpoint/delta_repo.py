@@ -102,10 +102,10 @@ class Contents:
         get = read or self._uncoded
         if name in self.keys.state:
             owner, _, leaf = name.rpartition(".")
-            module = self.keys.model.get_submodule(owner)
+            module = self.keys.modules[owner]
             experts, shape = len(weight_of(module, leaf)), slice_shape(module, leaf)
         else:
-            shape = declared_shape(self.keys.model.get_submodule(name))
+            shape = declared_shape(self.keys.modules[name])
         names = part_names(stored, method.quantizer, experts is not None)
         try:
             tensors = {part: get(key) for part, key in names.items()}
@@ -195,7 +195,7 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
 def _check_carrier(keys: KeyMap, stored: str, name: str, experts: bool) -> None:
     """Refuse a packed delta to what is no matrix, or no 3-D parameter of experts."""
     owner, _, leaf = name.rpartition(".")
-    module = keys.model.get_submodule(owner)
+    module = keys.modules[owner]
     if experts:
         fits = is_experts(module) and leaf in fused_weights(module)
     else:

@@ -6,7 +6,7 @@ everything else that differs is stored whole.
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,8 @@ def differences(
     """Compare tensors of a fine-tune, by model name, with the base's; one pair is in memory.
 
     `base` learns of vocabularies with more or fewer rows; modules and parameters in `skip` are not
-    packed. Raises a DeltaMixError if a tensor has another shape in the base, or is not finite.
+    packed. Raises a DeltaMixError if a tensor is not finite, or has another shape in the base where
+    fine-tuning does not change it.
     """
     ends = vocabulary_modules(model)
     for name, ours in tensors:
@@ -66,13 +67,13 @@ def differences(
                 yield Difference(f"{owner}.{ROWS}", "rows", added, None)
             value = base.read(name)
             if value.shape != ours.shape:
-                tokens = [len(weight_of(end)) for end in ends.values()]
-                if ours.ndim != 1 or len(ours) not in tokens:  # a head's bias is stored whole
+                if not _may_differ(model, name, ours, value, ends):
                     raise DeltaMixError(
                         f"{name} is {list(ours.shape)} in the fine-tune and {list(value.shape)} in "
                         "the base: this is not the base it was fine-tuned from"
                     )
-            if same(ours, value):
+                value = None
+            elif same(ours, value):
                 yield Difference(name, "same", ours, value)
                 continue
         if ours.is_floating_point() and not torch.isfinite(ours).all():
@@ -88,6 +89,21 @@ def _is_resized(base: BaseCheckpoint, name: str, module: nn.Module) -> bool:
     rows, *rest = weight_of(module).shape
     shape = base.shape(name)
     return shape is not None and shape[0] != rows and list(shape[1:]) == rest
+
+
+def _may_differ(
+    model: PreTrainedModel, name: str, ours: Tensor, value: Tensor, ends: Mapping[str, nn.Module]
+) -> bool:
+    """Tell whether a fine-tune of this base may well have a tensor of another shape, stored whole.
+
+    It may have more positions, another number of labels, and a head's bias for other tokens.
+    """
+    owner = name.rpartition(".")[0]
+    if isinstance(model.get_submodule(owner), nn.Embedding) and owner not in ends:
+        return ours.shape[1:] == value.shape[1:]
+    head = model.base_model is not model and not name.startswith(f"{model.base_model_prefix}.")
+    bias = ours.ndim == 1 and len(ours) in [len(weight_of(end)) for end in ends.values()]
+    return bias or (head and owner not in ends)
 
 
 def _kind(model: PreTrainedModel, name: str, skip: Sequence[str]) -> str:

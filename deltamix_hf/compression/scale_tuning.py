@@ -25,10 +25,11 @@ from transformers.utils import logging
 
 from ..calibration.block_chain import TensorList
 from ..calibration.data import split_rows
-from ..calibration.statistics import frozen, inputs_of, prediction
+from ..calibration.statistics import frozen, prediction
 from ..jobs.resume_store import ResumeStore
 from ..nn.delta_module import DeltaModule
 from ..nn.layers import DeltaEmbedding, delta_modules, shape_of, weight_of
+from ..nn.probing import inputs_of
 from ..quantization import uniform
 from ..quantization.packed_layout import scale_counts
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.block_chain import Arguments, BlockArgs, BlockChain, TensorList, run, tensor_of
-from ..calibration.statistics import hooked
 from ..jobs.workers import ALONE, Workers
 from ..nn.delta_module import oriented
 from ..nn.experts import expert_place, replace_expert
 from ..nn.layers import matrix_of, shape_of, weight_of
+from ..nn.probing import hooked
 from .sequential_sums import StageSums, moved_targets, target_shift
 
 Finish = Callable[[dict[str, Tensor | None], Tensor | None], dict[str, Tensor]]

@@ -26,7 +26,7 @@ from ..constants import ACCESS, FETCHING, NOTICE
 from ..errors import DeltaMixError
 from ..jobs.resume_store import ResumeStore
 from ..nn import tensor_parallel
-from ..nn.layers import detach_all
+from ..nn.layers import delta_modules, detach_all
 from ..nn.merging import merged_weights
 from ..nn.shared_input import link_shared_inputs
 from ..storage.headers import read_headers
@@ -150,6 +150,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
             tensor_parallel.keep_own_part(model)
         else:  # which needs the factors of several layers while one of them runs
             link_shared_inputs(model)
+            for module in delta_modules(model).values():
+                vars(module)["dm_visible"] = True
         # transformers makes every float parameter trainable while loading
         model.requires_grad_(False)
         # what we save is in model form already

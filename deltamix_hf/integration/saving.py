@@ -26,7 +26,7 @@ from ..config import overlay_dtype
 from ..constants import ACCESS, FETCHED, NOTICE
 from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
-from ..nn.delta_module import DeltaModule, joined_class, own_deltas
+from ..nn.delta_module import DeltaModule, check_frozen, joined_class, own_deltas
 from ..nn.layers import change_class, weight_of
 from ..nn.tensor_parallel import wanted, whole
 from ..storage.headers import TensorInfo
@@ -51,6 +51,7 @@ def delta_state_dict(
     """
     stored: dict[str, Tensor] = {}
     frozen = {f"{n}.{leaf}" for n, m in own_deltas(model).items() for leaf in m.dm_own}
+    frozen |= {f"{n}.weight" for n, m in model.named_modules() if "dm_edited" in vars(m)}
 
     def unpacked() -> Iterator[tuple[str, Tensor]]:
         """Yield what is to be compared with the base; packed tensors are stored on the way."""
@@ -107,7 +108,13 @@ def _read_whole(info: TensorInfo) -> Tensor:
         ) from error
 
 
-class DeltaModel:
+class _Frozen:
+    def requires_grad_(self: Any, requires_grad: bool = True) -> Any:
+        """Set as `nn.Module.requires_grad_`; DeltaMixError if true: packed factors are frozen."""
+        return cast(Any, super()).requires_grad_(check_frozen(self, requires_grad))
+
+
+class DeltaModel(_Frozen):
     """What a model with a delta of its own does in another way than its class, which comes next."""
 
     @classmethod
@@ -179,7 +186,7 @@ class DeltaModel:
         return cast(Any, super()).resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
-class DeltaPart:
+class DeltaPart(_Frozen):
     """What a part of such a model, a model of its own kind, does in another way than its class."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -76,7 +76,6 @@ def init_continuous_batching(
                 "give no compile config"
             )
         config.use_cuda_graph = (False, False)  # transformers may have chosen them by itself
-        manager.logit_processor.supported_keys[KEY] = RequestDelta
         manager.__class__ = RoutedBatchingManager
         manager.dm_router, manager.dm_pool = model.dm_deltas.router, model.dm_deltas.pool
         manager.dm_ends, manager.dm_requests = model.dm_deltas.ends, set()
@@ -120,6 +119,7 @@ class RoutedBatchingManager(ContinuousBatchingManager):
             names = None if delta_name is ACTIVE else [delta_name]
             (input_ids,) = name_prompts(self.dm_router, [input_ids], names)
         self._check_room(names_of([input_ids]))
+        self.logit_processor.supported_keys[KEY] = RequestDelta  # its clear() forgets them
         own, given = self.dm_ends.get(input_ids.delta), kwargs.get("eos_token_id")
         if own is not None and not chose_ends(self.model, self.generation_config):
             kwargs |= {"eos_token_id": own} if one_of_many or given is None else {}

@@ -150,7 +150,7 @@ def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
         deltas.tried = True
     table, router = deltas.table, deltas.router
     route, rows = router.route, x.shape[0]
-    by_row = deltas.has_batch and rows % len(route.rows) == 0
+    by_row = deltas.keeps_rows(module, x, len(route.rows)) and rows % len(route.rows) == 0
     if table is None or not (by_row or (route.alike and not recording)):
         return None
     here = {*deltas.packed, *deltas.overlay}

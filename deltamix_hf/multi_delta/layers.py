@@ -18,10 +18,11 @@ from ..errors import DeltaMixError
 from ..nn import compiled
 from ..nn.delta_module import DeltaModule, first_tensor, joined_class
 from ..nn.experts import DeltaExperts, is_experts
-from ..nn.layers import change_class, routable_class
+from ..nn.layers import change_class, delta_class, routable_class, weight_of
 from ..quantization.packed_delta import PackedDelta
 from .grouped import run_grouped
 from .routing import PackedRoute, Route, Router
+from .row_layout import EACH, SHARED
 
 Args = tuple[Any, ...]  # of a module's call
 Kwargs = dict[str, Any]
@@ -32,15 +33,25 @@ Overlay = dict[str, Tensor]  # name of a parameter or buffer of one module -> it
 class RoutedDeltas:
     """What each delta, by name, puts beside one layer's base weights or in their place."""
 
-    def __init__(self, router: Router):
+    def __init__(self, router: Router, layout: str):
         self.router = router  # says which rows take which delta
+        self.layout = layout  # of rows in what the module gets, by `row_layout.observe`
         self.packed: dict[str, PackedDelta | ExpertDeltas] = {}
         self.overlay: dict[str, Overlay] = {}  # without the weight, if the delta packs it
-        # Whether the first dimension of the input is the batch, or 1 for all rows alike. (T5's
-        # table of relative positions is looked up without one.)
-        self.has_batch = True
         self.table: Any = None  # a `grouped.LayerTable`, once `tried` what the kernels can do
         self.tried = self.captured = False  # captured: a CUDA graph was recorded with it
+
+    def keeps_rows(self, module: DeltaModule, x: Tensor, batch: int) -> bool:
+        """Whether x has as many entries for each row of the batch, in order, or one for all."""
+        length = len(x) if x.dim() else 0
+        if self.layout and isinstance(module, nn.Embedding) and length in (1, batch):
+            # Positions, for all rows or for each. BART's embedding gets tokens and looks them up.
+            own = module.dm_plain_class is not nn.Embedding
+            return own or length == batch or self.layout == SHARED
+        return self.layout == EACH and length > 0 and length % batch == 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "table": None, "tried": False, "captured": False}  # new addresses
 
     def run(self, module: DeltaModule, args: Args, kwargs: Kwargs) -> Any:
         """Return the output of `module` by the route now in force."""
@@ -79,6 +90,25 @@ class RoutedDeltas:
         """Whether a delta changes this layer."""
         return delta in self.packed or delta in self.overlay
 
+    def changes_weight(self) -> bool:
+        """Whether the route in force puts something beside the weight or in its place."""
+        names = self.router.route.names
+        return any(n in self.packed or "weight" in self.overlay.get(n, {}) for n in names)
+
+    def weight(self, module: DeltaModule) -> Tensor:
+        """Return the module's weight by the route in force; DeltaMixError if rows differ."""
+        route = self.router.route
+        if not self.changes_weight():
+            return weight_of(module)
+        if not route.alike:
+            raise DeltaMixError(
+                f"the weight of a {module.dm_plain_class.__name__} is read, not its output, which "
+                "cannot differ by row: give all rows the same delta"
+            )
+        (delta,) = route.names
+        whole = self.overlay.get(delta, {}).get("weight")
+        return module.merged_weight(other=self.packed[delta]) if whole is None else whole
+
     def output(self, module: DeltaModule, delta: str, base: Any, args: Args, kwargs: Kwargs) -> Any:
         """Return the output with one delta; `base`, if known, is that of the base's tensors."""
         overlay = self.overlay.get(delta, {})
@@ -91,17 +121,15 @@ class RoutedDeltas:
         """Return the output for rows with different deltas, one after the other."""
         y = module.plain(*args, **kwargs)
         x, batch = first_tensor(args, kwargs), len(route.rows)
-        length = x.shape[0]
-        flat = x.dim() == 2 and length % batch == 0
         router = len(args) == 1 and not kwargs and not any(module.children())
         known = isinstance(y, Tensor) or (router and _has_rows(y, batch))
-        if not (known and self.has_batch and (length in (1, batch) or flat)):
+        if not (known and self.keeps_rows(module, x, batch)):
             raise DeltaMixError(
                 f"a {module.dm_plain_class.__name__} that maps {list(x.shape)} to a "
                 f"{type(y).__name__} does not see the {batch} rows of the batch apart; give all "
                 "rows the same delta"
             )
-        if length == 1 < batch:  # positions, say
+        if (length := len(x)) == 1 < batch:  # positions, say
             y = y.expand(batch, *y.shape[1:])
         size = (y if isinstance(y, Tensor) else y[0]).shape[0]
         taken, given = (route.groups(n, x.device) for n in (max(length, batch), size))
@@ -144,14 +172,15 @@ class RoutedDeltas:
                 one.move(devices[0])  # in place: tied modules share it
 
 
-def make_routed(module: nn.Module, router: Router) -> DeltaModule:
+def make_routed(module: nn.Module, router: Router, layout: str) -> DeltaModule:
     """Change the class of a module of the base in place, so that it takes named deltas."""
     cls = type(module)
     experts = is_experts(module)
     change_class(module, joined_class(cls, (DeltaExperts, cls)) if experts else routable_class(cls))
     assert isinstance(module, DeltaModule)
-    module.dm_row_deltas = RoutedDeltas(router)
+    module.dm_row_deltas = RoutedDeltas(router, layout)
     module.dm_number = compiled.register(module)
+    module.__dict__["dm_visible"] = delta_class(cls) is not None
     return module
 
 

@@ -26,7 +26,7 @@ from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
 from ..constants import FETCHED
 from ..errors import DeltaMixError
 from ..nn.delta_module import DeltaModule, own_deltas
-from ..nn.layers import change_class, detach_all, tied_modules, tied_tensors, weight_of
+from ..nn.layers import change_class, detach_all, tied_tensors, weight_of
 from ..nn.tensor_parallel import is_sharded
 from ..ops.dispatch import TRITON, choose, triton_kernels
 from ..quantization.packed_delta import PackedDelta
@@ -39,6 +39,7 @@ from .layers import RoutedDeltas, make_routed
 from .model import part_class, routed_model_class
 from .pool import Pool
 from .routing import BASE, Route, Router, named_route, row_delta
+from .row_layout import observe
 
 _ROUNDED = torch.bfloat16, torch.float16
 DEFAULT = "default"  # what PEFT calls the first one
@@ -52,6 +53,7 @@ class DeltaManager:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.router = Router()
+        self.router.model = model
         self.pool = Pool(self._place, self._remove, self._sizes, self._by_kernels)
         self.enabled = True
         self.ends: Ends = {}
@@ -65,6 +67,7 @@ class DeltaManager:
         self._comparable = quantizer is None or bool(files)  # another's changes the weights
         how.pop("variant", None)
         self._template = chat_template(partial(read_beside, place, "", kwargs=how, links=True))
+        self._layouts, self._read_directly = observe(model)
         if files:
             self._adopt_own(quantizer)
         else:
@@ -124,7 +127,7 @@ class DeltaManager:
                 experts: Any = self._routed(owner, touched).packed.setdefault(name, {})
                 experts[leaf] = packed.to(own.device)
                 continue
-            twins = {m: weight_of(m).device for m in tied_modules(self.model, weight).values()}
+            twins = {m: weight_of(m).device for m in self._twins(weight)}
             placed = {device: packed.to(device) for device in set(twins.values())}  # shared
             for module, device in twins.items():
                 self._routed(module, touched).packed[name] = placed[device]
@@ -150,7 +153,7 @@ class DeltaManager:
         for weight, packed in stored.packed.items():
             plain += sum(packed.nbytes.values())
             experts = packed.counts is not None
-            twins = [None] if experts else tied_modules(self.model, weight).values()
+            twins = [None] if experts else self._twins(weight)
             tables += sum(table_bytes(m, own) for m in twins for own in packed.split() if own)
         return plain, plain + tables
 
@@ -161,33 +164,20 @@ class DeltaManager:
     def _owner(self, name: str) -> tuple[nn.Module, str, Tensor]:
         """Find a tensor of the base by its name: its module, its name there, and itself."""
         owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
+        module = self._base.keys.modules[owner]
         return module, leaf, weight_of(module, leaf)
+
+    def _twins(self, name: str) -> list[nn.Module]:
+        """Find a module by its name, and those whose weight is tied to its weight."""
+        tensors = tied_tensors(self.model, f"{name}.weight")
+        return [self._base.keys.modules[tensor.removesuffix(".weight")] for tensor in tensors]
 
     def _routed(self, module: nn.Module, touched: set[DeltaModule]) -> RoutedDeltas:
         """Return the named deltas of a module, which is noted in `touched`."""
         if not isinstance(module, DeltaModule):
-            module = make_routed(module, self.router)
-            if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
-                module.dm_row_deltas.has_batch = self._looked_up_by_row(module)
+            module = make_routed(module, self.router, self._layouts.get(module, ""))
         touched.add(module)
         return module.dm_row_deltas
-
-    @torch.no_grad()
-    def _looked_up_by_row(self, module: nn.Module) -> bool:
-        """Whether an embedding's ids come as [batch, ...] or [1, ...]: tried out."""
-        seen: list[int] = []
-        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
-        try:
-            with self.router.using(Route([None])):
-                tried = {key: t.to(self.model.device) for key, t in self.model.dummy_inputs.items()}
-                self.model(**tried)
-        except Exception:  # a model that needs other inputs: better refuse mixed batches
-            return False
-        finally:
-            handle.remove()
-        rows = len(next(iter(tried.values())))
-        return bool(seen) and all(length in (1, rows) for length in seen)
 
     def delete(self, name: str) -> None:
         """Forget a delta once no call uses it; it is no longer active."""
@@ -315,11 +305,17 @@ def _make(model: PreTrainedModel) -> None:
         raise DeltaMixError(
             "parts of the model are offloaded; load it whole to serve several deltas from it"
         )
+    if wrapped := [n for n, m in model.named_modules() if type(m).__module__.startswith("peft.")]:
+        raise DeltaMixError(
+            f"an adapter has replaced {wrapped[0]}: load deltas first, and give the model adapters "
+            "afterwards"
+        )
     deltas = DeltaManager(model)
     deltas.remember_checkpointed()
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part is not model:
-            change_class(part, part_class(type(part), model))
+            change_class(part, part_class(type(part)))
+            part.__dict__["dm_whole"] = deltas
     change_class(model, routed_model_class(type(model), DEFAULT in deltas.pool.entries))
     model.__dict__["dm_deltas"] = deltas
 

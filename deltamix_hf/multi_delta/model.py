@@ -4,6 +4,7 @@
 continuous batching take `delta_names`.
 """
 
+import inspect
 from functools import wraps
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
+from ..nn.delta_module import with_recipe
 from .end_tokens import by_row, row_ends
+from .item_features import routed_features
 from .routing import Names, named_route
 
 
@@ -24,6 +27,8 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
     """
 
     def naming(method: Any, forward: bool) -> Any:
+        names = list(inspect.signature(method).parameters)[1:]  # without self
+
         @wraps(method)  # transformers looks at the signature
         def named(self: Any, *args: Any, delta_names: Names = None, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # modules find their rows when they run
@@ -33,17 +38,18 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
                         "`with model.use_deltas(names):`, or after set_delta"
                     )
                 return method(self, *args, **kwargs)
-            tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
-            deltas, rows = self.__dict__["dm_deltas"], next((len(t) for t in tensors), 1)
-            route = named_route(delta_names, rows)
+            deltas, batch = self.__dict__["dm_deltas"], _batch(self, names, args, kwargs)
+            route = named_route(delta_names, len(batch))
             if forward:  # in `generate`, rows may be repeated since they were named
-                route = (route or deltas.router.route).of_batch(rows)
+                route = (route or deltas.router.route).of_batch(_rows_inside(self, batch))
             else:
                 kwargs |= row_ends(self, deltas.ends, route or deltas.router.route, args, kwargs)
                 if delta_names is not None and _fixed_cache(self, kwargs):
                     with deltas.using(delta_names):
                         return method(self, *args, **kwargs)
-            with deltas.pool.holding(route.names if route else []), deltas.router.using(route):
+            ids = None if batch.is_floating_point() else batch
+            held = deltas.pool.holding(route.names if route else [])
+            with held, deltas.router.using(route, ids):
                 return method(self, *args, **kwargs)
 
         return named
@@ -55,6 +61,7 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
     methods: dict[str, Any] = {
         "forward": naming(cls.forward, forward=True),
         "_set_gradient_checkpointing": set_checkpointing,
+        **routed_features(cls),
     }
     if hasattr(cls, "generate"):
         methods["generate"] = naming(cls.generate, forward=False)
@@ -64,8 +71,24 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
     if adopted:
         methods |= {name: _refused(name) for name in ("save_pretrained", "dequantize")}
     else:
-        methods["save_pretrained"] = _without_deltas(cls.save_pretrained, None)
-    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+        methods["save_pretrained"] = _without_deltas(cls.save_pretrained)
+    made = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+    return with_recipe(made, routed_model_class, cls, adopted)
+
+
+def _batch(model: Any, names: list[str], args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Return the input whose first dimension has the rows of a call; pictures may be others."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    encoded = given.pop("encoder_outputs", None)
+    given["encoded"] = None if encoded is None else encoded[0]
+    first = "input_ids", "inputs", "inputs_embeds", model.main_input_name, "encoded", *given
+    found = (given.get(name) for name in first)
+    return next((t for t in found if isinstance(t, Tensor) and t.dim()), torch.zeros(1))
+
+
+def _rows_inside(model: Any, batch: Tensor) -> int:
+    choices = type(model).__name__.endswith("ForMultipleChoice")  # [rows, choices, length]
+    return len(batch) * (batch.shape[1] if choices else 1)
 
 
 def _unless_changed(method: Any) -> Any:
@@ -90,16 +113,18 @@ def _unless_changed(method: Any) -> Any:
     return checked
 
 
-def part_class(cls: type[PreTrainedModel], whole: PreTrainedModel) -> type[PreTrainedModel]:
+def part_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the class of a part of a model with named deltas that is a model of its own kind."""
-    save = _without_deltas(cls.save_pretrained, whole)
-    return type(cls.__name__, (cls,), {"save_pretrained": save, "__module__": cls.__module__})
+    methods = routed_features(cls) | {"save_pretrained": _without_deltas(cls.save_pretrained)}
+    made = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+    return with_recipe(made, part_class, cls)
 
 
-def _without_deltas(plain: Any, whole: PreTrainedModel | None) -> Any:
+def _without_deltas(plain: Any) -> Any:
     @wraps(plain)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
-        active = (self if whole is None else whole).active_deltas
+        whole = self.__dict__.get("dm_whole")
+        active = (self if whole is None else whole.model).active_deltas
         if active:
             raise DeltaMixError(
                 f"save_pretrained writes the base's weights, without {active}: call set_delta("

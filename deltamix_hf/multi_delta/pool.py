@@ -10,8 +10,9 @@ wait for each other.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import Any
 
 from ..checkpoint.delta_repo import StoredDelta
 from ..errors import DeltaMixError
@@ -67,6 +68,13 @@ class Pool:
         self.entries: dict[str, Entry] = {}
         self._changed = threading.Condition()
         self._clock = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        entries = {name: replace(entry, users=0) for name, entry in self.entries.items()}
+        return {**vars(self), "entries": entries, "_changed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _changed=threading.Condition())
 
     def add(self, name: str, stored: StoredDelta, read: Callable[[], StoredDelta] | None) -> bool:
         """Take a new delta in, resident; tell whether it is the only one.

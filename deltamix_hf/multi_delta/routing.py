@@ -16,6 +16,7 @@ replay; so there is one fixed plan for each batch size, which follows what `use_
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -61,7 +62,7 @@ def named_route(names: Names, batch: int | None = None) -> Route | None:
     if batch is not None and not isinstance(names, str) and len(rows) != batch:
         raise DeltaMixError(
             f"delta_names has {len(rows)} names for a batch of {batch} rows; give one name for "
-            "each row, or a single text for all"
+            "each row (a pipeline calls for batch_size texts at a time), or a single one for all"
         )
     if not rows:
         raise DeltaMixError("delta_names is empty; give one name for each row, or one for all")
@@ -148,15 +149,37 @@ class Router:
     until a `with` ends.
     """
 
+    model: Any = None  # whose router it is
+
     def __init__(self) -> None:
         self.default = Route([None])
         self.slots = Slots()  # of the resident deltas
         self.turn = RLock()  # held by the thread that announces
         self._current: ContextVar[Route | None] = ContextVar("deltamix_route", default=None)
+        self._ids: ContextVar[Tensor | None] = ContextVar("deltamix_ids", default=None)
         self._recomputing: ContextVar[bool] = ContextVar("deltamix_recomputing", default=False)
         self._announced: list[Route] = []  # the last one counts
         self._fixed: dict[tuple[int, torch.device], RowSlots] = {}
         self._writing = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rows": self.default.rows, "slots": self.slots, "model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Router.__init__(self)  # calls that run, and graphs, are those of the original
+        self.default = Route(state["rows"])
+        self.slots, self.model = state["slots"], state["model"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Router:
+        if self.model is not None and id(self.model) not in memo:
+            raise DeltaMixError(
+                "a part of a model with named deltas cannot be copied by itself (for peft's "
+                "modules_to_save, say): copy the whole model, or load the delta repo alone with "
+                "from_pretrained"
+            )
+        made = memo[id(self)] = Router()
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     @property
     def route(self) -> Route:
@@ -171,6 +194,11 @@ class Router:
             )
         return self._current.get() or self.default
 
+    @property
+    def ids(self) -> Tensor | None:
+        """The tokens int64 [rows, length] of the running call, None if it has none."""
+        return self._ids.get()
+
     @contextmanager
     def recomputing(self, route: Route) -> Iterator[None]:
         """Context manager: use `route`, that of the call whose part runs once more."""
@@ -182,12 +210,17 @@ class Router:
             self._recomputing.reset(token)
 
     @contextmanager
-    def using(self, route: Route | None) -> Iterator[None]:
-        """Context manager: use `route`; None leaves it as it is. Other threads keep theirs."""
+    def using(self, route: Route | None, ids: Tensor | None = None) -> Iterator[None]:
+        """Context manager: use `route`; None leaves it as it is. Other threads keep theirs.
+
+        `ids` are the call's tokens int64 [rows, length], if they are known.
+        """
         token = self._current.set(route or self._current.get())
+        tokens = self._ids.set(self._ids.get() if ids is None else ids)
         try:
             yield
         finally:
+            self._ids.reset(tokens)
             self._current.reset(token)
 
     def set_default(self, route: Route) -> None:

@@ -64,6 +64,17 @@ def _(x: Tensor, number: int) -> Tensor:
         ) from error
 
 
+@torch.library.custom_op("deltamix::weight", mutates_args=())
+def weight(base: Tensor, number: int) -> Tensor:
+    """Return the weight by which module `number` multiplies, a copy; like `base`."""
+    return _numbered[number].weight_in_use().clone()
+
+
+@weight.register_fake
+def _(base: Tensor, number: int) -> Tensor:
+    return torch.empty_like(base)
+
+
 @torch.library.custom_op("deltamix::layers_of_one_input", mutates_args=())
 def layers_of_one_input(x: Tensor, number: int) -> list[Tensor]:
     """Return what the members of group `number` make of x [..., n]: [..., m] each."""

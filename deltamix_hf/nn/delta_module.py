@@ -111,7 +111,7 @@ class DeltaModule(nn.Module):
                 parameter = nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(names[part], parameter)
         self.register_buffer(merged_name(leaf), None, persistent=False)
-        getattr(self, leaf).requires_grad_(False)
+        self._parameters[leaf].requires_grad_(False)  # type: ignore[union-attr]
 
     def packed(self, leaf: str = "weight") -> PackedDelta:
         """Return the layer's own delta of one weight."""
@@ -124,13 +124,17 @@ class DeltaModule(nn.Module):
         return {n: getattr(self, n) for own in self.dm_own.values() for n in own.names.values()}
 
     @torch.no_grad()
-    def merged_weight(self, dtype: torch.dtype | None = None, leaf: str = "weight") -> Tensor:
+    def merged_weight(
+        self, dtype: torch.dtype | None = None, leaf: str = "weight", other: Any = None
+    ) -> Tensor:
         """Return W_base + Û·V̂, added in float32, in `dtype` (default: the base weight's).
+
+        Û·V̂ is the layer's own delta, or `other`.
 
         Raises:
             DeltaMixError: several processes share the weight.
         """
-        weight: Tensor = getattr(self, leaf)
+        weight: Any = self._parameters[leaf]
         if hasattr(weight, "device_mesh"):
             raise DeltaMixError(
                 "the weights are shared out among processes and cannot be merged with the delta; "
@@ -138,10 +142,13 @@ class DeltaModule(nn.Module):
             )
         merged = weight.detach().to(dtype or weight.dtype, copy=True)
         both = (t if t.dim() == 3 else t[None] for t in (merged, weight))  # a matrix is one expert
-        for target, base, packed in zip(*both, self.packed(leaf).split(), strict=True):
+        for target, base, packed in zip(*both, (other or self.packed(leaf)).split(), strict=True):
             if packed is not None:
                 target.copy_(base.float() + oriented(self, packed.dense().to(weight.device)))
         return merged
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        return super().requires_grad_(check_frozen(self, requires_grad))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -154,11 +161,57 @@ def joined_class(plain: type[nn.Module], bases: tuple[type, ...]) -> Any:
     """Return the counterpart of a class: a class of its name with these bases, made once."""
     if bases not in _joined:
         own = {"dm_plain_class": plain, "__module__": plain.__module__}
-        _joined[bases] = type(plain.__name__, bases, own)
+        made = type(plain.__name__, bases, own)
+        _joined[bases] = with_recipe(made, joined_class, plain, bases)
     return _joined[bases]
 
 
 _joined: dict[Any, Any] = {}
+
+
+class Recipe(NamedTuple):
+    """How a class is made again that no module has by name; `args` may be such classes too."""
+
+    make: Any
+    args: Any
+
+
+def with_recipe(cls: Any, make: Any, *args: Any) -> Any:
+    """Let instances of `cls`, which `make(*args)` made, be pickled and copied; return `cls`."""
+    cls.dm_recipe, cls.__reduce_ex__ = Recipe(make, args), _reduced
+    return cls
+
+
+def _reduced(self: Any, protocol: Any) -> Any:
+    return _instance, (_by_recipe(type(self)),), *object.__reduce_ex__(self, 2)[2:]
+
+
+def _by_recipe(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_by_recipe, value))
+    found = vars(value).get("dm_recipe") if isinstance(value, type) else None
+    return value if found is None else Recipe(found.make, _by_recipe(found.args))
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, Recipe):
+        return value.make(*_made(value.args))
+    return tuple(map(_made, value)) if isinstance(value, tuple) else value
+
+
+def _instance(recipe: Any) -> Any:
+    cls = _made(recipe)
+    return cls.__new__(cls)
+
+
+def check_frozen(module: nn.Module, requires_grad: bool) -> bool:
+    """Return `requires_grad`; DeltaMixError if true for a module with packed factors."""
+    if requires_grad and own_deltas(module):
+        raise DeltaMixError(
+            "packed factors cannot be trained: train an adapter on top (peft), or call "
+            "model.dequantize() first"
+        )
+    return requires_grad
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -7,6 +7,7 @@ weight stays at `.weight`. The factors of a layer's own delta are frozen integer
 offloads and saves parameters).
 """
 
+import copy
 import inspect
 from types import MethodType
 from typing import Any, cast
@@ -21,12 +22,22 @@ from ..errors import DeltaMixError
 from ..ops.low_rank import cheapest, delta_linear, low_rank, low_rank_rows
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import PREFIX, check_parts
-from .delta_module import DeltaModule, joined_class, merged_name, oriented, own_deltas
+from . import compiled
+from .delta_module import (
+    DeltaModule,
+    first_tensor,
+    joined_class,
+    merged_name,
+    oriented,
+    own_deltas,
+)
+from .visible_weight import VisibleWeight
 
 
 def weight_of(module: nn.Module, leaf: str = "weight") -> Tensor:
-    """Return a weight of `module`, typed."""
-    return cast(Tensor, getattr(module, leaf))
+    """Return a weight of `module`, of one with deltas the base's: `getattr` may see another."""
+    weight = module._parameters.get(leaf)
+    return cast(Tensor, getattr(module, leaf)) if weight is None else weight
 
 
 def matrix_of(module: nn.Module) -> Tensor:
@@ -59,7 +70,74 @@ def tied_modules(model: PreTrainedModel, name: str) -> dict[str, nn.Module]:
     return {n: model.get_submodule(n) for n in names}
 
 
-class DeltaLinear(DeltaModule, nn.Linear):
+class DeltaMatrix(DeltaModule):
+    """A layer whose `weight` others see with the delta, once `dm_visible` is set."""
+
+    dm_visible = False
+    dm_twins: list[Any]  # all layers that share its weight and delta, itself too
+
+    @property
+    def weight(self) -> Any:
+        """Return the base's parameter, or a `VisibleWeight` if a delta changes it."""
+        own = self._parameters if "weight" in self._parameters else vars(self)
+        if "weight" not in own:
+            raise AttributeError("weight")
+        base = own["weight"]
+        if base is None or not self.dm_visible or base.device.type == "meta":
+            return base
+        if torch.compiler.is_compiling():
+            return compiled.weight(base, self.dm_number)
+        if self.dm_row_deltas is not None and not self.dm_row_deltas.changes_weight():
+            return base
+        return VisibleWeight.whole(self, base)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        vars(self)["weight"] = value
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        super().register_parameter(name, getattr(param, "dm_base", param))
+
+    def weight_in_use(self) -> Tensor:
+        """Return the weight by which the layer multiplies now; DeltaMixError if rows differ."""
+        if self.dm_row_deltas is not None:
+            return self.dm_row_deltas.weight(self)
+        return self.merged_weight() if "dm_own" in vars(self) else weight_of(self)
+
+    def become_dense(self) -> None:
+        """Merge the delta into the base's parameter, for all twins, which are plain layers then.
+
+        Raises:
+            DeltaMixError: named deltas are beside the weight.
+        """
+        if self.dm_row_deltas is not None:
+            raise DeltaMixError(
+                "a layer with named deltas cannot be changed or copied by itself: load the delta "
+                "repo alone with from_pretrained, or delete the deltas first"
+            )
+        weight_of(self).data.copy_(self.merged_weight())  # views of it stay so
+        for twin in self.dm_twins:
+            group: Any = getattr(twin, "dm_shared_input", None)
+            for member in group.members if group else ():
+                member.dm_shared_input = type(group)([member])
+            detach(twin)
+            vars(twin)["dm_edited"] = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy as part of a model; a layer copied by itself is dense, so that it can be trained."""
+        alone, state = not memo, vars(self)
+        if alone:
+            others = ("dm_twins", "dm_shared_input")
+            state = {key: value for key, value in state.items() if key not in others}
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(state, memo))
+        if alone:
+            vars(made)["dm_twins"] = [made]
+            made.become_dense()
+        return made
+
+
+class DeltaLinear(DeltaMatrix, nn.Linear):
     """y = x·W_baseᵀ + bias + (x·V̂ᵀ)·Ûᵀ."""
 
     dm_plain_class = nn.Linear
@@ -82,11 +160,16 @@ class DeltaLinear(DeltaModule, nn.Linear):
             return group.output(self, x)
         return self.alone(x)
 
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        if self.dm_plain_class is not nn.Linear:
+            return super().plain(*args, **kwargs)
+        return F.linear(first_tensor(args, kwargs), weight_of(self), self.bias)
+
     def alone(self, x: Tensor) -> Tensor:
         """Return the output [..., m] for x [..., n] by an op of this layer's own."""
         *tensors, runs, _, _, group_sizes = self.packed().op_arguments
         linear = cheapest(delta_linear)
-        return linear(x, self.weight, self.bias, *tensors, runs, group_sizes)
+        return linear(x, weight_of(self), self.bias, *tensors, runs, group_sizes)
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
         return cheapest(low_rank)(x.to(dtype), *packed.op_arguments, transposed=False)
@@ -97,7 +180,7 @@ class DeltaLinear(DeltaModule, nn.Linear):
         return super()._apply(fn, recurse)
 
 
-class DeltaConv1D(DeltaModule, Conv1D):
+class DeltaConv1D(DeltaMatrix, Conv1D):
     """y = x·W_base + bias + (x·V̂ᵀ)·Ûᵀ: GPT-2's linear layer, whose weight is [n, m]."""
 
     dm_plain_class = Conv1D
@@ -107,8 +190,13 @@ class DeltaConv1D(DeltaModule, Conv1D):
     def straight(self, x: Tensor) -> Any:
         return super().straight(x) if self.dm_merged is None else x @ self.dm_merged + self.bias
 
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        x = first_tensor(args, kwargs)
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight_of(self))
+        return y.view(*x.shape[:-1], self.nf)
 
-class DeltaEmbedding(DeltaModule, nn.Embedding):
+
+class DeltaEmbedding(DeltaMatrix, nn.Embedding):
     """y = W_base[ids] + Û[ids]·V̂; a subclass's own forward (Gemma scales) is done to both."""
 
     dm_plain_class = nn.Embedding
@@ -121,12 +209,13 @@ class DeltaEmbedding(DeltaModule, nn.Embedding):
         if self.dm_first is None:
             return super().straight(ids)
         own = ids - self.dm_first  # transformers adds up all processes' rows: others count 0
-        others = (own < 0) | (own >= len(self.weight))
+        others = (own < 0) | (own >= len(weight_of(self)))
         y = super().straight(own.masked_fill(others, 0))
         return y.masked_fill(others[..., None], 0)
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
-        return nn.Embedding.forward(self, *args, **kwargs)  # a subclass's forward calls ours
+        how = self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        return F.embedding(first_tensor(args, kwargs), weight_of(self), *how)
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
         return cheapest(low_rank_rows)(x.long(), *packed.op_arguments, dtype)
@@ -197,9 +286,12 @@ def attach_with_ties(model: PreTrainedModel, name: str, packed: PackedDelta) -> 
     module = model.get_submodule(name)
     attach(module, packed)
     shared = cast(DeltaModule, module).packed()
+    twins = vars(module)["dm_twins"] = [module]
     for target in tied_tensors(model, f"{name}.weight")[1:]:
         twin = target.removesuffix(".weight")
-        attach(model.get_submodule(twin), shared)
+        attach(other := model.get_submodule(twin), shared)
+        twins.append(other)
+        vars(other)["dm_twins"] = twins
         names = zip(shared.names(twin).values(), shared.names(name).values(), strict=True)
         model.all_tied_weights_keys.update(names)
 
@@ -208,7 +300,7 @@ def detach(module: DeltaModule) -> None:
     """Drop the layer's own delta and restore the plain class (weights untouched)."""
     for name in [*module.delta_parameters(), *map(merged_name, module.dm_own)]:
         delattr(module, name)
-    for name in ("dm_own", "dm_number", "dm_shared_input"):
+    for name in ("dm_own", "dm_number", "dm_shared_input", "dm_twins", "dm_visible"):
         module.__dict__.pop(name, None)
     change_class(module, module.dm_plain_class)
 

@@ -17,7 +17,7 @@ Widths 2, 3, 4 and 8, Gaussian codebook, one scale a vector except for U of embe
 default method makes. Levels of a U with groups are multiplied by their scales as they are read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -30,6 +30,7 @@ from ..quantization import uniform
 from ..quantization.packed_delta import PackedDelta
 
 Widths = tuple[tuple[int, int, int], ...]
+Product = Callable[[Tensor, Tensor], Tensor]  # of [M, k] and [k, n]
 
 # Width -> byte rows that a look-up result belongs to: 8 / order elements come from one byte.
 _ORDER = {2: 2, 3: 2, 4: 4, 8: 8}
@@ -102,8 +103,21 @@ def up_project(h: Tensor, packed: PackedDelta, dtype: torch.dtype) -> Tensor:
 
 
 def times_right(h: Tensor, packed: PackedDelta) -> Tensor:
-    """Multiply h float32 [M, k], V's scales included: h·V̂, float32 [M, n]."""
-    return _leave(h, _right(packed))
+    """Multiply h float32 [M, k], V's scales included: h·V̂, float32 [M, n].
+
+    A row's bits do not depend on the others: `row_by_row`.
+    """
+    return _leave(h, _right(packed), row_by_row)
+
+
+def row_by_row(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply x [M, k] by [k, n], every row for itself: its bits are the same for any M.
+
+    Llava finds its image tokens by comparing rows of embeddings. 512 rows of 128 x 2048 take 14 ms,
+    one product of all 3 ms.
+    """
+    rows = [matrix.T.mv(row.clone()) for row in x]  # a copy begins where vectors are aligned
+    return torch.stack(rows) if rows else x @ matrix
 
 
 def levels(packed: Tensor, runs: Sequence[tuple[int, int]], length: int) -> Tensor:
@@ -143,11 +157,11 @@ def _enter(x: Tensor, enter: _Side) -> Tensor:
     return h
 
 
-def _leave(h: Tensor, leave: _Side) -> Tensor:
+def _leave(h: Tensor, leave: _Side, product: Product = torch.matmul) -> Tensor:
     rows, columns = len(h), leave.packed.shape[1]
     y = h.new_zeros(rows, columns, 8)
     for part in parts(leave.runs, leave.number):
-        found = _take(h, 1, part.ranks) @ _levels(leave, part)
+        found = product(_take(h, 1, part.ranks), _levels(leave, part))
         turned = found.view(rows, part.order, columns, 8 // part.order).transpose(1, 2)
         y.view(rows, columns, part.order, 8 // part.order).add_(turned)
     return y.flatten(1)[:, : leave.length]

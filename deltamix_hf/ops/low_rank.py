@@ -179,7 +179,7 @@ def plain_low_rank_rows(
             h = (left * uniform.scales_from_bits(ranks[:, 1:2].contiguous())).T
             found = cpu.times_right(h, packed)
         else:
-            found = left.T @ packed.right()
+            found = cpu.row_by_row(left.T, packed.right())
     return found.to(dtype).reshape(*index.shape, n)
 
 

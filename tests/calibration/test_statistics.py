@@ -16,8 +16,9 @@ from transformers import (
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.calibration import statistics
-from deltamix_hf.calibration.statistics import collect, inputs_of, metrics_of, prediction
+from deltamix_hf.calibration.statistics import collect, metrics_of, prediction
 from deltamix_hf.nn.layers import tied_modules
+from deltamix_hf.nn.probing import inputs_of
 
 BATCHES = [token_ids(2, 9, seed=0), token_ids(1, 7, seed=1)]
 _SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}

@@ -13,14 +13,19 @@ from architectures import ARCHITECTURES
 from safetensors.torch import load_file
 from tiny_pairs import DECODER, fine_tune, make_config, relative, weight_bytes
 from transformers import (
+    BertForMaskedLM,
+    BertForTokenClassification,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GPT2LMHeadModel,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
 )
 
-from deltamix_hf import DeltaMixConfig
+from deltamix_hf import DeltaMixConfig, DeltaMixError
+from deltamix_hf.checkpoint.validation import verify_repo
 from deltamix_hf.nn.delta_module import own_deltas
 from deltamix_hf.storage.names import ROWS, is_guard, packed_part
 
@@ -141,3 +146,46 @@ def test_nothing_changed_is_nothing_stored(name, tmp_path):
     assert weight_bytes(tmp_path / "delta") < 400
     again = type(model).from_pretrained(tmp_path / "delta").state_dict()
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+
+
+def _config(cls: type, **changes: Any) -> Any:
+    small = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return cls.config_class(**small, pad_token_id=0, **changes)
+
+
+OTHER_SHAPES = {
+    "labels of llama": (LlamaForSequenceClassification, {"num_labels": 2}, {"num_labels": 5}),
+    "labels of bert": (BertForTokenClassification, {"num_labels": 4}, {"num_labels": 3}),
+    "positions of gpt2": (GPT2LMHeadModel, {"n_positions": 32}, {"n_positions": 48}),
+    "positions of bert": (
+        BertForMaskedLM,
+        {"max_position_embeddings": 48},
+        {"max_position_embeddings": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SHAPES)
+@torch.no_grad()
+def test_shapes_that_fine_tuning_may_change(tmp_path, case):
+    """More labels, fewer positions: stored whole; beside the base such a delta is refused."""
+    cls, before, after = OTHER_SHAPES[case]
+    torch.manual_seed(0)
+    cls(_config(cls, **before)).save_pretrained(tmp_path / "base")
+    tuned = cls.from_pretrained(
+        tmp_path / "base", config=_config(cls, **after), ignore_mismatched_sizes=True
+    )
+    fine_tune(tuned)
+    tuned.save_pretrained(tmp_path / "tuned")
+    config = make_config(tmp_path / "base", method="deltamix", ratio=0.8)
+    cls.from_pretrained(tmp_path / "tuned", quantization_config=config).save_pretrained(
+        tmp_path / "delta"
+    )
+    ids = torch.randint(3, 99, (2, 9))
+    found, expected = (
+        cls.from_pretrained(tmp_path / name)(ids).logits for name in ("delta", "tuned")
+    )
+    assert found.shape == expected.shape and relative(found, expected) < 0.1
+    assert all(check.problem is None for check in verify_repo(str(tmp_path / "delta")))
+    with pytest.raises(DeltaMixError, match=r"weights and config\.json do not fit"):
+        cls.from_pretrained(tmp_path / "base").load_delta(tmp_path / "delta")

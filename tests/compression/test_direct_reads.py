@@ -8,6 +8,13 @@ from torch import nn
 from transformers import (
     DebertaV2Config,
     DebertaV2ForMaskedLM,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SpeechEncoderDecoderConfig,
+    SpeechEncoderDecoderModel,
     ViTConfig,
     ViTForImageClassification,
     WavLMConfig,
@@ -59,6 +66,25 @@ def test_pictures_and_sound():
     ids = {"vocab_size": 99, "decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 2}
     whisper = WhisperForConditionalGeneration(WhisperConfig(**small, **heads, **ids)).eval()
     assert read_directly(whisper, packable(whisper)) == []
+
+
+def test_parts_that_the_whole_does_not_run():
+    """A speech encoder whose decoder has a config of its own; a vision tower behind a text."""
+    audio = {"conv_dim": (32, 32), "conv_stride": (5, 4), "conv_kernel": (10, 8)}
+    audio |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16}
+    hears = WavLMConfig(num_hidden_layers=1, num_conv_pos_embedding_groups=4, **SIZES, **audio)
+    writes = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=99, n_positions=32)
+    both = SpeechEncoderDecoderConfig.from_encoder_decoder_configs(hears, writes)
+    speech = SpeechEncoderDecoderModel(both).eval()
+    read = {f"encoder.encoder.layers.0.attention.{p}_proj" for p in ("q", "k", "v")}
+    assert read <= set(read_directly(speech, packable(speech)))
+    sees = SiglipVisionConfig(image_size=16, patch_size=8, num_hidden_layers=1, **SIZES)
+    text = LlamaConfig(vocab_size=99, num_hidden_layers=1, **SIZES)
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=sees, text_config=text, image_token_id=98)
+    ).eval()
+    towers = [n for n, _ in llava.named_modules() if n.endswith("head.attention.out_proj")]
+    assert towers and read_directly(llava, [*packable(llava), *towers]) == towers
 
 
 def test_a_model_that_takes_other_inputs(pair):

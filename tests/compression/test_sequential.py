@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from deltamix_hf.calibration.block_chain import BlockChain, find_blocks, tensor_of
-from deltamix_hf.calibration.statistics import inputs_of
 from deltamix_hf.compression.sequential import Stage, compress_blocks, find_stages
 from deltamix_hf.compression.sequential_sums import RIDGE
+from deltamix_hf.nn.probing import inputs_of
 
 SIZE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}

@@ -75,7 +75,9 @@ def _qwen2_vl() -> PreTrainedModel:
     vision = {"embed_dim": 64, "hidden_size": 64, "num_heads": 4, "depth": 2, "patch_size": 8}
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     text = {**DECODER, "rope_parameters": rope}
-    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+    ids = {"image_token_id": 255, "video_token_id": 254, "vision_start_token_id": 253}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
+    return Qwen2VLForConditionalGeneration(config)
 
 
 def _others(cls: type, ratio: float, build: Callable[[], PreTrainedModel]) -> Family:

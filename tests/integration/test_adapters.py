@@ -1,7 +1,10 @@
-"""LoRA on top of a delta, through peft: only the adapter trains, only the adapter is saved."""
+"""Adapters on top of a delta, through peft: only they train, only they are saved."""
 
 from __future__ import annotations
 
+import copy
+
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -92,3 +95,192 @@ def test_merged_adapter_is_refused_until_dense(delta, tmp_path, method):
     merged.dequantize()
     merged.save_pretrained(tmp_path / "dense")
     assert relative(logits(repo.pair.load(tmp_path / "dense")), expected) < 1e-5
+
+
+LINEAR, TOKENS = ["q_proj", "up_proj"], ["embed_tokens"]
+TUNERS = {
+    "lora": LoraConfig(r=4, target_modules=LINEAR + TOKENS),
+    "dora": LoraConfig(r=4, target_modules=LINEAR, use_dora=True),
+    "dora embedding": LoraConfig(r=4, target_modules=TOKENS, use_dora=True),
+    "pissa": LoraConfig(r=4, target_modules=LINEAR, init_lora_weights="pissa"),
+    "lora and tokens": LoraConfig(r=4, target_modules=LINEAR, trainable_token_indices=[5, 6]),
+    "tokens": peft.TrainableTokensConfig(token_indices=[5, 6], target_modules=TOKENS),
+    "adalora": peft.AdaLoraConfig(target_modules=LINEAR, total_step=10),
+    "boft": peft.BOFTConfig(target_modules=LINEAR, boft_block_size=4),
+    "oft": peft.OFTConfig(target_modules=LINEAR, oft_block_size=8),
+    "hra": peft.HRAConfig(target_modules=LINEAR),
+    "shira": peft.ShiraConfig(target_modules=LINEAR, r=4),
+    "ia3": peft.IA3Config(target_modules=LINEAR, feedforward_modules=["up_proj"]),
+    "loha": peft.LoHaConfig(target_modules=LINEAR),
+    "lokr": peft.LoKrConfig(target_modules=LINEAR),
+    "vera": peft.VeraConfig(target_modules=LINEAR),
+    "fourier": peft.FourierFTConfig(target_modules=LINEAR, n_frequency=50),
+    "road": peft.RoadConfig(target_modules=LINEAR),
+    "c3a": peft.C3AConfig(target_modules=LINEAR, block_size=16),
+    "norms": peft.LNTuningConfig(),
+}
+
+
+def written(model) -> None:
+    """Change what trains, as training would."""
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=random)
+
+
+def of_adapter(model, config) -> dict[str, torch.Tensor]:
+    """The logits through an adapter's life, on a model that may be packed."""
+    before = logits(model)
+    torch.manual_seed(0)
+    model = get_peft_model(model, copy.deepcopy(config)).eval()
+    found = {"before": before, "fresh": logits(model)}
+    written(model)
+    found["trained"] = logits(model)
+    with model.disable_adapter():
+        found["disabled"] = logits(model)
+    model.merge_adapter()
+    found["merged"] = logits(model)
+    model.unmerge_adapter()
+    found["unmerged"] = logits(model)
+    return found | {"unloaded": logits(model.merge_and_unload())}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+@pytest.mark.parametrize("kind", TUNERS)
+def test_every_tuner_does_as_on_the_dense_model(delta, kind, family):
+    """HRA, SHiRA, trainable tokens read the layer's weight, others write to it when they merge."""
+    repo = delta(family)
+    dense = of_adapter(repo.pair.load(repo.folder).dequantize(), TUNERS[kind])
+    packed = of_adapter(repo.pair.load(repo.folder), TUNERS[kind])
+    assert relative(dense["trained"], dense["before"]) > 1e-4
+    for state, expected in dense.items():
+        assert relative(packed[state], expected) < 1e-5, state
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+def test_who_reads_a_weight_gets_the_fine_tunes(delta, family):
+    repo = delta(family)
+    model, dense = repo.pair.load(repo.folder), repo.pair.load(repo.folder).dequantize()
+    for name, module in delta_modules(model).items():
+        weight, expected = module.weight, dense.get_submodule(name).weight
+        assert isinstance(weight, torch.nn.Parameter) and weight.shape == expected.shape
+        assert torch.equal(weight, expected) and torch.equal(weight[3], expected[3])
+        x = torch.ones(2, weight.shape[1])
+        assert torch.equal(torch.nn.functional.linear(x, weight), x @ expected.T)
+    assert torch.equal(logits(model), repo.logits)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    assert ends[0].weight is ends[1].weight
+    assert ends[0].weight.data_ptr() == ends[0].weight.data_ptr()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight[3].mul_(2),
+        lambda weight: weight.data.view(-1)[:64].zero_(),
+        lambda weight: setattr(weight, "data", weight * 2),
+        lambda weight: torch._foreach_mul_([weight], 0.5),
+        lambda weight: weight.t().__setitem__(0, 1.0),
+    ],
+    ids=["row", "view", "data", "foreach", "transposed"],
+)
+def test_who_writes_to_a_weight_changes_the_fine_tune(delta, family, write, tmp_path):
+    repo = delta(family)
+    model, dense = repo.pair.load(repo.folder), repo.pair.load(repo.folder).dequantize()
+    for changed in (model, dense):
+        write(changed.get_input_embeddings().weight)
+        assert changed.get_output_embeddings().weight is changed.get_input_embeddings().weight
+    assert relative(logits(model), logits(dense)) < 1e-5
+    assert relative(logits(dense), repo.logits) > 1e-3
+    with pytest.raises(DeltaMixError, match="was edited"):
+        model.save_pretrained(tmp_path / "delta")
+
+
+@pytest.mark.parametrize("kind", ["hra", "dora"])
+def test_compiled_with_an_adapter_that_reads_weights(delta, kind):
+    repo = delta("llama")
+    model = get_peft_model(repo.pair.load(repo.folder), copy.deepcopy(TUNERS[kind])).eval()
+    written(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hra", "dora", "tokens"])
+def test_beside_a_base_an_adapter_reads_the_weight_in_use(delta, kind):
+    repo = delta("llama")
+    model = repo.pair.load(repo.pair.base)
+    model.load_delta(repo.folder, "one")
+    base = repo.pair.load(repo.pair.base)
+    table = model.get_input_embeddings()
+    assert relative(table.weight, repo.pair.load(repo.folder).dequantize().lm_head.weight) > 1
+    assert not torch.equal(table.weight, base.get_input_embeddings().weight)
+    with model.disable_deltas():
+        assert torch.equal(table.weight, base.get_input_embeddings().weight)
+    adapted = get_peft_model(model, copy.deepcopy(TUNERS[kind])).eval()
+    assert relative(logits(adapted), repo.logits) < 1e-5
+    with model.disable_deltas():
+        if kind == "hra":  # the others keep the rows or lengths that they began with
+            assert relative(logits(adapted), logits(base)) < 1e-5
+    with (
+        pytest.raises(DeltaMixError, match="cannot differ by row"),
+        model.use_deltas([None, "one"]),
+    ):
+        logits(adapted)
+    with pytest.raises(DeltaMixError, match="cannot be changed or copied by itself"):
+        adapted.merge_adapter()
+
+
+@pytest.mark.parametrize(
+    ("family", "saved"),
+    [("llama", ["lm_head"]), ("llama", ["embed_tokens", "down_proj"]), ("gpt2", ["c_fc"])],
+)
+def test_modules_to_save_begin_at_the_fine_tunes_weight(delta, tmp_path, family, saved):
+    repo = delta(family)
+    targets = ["q_proj"] if family == "llama" else ["c_attn"]
+    config = LoraConfig(r=4, target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM")
+    found = []
+    for dense in (False, True):
+        model = repo.pair.load(repo.folder)
+        torch.manual_seed(0)
+        model = get_peft_model(model.dequantize() if dense else model, copy.deepcopy(config)).eval()
+        assert relative(logits(model), repo.logits) < 1e-5
+        wanted = [n for n, p in model.named_parameters() if p.requires_grad and "to_save" in n]
+        assert wanted and not any("dm_" in name for name in wanted)
+        losses = train(model, steps=3)
+        assert losses[-1] < losses[0]
+        found.append(logits(model))
+        model.save_pretrained(tmp_path / str(dense))
+    assert relative(*found) < 1e-3
+    for folder, expected in zip(("False", "True"), found, strict=True):  # either's adapter
+        again = PeftModel.from_pretrained(repo.pair.load(repo.folder), tmp_path / folder)
+        assert relative(logits(again), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+def test_packed_factors_are_not_trained(delta, family):
+    repo = delta(family)
+    model = repo.pair.load(repo.folder)
+    for module in (model, model.base_model, next(iter(delta_modules(model).values()))):
+        with pytest.raises(DeltaMixError, match=r"packed factors cannot be trained: train an ad"):
+            module.requires_grad_(True)
+        module.requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    head = model.get_output_embeddings()
+    head.weight.requires_grad = True  # of the layer alone: it is dense then
+    assert head.weight.requires_grad and relative(logits(model), repo.logits) < 1e-5
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "norm"])
+def test_modules_to_save_beside_a_base(delta, saved):
+    repo = delta("llama")
+    model = repo.pair.load(repo.pair.base)
+    model.load_delta(repo.folder, "one")
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[saved])
+    with pytest.raises(DeltaMixError, match=r"cannot be copied by itself \(for peft's modules_to"):
+        get_peft_model(model, config)

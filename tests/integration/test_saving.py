@@ -13,6 +13,7 @@ from tiny_pairs import logits, make_tokenizer, quick, snapshot, text_of, token_i
 from transformers import AutoTokenizer, modeling_utils, pipeline
 
 from deltamix_hf import DeltaMixError
+from deltamix_hf.nn.layers import weight_of
 
 WEIGHTS = "model.safetensors"
 
@@ -227,7 +228,7 @@ def test_edited_base_weights_are_refused(delta, tmp_path):
     repo = delta("llama")
     model = repo.pair.load(repo.folder)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] += 1
+        weight_of(model.model.layers[1].mlp.up_proj)[3, 4] += 1
     with pytest.raises(DeltaMixError, match=r"layers\.1\.mlp\.up_proj\.weight was edited"):
         model.save_pretrained(tmp_path / "repo")
     assert not list(tmp_path.iterdir())

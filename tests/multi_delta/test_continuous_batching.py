@@ -22,6 +22,7 @@ from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta import continuous_batching as continuous
 from deltamix_hf.multi_delta.layers import make_routed
 from deltamix_hf.multi_delta.routing import PackedRoute, Router
+from deltamix_hf.multi_delta.row_layout import EACH
 
 NEW = 6  # tokens a request writes
 BLOCK = 4  # tokens of a block of the cache
@@ -142,6 +143,7 @@ def test_requests_of_a_manager(model, alone):
         model.set_delta("three")
         ids = [manager.add_request(inputs[0], delta_name="one"), manager.add_request(inputs[1])]
         model.set_delta("two")  # is for requests to come
+        manager.logit_processor.clear()  # as those do who want none of the generation config's
         ids += [manager.add_request(inputs[2]), manager.add_request(inputs[3], delta_name=None)]
         found = {result.request_id: result for result in map(manager.get_result, [None] * 4)}
         more = manager.add_requests(inputs, delta_names=["one", "two", None, "two"])
@@ -285,7 +287,7 @@ def test_packed_tokens_are_told_from_heads(heads):
     router, tokens = Router(), 5
     rows = [None, "a", "b"]
     plain = nn.LayerNorm(3)
-    norm = make_routed(copy.deepcopy(plain), router)
+    norm = make_routed(copy.deepcopy(plain), router, EACH)
     norm.dm_row_deltas.overlay = {
         "a": {"weight": torch.full((3,), 2.0)},
         "b": {"bias": torch.ones(3)},
@@ -310,7 +312,7 @@ def test_an_embedding_that_scales_does_so_once():
             return super().forward(ids) * 3
 
     router, ids = Router(), torch.arange(5)[None]
-    table = make_routed(Scaled(5, 2), router)
+    table = make_routed(Scaled(5, 2), router, EACH)
     table.dm_row_deltas.overlay = {"a": {"weight": torch.ones(5, 2)}}
     with router.using(PackedRoute([None, "a"], [3, 2])):
         found = table(ids)

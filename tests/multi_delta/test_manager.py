@@ -11,6 +11,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from many_deltas import CLOSE, NAMES, Family, loaded
+from peft import LoraConfig, get_peft_model
 from tiny_pairs import logits, make_tokenizer, text_of, token_ids
 from transformers import pipeline
 
@@ -244,6 +245,34 @@ def test_pipeline(family, model):
         assert found == run(text, delta_names=name or "__base__", **options)
     if family.pair.name != "llama_tied":  # whose tied head repeats the last token anyway
         assert mixed != run(texts, delta_names="__base__", **options)
+
+
+def test_pipeline_names_are_for_one_batch(family, model):
+    if not model.can_generate():
+        pytest.skip("writes no text")
+    run = pipeline("text-generation", model=model, tokenizer=make_tokenizer(), batch_size=2)
+    with pytest.raises(DeltaMixError, match="a pipeline calls for batch_size texts at a time"):
+        run(["w5 w6"] * 3, delta_names=["one", "two", None], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], ["embed_tokens"]])
+@torch.no_grad()
+def test_adapters_come_after_the_first_delta(make_family, targets):
+    """They rename what they wrap, but deltas still find it."""
+    family, ids = make_family("qwen3"), token_ids(2, 5)
+    model = family.pair.load(family.pair.base)
+    model.load_delta(family.repos["one"], "one")
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets))
+    model.load_delta(family.repos["two"], "two")
+    for name in ("one", "two"):
+        model.set_delta(name)
+        torch.testing.assert_close(logits(adapted, ids), family.alone(name, ids), **CLOSE)
+        model.delete_delta(name)
+    assert torch.equal(logits(adapted, ids), family.alone(None, ids))
+    late = family.pair.load(family.pair.base)
+    get_peft_model(late, LoraConfig(target_modules=targets))
+    with pytest.raises(DeltaMixError, match="load deltas first, and give the model adapters"):
+        late.load_delta(family.repos["one"], "one")
 
 
 def test_what_is_refused(family, model, copied):

@@ -7,7 +7,7 @@ import torch
 from tiny_pairs import logits, snapshot, token_ids
 
 from deltamix_hf import DeltaMixError, cache_merged
-from deltamix_hf.nn.layers import delta_modules
+from deltamix_hf.nn.layers import delta_modules, weight_of
 
 IDS = token_ids(2, 5)
 
@@ -22,7 +22,7 @@ def test_it_is_the_dequantized_model(repo, tmp_path):
     model = repo.pair.load(repo.folder)
     packed = logits(model, IDS)
     names = set(model.state_dict())
-    matrices = {id(m.weight): m.weight for m in delta_modules(model).values()}
+    matrices = {id(weight_of(m)): weight_of(m) for m in delta_modules(model).values()}
     assert cache_merged(model) == sum(4 * weight.numel() for weight in matrices.values())
     found = logits(model, IDS)
     torch.testing.assert_close(found, packed, rtol=1e-4, atol=1e-4)

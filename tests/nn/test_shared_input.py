@@ -15,7 +15,7 @@ from tiny_pairs import DECODER, FAMILIES, logits, make_pair, quick, token_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltamix_hf import DeltaMixError
-from deltamix_hf.nn.layers import delta_modules
+from deltamix_hf.nn.layers import delta_modules, weight_of
 from deltamix_hf.ops import cpu, dispatch
 from deltamix_hf.ops.dispatch import REFERENCE, TRITON, VARIABLE
 
@@ -143,7 +143,7 @@ def test_plans_follow_codes_that_change_or_move(model, launches, close):
         assert all(map(torch.equal, first, both()))
         one.dm_ranks[:, 1:] += 128  # scales of both sides twice as large
         changed = both()
-    base = [F.linear(x, layer.weight, layer.bias) for layer in (one, two)]
+    base = [F.linear(x, weight_of(layer), layer.bias) for layer in (one, two)]
     torch.testing.assert_close(changed[0] - base[0], 4 * (first[0] - base[0]), **close)
     assert torch.equal(changed[1], first[1])
 
@@ -177,7 +177,7 @@ def test_a_shadow_of_a_layer_uses_its_own_tensors(model):
         shadow = layer.with_tensors({"weight": torch.zeros_like(layer.weight)})
         delta = shadow.straight(x)
         torch.testing.assert_close(
-            delta + F.linear(x, layer.weight, layer.bias), layer(x), rtol=0.02, atol=0.02
+            delta + F.linear(x, weight_of(layer), layer.bias), layer(x), rtol=0.02, atol=0.02
         )
 
 
@@ -255,7 +255,7 @@ def test_compiled(model, kernel, close):
         torch.testing.assert_close(compiled(x), mlp(x), **close)
         twin = copy.deepcopy(mlp)
         for layer in (twin.gate_proj, twin.up_proj, twin.down_proj):
-            layer.weight.zero_()
+            weight_of(layer).zero_()
             layer.dm_ranks[:, 1:] = 0  # scales
         with torch._dynamo.config.patch(error_on_recompile=True):
             torch.testing.assert_close(compiled(more), mlp(more), **close)

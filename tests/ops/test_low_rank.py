@@ -112,6 +112,8 @@ def test_rows_equal_the_dense_rows(layout, gaussian):
     assert found.shape == (4, 3, packed.n) and found.dtype == torch.float32
     torch.testing.assert_close(found.double(), delta[index], rtol=1e-5, atol=1e-5)
     every = low_rank_rows(torch.arange(packed.m), *arguments(packed))
+    assert torch.equal(found, every[index])  # to the bit, however many are looked up
+    assert torch.equal(low_rank_rows(index[0, 1], *arguments(packed)), found[0, 1])
     torch.testing.assert_close(every.double(), delta, rtol=1e-5, atol=1e-5)
 
 
