@@ -32,7 +32,7 @@ from ..quantization.packed_delta import PackedDelta
 from ..storage.headers import check_base
 from .config_mismatch import differing
 from .grouped import refresh, table_bytes
-from .layers import RoutedDeltas, make_routed
+from .layers import PARAMETRIZED, RoutedDeltas, make_routed
 from .model import part_class, routed_model_class
 from .pool import Pool
 from .routing import BASE, Route, Router, named_route, row_delta
@@ -110,6 +110,11 @@ class DeltaManager:
                 owner, leaf, own = self._owner(twin)
                 overlay = self._routed(owner, touched).overlay.setdefault(name, {})
                 value = overlay[leaf] = value.to(own.device, own.dtype)  # twins share it
+                whole, _, made = twin.partition(f".{PARAMETRIZED}.")
+                if made:  # a weight is computed of it: whose it is runs by row
+                    module = self.model.get_submodule(whole)
+                    mark = self._routed(module, touched).overlay.setdefault(name, {})
+                    mark.setdefault(PARAMETRIZED, value)
         for module in touched:
             refresh(module, name)
 
