@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers.utils import ModelOutput
 
 from ..errors import DeltaMixError
 from ..nn import compiled
@@ -124,9 +123,9 @@ class RoutedDeltas:
         flat = x.dim() == 2 and length % batch == 0
         router = len(args) == 1 and not kwargs and not any(module.children())
         known = isinstance(y, Tensor) or (router and isinstance(y, tuple) and _has_rows(y, batch))
-        if isinstance(y, ModelOutput):  # of a part with a parameter of its own (wav2vec 2.0's mask)
+        if isinstance(y, dict):  # of a part with a parameter of its own (wav2vec 2.0's mask)
             caches = y.get("past_key_values") or kwargs.get("past_key_values")  # it would run twice
-            known = not caches and _has_rows(y, batch) and len(y[0]) == batch
+            known = not caches and _has_rows(y, batch) and len(tree_leaves(y)[0]) == batch
         if not (known and self.has_batch and (length in (1, batch) or flat)):
             raise DeltaMixError(
                 f"a {module.dm_plain_class.__name__} that maps {list(x.shape)} to a "
@@ -135,7 +134,7 @@ class RoutedDeltas:
             )
         if length == 1 < batch:  # positions, say
             y = y.expand(batch, *y.shape[1:])
-        size = (y if isinstance(y, Tensor) else y[0]).shape[0]
+        size = len(tree_leaves(y)[0])
         taken, given = (route.groups(n, x.device) for n in (max(length, batch), size))
         for (delta, rows), (_, places) in zip(taken, given, strict=True):
             if self.touched(delta):
@@ -190,18 +189,16 @@ def make_routed(module: nn.Module, router: Router) -> DeltaModule:
 
 def _has_rows(y: Any, batch: int) -> bool:
     """Whether it is what routers of experts give: tensors with as many rows each, for any row."""
-    found = [t for t in tree_leaves(y) if t is not None]
-    sizes = {len(t) for t in found if isinstance(t, Tensor) and t.dim()}
+    found = tree_leaves(y)
     known = all(isinstance(t, Tensor) and t.dim() for t in found)
+    sizes = {len(t) for t in found if known}
     return known and len(sizes) == 1 and max(sizes) % batch == 0
 
 
 def _placed(y: Any, rows: Tensor, part: Any) -> Any:
     """`y`, one tensor or several, with `part` in these rows."""
 
-    def place(ours: Any, its: Any) -> Any:
-        if ours is None:
-            return None
+    def place(ours: Tensor, its: Tensor) -> Tensor:
         return ours.index_copy(0, rows, its.expand(len(rows), *its.shape[1:]).to(ours.dtype))
 
     return tree_map(place, y, part)
