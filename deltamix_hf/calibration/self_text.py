@@ -23,6 +23,19 @@ _ROWS = 32
 _MARK = "\x00"
 
 
+def longest_text(model: PreTrainedModel) -> int | None:
+    """Tell how many tokens a text may have; None without a bound (XLNet says -1, others 0)."""
+    config = model.config.get_text_config()
+    kinds = ("", "encoder_", "decoder_")
+    found = [getattr(config, f"max_{kind}position_embeddings", None) for kind in kinds]
+    skipped = [  # RoBERTa's positions begin behind that of the padding
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return min((n - max(skipped, default=0) for n in found if n and n > 0), default=None)
+
+
 def writes_text(model: PreTrainedModel) -> bool:
     """Tell whether it is a causal language model."""
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
@@ -37,7 +50,10 @@ def self_texts(
             f"calibration='self' needs a causal language model, not a {type(model).__name__}; give "
             "texts or token ids, or None for data-free"
         )
-    opening = _user_opening(tokenizer)
+    opening, room = _user_opening(tokenizer), longest_text(model)
+    length = min(length, room or length)
+    if opening and room and len(_chat(tokenizer, [])) > room // 2:
+        opening = []  # a question and its answer do not fit
     vocabulary = min(len(tokenizer), weight_of(model.get_input_embeddings()).shape[0])
     made: list[list[int]] = []
     devices = [model.device] if model.device.type == "cuda" else []
@@ -49,7 +65,7 @@ def self_texts(
             if opening:
                 asked = _sample(model, tokenizer, [opening] * rows, length // 2)
                 prompts = [_chat(tokenizer, ids[len(opening) :]) for ids in asked]
-                made += _sample(model, tokenizer, prompts, length // 2)
+                made += [row[:room] for row in _sample(model, tokenizer, prompts, length // 2)]
             else:
                 first = torch.randint(vocabulary, (rows, 1)).tolist()
                 made += _sample(model, tokenizer, first, length - 1)
@@ -85,7 +101,10 @@ def _sample(
     model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]], most: int
 ) -> list[list[int]]:
     """Each prompt with up to `most` sampled tokens after it, ended by the end-of-text token."""
-    width = max(len(p) for p in prompts)
+    width, room = max(len(p) for p in prompts), longest_text(model)
+    most = most if room is None else min(most, room - width)
+    if most < 1:
+        return prompts
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = pad if pad is not None else end if end is not None else 0
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])

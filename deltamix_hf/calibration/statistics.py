@@ -18,6 +18,7 @@ its columns by G of its output. Where it is tied to an output layer, the two use
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ def observed(
             found[name] = start(name, module, x, y)
         layer = found[name]
         if layer.tokens is not None:
+            if len(signature(type(module).forward).parameters) > 2:  # OPT's and Bart's positions,
+                x = torch.arange(len(layer.tokens), device=y.device)  # of a mask or shape: all rows
             layer.tokens += torch.bincount(x.reshape(-1), minlength=len(layer.tokens))
         elif name in adding:
             layer.inputs.add(x)

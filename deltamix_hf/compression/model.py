@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..calibration.data import calibration_batches, describe
+from ..calibration.self_text import longest_text
 from ..checkpoint.base import BaseCheckpoint, guard_names
 from ..checkpoint.tensor_diff import sort_tensors
 from ..config import DeltaMixConfig, overlay_dtype
@@ -111,8 +112,7 @@ def _begin_records(model: PreTrainedModel, base: BaseCheckpoint, config: DeltaMi
     config.errors, config.dropped, config.measured = {}, [], {}
     config.base_fingerprints = fingerprints(base.infos)
     config.resized = base.resized
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    config.seq_length = min(config.seq_length, positions or config.seq_length)
+    config.seq_length = min(config.seq_length, longest_text(model) or config.seq_length)
     config.calibration_source = describe(config)
 
 

@@ -112,8 +112,8 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def scaled(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(1.01)
+    with torch.no_grad():  # by name: `.weight` of a layer with deltas is base + delta
+        dict(model.named_parameters())["lm_head.weight"].mul_(1.01)
     return model
 
 
