@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeltaMixError
-from ..nn.layers import DeltaEmbedding
+from ..nn.layers import DeltaEmbedding, is_linear
 from ..ops.dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
 from .routing import RowSlots
 
@@ -115,7 +115,8 @@ def refresh(module: Any, name: str) -> None:
 def table_bytes(module: Any, packed: Any) -> int:
     """Count the bytes of a matrix' codes in a table's own order; `module` is None for an expert."""
     k, looked_up = triton_kernels(), isinstance(module, nn.Embedding)
-    linear = module is None or getattr(module, "dm_plain_class", type(module)) is nn.Linear
+    plain: Any = getattr(module, "dm_plain_class", type(module))
+    linear = module is None or is_linear(plain)
     grouped = any(packed.group_sizes[: 1 if looked_up else 2])
     if k is None or packed.zeros is not None or grouped or not (linear or looked_up):
         return 0
@@ -168,7 +169,7 @@ def _new_table(module: Any, x: Tensor) -> LayerTable | None:
     weights, deltas = _tensors(module), module.dm_row_deltas
     if not all(t.dtype in TRITON_DTYPES and t.device == x.device for t in weights.values()):
         return None
-    packs = isinstance(module, DeltaEmbedding) or module.dm_plain_class is nn.Linear
+    packs = isinstance(module, DeltaEmbedding) or is_linear(module.dm_plain_class)
     if not packs and (x.dim() < 2 or not _multiplies_rows(module, x)):
         return None
     table: LayerTable = (FactorTable if packs else VectorTable)(module, x.device)

@@ -116,7 +116,6 @@ class DeltaModule(nn.Module):
             if not isinstance(tensor, nn.Parameter):
                 parameter = nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(names[part], parameter)
-        self.register_buffer(merged_name(leaf), None, persistent=False)
         self._parameters[leaf].requires_grad_(False)  # type: ignore[union-attr]
 
     def packed(self, leaf: str = "weight") -> PackedDelta:
@@ -124,6 +123,10 @@ class DeltaModule(nn.Module):
         m, n, group_sizes, runs, names = self.dm_own[leaf]
         tensors: Any = {part: getattr(self, name) for part, name in names.items()}
         return PackedDelta(m, n, group_sizes, runs, **tensors)
+
+    def merged(self, leaf: str = "weight") -> Tensor | None:
+        """Return the merged weight that `merging.cache_merged` keeps, if it does."""
+        return self._buffers.get(merged_name(leaf))
 
     def delta_parameters(self) -> dict[str, Tensor]:
         """Return the parameters of the layer's own delta by name."""

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..errors import DeltaMixError
 from ..ops.experts import add_delta, base_product, experts_forward
 from ..quantization.packed_delta import PackedDelta
-from .delta_module import DeltaModule, joined_class, merged_name, own_deltas
+from .delta_module import DeltaModule, joined_class, own_deltas
 from .layers import change_class, packed_shapes, shape_of, weight_of
 
 _NAMES = ("gate_up_proj", "up_proj", "down_proj")
@@ -97,7 +97,7 @@ class DeltaExperts(DeltaModule):
         deltas = packed or {}
 
         def project(leaf: str, x: Tensor, ends: Tensor) -> Tensor:
-            merged = getattr(self, merged_name(leaf), None)
+            merged = self.merged(leaf)
             if merged is not None:
                 return base_product(self, leaf, merged, x, ends)
             y = base_product(self, leaf, weight_of(self, leaf), x, ends)

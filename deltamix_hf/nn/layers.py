@@ -9,6 +9,7 @@ offloads and saves parameters).
 
 import copy
 import inspect
+from functools import cache
 from types import MethodType
 from typing import Any, cast
 
@@ -139,7 +140,6 @@ class DeltaLinear(DeltaMatrix, nn.Linear):
     """y = x·W_baseᵀ + bias + (x·V̂ᵀ)·Ûᵀ."""
 
     dm_plain_class = nn.Linear
-    dm_merged: Tensor | None  # see `merging.py`
     dm_shared_input: Any = None  # a `shared_input.SharedInput`, of this layer alone or of several
 
     def _is_opaque(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -149,8 +149,8 @@ class DeltaLinear(DeltaMatrix, nn.Linear):
         return super()._is_opaque(args, kwargs)
 
     def straight(self, x: Tensor) -> Tensor:
-        if self.dm_merged is not None:
-            return F.linear(x, self.dm_merged, self.bias)
+        if (merged := self.merged()) is not None:
+            return F.linear(x, merged, self.bias)
         if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
             return self.with_delta(self.packed(), None, x)
         group = self.dm_shared_input
@@ -159,7 +159,7 @@ class DeltaLinear(DeltaMatrix, nn.Linear):
         return self.alone(x)
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
-        if self.dm_plain_class is not nn.Linear:
+        if not is_linear(self.dm_plain_class):
             return super().plain(*args, **kwargs)
         return F.linear(first_tensor(args, kwargs), weight_of(self), self.bias)
 
@@ -182,11 +182,11 @@ class DeltaConv1D(DeltaMatrix, Conv1D):
     """y = x·W_base + bias + (x·V̂ᵀ)·Ûᵀ: GPT-2's linear layer, whose weight is [n, m]."""
 
     dm_plain_class = Conv1D
-    dm_merged: Tensor | None
     added = DeltaLinear.added
 
     def straight(self, x: Tensor) -> Any:
-        return super().straight(x) if self.dm_merged is None else x @ self.dm_merged + self.bias
+        merged = self.merged()
+        return super().straight(x) if merged is None else x @ merged + self.bias
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         x = first_tensor(args, kwargs)
@@ -198,12 +198,11 @@ class DeltaEmbedding(DeltaMatrix, nn.Embedding):
     """y = W_base[ids] + Û[ids]·V̂; a subclass's own forward (Gemma scales) is done to both."""
 
     dm_plain_class = nn.Embedding
-    dm_merged: Tensor | None
     dm_first: int | None = None  # the first of this process's tokens, if several share them out
 
     def straight(self, ids: Tensor) -> Any:
-        if self.dm_merged is not None:
-            return F.embedding(ids, self.dm_merged)
+        if (merged := self.merged()) is not None:
+            return F.embedding(ids, merged)
         if self.dm_first is None:
             return super().straight(ids)
         own = ids - self.dm_first  # transformers adds up all processes' rows: others count 0
@@ -226,12 +225,30 @@ _CLASSES: dict[type[nn.Module], type[DeltaModule]] = {
 }
 
 
+@cache
+def is_linear(cls: Any) -> bool:
+    """Tell whether it is `nn.Linear` or a subclass, made like it, with its product (Falcon's)."""
+    if cls is nn.Linear or not issubclass(cls, nn.Linear):
+        return cls is nn.Linear
+    if cls.__init__ is not nn.Linear.__init__ or hasattr(cls, "weight"):  # made in another way
+        return False
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        layer, x = cls(3, 2, dtype=torch.float32), torch.randn(4, 3)
+        try:
+            return torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias))
+        except Exception:  # it takes something else
+            return False
+
+
 def delta_class(cls: type[nn.Module]) -> type[DeltaModule] | None:
     """Return the delta counterpart of a module class, None if it cannot carry a packed delta.
 
     A subclass of `nn.Embedding` (Gemma scales its output, OPT shifts ids) keeps its own forward:
     the counterpart slips `DeltaEmbedding` between the two, where `super().forward` meets it.
     """
+    plain: Any = cls
+    if cls not in _CLASSES and not issubclass(cls, DeltaModule) and is_linear(plain):
+        return joined_class(cls, (DeltaLinear, cls))
     if cls in _CLASSES or issubclass(cls, DeltaModule) or not issubclass(cls, nn.Embedding):
         return _CLASSES.get(cls)
     own = inspect.unwrap(cls.forward)
@@ -297,8 +314,10 @@ def attach_with_ties(model: PreTrainedModel, name: str, packed: PackedDelta) -> 
 
 def detach(module: DeltaModule) -> None:
     """Drop the layer's own delta and restore the plain class (weights untouched)."""
-    for name in [*module.delta_parameters(), *map(merged_name, module.dm_own)]:
+    for name in module.delta_parameters():
         delattr(module, name)
+    for leaf in module.dm_own:
+        module._buffers.pop(merged_name(leaf), None)
     for name in ("dm_own", "dm_number", "dm_shared_input", "dm_twins", "dm_visible"):
         module.__dict__.pop(name, None)
     change_class(module, module.dm_plain_class)

@@ -30,12 +30,12 @@ def cache_merged(model: nn.Module, enabled: bool = True) -> int:
     if not enabled:
         for module in own_deltas(model).values():
             for leaf in module.dm_own:
-                setattr(module, merged_name(leaf), None)
+                module._buffers.pop(merged_name(leaf), None)
         return 0
     made: dict[int, Tensor] = {}
     advice = "merged weights are cached for models that are in memory"
     for module, leaf, merged in merged_weights(model, advice):
-        setattr(module, merged_name(leaf), merged)
+        module.register_buffer(merged_name(leaf), merged, persistent=False)
         made[id(merged)] = merged
     return sum(tensor.numel() * tensor.element_size() for tensor in made.values())
 

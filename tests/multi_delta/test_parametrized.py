@@ -12,6 +12,7 @@ from tiny_pairs import fine_tune, make_config
 from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta.layers import make_routed
 from deltamix_hf.multi_delta.routing import Route, Router
+from deltamix_hf.multi_delta.row_layout import EACH
 
 SIZES = {
     "vocab_size": 32,
@@ -88,10 +89,10 @@ def test_a_parametrized_linear_layer():
     layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3))
     x, expected = torch.randn(2, 4), layer(torch.ones(2, 4))
     router = Router()
-    made_of = make_routed(layer.parametrizations.weight, router)
+    made_of = make_routed(layer.parametrizations.weight, router, "")
     doubled = layer.parametrizations.weight.original0.detach() * 2
     made_of.dm_row_deltas.overlay["one"] = {"original0": doubled}
-    make_routed(layer, router).dm_row_deltas.overlay["one"] = {"parametrizations": doubled}
+    make_routed(layer, router, EACH).dm_row_deltas.overlay["one"] = {"parametrizations": doubled}
     plain = layer(x) - layer.bias
     with router.using(Route([None, "one"])):
         found = layer(x) - layer.bias

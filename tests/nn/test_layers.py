@@ -9,8 +9,11 @@ import pytest
 import torch
 from packed_cases import each_codebook, pack, quantizer
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import Gemma3TextConfig, OPTConfig
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedding
@@ -21,6 +24,48 @@ from deltamix_hf.nn.layers import attach, delta_class, delta_modules, detach
 from deltamix_hf.ops.experts import expert_low_rank
 from deltamix_hf.ops.low_rank import delta_linear, low_rank, low_rank_rows
 from deltamix_hf.quantization.packed_layout import parts
+
+
+class Turned(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flip(-1))
+
+
+class Pair(nn.Linear):
+    def forward(self, x, y):
+        return super().forward(x + y)
+
+
+class SameProduct(nn.Linear):
+    def forward(self, x):
+        return (x @ self.weight.T + self.bias).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cls", [FalconLinear, SameProduct])
+def test_subclasses_with_the_same_product_are_packed(cls, bias):
+    if cls is SameProduct and not bias:
+        pytest.skip("has a bias")
+    state = torch.random.get_rng_state()
+    made = delta_class(cls)
+    assert issubclass(made, DeltaLinear) and torch.equal(torch.random.get_rng_state(), state)
+    module = cls(24, 40, bias=bias)
+    packed, delta = pack(40, 24, [8, 3, 2, 2], [8, 4, 2, 2], 16)
+    dense = module.weight.detach().double() + delta
+    attach(module, packed)
+    x = torch.randn(2, 5, 24)
+    expected = x.double() @ dense.T + (module.bias.double() if bias else 0)
+    torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
+    detach(module)
+    assert type(module) is cls
+
+
+@pytest.mark.parametrize(
+    "cls", [Turned, Pair, IdeficsDecoupledLinear, NonDynamicallyQuantizableLinear]
+)
+def test_other_subclasses_are_stored_whole(cls):
+    assert delta_class(cls) is None
+
 
 # Relative RMS of packed against merged dense weights: base and delta are added after the product
 # instead of before it, so one more rounding in the dtype.

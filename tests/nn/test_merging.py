@@ -45,7 +45,7 @@ def test_it_moves_and_casts_with_the_model(repo):
     cache_merged(model)
     model.to(torch.bfloat16)
     modules = list(delta_modules(model).values())
-    assert all(m.dm_merged.dtype == m.weight.dtype == torch.bfloat16 for m in modules)
+    assert all(m.merged().dtype == m.weight.dtype == torch.bfloat16 for m in modules)
     assert logits(model, IDS).isfinite().all()
 
 
@@ -68,4 +68,4 @@ def test_offloaded_models_are_refused(repo):
     module.weight = torch.nn.Parameter(weight.to("meta"), requires_grad=False)
     with pytest.raises(DeltaMixError, match=f"{name} is offloaded"):
         cache_merged(model)
-    assert all(m.dm_merged is None for m in delta_modules(model).values())
+    assert all(m.merged() is None for m in delta_modules(model).values())
