@@ -35,4 +35,4 @@ def read_directly(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
             why = first_line(error)
     if missed := [name for name in modules if name not in reads.ran]:
         logger.info("cannot try out whether %s, ... are read directly: %s", missed[0], why)
-    return [name for name in modules if name in reads.found]
+    return [name for name in modules if f"{name}.weight" in reads.found]

@@ -135,6 +135,11 @@ class DeltaManager:
             for twin in tied_tensors(self.model, tensor_name):
                 owner, leaf, own = self._owner(twin)
                 overlay = self._routed(owner, touched).overlay.setdefault(name, {})
+                if twin in self._read_directly and not (leaf == "weight" and owner.dm_visible):
+                    raise DeltaMixError(
+                        f"the model reads {twin} past its layer, where no delta beside a base can "
+                        f"replace it: load {stored.source!r} by itself, with from_pretrained"
+                    )
                 value = overlay[leaf] = value.to(own.device, own.dtype)  # twins share it
                 whole, _, made = twin.partition(f".{PARAMETRIZED}.")
                 if made:  # a weight is computed of it: whose it is runs by row

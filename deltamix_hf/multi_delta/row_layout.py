@@ -30,13 +30,13 @@ Calls = dict[str, list[tuple[Tensor, int]]]
 
 @torch.no_grad()
 def observe(model: PreTrainedModel) -> tuple[dict[nn.Module, str], set[str]]:
-    """Find which modules get EACH or SHARED, and the names of those whose weight others read.
+    """Find which modules get EACH or SHARED, and the names of parameters that others read.
 
     What does not run for inputs that we can make up, such as the vision tower behind a text, is in
     neither.
     """
     named = {n: m for n, m in model.named_modules() if m._parameters or m._buffers}
-    reads = DirectReads({n: m for n, m in named.items() if m._parameters.get("weight") is not None})
+    reads = DirectReads(named)
     two, three = Calls(), Calls()
     training = [module for module in model.modules() if module.training]
     for module in training:

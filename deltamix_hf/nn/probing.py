@@ -12,8 +12,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from .layers import weight_of
-
 _SAMPLES = 8000  # of sound: half a second
 _TOKENS = 11  # of text; `row_layout.py` needs a number that experts cannot share out evenly
 
@@ -87,34 +85,38 @@ def _ids(config: Any) -> Tensor:
 
 
 class DirectReads(TorchFunctionMode):
-    """Note in `found` which of some modules, by name, have their weight read by others.
+    """Note in `found` which parameters of some modules, by full name, are read by others.
 
     WavLM's attention hands `q_proj.weight` to a function, DeBERTa looks its relative positions up
-    in `rel_embeddings.weight`: every torch function that gets the weight of a layer that is not
-    running at that time is a direct read.
+    in `rel_embeddings.weight`: every torch function that gets a parameter of a layer that is not
+    running at that time is a direct read. `ran` names the modules that have run.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]):
         super().__init__()
-        self.owners = {id(weight_of(module)): name for name, module in modules.items()}
-        self.running: list[int] = []  # ids of the weights of the modules that run
+        self.owners: dict[int, tuple[str, str]] = {}  # id of a parameter -> module, its name there
+        for name, module in modules.items():
+            own = module._parameters.items()
+            self.owners |= {id(tensor): (name, leaf) for leaf, tensor in own if tensor is not None}
+        self.running: list[int] = []  # ids of the parameters of the modules that run
         self.found, self.ran = set[str](), set[str]()
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Context manager: watch what runs in the model."""
-
-        def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.running.append(id(module.weight))
-            self.ran.add(self.owners[id(module.weight)])
-
-        def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            self.running.remove(id(module.weight))
-
         self.running.clear()  # of a pass that failed
         named = model.named_modules()  # a tied weight is read by its twins, too
-        users = {n: m for n, m in named if id(getattr(m, "weight", None)) in self.owners}
-        with hooked(users, enter, leave), self:
+        watched = {n: (m, {*map(id, m._parameters.values())} & {*self.owners}) for n, m in named}
+
+        def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.running += watched[name][1]
+            self.ran |= {self.owners[own][0] for own in watched[name][1]}
+
+        def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            for own in watched[name][1]:
+                self.running.remove(own)
+
+        with hooked({n: m for n, (m, own) in watched.items() if own}, enter, leave), self:
             yield
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,5 +124,5 @@ class DirectReads(TorchFunctionMode):
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # not .dtype or .shape
             for leaf in tree_leaves((args, kwargs)):
                 if id(leaf) in self.owners and id(leaf) not in self.running:
-                    self.found.add(self.owners[id(leaf)])
+                    self.found.add(".".join(self.owners[id(leaf)]))
         return result

@@ -190,7 +190,7 @@ def variant(build, folder, kept="nothing") -> Family:
     torch.manual_seed(0)
     model = build()
     model.save_pretrained(folder / "base")
-    kind = tiny_pairs.Family(build, type(model), {"ratio": 1.0})
+    kind = tiny_pairs.Family(build, type(model), {"budget_bytes": 10**6})
     source = tiny_pairs.Pair("", kind, folder / "base", folder / "tuned", torch.empty(0))
     repos = {}
     for seed, name in enumerate(("one", "three")):
