@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import DeltaMixError
 from ..nn import compiled
@@ -24,6 +25,11 @@ from .grouped import run_grouped
 from .routing import PackedRoute, Route, Router
 from .row_layout import EACH, SHARED
 
+_READ = (
+    "the weight of a {} is read, not its output, which cannot differ by row: give all rows the "
+    "same delta"
+)
+PARAMETRIZED = "parametrizations"  # where torch keeps what it computes a weight of
 Args = tuple[Any, ...]  # of a module's call
 Kwargs = dict[str, Any]
 ExpertDeltas = dict[str, PackedDelta]  # a delta to one module of experts, by 3-D parameter
@@ -101,10 +107,7 @@ class RoutedDeltas:
         if not self.changes_weight():
             return weight_of(module)
         if not route.alike:
-            raise DeltaMixError(
-                f"the weight of a {module.dm_plain_class.__name__} is read, not its output, which "
-                "cannot differ by row: give all rows the same delta"
-            )
+            raise DeltaMixError(_READ.format(module.dm_plain_class.__name__))
         (delta,) = route.names
         whole = self.overlay.get(delta, {}).get("weight")
         return module.merged_weight(other=self.packed[delta]) if whole is None else whole
@@ -119,10 +122,16 @@ class RoutedDeltas:
 
     def _by_row(self, module: DeltaModule, route: Route, args: Args, kwargs: Kwargs) -> Any:
         """Return the output for rows with different deltas, one after the other."""
-        y = module.plain(*args, **kwargs)
+        if not (args or kwargs):  # it makes a weight
+            raise DeltaMixError(_READ.format(module.dm_plain_class.__name__))
+        with self.router.using(Route([None]) if PARAMETRIZED in module._modules else None):
+            y = module.plain(*args, **kwargs)
         x, batch = first_tensor(args, kwargs), len(route.rows)
         router = len(args) == 1 and not kwargs and not any(module.children())
-        known = isinstance(y, Tensor) or (router and _has_rows(y, batch))
+        known = isinstance(y, Tensor) or (router and isinstance(y, tuple) and _has_rows(y, batch))
+        if isinstance(y, dict):  # of a part with a parameter of its own (wav2vec 2.0's mask)
+            caches = y.get("past_key_values") or kwargs.get("past_key_values")  # it would run twice
+            known = not caches and _has_rows(y, batch) and len(tree_leaves(y)[0]) == batch
         if not (known and self.keeps_rows(module, x, batch)):
             raise DeltaMixError(
                 f"a {module.dm_plain_class.__name__} that maps {list(x.shape)} to a "
@@ -131,7 +140,7 @@ class RoutedDeltas:
             )
         if (length := len(x)) == 1 < batch:  # positions, say
             y = y.expand(batch, *y.shape[1:])
-        size = (y if isinstance(y, Tensor) else y[0]).shape[0]
+        size = len(tree_leaves(y)[0])
         taken, given = (route.groups(n, x.device) for n in (max(length, batch), size))
         for (delta, rows), (_, places) in zip(taken, given, strict=True):
             if self.touched(delta):
@@ -186,16 +195,19 @@ def make_routed(module: nn.Module, router: Router, layout: str) -> DeltaModule:
 
 def _has_rows(y: Any, batch: int) -> bool:
     """Whether it is what routers of experts give: tensors with as many rows each, for any row."""
-    known = isinstance(y, tuple) and all(isinstance(t, Tensor) and t.dim() for t in y)
-    sizes = {len(t) for t in y} if known else set()
-    return len(sizes) == 1 and max(sizes) % batch == 0
+    found = tree_leaves(y)
+    known = all(isinstance(t, Tensor) and t.dim() for t in found)
+    sizes = {len(t) for t in found if known}
+    return known and len(sizes) == 1 and max(sizes) % batch == 0
 
 
 def _placed(y: Any, rows: Tensor, part: Any) -> Any:
     """`y`, one tensor or several, with `part` in these rows."""
-    if isinstance(y, tuple):
-        return tuple(_placed(ours, rows, its) for ours, its in zip(y, part, strict=True))
-    return y.index_copy(0, rows, part.expand(len(rows), *part.shape[1:]).to(y.dtype))
+
+    def place(ours: Tensor, its: Tensor) -> Tensor:
+        return ours.index_copy(0, rows, its.expand(len(rows), *its.shape[1:]).to(ours.dtype))
+
+    return tree_map(place, y, part)
 
 
 def _each(fn: Callable[..., Any], args: Args, kwargs: Kwargs, *how: Any) -> tuple[Args, Kwargs]:

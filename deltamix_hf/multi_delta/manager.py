@@ -35,7 +35,7 @@ from ..storage.untrusted_paths import read_beside
 from .config_mismatch import chat_template, differing, differing_generation, warning
 from .end_tokens import Ends, repo_ends
 from .grouped import refresh, table_bytes
-from .layers import RoutedDeltas, make_routed
+from .layers import PARAMETRIZED, RoutedDeltas, make_routed
 from .model import part_class, routed_model_class
 from .pool import Pool
 from .routing import BASE, Route, Router, named_route, row_delta
@@ -136,6 +136,11 @@ class DeltaManager:
                 owner, leaf, own = self._owner(twin)
                 overlay = self._routed(owner, touched).overlay.setdefault(name, {})
                 value = overlay[leaf] = value.to(own.device, own.dtype)  # twins share it
+                whole, _, made = twin.partition(f".{PARAMETRIZED}.")
+                if made:  # a weight is computed of it: whose it is runs by row
+                    module = self.model.get_submodule(whole)
+                    mark = self._routed(module, touched).overlay.setdefault(name, {})
+                    mark.setdefault(PARAMETRIZED, value)
         for module in touched:
             refresh(module, name)
 

@@ -72,6 +72,11 @@ class DeltaModule(nn.Module):
         super().__setstate__(state)
         self.__dict__["dm_number"] = compiled.register(self)  # a copy is another module
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(vars(self), memo))
+        return made
+
     def straight(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output with the layer's own delta for all rows."""
         return self.with_delta(self.packed(), None, *args, **kwargs)
@@ -93,7 +98,8 @@ class DeltaModule(nn.Module):
         """Return this module with other parameters and buffers; it shares everything else."""
         if not tensors:
             return self
-        shadow = copy.copy(self)
+        shadow = type(self).__new__(type(self))
+        vars(shadow).update(vars(self))
         for kind in ("_parameters", "_buffers"):
             own = {key: tensors.get(key, value) for key, value in getattr(self, kind).items()}
             shadow.__dict__[kind] = own

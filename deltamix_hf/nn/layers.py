@@ -125,15 +125,13 @@ class DeltaMatrix(DeltaModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copy as part of a model; a layer copied by itself is dense, so that it can be trained."""
-        alone, state = not memo, vars(self)
-        if alone:
-            others = ("dm_twins", "dm_shared_input")
-            state = {key: value for key, value in state.items() if key not in others}
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__setstate__(copy.deepcopy(state, memo))
-        if alone:
-            vars(made)["dm_twins"] = [made]
-            made.become_dense()
+        if memo:
+            return super().__deepcopy__(memo)
+        made = type(self).__new__(type(self))
+        others = ("dm_twins", "dm_shared_input")
+        state = {key: value for key, value in vars(self).items() if key not in others}
+        made.__setstate__(copy.deepcopy(state) | {"dm_twins": [made]})
+        made.become_dense()
         return made
 
 
@@ -246,9 +244,10 @@ def routable_class(cls: type[nn.Module]) -> type[DeltaModule]:
     """Return the counterpart of any layer that takes named deltas.
 
     One that cannot carry a packed delta takes other tensors in place of its own; a quantized
-    linear layer makes the base's product in its own way.
+    linear layer makes the base's product in its own way; a parametrized one makes its weight.
     """
-    base = DeltaLinear if issubclass(cls, nn.Linear) else DeltaModule
+    made = isinstance(getattr(cls, "weight", None), property)
+    base = DeltaLinear if issubclass(cls, nn.Linear) and not made else DeltaModule
     return delta_class(cls) or joined_class(cls, (base, cls))
 
 

@@ -13,6 +13,7 @@ from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta import grouped, routing
 from deltamix_hf.multi_delta.layers import RoutedDeltas
 from deltamix_hf.nn.delta_module import DeltaModule
+from deltamix_hf.nn.layers import weight_of
 from deltamix_hf.ops.dispatch import TRITON, VARIABLE
 
 # Not under coverage, which makes Triton's interpreter three times slower.
@@ -173,7 +174,7 @@ def expected_of(family, layer, x, names):
     """The layer's float64 output by the deltas' own packed factors."""
     rows = []
     for row, name in zip(x.cpu().double(), names, strict=True):
-        weight = layer.weight.cpu().double()
+        weight = weight_of(layer).cpu().double()
         if name is not None:
             weight = weight + layer.dm_row_deltas.packed[name].dense().cpu().double()
         rows.append(row @ weight.T)
