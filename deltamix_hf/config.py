@@ -54,7 +54,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         modules_to_not_convert: names (or last parts of names) of modules to keep out of the packed
             form; if they differ from the base they are stored whole.
         dequantize: load a delta repo as plain dense modules.
-        base_kwargs: how to fetch the base (`token`, `cache_dir`, `local_files_only`, `subfolder`).
+        base_kwargs: how to fetch the base (`token`, `cache_dir`, `subfolder`, `variant`, ...).
         checkpoint_dir: folder in which compression keeps what it has finished. An interrupted one
             that is started again with the same arguments goes on from there; saving removes it.
         format_version: version of the delta repo's format.

@@ -14,3 +14,4 @@ FETCHING: ContextVar[dict[str, Any]] = ContextVar("deltamix_fetching", default={
 FETCHED: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 # Where to look and by whose right, which holds for other repos too.
 ACCESS = ("cache_dir", "token", "local_files_only", "proxies")
+BESIDE = (*ACCESS, "subfolder")  # of other files of the same repo and commit

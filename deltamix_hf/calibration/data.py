@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..config import DeltaMixConfig
+from ..constants import BESIDE, FETCHING
 from ..errors import DeltaMixError, first_line
 from ..jobs.resume_store import ResumeStore
 from ..nn.layers import weight_of
@@ -109,8 +110,9 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _tokenizer(source: str | None, commit: str | None) -> Any:
+    how = {name: value for name, value in FETCHING.get().items() if name in BESIDE}
     try:
-        return AutoTokenizer.from_pretrained(source, revision=commit)
+        return AutoTokenizer.from_pretrained(source, **how, revision=commit)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DeltaMixError(
             f"calibration by texts needs the tokenizer of {source}, which cannot be loaded "

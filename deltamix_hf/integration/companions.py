@@ -42,8 +42,8 @@ _NOT_WANTED = re.compile(
 def copy_companions(source: str | None, folder: Path, **how: Any) -> None:
     """Copy the small files of the repo `source` (path or Hub id) into `folder`, and log what stays.
 
-    `how` is how to fetch it (`token`, `revision`, `cache_dir`). What is in `folder` already stays
-    as it is. Warns if the repo is gone.
+    `how` is how to fetch it (`token`, `revision`, `cache_dir`, `subfolder`). What is in `folder`
+    already stays as it is. Warns if the repo is gone.
     """
     if not source:
         return
@@ -83,17 +83,20 @@ def _companion(source: str, name: str, how: dict[str, Any]) -> str | None:
 
 
 def _listed(source: str, how: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield the files of a repo by name from its root, with their bytes; no more than _MOST_LISTED.
+    """Yield a repo's files by name from its folder, with their bytes; no more than _MOST_LISTED.
 
     Those of a repo of the Hub that cannot be reached now are those fetched before. Raises an
     OSError if there is no such repo.
     """
-    if not os.path.isdir(source):
+    inner = how.get("subfolder", "").strip("/")
+    if os.path.isdir(source):
+        source = os.path.join(source, inner)
+    else:
         try:
             api, commit = HfApi(token=how.get("token")), how.get("revision")
-            tree = api.list_repo_tree(source, recursive=True, revision=commit)
+            tree = api.list_repo_tree(source, inner or None, recursive=True, revision=commit)
             files = [e for e in islice(tree, _MOST_LISTED) if isinstance(e, RepoFile)]
-            yield from ((entry.path, entry.size) for entry in files)
+            yield from ((e.path.removeprefix(f"{inner}/"), e.size) for e in files)
             return
         except Exception:  # whatever a client may say: offline, gated, no such id
             config = find_file(source, CONFIG, how)

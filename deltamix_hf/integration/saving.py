@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.base import BaseCheckpoint, guard_names, untied_state
 from ..checkpoint.tensor_diff import differences
 from ..config import overlay_dtype
-from ..constants import ACCESS, FETCHED, NOTICE
+from ..constants import BESIDE, FETCHED, NOTICE
 from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
 from ..nn.delta_module import DeltaModule, check_frozen, joined_class, own_deltas
@@ -138,7 +138,7 @@ class DeltaModel(_Frozen):
             cast(Any, super()).save_pretrained(staging, **kwargs)
             if (staging / "config.json").exists() and not alone:  # one process of several writes it
                 source = self.config.name_or_path
-                known = {k: v for k, v in FETCHED.get(self, {}).items() if k in ACCESS}
+                known = {k: v for k, v in FETCHED.get(self, {}).items() if k in BESIDE}
                 known["token"] = kwargs.get("token") or known.get("token")
                 copy_companions(source, staging, **known, revision=quantizer.commit)
                 _add_notice(staging / "config.json")

@@ -131,7 +131,8 @@ def row_ends(
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     criteria = kwargs.get("stopping_criteria") or ()
     if (
-        "eos_token_id" in kwargs
+        not ends
+        or "eos_token_id" in kwargs
         or chose_ends(model, given)
         or any(isinstance(one, EosTokenCriteria) for one in criteria)
         or kwargs.get("cache_implementation") == "paged"  # continuous batching: request by request

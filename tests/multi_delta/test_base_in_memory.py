@@ -12,7 +12,7 @@ import torch
 from local_hub import SHA, in_cache
 from many_deltas import CLOSE
 from peft import LoraConfig, get_peft_model
-from tiny_pairs import logits
+from tiny_pairs import logits, make_tokenizer, quick, text_of, token_ids
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
@@ -89,6 +89,34 @@ def test_a_delta_of_a_cache_has_its_base_there(delta, copied, tmp_path):
         with pytest.raises(DeltaMixError, match="cannot find the base model 'me/base'"):
             other = DeltaMixConfig(base_kwargs={"cache_dir": tmp_path / "empty"})
             load(place, cache_dir=cache, quantization_config=other)
+
+
+@pytest.mark.parametrize("place", ["folder", "cache"])
+def test_a_fine_tune_in_a_subfolder(delta, copied, tmp_path, place):
+    """Its tokenizer is there, for calibration, and so is what is saved along."""
+    source = delta("llama")
+    tuned = copied(source.pair.tuned)
+    make_tokenizer().save_pretrained(tuned)
+    (tuned / "source.spm").write_text("pieces")
+    if place == "folder":
+        shutil.copytree(tuned, tmp_path / "repo" / "inner")
+        (tmp_path / "repo" / "outer.spm").write_text("another's")
+        name, given = tmp_path / "repo", {}
+    else:
+        snapshot, name = in_cache(tmp_path, "me/tuned", tuned), "me/tuned"
+        files = list(snapshot.iterdir())
+        (snapshot / "inner").mkdir()
+        for file in files:
+            (snapshot / "inner" / file.name).symlink_to(file.resolve())
+            file.unlink()
+        given = {"cache_dir": tmp_path}
+    config = source.pair.config(calibration=[text_of(token_ids(1, 30)[0])], **quick("deltamix-kl"))
+    load = AutoModelForCausalLM.from_pretrained
+    made = load(name, subfolder="inner", quantization_config=config, **given)
+    made.save_pretrained(tmp_path / "delta")
+    names = {path.name for path in (tmp_path / "delta").rglob("*")}
+    assert names == {path.name for path in tuned.iterdir()}
+    assert torch.equal(logits(load(tmp_path / "delta")), logits(made))
 
 
 def test_what_is_remembered_is_in_no_file_and_no_model(delta, tmp_path):
