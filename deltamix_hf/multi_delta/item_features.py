@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from ..errors import DeltaMixError
 from .routing import Route
@@ -132,8 +131,9 @@ class _Items:
         """Put together what the method returned for the items of each delta."""
         owners, values = zip(*parts, strict=True)
         first = values[0]
-        if isinstance(first, ModelOutput):
-            return type(first)(**{key: self._field(key, owners, values) for key in first})
+        if isinstance(first, dict):  # a ModelOutput
+            kind: Any = type(first)
+            return kind(**{key: self._field(key, owners, values) for key in first})
         return self._join(owners, values)
 
     def _field(self, key: str, owners: Any, values: Any) -> Any:

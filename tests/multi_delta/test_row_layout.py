@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     SwinConfig,
     SwinForImageClassification,
+    WavLMConfig,
+    WavLMForSequenceClassification,
     XLNetConfig,
     XLNetForSequenceClassification,
 )
@@ -309,3 +311,37 @@ def test_rows_that_generate_drops(tmp_path):
     for i, found in enumerate(together):
         length = min(len(found), short[i].shape[1])
         assert torch.equal(found[:length], short[i][i, :length])
+
+
+def wavlm():
+    audio = {"conv_dim": (32, 32), "conv_stride": (5, 4), "conv_kernel": (10, 8)}
+    audio |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16}
+    config = WavLMConfig(**SIZE, **audio, num_conv_pos_embedding_groups=4)
+    return WavLMForSequenceClassification(config).eval()
+
+
+READS = {
+    "deberta": (deberta, "nothing", {"input_ids": tiny_pairs.token_ids(3, 7)}),
+    "wavlm": (wavlm, ".bias", {"input_values": torch.randn(3, 800)}),
+}
+
+
+@pytest.mark.parametrize("case", READS)
+@torch.no_grad()
+def test_weights_that_others_read(tmp_path, case):
+    """They are those of the delta that all rows have; where rows differ, they are nobody's."""
+    build, kept, inputs = READS[case]
+    family = variant(build, tmp_path, kept)
+    model = loaded(family)
+    for name in NAMED:
+        own = family.pair.load(family.repos.get(name, family.pair.base))
+        found = model(**inputs, delta_names=[name] * 3).logits
+        torch.testing.assert_close(found, own(**inputs).logits, **CLOSE)
+    with pytest.raises(DeltaMixError, match="give all rows the same delta"):
+        model(**inputs, delta_names=NAMED)
+
+
+def test_biases_that_others_read_are_refused(tmp_path):
+    family = variant(wavlm, tmp_path)
+    with pytest.raises(DeltaMixError, match=r"reads wavlm\..*_proj\.bias past its layer"):
+        loaded(family)
