@@ -8,6 +8,7 @@ as `text` are output, or commands that install packages or run this repository's
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -207,3 +208,23 @@ def test_every_command_and_option_is_in_the_reference() -> None:
 if __name__ == "__main__":
     where = Path(sys.argv[1])
     (where / "outcome.json").write_text(json.dumps(run_pages(where)))
+
+
+def test_limits_are_in_the_code_and_have_tests():
+    """Every row of docs/limits.md quotes an error that the package raises, and names its test."""
+    said = []
+    for file in sorted((ROOT / "deltamix_hf").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    page = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if re.match(r"\| (?!Refused|---)", line)]
+    assert len(rows) > 15
+    for row in rows:
+        quotes, tests = re.findall(r'"([^"]+)"', row), re.findall(r"`(tests/[^`]+)`", row)
+        assert quotes and tests, row
+        for quote in quotes:
+            assert any(quote in text for text in said), quote
+    for test in re.findall(r"`(tests/[^`]+)`", page):
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), test
