@@ -53,6 +53,16 @@ class VisibleWeight(Tensor):
         return _alive.setdefault(id(base), cls.of(layer, base)) if seen is None else seen
 
     @classmethod
+    def settled(cls, base: nn.Parameter) -> nn.Parameter:
+        """Return the parameter of a layer that is dense now: what others have seen, or `base`."""
+        seen: Any = _alive.pop(id(base), base)
+        if isinstance(seen, cls):
+            for name in ("dm_layer", "dm_base", "dm_views"):
+                del vars(seen)[name]
+            seen.__class__ = nn.Parameter
+        return seen
+
+    @classmethod
     def of(cls, layer: Any, base: Tensor, *views: Any) -> "VisibleWeight":
         """Make what others see of `layer`, whose parameter is `base`, through `views`."""
         seen = base.detach().as_subclass(cls)
@@ -72,7 +82,7 @@ class VisibleWeight(Tensor):
     def _written(self) -> Tensor:
         if hasattr(self.dm_layer, "become_dense"):
             self.dm_layer.become_dense()
-        return self.dm_base
+        return self.dm_base if isinstance(self, VisibleWeight) else self  # a view, or settled
 
     @classmethod
     def __torch_function__(
@@ -85,17 +95,22 @@ class VisibleWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if first is not None and name in _GRADIENTS:
                 if isinstance(first.dm_base, nn.Parameter):  # the layer's, not made of it
-                    if name != "grad" and args[1:] not in ((), (False,)):
-                        first._written()
-                    return func(first.dm_base, *args[1:], **kwargs)
+                    wanted = name != "grad" and args[1:] not in ((), (False,))
+                    its = first._written() if wanted else first.dm_base
+                    return func(its, *args[1:], **kwargs)
                 return func(*args, **kwargs)
             if name in _LOOKS or (getting and name not in _VIEWS):
                 return func(*args, **kwargs)
             if first is not None and name in _MEMORY:  # of a copy that lives as long
                 return func(vars(first).setdefault("dm_copy", first._in_use()))
             if setting or name in _WRITES or name[-1] == "_" != name[-2:-1]:
-                dense = _each(args[0], cls._written)  # of functions on lists too
-                args = (dense if setting else _each(dense, Tensor.detach, Tensor), *args[1:])
+                # lists too, and `init`'s `tensor=`
+                dense = _each(args[:1] or kwargs, cls._written)
+                if not setting:
+                    dense = _each(dense, Tensor.detach, Tensor)
+                args, kwargs = (dense + args[1:], kwargs) if args else (args, dense)
+            elif "out" in kwargs:
+                kwargs = {**kwargs, "out": _each(kwargs["out"], cls._written)}
             elif first is not None and _is_view(name, args):
 
                 def view(weight: Tensor) -> Any:
