@@ -59,7 +59,7 @@ class VisibleWeight(Tensor):
         if isinstance(seen, cls):
             for name in ("dm_layer", "dm_base", "dm_views"):
                 del vars(seen)[name]
-            seen.__class__ = nn.Parameter
+            object.__setattr__(seen, "__class__", nn.Parameter)
         return seen
 
     @classmethod

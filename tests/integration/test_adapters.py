@@ -159,6 +159,12 @@ def test_every_tuner_does_as_on_the_dense_model(delta, kind, family):
         assert relative(packed[state], expected) < 1e-5, state
 
 
+def test_glora_refuses_by_itself(delta):
+    config = peft.GloraConfig(target_modules=LINEAR)
+    with pytest.raises(ValueError, match=r"is not a plain torch\.nn\.Linear"):
+        get_peft_model(delta("llama").pair.load(delta("llama").folder), config)
+
+
 @pytest.mark.parametrize("kind", ["hra", "dora"])
 def test_compiled_with_an_adapter_that_reads_weights(delta, kind):
     repo = delta("llama")
