@@ -1,8 +1,8 @@
 """Layers of a base with zero, one or many packed deltas beside the frozen weight.
 
 `DeltaLinear`, `DeltaConv1D` and `DeltaEmbedding` are made from existing modules by changing the
-class in place, so names, hooks, ties and whatever else points at the module stay valid; the base
-weight stays at `.weight`. The factors of a layer's own delta are frozen integer parameters, `dm_v`,
+class in place, so names, hooks, ties and whatever else points at the module stay valid; the base's
+parameter stays, and who reads `.weight` meets base + delta (`visible_weight.py`). The factors of a layer's own delta are frozen integer parameters, `dm_v`,
 `dm_u`, `dm_ranks` and, on min-max grids, `dm_zeros` (parameters, not buffers: transformers shards,
 offloads and saves parameters).
 """
