@@ -2,9 +2,9 @@
 
 `DeltaLinear`, `DeltaConv1D` and `DeltaEmbedding` are made from existing modules by changing the
 class in place, so names, hooks, ties and whatever else points at the module stay valid; the base's
-parameter stays, and who reads `.weight` meets base + delta (`visible_weight.py`). The factors of a layer's own delta are frozen integer parameters, `dm_v`,
-`dm_u`, `dm_ranks` and, on min-max grids, `dm_zeros` (parameters, not buffers: transformers shards,
-offloads and saves parameters).
+parameter stays, and who reads `.weight` meets base + delta (`visible_weight.py`). The factors of a
+layer's own delta are frozen integer parameters, `dm_v`, `dm_u`, `dm_ranks` and, on min-max grids,
+`dm_zeros` (parameters, not buffers: transformers shards, offloads and saves parameters).
 """
 
 import inspect

@@ -12,30 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-# Asked of the base's parameter: cheap, and asked in every forward pass (T5, Gemma).
-_LOOKS = {"size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_contiguous"}
-_LOOKS |= {"ndimension", "nelement", "is_complex", "get_device", "__len__", "__hash__"}
+# Answered from the base's parameter: cheap, and asked in every forward pass (T5, Gemma).
+_LOOKS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device"}
+_LOOKS |= {"is_contiguous", "is_floating_point", "is_complex", "__len__", "__hash__"}
 # What shares memory with the weight: who writes to it writes to the weight.
-_VIEWS = {"data", "detach", "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"}
-_VIEWS |= {
-    "T",
-    "mT",
-    "H",
-    "real",
-    "t",
-    "transpose",
-    "permute",
-    "movedim",
-    "squeeze",
-    "unsqueeze",
-    "narrow",
-}
-_VIEWS |= {"select", "swapaxes", "expand"}
+_VIEWS = {"data", "detach", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"}
+_VIEWS |= {"T", "mT", "H", "real", "t", "transpose", "swapaxes", "permute", "movedim", "expand"}
+_VIEWS |= {"squeeze", "unsqueeze", "narrow", "select"}
 _GRADIENTS = {"requires_grad", "requires_grad_", "grad"}
 _MEMORY = {"data_ptr", "untyped_storage", "storage"}
-_alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by parameter: twins' are one
 _WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 _WRITES |= {"__setitem__"}
+_alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by parameter: twins' are one
 
 
 class VisibleWeight(Tensor):
