@@ -1,16 +1,14 @@
 """Layers of a base with zero, one or many packed deltas beside the frozen weight.
 
 `DeltaLinear`, `DeltaConv1D` and `DeltaEmbedding` are made from existing modules by changing the
-class in place, so names, hooks, ties and whatever else points at the module stay valid; the base
-weight stays at `.weight`. The factors of a layer's own delta are frozen integer parameters, `dm_v`,
-`dm_u`, `dm_ranks` and, on min-max grids, `dm_zeros` (parameters, not buffers: transformers shards,
-offloads and saves parameters).
+class in place, so names, hooks, ties and whatever else points at the module stay valid; the base's
+parameter stays, and who reads `.weight` meets base + delta (`visible_weight.py`). The factors of a
+layer's own delta are frozen integer parameters, `dm_v`, `dm_u`, `dm_ranks` and, on min-max grids,
+`dm_zeros` (parameters, not buffers: transformers shards, offloads and saves parameters).
 """
 
-import copy
 import inspect
 from functools import cache
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -23,22 +21,11 @@ from ..errors import DeltaMixError
 from ..ops.low_rank import cheapest, delta_linear, low_rank, low_rank_rows
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import PREFIX, check_parts
-from . import compiled
-from .delta_module import (
-    DeltaModule,
-    first_tensor,
-    joined_class,
-    merged_name,
-    oriented,
-    own_deltas,
-)
-from .visible_weight import VisibleWeight
-
-
-def weight_of(module: nn.Module, leaf: str = "weight") -> Tensor:
-    """Return a weight of `module`, of one with deltas the base's: `getattr` may see another."""
-    weight = module._parameters.get(leaf)
-    return cast(Tensor, getattr(module, leaf)) if weight is None else weight
+from .delta_matrix import DeltaMatrix
+from .delta_matrix import change_class as change_class
+from .delta_matrix import detach as detach
+from .delta_matrix import weight_of as weight_of
+from .delta_module import DeltaModule, first_tensor, joined_class, oriented, own_deltas
 
 
 def matrix_of(module: nn.Module) -> Tensor:
@@ -69,71 +56,6 @@ def tied_modules(model: PreTrainedModel, name: str) -> dict[str, nn.Module]:
     """Return the module and every module whose weight is tied to its weight, by name."""
     names = [tensor.removesuffix(".weight") for tensor in tied_tensors(model, f"{name}.weight")]
     return {n: model.get_submodule(n) for n in names}
-
-
-class DeltaMatrix(DeltaModule):
-    """A layer whose `weight` others see with the delta, once `dm_visible` is set."""
-
-    dm_visible = False
-    dm_twins: list[Any]  # all layers that share its weight and delta, itself too
-
-    @property
-    def weight(self) -> Any:
-        """Return the base's parameter, or a `VisibleWeight` if a delta changes it."""
-        own = self._parameters if "weight" in self._parameters else vars(self)
-        if "weight" not in own:
-            raise AttributeError("weight")
-        base = own["weight"]
-        if base is None or not self.dm_visible or base.device.type == "meta":
-            return base
-        if torch.compiler.is_compiling():
-            return compiled.weight(base, self.dm_number)
-        if self.dm_row_deltas is not None and not self.dm_row_deltas.changes_weight():
-            return base
-        return VisibleWeight.whole(self, base)
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        vars(self)["weight"] = value
-
-    def register_parameter(self, name: str, param: Any) -> None:
-        super().register_parameter(name, getattr(param, "dm_base", param))
-
-    def weight_in_use(self) -> Tensor:
-        """Return the weight by which the layer multiplies now; DeltaMixError if rows differ."""
-        if self.dm_row_deltas is not None:
-            return self.dm_row_deltas.weight(self)
-        return self.merged_weight() if "dm_own" in vars(self) else weight_of(self)
-
-    def become_dense(self) -> None:
-        """Merge the delta into the base's parameter, for all twins, which are plain layers then.
-
-        Raises:
-            DeltaMixError: named deltas are beside the weight.
-        """
-        if self.dm_row_deltas is not None:
-            raise DeltaMixError(
-                "a layer with named deltas cannot be changed or copied by itself: load the delta "
-                "repo alone with from_pretrained, or delete the deltas first"
-            )
-        weight_of(self).data.copy_(self.merged_weight())  # views of it stay so
-        for twin in self.dm_twins:
-            group: Any = getattr(twin, "dm_shared_input", None)
-            for member in group.members if group else ():
-                member.dm_shared_input = type(group)([member])
-            detach(twin)
-            vars(twin)["dm_edited"] = True
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copy as part of a model; a layer copied by itself is dense, so that it can be trained."""
-        if memo:
-            return super().__deepcopy__(memo)
-        made = type(self).__new__(type(self))
-        others = ("dm_twins", "dm_shared_input")
-        state = {key: value for key, value in vars(self).items() if key not in others}
-        made.__setstate__(copy.deepcopy(state) | {"dm_twins": [made]})
-        made.become_dense()
-        return made
 
 
 class DeltaLinear(DeltaMatrix, nn.Linear):
@@ -268,13 +190,6 @@ def routable_class(cls: type[nn.Module]) -> type[DeltaModule]:
     return delta_class(cls) or joined_class(cls, (base, cls))
 
 
-def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Make `module` an instance of `cls`, for accelerate's hooks too: they keep a forward."""
-    object.__setattr__(module, "__class__", cls)
-    if "_old_forward" in module.__dict__:
-        object.__setattr__(module, "_old_forward", MethodType(cls.forward, module))
-
-
 def attach(module: nn.Module, packed: PackedDelta) -> None:
     """Turn `module` into its delta counterpart; the tensors of `packed` may be meta.
 
@@ -310,17 +225,6 @@ def attach_with_ties(model: PreTrainedModel, name: str, packed: PackedDelta) -> 
         vars(other)["dm_twins"] = twins
         names = zip(shared.names(twin).values(), shared.names(name).values(), strict=True)
         model.all_tied_weights_keys.update(names)
-
-
-def detach(module: DeltaModule) -> None:
-    """Drop the layer's own delta and restore the plain class (weights untouched)."""
-    for name in module.delta_parameters():
-        delattr(module, name)
-    for leaf in module.dm_own:
-        module._buffers.pop(merged_name(leaf), None)
-    for name in ("dm_own", "dm_number", "dm_shared_input", "dm_twins", "dm_visible"):
-        module.__dict__.pop(name, None)
-    change_class(module, module.dm_plain_class)
 
 
 def detach_all(model: PreTrainedModel) -> None:

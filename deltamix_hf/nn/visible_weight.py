@@ -12,30 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-# Asked of the base's parameter: cheap, and asked in every forward pass (T5, Gemma).
-_LOOKS = {"size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_contiguous"}
-_LOOKS |= {"ndimension", "nelement", "is_complex", "get_device", "__len__", "__hash__"}
+# Answered from the base's parameter: cheap, and asked in every forward pass (T5, Gemma).
+_LOOKS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device"}
+_LOOKS |= {"is_contiguous", "is_floating_point", "is_complex", "__len__", "__hash__"}
 # What shares memory with the weight: who writes to it writes to the weight.
-_VIEWS = {"data", "detach", "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"}
-_VIEWS |= {
-    "T",
-    "mT",
-    "H",
-    "real",
-    "t",
-    "transpose",
-    "permute",
-    "movedim",
-    "squeeze",
-    "unsqueeze",
-    "narrow",
-}
-_VIEWS |= {"select", "swapaxes", "expand"}
+_VIEWS = {"data", "detach", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"}
+_VIEWS |= {"T", "mT", "H", "real", "t", "transpose", "swapaxes", "permute", "movedim", "expand"}
+_VIEWS |= {"squeeze", "unsqueeze", "narrow", "select"}
 _GRADIENTS = {"requires_grad", "requires_grad_", "grad"}
 _MEMORY = {"data_ptr", "untyped_storage", "storage"}
-_alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by parameter: twins' are one
 _WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 _WRITES |= {"__setitem__"}
+_alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by parameter: twins' are one
 
 
 class VisibleWeight(Tensor):
@@ -51,6 +39,16 @@ class VisibleWeight(Tensor):
         """Return what others see of `layer`, one object while somebody has it."""
         seen = _alive.get(id(base))
         return _alive.setdefault(id(base), cls.of(layer, base)) if seen is None else seen
+
+    @classmethod
+    def settled(cls, base: nn.Parameter) -> nn.Parameter:
+        """Return the parameter of a layer that is dense now: what others have seen, or `base`."""
+        seen: Any = _alive.pop(id(base), base)
+        if isinstance(seen, cls):
+            for name in ("dm_layer", "dm_base", "dm_views"):
+                del vars(seen)[name]
+            object.__setattr__(seen, "__class__", nn.Parameter)
+        return seen
 
     @classmethod
     def of(cls, layer: Any, base: Tensor, *views: Any) -> "VisibleWeight":
@@ -72,7 +70,7 @@ class VisibleWeight(Tensor):
     def _written(self) -> Tensor:
         if hasattr(self.dm_layer, "become_dense"):
             self.dm_layer.become_dense()
-        return self.dm_base
+        return self.dm_base if isinstance(self, VisibleWeight) else self  # a view, or settled
 
     @classmethod
     def __torch_function__(
@@ -85,17 +83,22 @@ class VisibleWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if first is not None and name in _GRADIENTS:
                 if isinstance(first.dm_base, nn.Parameter):  # the layer's, not made of it
-                    if name != "grad" and args[1:] not in ((), (False,)):
-                        first._written()
-                    return func(first.dm_base, *args[1:], **kwargs)
+                    wanted = name != "grad" and args[1:] not in ((), (False,))
+                    its = first._written() if wanted else first.dm_base
+                    return func(its, *args[1:], **kwargs)
                 return func(*args, **kwargs)
             if name in _LOOKS or (getting and name not in _VIEWS):
                 return func(*args, **kwargs)
             if first is not None and name in _MEMORY:  # of a copy that lives as long
                 return func(vars(first).setdefault("dm_copy", first._in_use()))
             if setting or name in _WRITES or name[-1] == "_" != name[-2:-1]:
-                dense = _each(args[0], cls._written)  # of functions on lists too
-                args = (dense if setting else _each(dense, Tensor.detach, Tensor), *args[1:])
+                # lists too, and `init`'s `tensor=`
+                dense = _each(args[:1] or kwargs, cls._written)
+                if not setting:
+                    dense = _each(dense, Tensor.detach, Tensor)
+                args, kwargs = (dense + args[1:], kwargs) if args else (args, dense)
+            elif "out" in kwargs:
+                kwargs = {**kwargs, "out": _each(kwargs["out"], cls._written)}
             elif first is not None and _is_view(name, args):
 
                 def view(weight: Tensor) -> Any:
