@@ -67,9 +67,11 @@ class DeltaManager:
         self._comparable = quantizer is None or bool(files)  # another's changes the weights
         how.pop("variant", None)
         self._template = chat_template(partial(read_beside, place, "", kwargs=how, links=True))
+        own = self._detached_own(quantizer) if files else None
         self._layouts, self._read_directly = observe(model)
-        if files:
-            self._adopt_own(quantizer)
+        if own is not None:
+            self.pool.add(DEFAULT, *own)
+            self.choose(DEFAULT)
         else:
             self._check_unedited(1)
         for module in model.modules():
@@ -262,8 +264,8 @@ class DeltaManager:
                     )
 
     @torch.no_grad()
-    def _adopt_own(self, quantizer: Any) -> None:
-        """Make a loaded delta repo's own delta one of many, and the model its base."""
+    def _detached_own(self, quantizer: Any) -> tuple[StoredDelta, Any]:
+        """Make the model of a delta repo its base; return its own delta, and how to read it."""
         model, base, config = self.model, self._base, quantizer.quantization_config
         where = config.base_model, quantizer.base_files[0]
         beside = partial(read_beside, *where, kwargs=config.base_kwargs, links=True)
@@ -286,8 +288,7 @@ class DeltaManager:
         stored = StoredDelta(packed, overlay, config.base_fingerprints, source)
         if quantizer.pre_quantized and os.path.isdir(source):
             read = partial(read_delta, source, *find_delta(source, {})[:2], base.keys)
-        self.pool.add(DEFAULT, stored, read)
-        self.choose(DEFAULT)
+        return stored, read
 
 
 def manager_of(model: PreTrainedModel) -> DeltaManager:

@@ -147,6 +147,7 @@ def of_adapter(model, config) -> dict[str, torch.Tensor]:
     return found | {"unloaded": logits(model.merge_and_unload())}
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 @pytest.mark.parametrize("kind", TUNERS)
 def test_every_tuner_does_as_on_the_dense_model(delta, kind, family):

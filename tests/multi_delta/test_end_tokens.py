@@ -79,7 +79,7 @@ def with_ends(family: Family, folder: Path) -> Family:
     return Family(family.pair, repos)
 
 
-@pytest.fixture(scope="module", params=["llama", "bart", pytest.param("gpt2", marks=OTHER)])
+@pytest.fixture(scope="module", params=["llama", "bart"])
 def family(request, ending) -> Family:
     return ending(request.param)
 
@@ -121,6 +121,7 @@ def test_each_row_ends_as_alone(model, alone):
     assert lengths[0] < 12 > lengths[2]  # both end early
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     "options",
     [

@@ -166,7 +166,7 @@ def check_pictures(family: Family, kind: str) -> None:
         torch.testing.assert_close(found[0], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("kind", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.untraced)])
 def test_pictures_follow_their_rows(made, kind):
     check_pictures(made(kind), kind)
 
@@ -249,6 +249,7 @@ CASES = {
 }
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_rows_of_other_models(tmp_path, case):
