@@ -27,7 +27,6 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from deltamix_hf import DeltaMixError
 from deltamix_hf.multi_delta.end_tokens import RowEnds, read_ends
 
-OTHER = pytest.mark.untraced
 ROWS = ("one", None, "two", "three", "one")
 PAD = 2
 
