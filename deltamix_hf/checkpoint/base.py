@@ -97,9 +97,13 @@ class KeyMap:
 
 
 class BaseCheckpoint:
-    """Lazy reader of a checkpoint by the parameter names of `model`, whose weights may be meta."""
+    """Lazy reader of a checkpoint by the parameter names of `model`, whose weights may be meta.
 
-    def __init__(self, files: list[str], model: PreTrainedModel):
+    `of_base`: the embeddings of a base without a head are also the base of a head that `model` has
+    and could tie to them: `untied` has their names, head -> embeddings.
+    """
+
+    def __init__(self, files: list[str], model: PreTrainedModel, of_base: bool = False):
         self.infos: dict[str, TensorInfo] = read_headers(files)
         self.keys = KeyMap(model)
         self.sources: dict[str, list[tuple[str, str | None]]] = {}  # model name -> (key, pattern)
@@ -117,6 +121,13 @@ class BaseCheckpoint:
                 first, *others = self.keys.converter(pattern).target_patterns
                 self._group |= {name.replace(first, other, 1): name for other in others}
         self._check_ties()
+        self.untied: dict[str, str] = {}
+        for head, source in (getattr(model, "_tied_weights_keys", None) or {}).items():
+            shapes = [getattr(self.keys.state.get(name), "shape", None) for name in (head, source)]
+            plain = source in self._group and self.is_plain(source) and head not in self._group
+            free = plain and head not in model.all_tied_weights_keys and shapes[0] == shapes[1]
+            if of_base and free and self.shape(source) == shapes[1]:
+                self._group[head], self.untied[head] = source, source
 
     def _check_ties(self) -> None:
         """Raise a DeltaMixError if the model ties what the files hold as two that differ."""
@@ -225,7 +236,7 @@ class BaseCheckpoint:
 
     def hidden_keys(self, names: Iterable[str]) -> set[str]:
         """List base keys to hide because a delta has the parameters `names` under other keys."""
-        supplied = {*names}
+        supplied = {*names} - self.untied.keys()
         return {key for n in supplied if n in self for key in self.checkpoint_keys(n)} - supplied
 
 

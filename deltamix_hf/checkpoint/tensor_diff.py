@@ -66,7 +66,9 @@ def differences(
             if added is not None:
                 yield Difference(f"{owner}.{ROWS}", "rows", added, None)
             value = base.read(name)
-            if value.shape != ours.shape:
+            if name in base.untied and not _is_near(ours, value):
+                value = None  # a head of its own
+            elif value.shape != ours.shape:
                 if not _may_differ(model, name, ours, value, ends):
                     raise DeltaMixError(
                         f"{name} is {list(ours.shape)} in the fine-tune and {list(value.shape)} in "
@@ -80,6 +82,12 @@ def differences(
             raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
         kind = "whole" if value is None else _kind(model, name, skip)
         yield Difference(name, kind, ours, value)
+
+
+def _is_near(ours: Tensor, value: Tensor) -> bool:
+    """Tell whether a head is one that has been trained on from the embeddings `value`."""
+    change = (ours.float() - value.float()).norm()
+    return bool(change < _UNRELATED * value.float().norm())
 
 
 def _is_resized(base: BaseCheckpoint, name: str, module: nn.Module) -> bool:

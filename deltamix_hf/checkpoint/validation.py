@@ -67,7 +67,8 @@ def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iter
     what = f"base {config.base_model!r}: {len(recorded)} tensors"
     what += ", names alone" if quick else ""
     try:
-        checkpoint = BaseCheckpoint(find_base(config, repo, files[0])[0], contents.keys.model)
+        found = find_base(config, repo, files[0])[0]
+        checkpoint = BaseCheckpoint(found, contents.keys.model, of_base=True)
 
         def measure(infos: Mapping[str, TensorInfo]) -> Mapping[str, str]:
             return {n: recorded[n] for n in infos} if quick else fingerprints(infos, show=True)

@@ -46,6 +46,18 @@ class FitRows(ConversionOps):
         return {target_patterns[0]: torch.cat(tensors)[: self.rows]}
 
 
+class Feed(ConversionOps):
+    """Give one tensor to every target, each its own copy."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Any]:
+        (found,) = (v for v in input_dict.values())
+        value = found[-1] if isinstance(found, list) else found
+        return {target: value.clone() for target in target_patterns}
+
+
 def vocabulary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Find the input embedding and the output head, by name: a row or output for each token."""
     try:

@@ -120,7 +120,10 @@ def measure(
     Raises:
         DeltaMixError: they have no tensor in common or other shapes, or the fine-tune holds NaN.
     """
-    tuned, base = (BaseCheckpoint(files, model) for files in (tuned_files, base_files))
+    tuned, base = (
+        BaseCheckpoint(tuned_files, model),
+        BaseCheckpoint(base_files, model, of_base=True),
+    )
     names = [name for name in untied_state(model) if name in tuned]
     if not any(name in base for name in names):
         raise DeltaMixError("base and fine-tune have no tensor in common: they are not of a family")

@@ -8,6 +8,7 @@ hidden by a renaming of our own.
 """
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, bui
 from ..checkpoint.base import BaseCheckpoint
 from ..checkpoint.delta_repo import Contents, check_finite
 from ..checkpoint.validation import check_base_was_read
-from ..checkpoint.vocabulary import FitRows
+from ..checkpoint.vocabulary import Feed, FitRows
 from ..errors import DeltaMixError
 from ..nn import tensor_parallel
 from ..nn.experts import attach_experts
@@ -57,7 +58,7 @@ class LoadPlan:
         self.whole = list(supplied)  # parameters that the delta repo replaces
         # keys of both repos that no parameter is to see
         self.hidden = contents.guards | (base.hidden_keys(supplied) - {*supplied.values()})
-        self.resized = _fitting_rows(contents, base)
+        self.resized = _fitting_rows(contents, base) + _feeding_heads(base, supplied)
         self.dtypes = {n: t.dtype for n, t in state.items() if t.is_floating_point()}
         if plan := model._get_dtype_plan(dtype):  # parts that stay in float32
             kept, _, _ = build_glob_alternation(list(plan))
@@ -131,6 +132,15 @@ def _fitting_rows(contents: Contents, base: BaseCheckpoint) -> list[WeightConver
         patterns = [f"^{re.escape(source)}$" for source in dict.fromkeys(sources)]
         converters.append(WeightConverter(patterns, weight, [FitRows(found.rows)]))
     return converters
+
+
+def _feeding_heads(base: BaseCheckpoint, supplied: Collection[str]) -> list[WeightConverter]:
+    """Tell transformers to fill untied heads that the delta changes from the base's embeddings."""
+    return [
+        WeightConverter([f"^{re.escape(key)}$" for key in base.checkpoint_keys(source)],
+                        [source, head], [Feed()])
+        for head, source in base.untied.items() if head not in supplied
+    ]  # fmt: skip
 
 
 def _complete_offload_index(model: PreTrainedModel) -> None:

@@ -109,7 +109,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
         contents = contents_of(infos, config, KeyMap(model))
         places = attach_packed(contents)
         self._use_base(*find_base(config, repo, delta_files[0]))
-        base = BaseCheckpoint(self.base_files, model)
+        base = BaseCheckpoint(self.base_files, model, of_base=True)
         for check in base_checks(contents, base):
             raise DeltaMixError(check.problem)
         if kinds:
@@ -141,7 +141,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
                     "load the delta repo with any device_map"
                 )
             source = self.source or Source(model, self.commit)
-            base = BaseCheckpoint(self.base_files, model)
+            base = BaseCheckpoint(self.base_files, model, of_base=True)
             self.commit = source.commit
             self.seconds, self.store, overlay = compress(source, base, self.quantization_config)
             if source.files is not None:
@@ -191,7 +191,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
             return None, {}  # only the adapter is saved
         stored = self.stored
         if stored is None:
-            base = BaseCheckpoint(self.base_files, model)
+            base = BaseCheckpoint(self.base_files, model, of_base=True)
             stored = delta_state_dict(model, base, self._places)
         whole = [n for n in stored if not is_guard(n) and packed_part(n) is None]
         self.quantization_config.overlay = sorted(whole)

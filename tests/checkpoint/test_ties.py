@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pairs import fine_tune, logits, quick, token_ids
+from tiny_pairs import fine_tune, logits, quick, relative, token_ids
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,7 +16,10 @@ from transformers import (
 )
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
+from deltamix_hf.checkpoint.validation import verify_repo
 from deltamix_hf.integration.compress_repo import compress_streaming
+from deltamix_hf.nn.delta_module import DeltaModule
+from deltamix_hf.nn.layers import weight_of
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -41,8 +44,8 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def compressed(tmp_path):
-    config = DeltaMixConfig(tmp_path / "base", **quick("deltamix") | {"ratio": 3 / 4})
+def compressed(tmp_path, ratio=3 / 4):
+    config = DeltaMixConfig(tmp_path / "base", **quick("deltamix") | {"ratio": ratio})
     return AutoModelForCausalLM.from_pretrained(
         tmp_path / "tuned", quantization_config=config, dtype=torch.float32
     )
@@ -95,3 +98,29 @@ def test_a_head_that_only_the_file_unties_comes_back(make, tmp_path):
     with pytest.raises(DeltaMixError, match="ties to another: use it by itself"):
         beside.load_delta(tmp_path / "delta", "untied")
     assert isinstance(beside.get_output_embeddings(), nn.Linear)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_head_trained_on_from_the_base_s_embeddings_is_packed(make, tmp_path, streamed):
+    base = make(True)
+    base.save_pretrained(tmp_path / "base")
+    base.config.tie_word_embeddings = False
+    table = base.get_input_embeddings().weight.detach().clone()
+    base.get_output_embeddings().weight = nn.Parameter(table.clone())
+    fine_tune(base)
+    base.save_pretrained(tmp_path / "tuned")
+    ids, folder = token_ids(2, 7), tmp_path / "delta"
+    if streamed:
+        config = DeltaMixConfig(tmp_path / "base", **quick("deltamix") | {"ratio": 1 / 2})
+        compress_streaming(tmp_path / "tuned", folder, config)
+    else:
+        compressed(tmp_path, 1 / 2).save_pretrained(folder)
+    found = load(folder)
+    head = found.get_output_embeddings()
+    assert isinstance(head, DeltaModule) and torch.equal(weight_of(head).float(), table)
+    assert relative(logits(found, ids), logits(load(tmp_path / "tuned"), ids)) < 0.1
+    assert all(check.problem is None for check in verify_repo(str(folder)))
+    found.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), ids), logits(found, ids))
+    with pytest.raises(DeltaMixError, match="ties to another: use it by itself"):
+        load(tmp_path / "base").load_delta(folder, "untied")
