@@ -166,6 +166,7 @@ def test_glora_refuses_by_itself(delta):
         get_peft_model(delta("llama").pair.load(delta("llama").folder), config)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("kind", ["hra", "dora"])
 def test_compiled_with_an_adapter_that_reads_weights(delta, kind):
     repo = delta("llama")
