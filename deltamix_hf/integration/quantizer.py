@@ -176,6 +176,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if wanted is not None and wanted != model.dtype:
             nn.Module.to(model, dtype=wanted)
         remove_methods(model)
+        for tensor in model.parameters():  # as from_pretrained leaves them
+            tensor.requires_grad_(tensor.is_floating_point())
         for part in model.modules():  # an encoder's config is a copy, which transformers leaves
             config: Any = getattr(part, "config", None)
             if hasattr(config, "quantization_config"):
@@ -193,6 +195,14 @@ class DeltaMixHfQuantizer(HfQuantizer):
         if stored is None:
             base = BaseCheckpoint(self.base_files, model, of_base=True)
             stored = delta_state_dict(model, base, self._places)
+        packed = {place[0] for n in stored if (place := packed_part(n))}
+        listed = self.quantization_config.errors  # of experts each has a number
+        lost = [n for n in listed if packed.isdisjoint((n, n.rpartition(".")[0]))]
+        if lost:
+            raise DeltaMixError(
+                f"a {type(model).__name__} lacks {lost[0]}, which the delta changes: save the "
+                "class that was compressed, or call model.dequantize() first"
+            )
         whole = [n for n in stored if not is_guard(n) and packed_part(n) is None]
         self.quantization_config.overlay = sorted(whole)
         return stored, {}

@@ -125,7 +125,8 @@ def _without_deltas(plain: Any) -> Any:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
         whole = self.__dict__.get("dm_whole")
         active = (self if whole is None else whole.model).active_deltas
-        if active:
+        alone = getattr(self, "_hf_peft_config_loaded", False)  # transformers saves the adapter
+        if active and not alone:
             raise DeltaMixError(
                 f"save_pretrained writes the base's weights, without {active}: call set_delta("
                 "None) first if that is what you want, or load the delta repo by itself"

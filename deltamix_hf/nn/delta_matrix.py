@@ -83,6 +83,22 @@ class DeltaMatrix(DeltaModule):
         else:
             super().__delattr__(name)
 
+    # peft stores and loads whole what it has wrapped, embeddings and heads, as `base_layer`
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if prefix.endswith("base_layer.") and self.dm_visible:
+            destination[f"{prefix}weight"] = self.weight_in_use().detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        found = state_dict.get(f"{prefix}weight")
+        if found is not None and self.dm_visible and "weight" in self._parameters:
+            own = weight_of(self)
+            if found.shape == own.shape and not torch.equal(found.to(own), own):
+                self.become_dense()  # and plain
+        load: Any = super() if isinstance(self, DeltaMatrix) else self
+        load._load_from_state_dict(state_dict, prefix, *rest)
+
     def weight_in_use(self) -> Tensor:
         """Return the weight by which the layer multiplies now.
 

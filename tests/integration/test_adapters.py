@@ -251,3 +251,31 @@ def test_modules_to_save_beside_a_base(delta, saved):
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[saved])
     with pytest.raises(DeltaMixError, match=r"cannot be copied by itself \(for peft's modules_to"):
         get_peft_model(model, config)
+
+
+def beside(repo):
+    model = repo.pair.load(repo.pair.base)
+    model.load_delta(repo.folder, "one")
+    return model
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_what_peft_stores_whole_is_the_fine_tunes(delta, tmp_path, target):
+    """An adapter to an embedding or head brings that along: from a packed model, to a dense one."""
+    repo = delta("llama")
+    makers = {
+        "packed": lambda: repo.pair.load(repo.folder),
+        "dense": lambda: repo.pair.load(repo.folder).dequantize(),
+        "beside": lambda: beside(repo),
+    }
+    options = {"target_modules": ["q_proj", target], "init_lora_weights": False}
+    for name, make in makers.items():
+        torch.manual_seed(0)
+        adapted = get_peft_model(make(), LoraConfig(**options)).eval()
+        expected = logits(adapted)
+        adapted.save_pretrained(tmp_path / name)
+        for other in ("packed", "dense"):
+            again = PeftModel.from_pretrained(makers[other](), tmp_path / name).eval()
+            assert relative(logits(again), expected) < 1e-5, (name, other)
+    with pytest.raises(DeltaMixError, match="cannot be changed or copied by itself"):
+        PeftModel.from_pretrained(makers["beside"](), tmp_path / "dense")

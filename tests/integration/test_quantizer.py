@@ -97,6 +97,29 @@ def test_other_head_is_initialised_the_rest_is_the_delta(delta, name):
     assert logits(model).shape[-1] == 3
 
 
+@pytest.mark.parametrize("cls", [AutoModel, AutoModelForSequenceClassification])
+def test_a_class_without_what_the_delta_changes_is_not_saved(delta, tmp_path, cls):
+    repo = delta("llama")
+    model = cls.from_pretrained(repo.folder)
+    with pytest.raises(DeltaMixError, match="lacks lm_head, which the delta changes"):
+        model.save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(cls.from_pretrained(tmp_path / "dense")), logits(model))
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_dense_model_trains_as_a_plain_one(delta, name, early):
+    repo = delta(name)
+    config = {"quantization_config": DeltaMixConfig(dequantize=True)} if early else {}
+    model = repo.pair.load(repo.folder, **config)
+    model = model if early else model.dequantize()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model(token_ids(), labels=token_ids()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_headless_model_compresses_too(pair, tmp_path):
     source = pair("llama")
     config = source.config(method="delta-come", ratio=0.3)

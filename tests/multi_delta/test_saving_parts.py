@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from many_deltas import loaded
+from peft import LoraConfig
 from tiny_pairs import logits, token_ids
 
 from deltamix_hf import DeltaMixError
@@ -43,3 +44,12 @@ def test_of_a_base_beside_its_deltas(family, tmp_path):
         inner(model).save_pretrained(tmp_path / "part")
     found = family.pair.load(tmp_path / "base")
     assert torch.equal(logits(found, ids), family.alone(None, ids))
+
+
+def test_an_adapter_beside_an_active_delta_is_saved_alone(family, tmp_path):
+    model = loaded(family)
+    model.add_adapter(
+        LoraConfig(target_modules=["q" if model.config.is_encoder_decoder else "q_proj"])
+    )
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("model*")) and (tmp_path / "adapter_model.safetensors").exists()
