@@ -49,6 +49,15 @@ def delta_state_dict(
     are read again from their `places`. Raises a DeltaMixError if a base weight was edited (merged
     adapters), weights are offloaded, or the delta repo to read from is gone.
     """
+    tied = model.all_tied_weights_keys.items()
+    for twin, source in ((t, s) for t, s in tied if packed_part(t) is None):
+        both = [model.get_parameter_or_buffer(name) for name in (twin, source)]
+        here = both[0] is not both[1] and all(t.device.type != "meta" for t in both)
+        if here and not both[0].equal(both[1]):
+            raise DeltaMixError(
+                f"{twin} was tied to {source} and no longer is (peft's modules_to_save?): what is "
+                "tied is stored once; call model.dequantize(), untie the config, and save that"
+            )
     stored: dict[str, Tensor] = {}
     frozen = {f"{n}.{leaf}" for n, m in own_deltas(model).items() for leaf in m.dm_own}
     frozen |= {f"{n}.weight" for n, m in model.named_modules() if "dm_edited" in vars(m)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeltaMixError
-from ..nn.layers import DeltaEmbedding, is_linear
+from ..nn.layers import DeltaEmbedding, is_linear, weight_of
 from ..ops.dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
 from .routing import RowSlots
 
@@ -47,7 +47,7 @@ class FactorTable:
         self.table.captured |= capturing(x.device)
         rows = k.Rows(plan.order, plan.starts, plan.slots)
         if self.linear:
-            k.grouped_add(y, x, self.table, rows, module.bias)
+            k.grouped_add(y, x, self.table, rows, weight_of(module, "bias"))
         else:
             k.grouped_embed(y, x.long(), self.table, rows)
         return y

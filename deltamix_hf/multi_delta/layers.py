@@ -112,6 +112,16 @@ class RoutedDeltas:
         whole = self.overlay.get(delta, {}).get("weight")
         return module.merged_weight(other=self.packed[delta]) if whole is None else whole
 
+    def bias(self, module: DeltaModule, base: Any) -> Any:
+        """Return the module's bias [m] by the route in force; DeltaMixError if rows differ."""
+        route = self.router.route
+        found = [self.overlay.get(name, {}).get("bias") for name in route.names]
+        if all(own is None for own in found):
+            return base
+        if not route.alike:
+            raise DeltaMixError(_READ.format(module.dm_plain_class.__name__))
+        return found[0]
+
     def output(self, module: DeltaModule, delta: str, base: Any, args: Args, kwargs: Kwargs) -> Any:
         """Return the output with one delta; `base`, if known, is that of the base's tensors."""
         overlay = self.overlay.get(delta, {})

@@ -15,8 +15,8 @@ from .visible_weight import VisibleWeight
 
 def weight_of(module: nn.Module, leaf: str = "weight") -> Tensor:
     """Return a weight of `module`, of one with deltas the base's: `getattr` may see another."""
-    weight = module._parameters.get(leaf)
-    return cast(Tensor, getattr(module, leaf)) if weight is None else weight
+    known = module._parameters if leaf in module._parameters else vars(module)
+    return cast(Tensor, known[leaf] if leaf in known else getattr(module, leaf))
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -64,6 +64,25 @@ class DeltaMatrix(DeltaModule):
         if self._parameters:
             self._check_whole()
         vars(self)["weight"] = value
+
+    @property
+    def bias(self) -> Any:
+        """Return the base's parameter, or what the delta of all rows has in its place.
+
+        Raises:
+            DeltaMixError: rows have different ones.
+        """
+        own = self._parameters if "bias" in self._parameters else vars(self)
+        if "bias" not in own:
+            raise AttributeError("bias")
+        base: Any = own["bias"]
+        deltas = self.dm_row_deltas
+        seen = self.dm_visible and deltas is not None and not torch.compiler.is_compiling()
+        return deltas.bias(self, base) if seen else base
+
+    @bias.setter
+    def bias(self, value: Any) -> None:
+        vars(self)["bias"] = value
 
     def _check_whole(self) -> None:
         if "dm_own" in vars(self) and "weight" not in self._parameters:

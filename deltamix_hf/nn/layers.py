@@ -72,7 +72,7 @@ class DeltaLinear(DeltaMatrix, nn.Linear):
 
     def straight(self, x: Tensor) -> Tensor:
         if (merged := self.merged()) is not None:
-            return F.linear(x, merged, self.bias)
+            return F.linear(x, merged, weight_of(self, "bias"))
         if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
             return self.with_delta(self.packed(), None, x)
         group = self.dm_shared_input
@@ -83,13 +83,14 @@ class DeltaLinear(DeltaMatrix, nn.Linear):
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         if not is_linear(self.dm_plain_class):
             return super().plain(*args, **kwargs)
-        return F.linear(first_tensor(args, kwargs), weight_of(self), self.bias)
+        return F.linear(first_tensor(args, kwargs), weight_of(self), weight_of(self, "bias"))
 
     def alone(self, x: Tensor) -> Tensor:
         """Return the output [..., m] for x [..., n] by an op of this layer's own."""
         *tensors, runs, _, _, group_sizes = self.packed().op_arguments
         linear = cheapest(delta_linear)
-        return linear(x, weight_of(self), self.bias, *tensors, runs, group_sizes)
+        own = weight_of(self), weight_of(self, "bias")
+        return linear(x, *own, *tensors, runs, group_sizes)
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
         return cheapest(low_rank)(x.to(dtype), *packed.op_arguments, transposed=False)
@@ -108,11 +109,11 @@ class DeltaConv1D(DeltaMatrix, Conv1D):
 
     def straight(self, x: Tensor) -> Any:
         merged = self.merged()
-        return super().straight(x) if merged is None else x @ merged + self.bias
+        return super().straight(x) if merged is None else x @ merged + weight_of(self, "bias")
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         x = first_tensor(args, kwargs)
-        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight_of(self))
+        y = torch.addmm(weight_of(self, "bias"), x.reshape(-1, x.shape[-1]), weight_of(self))
         return y.view(*x.shape[:-1], self.nf)
 
 

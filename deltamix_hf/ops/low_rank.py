@@ -100,7 +100,8 @@ def plain_delta_linear(
     if _by_triton(x, packed):
         return triton_kernels().delta_linear(x, weight, bias, kernel_packed(packed))
     y = F.linear(x, weight, bias)
-    return y.add_(plain_low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False))
+    # not in place: y is a view of a matrix, and others may add to what they get in place
+    return y + plain_low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False)
 
 
 delta_linear = torch.library.custom_op("deltamix::delta_linear", mutates_args=())(

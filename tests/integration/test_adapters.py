@@ -279,3 +279,33 @@ def test_what_peft_stores_whole_is_the_fine_tunes(delta, tmp_path, target):
             assert relative(logits(again), expected) < 1e-5, (name, other)
     with pytest.raises(DeltaMixError, match="cannot be changed or copied by itself"):
         PeftModel.from_pretrained(makers["beside"](), tmp_path / "dense")
+
+
+@pytest.mark.parametrize("kind", [peft.HRAConfig, peft.BOFTConfig])
+def test_beside_a_base_an_adapter_reads_the_bias_in_use(delta, kind):
+    repo = delta("bert")
+    options = {"boft_block_size": 4} if kind is peft.BOFTConfig else {"r": 4}
+    model = beside(repo)
+    adapted = get_peft_model(model, kind(target_modules=["dense"], **options)).eval()
+    assert relative(logits(adapted), repo.logits) < 1e-5
+    layer = model.base_model.encoder.layer[0].output.dense
+    layer = layer.base_layer if hasattr(layer, "base_layer") else layer
+    with model.disable_deltas():
+        plain = layer.bias
+    assert not torch.equal(layer.bias, plain)
+    with model.use_deltas(["one", None]), pytest.raises(DeltaMixError, match="cannot differ"):
+        layer.bias  # noqa: B018
+
+
+def test_a_trained_head_that_was_tied_is_not_dropped(delta, tmp_path):
+    repo = delta("gpt2")
+    model = repo.pair.load(repo.folder)
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules=["c_fc"], modules_to_save=["lm_head"])
+    )
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    with pytest.raises(
+        DeltaMixError, match=r"lm_head\.weight was tied to transformer\.wte\.weight"
+    ):
+        adapted.unload().save_pretrained(tmp_path / "again")

@@ -279,3 +279,15 @@ def test_no_argument_that_inductor_has_itself():
     for op in (delta_linear, low_rank, low_rank_rows, expert_low_rank, layer, layers_of_one_input):
         schema = op._opoverload._schema
         assert not {"kernel", "cls"} & {argument.name for argument in schema.arguments}
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (2, 5, 24)])
+def test_others_may_add_to_the_output_in_place(shape):
+    module, _ = linear()
+    x = torch.randn(shape, requires_grad=True)
+    expected = module(x) + 1
+    y = module(x)
+    y += 1
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert x.grad is not None
