@@ -143,6 +143,11 @@ class BaseCheckpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._group
 
+    def feed_only(self, modules: Container[str]) -> None:
+        """Let only those untied heads be made of embeddings that are among these modules."""
+        for head in [h for h in self.untied if h.removesuffix(".weight") not in modules]:
+            del self.untied[head], self._group[head]
+
     def supplies(self, name: str) -> bool:
         """Tell whether the base holds the parameter, or one that the model ties to it."""
         ties = self.keys.model.all_tied_weights_keys.items()

@@ -66,8 +66,9 @@ def differences(
             if added is not None:
                 yield Difference(f"{owner}.{ROWS}", "rows", added, None)
             value = base.read(name)
-            if name in base.untied and not _is_near(ours, value):
-                value = None  # a head of its own
+            alone = name in base.untied and not isinstance(model.get_submodule(owner), DeltaModule)
+            if alone and (same(ours, value) or not _is_near(ours, value)):
+                value = None  # a head of its own, or one that no delta tells from a tied one
             elif value.shape != ours.shape:
                 if not _may_differ(model, name, ours, value, ends):
                     raise DeltaMixError(

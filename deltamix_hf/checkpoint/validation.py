@@ -114,6 +114,7 @@ def base_checks(
     keys, recorded = contents.keys, contents.config.base_fingerprints
     model, where = keys.model, repr(contents.config.base_model)
     kind = type(model).__name__
+    base.feed_only({*contents.packed, *contents.config.dropped})
     check_base(recorded, base.infos, where, measure)
     missing = check_filled(keys, contents.overlay, base, recorded, contents.resized)
     # Another class than the saved one may lack its head, or bring one of its own, which

@@ -131,6 +131,14 @@ class DeltaModel(_Frozen):
         """Load as `PreTrainedModel.from_pretrained` of the class without these methods."""
         return cls.dm_plain_class.from_pretrained(*args, **kwargs)
 
+    def num_parameters(
+        self: Any, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> int:
+        """Count as `PreTrainedModel.num_parameters` what the fine-tune has, not packed factors."""
+        count: int = cast(Any, super()).num_parameters(only_trainable, exclude_embeddings)
+        packed = (t.numel() for name, t in self.named_parameters() if packed_part(name))
+        return count if only_trainable else count - sum(packed)
+
     def save_pretrained(
         self: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:

@@ -43,7 +43,8 @@ def _by_delta(plain: Any, kind: str) -> Any:
         if torch.compiler.is_compiling() or route.alike:
             return plain(self, *args, **kwargs)
         bound = inspect.signature(plain).bind(self, *args, **kwargs).arguments
-        _, *given = {**bound, **bound.pop("kwargs", {})}.items()
+        others = bound.pop("kwargs", {})
+        _, *given = {**bound, **others}.items()
         items = _Items(kind, dict(given))
         rows = items.rows(self.config, router.ids)
         deltas = [route.of_rows(len(router.ids))[row] for row in rows]
@@ -107,6 +108,8 @@ class _Items:
         return {key: self._pick(value, own) for key, value in self.given.items()}
 
     def _pick(self, value: Any, own: Sequence[int]) -> Any:
+        if isinstance(value, list) and all(isinstance(one, Tensor) for one in value):
+            return [value[i] for i in own]
         if not isinstance(value, Tensor):
             return value
         each = self._each(value, range(self.count))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint.base import BaseCheckpoint, resolve_base, same, untied_state
+from ..checkpoint.base import BaseCheckpoint, resolve_base, same
 from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
 from ..constants import FETCHED
 from ..errors import DeltaMixError
@@ -248,9 +248,11 @@ class DeltaManager:
         other shapes, of a base that another library quantized and, after the first time, those
         made of several. Raises DeltaMixError if one was edited: an adapter merged, say.
         """
-        base = self._base
-        for name, tensor in untied_state(self.model).items() if self._comparable else ():
-            if name not in base or not (step == 1 or base.is_plain(name)) or not tensor.ndim:
+        base, tied = self._base, self.model.all_tied_weights_keys
+        names = [name for name in base.keys.state if name in base and name not in tied]
+        for name in names if self._comparable else ():
+            tensor = self._owner(name)[2]  # wherever adapters have put it
+            if not (step == 1 or base.is_plain(name)) or not tensor.ndim:
                 continue
             stored = base.read(name)
             if tensor.is_floating_point() and tensor.shape == stored.shape:

@@ -16,7 +16,7 @@ from ..errors import DeltaMixError
 from ..nn.delta_module import with_recipe
 from .end_tokens import by_row, row_ends
 from .item_features import routed_features
-from .routing import Names, named_route
+from .routing import Names, Route, named_route
 
 
 def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTrainedModel]:
@@ -96,7 +96,8 @@ def _unless_changed(method: Any) -> Any:
 
     @wraps(method)
     def checked(self: Any, new: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if self.__dict__["dm_deltas"].pool.entries:
+        deltas = self.__dict__["dm_deltas"]
+        if deltas.pool.entries:
             new = kwargs.get("new_num_tokens", new)
             step = kwargs.get("pad_to_multiple_of", args[0] if args else None) or 1
             rows = self.get_input_embeddings().weight.shape[0]
@@ -108,7 +109,8 @@ def _unless_changed(method: Any) -> Any:
                     f"{method.__name__} would change what the loaded deltas are for; delete them, "
                     "and load deltas of fine-tunes that have these embeddings"
                 )
-        return method(self, new, *args, **kwargs)
+        with deltas.router.using(Route([None])):  # BERT hands its head's bias on
+            return method(self, new, *args, **kwargs)
 
     return checked
 

@@ -112,6 +112,7 @@ def made(tmp_path_factory) -> Callable[[str], Pair]:
     return get
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", CASES)
 def test_texts_of_any_length(made, tmp_path, name):
     """Compressed on texts longer than any of them takes, saved, reloaded, the fine-tune nearly."""

@@ -124,3 +124,18 @@ def test_a_head_trained_on_from_the_base_s_embeddings_is_packed(make, tmp_path, 
     assert torch.equal(logits(load(tmp_path / "again"), ids), logits(found, ids))
     with pytest.raises(DeltaMixError, match="ties to another: use it by itself"):
         load(tmp_path / "base").load_delta(folder, "untied")
+
+
+def test_an_untied_head_like_the_embeddings_comes_back(make, tmp_path):
+    base = make(True)
+    base.save_pretrained(tmp_path / "base")
+    base.config.tie_word_embeddings = False
+    table = base.get_input_embeddings().weight.detach().clone()
+    fine_tune(base)
+    base.get_input_embeddings().weight.data = table.clone()
+    base.get_output_embeddings().weight = nn.Parameter(table.clone())
+    base.save_pretrained(tmp_path / "tuned")
+    compressed(tmp_path).save_pretrained(tmp_path / "delta")
+    found = load(tmp_path / "delta")
+    assert torch.equal(found.get_output_embeddings().weight, table)
+    assert found.get_output_embeddings().weight is not found.get_input_embeddings().weight

@@ -120,6 +120,15 @@ def test_a_dense_model_trains_as_a_plain_one(delta, name, early):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+def test_parameters_are_the_fine_tunes(delta, name):
+    repo = delta(name)
+    model, tuned = repo.pair.load(repo.folder), repo.pair.load(repo.pair.tuned)
+    assert model.num_parameters() == tuned.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == tuned.num_parameters(False, True)
+    assert model.num_parameters(only_trainable=True) == 0
+
+
 def test_headless_model_compresses_too(pair, tmp_path):
     source = pair("llama")
     config = source.config(method="delta-come", ratio=0.3)

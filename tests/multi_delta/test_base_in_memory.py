@@ -190,6 +190,20 @@ def test_edited_after_the_first_delta(delta, own):
     assert not torch.equal(logits(model, delta_names="two"), before)  # it was edited
 
 
+@pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+def test_adapters_merged_after_the_first_delta(delta, target):
+    repo = delta("llama")
+    model = repo.pair.load(repo.pair.base)
+    model.load_delta(repo.folder, "one")
+    model.set_delta(None)
+    config = LoraConfig(target_modules=[target], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    model.load_delta(repo.folder, "two")  # beside a base that is as it was
+    adapted.merge_adapter()
+    with pytest.raises(DeltaMixError, match="was edited in memory"):
+        model.load_delta(repo.folder, "three")
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_other_dtypes_are_the_same_base(delta, name):
     repo = delta(name)

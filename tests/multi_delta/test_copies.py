@@ -34,6 +34,7 @@ def family(request, make_family):
     return make_family(request.param)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("way", WAYS)
 def test_of_a_model_with_its_own_delta(family, way, tmp_path):
     model = family.pair.load(family.repos["one"])

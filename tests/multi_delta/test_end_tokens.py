@@ -137,6 +137,7 @@ def test_each_row_ends_as_alone_with(model, alone, options):
     check(model, alone, **options)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", [*NAMES, None])
 def test_all_rows_of_one_delta(model, alone, name):
     model.set_delta(name)
@@ -148,6 +149,7 @@ def test_all_rows_of_one_delta(model, alone, name):
         assert torch.equal(written(model, 0), written(alone[name], 0))
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("how", ["None", "number", "config", "criteria"])
 def test_what_the_caller_gives_wins(model, alone, how):
     third = int(written(alone["one"], 0, eos_token_id=None)[0, 5])
@@ -162,12 +164,14 @@ def test_what_the_caller_gives_wins(model, alone, how):
     assert torch.equal(written(model, 0, **options), written(alone["one"], 0, **given))
 
 
+@pytest.mark.untraced
 def test_a_config_with_the_base_s_ends_chooses_none(model, alone):
     """As pipelines of transformers up to 5.19 give one, a copy of the model's."""
     given = {"generation_config": GenerationConfig(**model.generation_config.to_diff_dict())}
     assert torch.equal(written(model, 0, **given), written(alone["one"], 0))
 
 
+@pytest.mark.untraced
 def test_pipelines(model, alone):
     if model.config.is_encoder_decoder:
         pytest.skip("no pipeline of this transformers takes it")
@@ -210,6 +214,7 @@ def test_beside_a_delta_of_its_own(family, alone):
         assert torch.equal(written(model, row, delta_names=name), written(alone[own], row)), name
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("told", ["config.json", "nowhere", "no ends"])
 def test_a_repo_without_the_file(llama, copied, told):
     """Then its config.json counts, as by itself, and if that says nothing, the base's ends."""

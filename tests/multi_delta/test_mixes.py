@@ -24,7 +24,7 @@ GRIDS = ((1, 4, 4), (1, 2, 6), (1, 4, 2))  # of pictures for Qwen2-VL: a token f
 TOKENS = (4, 3, 2)
 
 mixes = settings(
-    max_examples=int(os.environ.get("DELTAMIX_MIXES", "8")),
+    max_examples=int(os.environ.get("DELTAMIX_MIXES", "4")),
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],  # shrinking would run on while the threads stop
 )

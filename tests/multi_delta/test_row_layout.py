@@ -270,6 +270,7 @@ def test_rows_of_other_models(tmp_path, case):
         torch.testing.assert_close(found[i : i + 1], own[name](**one).logits, **CLOSE)
 
 
+@pytest.mark.untraced
 @torch.no_grad()
 def test_encoded_before(tmp_path):
     """Rows are those of the encoder's outputs where there is no other input."""
@@ -292,6 +293,7 @@ def whisper():
     return ARCHITECTURES["whisper"].build().eval()
 
 
+@pytest.mark.untraced
 @torch.no_grad()
 def test_rows_that_generate_drops(tmp_path):
     """Whisper goes on with the rows that have more sound: which they are, nobody says."""
