@@ -32,7 +32,7 @@ from deltamix_hf.checkpoint.base import BaseCheckpoint, resolve_base
 from deltamix_hf.checkpoint.tensor_diff import sort_tensors
 from deltamix_hf.compression.job import Job
 from deltamix_hf.method import SWITCHES
-from deltamix_hf.nn.layers import delta_modules, oriented, tied_modules
+from deltamix_hf.nn.layers import delta_modules, oriented, tied_modules, weight_of
 from deltamix_hf.storage.names import is_guard
 
 BOTH = ["delta-come", "deltamix-kl"]  # min-max and Gaussian
@@ -134,7 +134,7 @@ def test_recorded_errors_are_those_of_the_files(delta, name, method, calibrated)
     for module_name, module in modules.items():
         original = plain.state_dict()[f"{module_name}.weight"]
         change = tuned.state_dict()[f"{module_name}.weight"] - original
-        assert torch.equal(module.weight, original)
+        assert torch.equal(weight_of(module), original)
         change = oriented(module, change)
         expected = true_error(change, module.packed().dense(), inputs.get(module_name))
         assert repo.errors[module_name] == pytest.approx(expected, rel=1e-5), module_name
