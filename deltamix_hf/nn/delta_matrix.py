@@ -43,13 +43,17 @@ class DeltaMatrix(DeltaModule):
     dm_visible = False
     dm_twins: list[Any]  # all layers that share its weight and delta, itself too
 
+    def _stored(self, leaf: str) -> Any:
+        """Return the base's tensor; AttributeError before there is one."""
+        own = self._parameters if leaf in self._parameters else vars(self)
+        if leaf not in own:
+            raise AttributeError(leaf)
+        return own[leaf]
+
     @property
     def weight(self) -> Any:
         """Return the base's parameter, or a `VisibleWeight` if a delta changes it."""
-        own = self._parameters if "weight" in self._parameters else vars(self)
-        if "weight" not in own:
-            raise AttributeError("weight")
-        base = own["weight"]
+        base = self._stored("weight")
         if base is None or not self.dm_visible or base.device.type == "meta":
             return base
         if torch.compiler.is_compiling():
@@ -72,10 +76,7 @@ class DeltaMatrix(DeltaModule):
         Raises:
             DeltaMixError: rows have different ones.
         """
-        own = self._parameters if "bias" in self._parameters else vars(self)
-        if "bias" not in own:
-            raise AttributeError("bias")
-        base: Any = own["bias"]
+        base = self._stored("bias")
         deltas = self.dm_row_deltas
         seen = self.dm_visible and deltas is not None and not torch.compiler.is_compiling()
         return deltas.bias(self, base) if seen else base
