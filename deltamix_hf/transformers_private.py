@@ -23,6 +23,7 @@ _MODULES = {
         "ContinuousBatchProcessor",
         "ContinuousBatchingManager",
     ),
+    "models.auto.auto_factory": ("add_generation_mixin_to_remote_model",),
     "integrations": ("moe",),  # the module: grouped products of experts
 }
 

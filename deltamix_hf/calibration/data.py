@@ -110,7 +110,8 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _tokenizer(source: str | None, commit: str | None) -> Any:
-    how = {name: value for name, value in FETCHING.get().items() if name in BESIDE}
+    names = (*BESIDE, "trust_remote_code")
+    how = {name: value for name, value in FETCHING.get().items() if name in names}
     try:
         return AutoTokenizer.from_pretrained(source, **how, revision=commit)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -5,16 +5,27 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError, first_line
+from ..transformers_private import add_generation_mixin_to_remote_model
 
 
-def read_config(repo: str) -> PreTrainedConfig:
-    """Read the config of a repo, a folder or Hub id; a DeltaMixError if it cannot be read."""
+def read_config(repo: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read the config of a repo, a folder or Hub id; a DeltaMixError if it cannot be read.
+
+    `trust_remote_code`, here and below: run the repo's own code, as transformers' option of that
+    name; only who calls may say so, no file.
+    """
     try:
-        return AutoConfig.from_pretrained(repo)
+        return AutoConfig.from_pretrained(repo, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise DeltaMixError(
+                f"{repo!r} is a model of its own code, which is run only if you say so: read it, "
+                "then give trust_remote_code=True (--trust-remote-code)"
+            ) from error
         raise DeltaMixError(f"cannot find the model {repo!r}: {first_line(error)}") from error
     except Exception as error:  # a config class refuses odd values with whatever type it likes
         raise DeltaMixError(f"config.json of {repo!r} is damaged: {first_line(error)}") from error
@@ -26,17 +37,22 @@ def is_delta(config: PreTrainedConfig) -> bool:
     return dict(settings).get("quant_method") == QUANT_METHOD
 
 
-def delta_config(repo: str) -> PreTrainedConfig:
+def delta_config(repo: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read the config of a delta repo, as `read_config`; a DeltaMixError if it is a whole model."""
-    if not is_delta(config := read_config(repo)):
+    if not is_delta(config := read_config(repo, trust_remote_code)):
         raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
     return config
 
 
-def model_class(repo: str, config: PreTrainedConfig) -> Any:
-    """Look up the first class of `repo` that this transformers knows; DeltaMixError if none is."""
+def model_class(repo: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
+    """Look up the first class of `repo` that this transformers knows; DeltaMixError if none is.
+
+    With `trust_remote_code` the repo's own classes come first, as transformers has it.
+    """
     names = config.architectures or []
-    cls: Any = next((c for n in names if (c := getattr(transformers, str(n), None))), None)
+    found = (_own_class(repo, config, str(name)) for name in names if trust_remote_code)
+    cls: Any = next(filter(None, found), None)
+    cls = cls or next((c for n in names if (c := getattr(transformers, str(n), None))), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise DeltaMixError(
             f"config.json of {repo!r} names {names or 'no architecture'}, which this transformers "
@@ -45,13 +61,25 @@ def model_class(repo: str, config: PreTrainedConfig) -> Any:
     return cls
 
 
-def empty_model(repo: str, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+def _own_class(repo: str, config: PreTrainedConfig, name: str) -> Any:
+    """Import the class `name` from the repo's code, if its config says where; else None."""
+    for auto, place in (getattr(config, "auto_map", None) or {}).items():
+        if isinstance(place, str) and place.rpartition(".")[2] == name:
+            cls: Any = get_class_from_dynamic_module(place, repo)
+            cls.register_for_auto_class(auto)  # saved along with its code
+            return add_generation_mixin_to_remote_model(cls)
+    return None
+
+
+def empty_model(
+    repo: str, config: PreTrainedConfig | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Build the model of a repo on the meta device: names and shapes alone.
 
     Raises a DeltaMixError if transformers has no such class, or it refuses the config.
     """
-    config = config or read_config(repo)
-    cls = model_class(repo, config)
+    config = config or read_config(repo, trust_remote_code)
+    cls = model_class(repo, config, trust_remote_code)
     try:
         with torch.device("meta"):
             return cls(config)

@@ -103,20 +103,22 @@ def type_and_depth(name: str) -> tuple[str, int | None]:
     return f"{name[: number.start()]}*{name[number.end() :]}", int(number.group())
 
 
-def inspect_repo(repo: str | Path) -> RepoReport:
+def inspect_repo(repo: str | Path, trust_remote_code: bool = False) -> RepoReport:
     """Read a delta repo's headers and widths.
 
     Args:
         repo: folder or Hub id.
+        trust_remote_code: run the repo's own code for its model.
 
     Raises:
         DeltaMixError: not found, not a delta repo, damaged, or of a class transformers has not.
     """
     repo = str(repo)
-    model_config = delta_config(repo)  # before its weights are fetched
+    model_config = delta_config(repo, trust_remote_code)  # before its weights are fetched
     files, config, _ = find_delta(repo, {})
     infos = read_headers(files)
-    contents = contents_of(infos, config, KeyMap(empty_model(repo, model_config)))
+    model = empty_model(repo, model_config, trust_remote_code)
+    contents = contents_of(infos, config, KeyMap(model))
     shapes = contents.shapes()
     widths = torch.zeros(0, dtype=torch.int64)
     matrices = {n: MatrixReport(s, widths, widths, 0, 0, 0, None) for n, s in shapes.items()}

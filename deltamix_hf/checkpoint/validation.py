@@ -32,18 +32,22 @@ class Check:
     problem: str | None = None
 
 
-def verify_repo(repo: str, base: str | None = None, quick: bool = False) -> Iterator[Check]:
+def verify_repo(
+    repo: str, base: str | None = None, quick: bool = False, trust_remote_code: bool = False
+) -> Iterator[Check]:
     """Check a delta repo and its base; the list ends where nothing more can be read.
 
     Args:
         repo: folder or Hub id.
         base: where the base is, if not where the repo says.
         quick: compare only the names of the base's tensors; its bytes are not read.
+        trust_remote_code: run the repo's own code for its model.
     """
     try:
         files, config, _ = find_delta(repo, {})
         infos = read_headers(files)
-        contents = contents_of(infos, config, KeyMap(empty_model(repo)))
+        model = empty_model(repo, trust_remote_code=trust_remote_code)
+        contents = contents_of(infos, config, KeyMap(model))
         shapes = contents.shapes()
     except DeltaMixError as error:
         yield Check("config.json and weight files", str(error))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DeltaMixError
-from .console import Overwrite, notes, out, refuse_existing, size_table
+from .console import Overwrite, TrustRemoteCode, notes, out, refuse_existing, size_table
 
 
 def compress(
@@ -40,6 +40,7 @@ def compress(
             help="Have one block of the model in memory at a time, everything else on disk."
         ),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Compress a fine-tune against its base, to 1/16 of its bytes if nothing else is said.
@@ -70,7 +71,7 @@ def compress(
     adapter = is_adapter(finetuned)
     if adapter and low_memory:
         raise DeltaMixError("an adapter is compressed in memory: leave --low-memory out")
-    if not adapter and is_delta(read_config(finetuned)):
+    if not adapter and is_delta(read_config(finetuned, trust_remote_code)):
         raise DeltaMixError(f"{finetuned!r} is a delta repo already; give the fine-tune itself")
     settings = DeltaMixConfig(
         base_model=base,
@@ -85,13 +86,14 @@ def compress(
         notes.print(f"going on with what {work} holds")
     try:
         if low_memory:
-            model = compress_streaming(finetuned, output, settings, best_device() or "cpu")
+            device = best_device() or "cpu"
+            model = compress_streaming(finetuned, output, settings, device, trust_remote_code)
             if workers.rank:
                 return
         elif adapter:
-            model = compress_adapter(finetuned, settings)
+            model = compress_adapter(finetuned, settings, trust_remote_code=trust_remote_code)
         else:
-            model = from_pretrained(finetuned, quantization_config=settings)
+            model = from_pretrained(finetuned, trust_remote_code, quantization_config=settings)
     except KeyboardInterrupt:
         notes.print("The same command goes on from here. What is finished is kept in", work)
         raise

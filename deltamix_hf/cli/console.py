@@ -20,6 +20,9 @@ Repo = Annotated[str, typer.Argument(help="A delta repo or a whole model: a fold
 Base = Annotated[
     str | None, typer.Option(help="Where the base is, if not where the delta repo says.")
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option(help="Run the code that a repo brings along for its model: read it first.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output that exists.")]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .console import AsJson, make_table, out
+from .console import AsJson, TrustRemoteCode, make_table, out
 
 if TYPE_CHECKING:
     from ..evaluation.distance import Distance
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def diff(
     finetuned: Annotated[str, typer.Argument(help="The fine-tune: a folder or Hub id.")],
     base: Annotated[str, typer.Option(help="Its base, or another model of the family.")],
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Say how far two models of a family are apart, and what a delta would lose at each budget.
@@ -30,7 +31,7 @@ def diff(
     from ..checkpoint.model_class import empty_model
     from ..evaluation.distance import measure
 
-    model = empty_model(finetuned)
+    model = empty_model(finetuned, trust_remote_code=trust_remote_code)
     tuned_files, _ = resolve_base(finetuned, None, {})
     base_files, _ = resolve_base(base, None, {})
     found = measure(model, tuned_files, base_files, DeltaMixConfig())

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ..errors import DeltaMixError
-from .console import AsJson, Base, DeltaRepo, make_table, out
+from .console import AsJson, Base, DeltaRepo, TrustRemoteCode, make_table, out
 
 if TYPE_CHECKING:
     from ..evaluation.quality import Metrics
@@ -27,6 +27,7 @@ def evaluate(
     base: Base = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts at most, drawn at random.")] = 128,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a text at most.")] = 512,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on held-out text; with --finetuned, KL to it and the share of its gain kept.
@@ -40,13 +41,15 @@ def evaluate(
     from ..checkpoint.model_class import delta_config
     from .models import load_model, load_tokenizer
 
-    delta_config(repo)
+    delta_config(repo, trust_remote_code)
     settings = DeltaMixConfig(calibration=text, num_samples=samples, seq_length=length)
-    texts = token_batches(settings, lambda: load_tokenizer(repo))
+    texts = token_batches(settings, lambda: load_tokenizer(repo, trust_remote_code))
     batches = [{"input_ids": ids} for ids in texts]
-    model = load_model(repo, base)
+    model = load_model(repo, base, trust_remote_code=trust_remote_code)
     _check_kind(model)
-    tuned = None if finetuned is None else load_model(finetuned)
+    tuned = None
+    if finetuned is not None:
+        tuned = load_model(finetuned, trust_remote_code=trust_remote_code)
     found = _judge(model, tuned, batches)
     if as_json:
         out.print_json(json.dumps(_figures(found)))

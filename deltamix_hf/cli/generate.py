@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DeltaMixError
-from .console import Base, Repo
+from .console import Base, Repo, TrustRemoteCode
 
 MostTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 Sample = Annotated[bool, typer.Option(help="Draw tokens at random instead of the likeliest.")]
@@ -19,23 +19,28 @@ def generate(
     base: Base = None,
     max_new_tokens: MostTokens = 128,
     sample: Sample = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write on from a prompt, as it is.
 
     Example: deltamix generate my-delta "Once upon a time"
     """
-    model, tokenizer = _load(repo, base)
+    model, tokenizer = _load(repo, base, trust_remote_code)
     _answer(model, tokenizer, tokenizer(prompt, return_tensors="pt"), max_new_tokens, sample)
 
 
 def chat(
-    repo: Repo, base: Base = None, max_new_tokens: MostTokens = 512, sample: Sample = False
+    repo: Repo,
+    base: Base = None,
+    max_new_tokens: MostTokens = 512,
+    sample: Sample = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a model that has a chat template; an empty line or Ctrl-D ends it.
 
     Example: deltamix chat my-delta
     """
-    model, tokenizer = _load(repo, base)
+    model, tokenizer = _load(repo, base, trust_remote_code)
     if not tokenizer.chat_template:
         raise DeltaMixError(
             f"the tokenizer of {repo!r} has no chat template; use `deltamix generate` instead"
@@ -73,13 +78,14 @@ def _ask() -> str:
         return ""
 
 
-def _load(repo: str, base: str | None) -> tuple[Any, Any]:
+def _load(repo: str, base: str | None, trusted: bool) -> tuple[Any, Any]:
     from .models import load_model, load_tokenizer
 
-    model = load_model(repo, base, dequantize=True)  # one answer at a time: dense is fastest
+    # One answer at a time: dense is fastest.
+    model = load_model(repo, base, dequantize=True, trust_remote_code=trusted)
     if not model.can_generate():
         raise DeltaMixError(f"{repo!r} is a {type(model).__name__}, which cannot generate text")
-    return model, load_tokenizer(repo)
+    return model, load_tokenizer(repo, trusted)
 
 
 def _answer(model: Any, tokenizer: Any, inputs: Any, most: int, sample: bool) -> str:

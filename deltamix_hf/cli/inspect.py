@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .console import FAILED, AsJson, Base, DeltaRepo, make_table, out, size_table
+from .console import (
+    FAILED,
+    AsJson,
+    Base,
+    DeltaRepo,
+    TrustRemoteCode,
+    make_table,
+    out,
+    size_table,
+)
 
 if TYPE_CHECKING:
     from ..checkpoint.report import RepoReport
@@ -34,6 +43,7 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
     sort: Annotated[Order, typer.Option(help="Order of the layers.")] = Order.model,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Ranks, widths, bytes and error of every layer, from the files alone.
 
@@ -41,7 +51,7 @@ def inspect(
     """
     from ..checkpoint.report import inspect_repo
 
-    report = inspect_repo(repo)
+    report = inspect_repo(repo, trust_remote_code)
     paths = []
     if plot is not None:  # before the table, which may end at a `| head`
         from ..hub.plots import save_figures
@@ -65,6 +75,7 @@ def verify(
     quick: Annotated[
         bool, typer.Option(help="Compare only the names of the base's tensors, not their bytes.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check files, format, tensors and the base; exit status 1 if anything is wrong.
 
@@ -73,7 +84,7 @@ def verify(
     from ..checkpoint.validation import verify_repo
 
     problems = 0
-    for check in verify_repo(repo, base, quick):
+    for check in verify_repo(repo, base, quick, trust_remote_code):
         mark = "[green]ok[/green]    " if check.problem is None else "[red]wrong[/red] "
         why = "" if check.problem is None else f": {check.problem}"
         out.print(f"{mark} {escape(check.what + why)}", highlight=False, soft_wrap=True)

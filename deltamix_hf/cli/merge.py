@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from .console import Base, DeltaRepo, Overwrite, out, refuse_existing
+from .console import Base, DeltaRepo, Overwrite, TrustRemoteCode, out, refuse_existing
 
 
 def merge(
     repo: DeltaRepo,
     output: Annotated[Path, typer.Option(help="Folder for the dense model.")],
     base: Base = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write base and delta as one plain model that needs nothing of ours.
@@ -25,8 +26,8 @@ def merge(
     from ..storage.sizes import weight_files
     from .models import load_model
 
-    delta_config(repo)
-    model = load_model(repo, base, dequantize=True)
+    delta_config(repo, trust_remote_code)
+    model = load_model(repo, base, True, trust_remote_code)
     with written_whole(output) as folder:
         model.save_pretrained(folder)
         copy_companions(repo, folder)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .console import out
+from .console import TrustRemoteCode, out
 
 
 def push(
@@ -17,6 +17,7 @@ def push(
     ] = None,
     private: Annotated[bool, typer.Option(help="Make a new repo private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Upload the delta, its config and tokenizer, and a model card made from what was measured.
 
@@ -26,5 +27,12 @@ def push(
     """
     from ..hub.push import push_folder
 
-    address = push_folder(folder, repo_id, base=base, private=private or None, revision=revision)
+    address = push_folder(
+        folder,
+        repo_id,
+        base=base,
+        private=private or None,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     out.print(f"Pushed: {address}", highlight=False, soft_wrap=True)

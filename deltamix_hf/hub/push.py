@@ -36,6 +36,7 @@ def push_folder(
     commit_message: str | None = None,
     commit_description: str | None = None,
     tags: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Upload a delta repo with its model card and return the address of the commit.
 
@@ -51,6 +52,7 @@ def push_folder(
         commit_message: first line of the commit.
         commit_description: the rest of it.
         tags: tags of the card besides our own.
+        trust_remote_code: run the repo's own code for its model, whose sizes the card states.
 
     Raises:
         DeltaMixError: not a delta repo, a base that is not on the Hub or not the right one, or a
@@ -67,7 +69,7 @@ def push_folder(
             earlier = ModelCard.load(repo_id, token=token, ignore_metadata_errors=True)  # type: ignore[arg-type]
         except EntryNotFoundError:
             earlier = None
-        contents = _contents(folder, repo_id, config, earlier, [*(tags or ())])
+        contents = _contents(folder, repo_id, config, earlier, [*(tags or ())], trust_remote_code)
         # What an earlier push left would be read instead: a whole file wins over shards.
         there = api.list_repo_files(repo_id, revision=revision)
         stale = set(filter_repo_objects(there, allow_patterns=WEIGHTS)) - contents.keys()
@@ -113,14 +115,19 @@ def _config_for_others(folder: Path, base: str | None, token: str | bool | None)
 
 
 def _contents(
-    folder: Path, repo_id: str, config: dict[str, Any], earlier: ModelCard | None, tags: list[str]
+    folder: Path,
+    repo_id: str,
+    config: dict[str, Any],
+    earlier: ModelCard | None,
+    tags: list[str],
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Give what is uploaded by name: a file's path, or its bytes."""
     from ..checkpoint.report import inspect_repo
     from .model_card import PICTURE, model_card
     from .plots import allocation_figure, png
 
-    report = inspect_repo(folder)
+    report = inspect_repo(folder, trust_remote_code)
     card = model_card(report, repo_id, config, earlier, tags)
     paths = {p.relative_to(folder): p for p in sorted(folder.rglob("*")) if p.is_file()}
     contents: dict[str, Any] = {

@@ -53,6 +53,7 @@ def compress_streaming(
     output: str | os.PathLike[str],
     config: DeltaMixConfig,
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Write the delta repo `output` of the fine-tune `finetuned`, a folder or Hub id.
 
@@ -60,6 +61,7 @@ def compress_streaming(
         config: as for `from_pretrained`. Its `checkpoint_dir`, a folder beside `output` if not
             given, holds hidden states and statistics too: for a 7B model and 16000 tokens 43 GB.
         device: where it is computed.
+        trust_remote_code: run the fine-tune's own code for its model.
 
     Returns:
         The compressed model without the base's weights: its config and sizes are for reading.
@@ -78,14 +80,15 @@ def compress_streaming(
         )
     if workers.rank:
         logging.disable_progress_bar()
-    model_config = read_config(finetuned)
+    model_config = read_config(finetuned, trust_remote_code)
     try:
         files, _, commit = repo_files(finetuned, {})
     except (OSError, ValueError) as error:
         raise DeltaMixError(
             f"cannot find the weights of {finetuned!r}: {first_line(error)}"
         ) from error
-    model = unloaded(model_class(finetuned, model_config), model_config)
+    cls = model_class(finetuned, model_config, trust_remote_code)
+    model = unloaded(cls, model_config)
     model.config.name_or_path = finetuned
     compress(Source(model, commit, BaseCheckpoint(files, model), device, workers), config)
     if workers.rank == 0:
@@ -101,12 +104,15 @@ def is_adapter(repo: str) -> bool:
     return _file(repo, CONFIG) is not None
 
 
-def compress_adapter(repo: str, config: DeltaMixConfig, **given: Any) -> PreTrainedModel:
+def compress_adapter(
+    repo: str, config: DeltaMixConfig, trust_remote_code: bool = False, **given: Any
+) -> PreTrainedModel:
     """Merge an adapter, a folder or Hub id, into its base and compress that; to be saved like any.
 
     Its tokenizer, if it has one, is saved along; `given` is for the base's `from_pretrained`, a
-    `device_map` say. Raises a DeltaMixError if peft is missing, the adapter has no safetensors or
-    does not fit `config.base_model`.
+    `device_map` say, and `trust_remote_code` lets the base bring code of its own. Raises a
+    DeltaMixError if peft is missing, the adapter has no safetensors or does not fit
+    `config.base_model`.
     """
     try:
         from peft import PeftModel
@@ -115,9 +121,11 @@ def compress_adapter(repo: str, config: DeltaMixConfig, **given: Any) -> PreTrai
     if _file(repo, WEIGHTS) is None:
         raise DeltaMixError(f"{repo!r} has no {WEIGHTS}: save the adapter as safetensors")
     base = str(config.base_model)
-    base_config: Any = read_config(base)
+    base_config: Any = read_config(base, trust_remote_code)
+    cls = model_class(base, base_config, trust_remote_code)
+    given["trust_remote_code"] = trust_remote_code
     # in float32: rounded to the base's bfloat16, a small delta would drown in the rounding
-    plain = model_class(base, base_config).from_pretrained(base, dtype=torch.float32, **given)
+    plain = cls.from_pretrained(base, dtype=torch.float32, **given)
     try:
         merged = PeftModel.from_pretrained(plain, repo).merge_and_unload()
     except (RuntimeError, ValueError, KeyError, TypeError) as error:

@@ -90,7 +90,8 @@ def _remembering(plain: Any) -> Any:
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         names = (*ACCESS, "revision", "subfolder", "variant")
         how = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        token = FETCHING.set(how)
+        trusted = {"trust_remote_code": kwargs.get("trust_remote_code")}
+        token = FETCHING.set(how | trusted)
         try:
             found = plain.__func__(cls, *args, **kwargs)
         finally:

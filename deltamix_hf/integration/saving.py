@@ -166,6 +166,8 @@ class DeltaModel(_Frozen):
         if push_to_hub:
             _check_one_process(self)
             push = self.push_to_hub if alone else partial(push_folder, target)
+            if not alone:
+                hub.setdefault("trust_remote_code", _runs_own_code(self))
             push(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
 
     def push_to_hub(
@@ -183,6 +185,7 @@ class DeltaModel(_Frozen):
         _check_one_process(self)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
+            options.setdefault("trust_remote_code", _runs_own_code(self))
             return push_folder(Path(folder), repo_id, **options)
 
     def resize_token_embeddings(
@@ -242,6 +245,11 @@ def _check_one_process(model: PreTrainedModel) -> None:
             "processes that share a model cannot push it: save_pretrained(folder) in all of them, "
             "then 'deltamix push folder'"
         )
+
+
+def _runs_own_code(model: PreTrainedModel) -> bool:
+    """Tell whether the model's class is of its repo's own code, which the caller has trusted."""
+    return model._auto_class is not None
 
 
 def _adapter_alone(model: PreTrainedModel) -> bool:
