@@ -160,6 +160,18 @@ def test_every_tuner_does_as_on_the_dense_model(delta, kind, family):
         assert relative(packed[state], expected) < 1e-5, state
 
 
+@pytest.mark.parametrize("leaf", ["gate_up_proj", "down_proj"])
+def test_adapters_on_experts_parameters(delta, leaf):
+    """Parametrized by peft, which reads the base's part: what it adds comes beside the delta."""
+    repo, config = delta("mixtral"), LoraConfig(r=2, target_modules=[])
+    config.target_parameters = [f"mlp.experts.{leaf}"]
+    dense = of_adapter(repo.pair.load(repo.folder).dequantize(), config)
+    packed = of_adapter(repo.pair.load(repo.folder), config)
+    assert relative(dense["trained"], dense["before"]) > 1e-4
+    for state, expected in dense.items():
+        assert relative(packed[state], expected) < 1e-5, state
+
+
 def test_glora_refuses_by_itself(delta):
     config = peft.GloraConfig(target_modules=LINEAR)
     with pytest.raises(ValueError, match=r"is not a plain torch\.nn\.Linear"):

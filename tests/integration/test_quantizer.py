@@ -97,6 +97,14 @@ def test_other_head_is_initialised_the_rest_is_the_delta(delta, name):
     assert logits(model).shape[-1] == 3
 
 
+@pytest.mark.parametrize("name, refusal", [("llama", "was it resized"), ("bert", "do not fit")])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_other_sizes_than_the_delta_s_are_refused(delta, name, refusal, ignore):
+    repo, options = delta(name), {"ignore_mismatched_sizes": ignore}
+    with pytest.raises(DeltaMixError, match=refusal):
+        repo.pair.family.auto.from_pretrained(repo.folder, vocab_size=200, **options)
+
+
 @pytest.mark.parametrize("cls", [AutoModel, AutoModelForSequenceClassification])
 def test_a_class_without_what_the_delta_changes_is_not_saved(delta, tmp_path, cls):
     repo = delta("llama")
