@@ -22,7 +22,7 @@ def merge(
     refuse_existing(output, overwrite)
     from ..checkpoint.model_class import delta_config
     from ..integration.companions import copy_companions
-    from ..integration.saving import written_whole
+    from ..storage.durable import written_whole
     from ..storage.sizes import weight_files
     from .models import load_model
 

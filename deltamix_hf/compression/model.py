@@ -136,4 +136,8 @@ def _resume_store(source: Source, config: DeltaMixConfig) -> ResumeStore:
         "device": str(source.model.device),
         "files": fingerprints(files.infos) if files else None,
     }
-    return ResumeStore(config.checkpoint_dir, job_identity(facts, tensors))
+    store = ResumeStore(config.checkpoint_dir, job_identity(facts, tensors))
+    if source.workers.rank == 0:
+        store.drop_damaged()
+    source.workers.barrier()
+    return store

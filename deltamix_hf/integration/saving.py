@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +28,7 @@ from ..hub.push import push_folder
 from ..nn.delta_module import DeltaModule, check_frozen, joined_class, own_deltas
 from ..nn.layers import change_class, weight_of
 from ..nn.tensor_parallel import wanted, whole
+from ..storage.durable import check_output, written_whole
 from ..storage.headers import TensorInfo
 from ..storage.names import GUARD, packed_part
 from .companions import copy_companions
@@ -145,12 +145,15 @@ class DeltaModel(_Frozen):
         """Save as `PreTrainedModel.save_pretrained`, complete and atomic.
 
         Raises:
-            DeltaMixError: the folder cannot be written; nothing is left behind.
+            DeltaMixError: the folder cannot be written, or holds a whole model; nothing is left
+                behind.
         """
         target = Path(save_directory).absolute()
         hub = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
         alone = _adapter_alone(self)
         quantizer: Any = self.hf_quantizer
+        if not alone:
+            check_output(target)
         with written_whole(target) as staging:
             cast(Any, super()).save_pretrained(staging, **kwargs)
             if (staging / "config.json").exists() and not alone:  # one process of several writes it
@@ -255,46 +258,3 @@ def _runs_own_code(model: PreTrainedModel) -> bool:
 def _adapter_alone(model: PreTrainedModel) -> bool:
     """Tell whether a PEFT adapter was added: then transformers saves that, and nothing else."""
     return getattr(model, "_hf_peft_config_loaded", False)
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """Context manager: a hidden sibling of `target` to write into, which becomes `target`.
-
-    Raises a DeltaMixError if the folder cannot be written; nothing is left behind.
-    """
-    target = target.absolute()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_dir():
-            raise NotADirectoryError(f"{target} is a file")
-        with tempfile.TemporaryDirectory(
-            prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
-        ) as folder:
-            staging = Path(folder)
-            yield staging
-            if any(staging.iterdir()):  # only one process of many writes
-                _move_into(staging, target)
-    except OSError as error:
-        raise DeltaMixError(f"cannot write to {target}: {error}; choose another folder") from error
-
-
-def _move_into(staging: Path, target: Path) -> None:
-    """Rename what was written to `target`, replacing the files of an earlier save."""
-    written = {path.relative_to(staging): path for path in staging.rglob("*") if path.is_file()}
-    for path in written.values():
-        path.chmod(0o644)  # safetensors writes for its owner alone
-    if not target.exists():
-        staging.chmod(0o755)  # mkdtemp makes it private
-        os.replace(staging, target)
-        return
-    for name in written:  # all, before a file is replaced
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-    for name, path in sorted(written.items()):
-        os.replace(path, target / name)
-    names = {name.name for name in written if len(name.parts) == 1}
-    if not any(name.endswith(".safetensors") and name.startswith("model") for name in names):
-        return  # an adapter, beside the delta
-    for old in [*target.glob("model*.safetensors"), *target.glob("model*.safetensors.index.json")]:
-        if old.name not in names:
-            old.unlink()

@@ -1,14 +1,17 @@
 """What an interrupted compression had finished, so that the next one goes on from there.
 
 A folder with one safetensors file for each finished part: the calibration tokens, the widths of all
-ranks, every compressed matrix, the state of the tuning. A part is written under a temporary name
-and renamed, so a file is whole or absent whenever the process is killed. File names begin with the
-job's identity, a hash of all that its result depends on (weights of both models, options,
-calibration data, versions): parts of another job are never read, and everything measured anew in
-between is measured as before, so the bytes are those of a run that was not interrupted. (On a CPU;
-a GPU may add up in another order and differ in the last digit.)
+ranks, every compressed matrix, the state of the tuning. A part is written under a temporary name,
+synced and renamed, so a file is whole or absent whenever the process is killed or the power cut.
+File names begin with the job's identity, a hash of all that its result depends on (weights of both
+models, options, calibration data, versions): parts of another job are never read, and everything
+measured anew in between is measured as before, so the bytes are those of a run that was not
+interrupted. (On a CPU; a GPU may add up in another order and differ in the last digit.)
 
-Without a folder nothing is kept. `save_pretrained` removes the folder when the delta is written.
+A part holds the SHA-256 of its content. A job that goes on compares them first (0.9 s a GB), and
+does again what a disk has damaged.
+
+Without a folder nothing is kept. `save_pretrained` removes the parts when the delta is written.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import logging
 
 from ..errors import DeltaMixError
+from ..storage.durable import replace
+
+logger = logging.get_logger(__name__)
 
 SUFFIX = ".part.safetensors"
+# Parts that are done again one by one. All others (hidden states, gradients, sums) follow from each
+# other, and many were dropped since: without one of them the rest is of no use.
+_ALONE = ("calibration", "spectrum of ", "allocation", "matrix ", "tuning")
 
 
 class ResumeStore:
@@ -40,7 +50,7 @@ class ResumeStore:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, identity: str = ""):
         self.folder = None if folder is None else Path(folder)
-        self.identity = identity
+        self.identity, self.worker = identity, 0
         try:
             if self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +61,28 @@ class ResumeStore:
 
     def _path(self, name: str) -> Path | None:
         safe = hashlib.sha256(name.encode()).hexdigest()[:24]
-        return self.folder and self.folder / f"{self.identity[:24]}-{safe}{SUFFIX}"
+        kind = "one" if name.startswith(_ALONE) else f"run{self.worker}"
+        return self.folder and self.folder / f"{self.identity[:24]}-{kind}-{safe}{SUFFIX}"
+
+    def _files(self) -> Iterable[Path]:
+        """Every file of this job, of all workers: parts, and what was not finished."""
+        return () if self.folder is None else self.folder.glob(f"{self.identity[:24]}-*-*")
+
+    def drop_damaged(self) -> None:
+        """Compare all parts with their hashes; drop those that differ, and what follows from them.
+
+        For one process, before others look for parts. A warning names what was damaged.
+        """
+        found = [path for path in self._files() if path.name.endswith(SUFFIX)]
+        shown = logging.tqdm(found, desc="Checking finished parts", unit="part")
+        damaged = [path for path in shown if not _is_sound(path)] if found else []
+        if not damaged:
+            return
+        logger.warning("%s is damaged: what is missing now is done again", damaged[0])
+        if any("-run" in path.name for path in damaged):
+            damaged += [path for path in found if "-run" in path.name]
+        for path in damaged:
+            path.unlink(missing_ok=True)
 
     def __contains__(self, name: str) -> bool:
         return (path := self._path(name)) is not None and path.is_file()
@@ -89,12 +120,10 @@ class ResumeStore:
         # An unfinished file cannot be taken for a part: it has another suffix.
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(
-                {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-                unfinished,
-                metadata={"facts": json.dumps(facts)},
-            )
-            os.replace(unfinished, path)
+            kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            said = json.dumps(facts)
+            save_file(kept, unfinished, {"facts": said, "sha256": job_identity(said, kept)})
+            replace(unfinished, path)
         except (OSError, SafetensorError) as error:
             unfinished.unlink(missing_ok=True)
             raise DeltaMixError(
@@ -103,9 +132,9 @@ class ResumeStore:
 
     def of(self, worker: int) -> ResumeStore:
         """Open a store in the same folder for what no other worker is to see."""
-        if worker == 0:
-            return self
-        return ResumeStore(self.folder, job_identity([self.identity, worker], {}))
+        store = ResumeStore(self.folder, self.identity)
+        store.worker = worker
+        return store
 
     def forget(self, name: str) -> None:
         """Drop a part, if it is there."""
@@ -113,9 +142,22 @@ class ResumeStore:
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Forget everything, other jobs' parts in the folder too."""
+        """Forget all parts of this job, and remove the folder if nothing else is in it."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # somebody else's files, or gone already
+                self.folder.rmdir()
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            said = handle.metadata()
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            return said["sha256"] == job_identity(said["facts"], tensors)
+    except (SafetensorError, OSError, KeyError, TypeError):
+        return False
 
 
 class TensorList:
@@ -157,7 +199,7 @@ class TensorList:
 def job_identity(facts: Any, tensors: Mapping[str, Tensor]) -> str:
     """Hash facts that JSON can hold and named tensors (dtypes, shapes, values) by SHA-256."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         flat = tensor.detach().contiguous().reshape(-1)
         for piece in flat.split(1 << 20):  # no second copy of a large matrix

@@ -180,3 +180,56 @@ def test_tensor_list(tmp_path):
     assert len(TensorList(store, "hidden")) == 0
     with pytest.raises(DeltaMixError, match="was changed while it was in use"):
         tensor_list[0]
+
+
+def test_only_what_the_job_wrote_is_removed(tmp_path):
+    mine, other = ResumeStore(tmp_path, "a" * 24), ResumeStore(tmp_path, "b" * 24)
+    for store in (mine, mine.of(3), other):
+        store.write("matrix x", {"a": torch.ones(3)})
+        store.write("level 1", {"a": torch.ones(3)})
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "thesis").mkdir()
+    mine.remove()
+    assert len(list(tmp_path.glob("*.part.safetensors"))) == 2
+    assert other.read("matrix x") is not None and (tmp_path / "notes.txt").exists()
+    other.remove()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "thesis"]
+
+
+def zeroed(path: Path, share: float) -> None:
+    content = bytearray(path.read_bytes())
+    start = len(content) - int(share * len(content))
+    content[start:] = bytes(len(content) - start)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
+@pytest.mark.parametrize("name", ["matrix x", "level 1 of batch 0"])
+def test_damaged_parts_are_done_again(tmp_path, name, share, caplog):
+    store = ResumeStore(tmp_path, "a" * 24)
+    for part in ("matrix x", "matrix y", "level 1 of batch 0", "level 2 of batch 0"):
+        store.write(part, {"a": torch.arange(999.0), "b": torch.ones(2)}, [part])
+    store.drop_damaged()
+    assert name in store
+    zeroed(store._path(name), share)
+    store.drop_damaged()
+    assert store._path(name).name in caplog.text
+    assert "matrix y" in store and name not in store
+    assert ("matrix x" in store) is (name != "matrix x")
+    assert ("level 2 of batch 0" in store) is (name == "matrix x")
+
+
+def test_a_job_with_any_damaged_part_ends_with_the_same_bytes(pair, tmp_path):
+    source, options = pair("llama_tied"), METHODS["deltamix-kl"]
+    compress(source, tmp_path / "whole", None, method="deltamix-kl", **options)
+    work = tmp_path / "work"
+    source.compress(checkpoint_dir=work, method="deltamix-kl", **options)  # never saved
+    parts = sorted(work.iterdir())
+    kept = {path: path.read_bytes() for path in parts}
+    for part in parts[:: max(1, len(parts) // 4)]:
+        zeroed(part, 0.6)
+        compress(source, tmp_path / "out", work, method="deltamix-kl", **options)
+        assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+        work.mkdir()
+        for path, content in kept.items():
+            path.write_bytes(content)
