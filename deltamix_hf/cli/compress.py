@@ -61,8 +61,15 @@ def compress(
     refuse_existing(output, overwrite or work.exists())
     from .. import DeltaMixConfig
     from ..checkpoint.model_class import is_delta, read_config
-    from ..integration.compress_repo import compress_adapter, compress_streaming, is_adapter
+    from ..integration.compress_repo import (
+        compress_adapter,
+        compress_streaming,
+        is_adapter,
+        most_bytes,
+    )
     from ..jobs.workers import Workers
+    from ..storage.durable import check_output
+    from ..storage.untrusted_paths import repo_files
     from .models import best_device, from_pretrained
 
     workers = Workers.launched()
@@ -91,8 +98,10 @@ def compress(
             if workers.rank:
                 return
         elif adapter:
+            check_output(output)
             model = compress_adapter(finetuned, settings, trust_remote_code=trust_remote_code)
         else:
+            check_output(output, most_bytes(repo_files(finetuned, {})[0], settings))
             model = from_pretrained(finetuned, trust_remote_code, quantization_config=settings)
     except KeyboardInterrupt:
         notes.print("The same command goes on from here. What is finished is kept in", work)

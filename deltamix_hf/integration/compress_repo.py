@@ -12,6 +12,7 @@ LoRA's ΔW = B·A has few ranks, so a delta repo holds it almost exactly, and th
 serves full fine-tunes: one format, one kernel, mixed in one batch.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,8 @@ from ..errors import DeltaMixError, first_line
 from ..jobs.instruments import Stopwatch
 from ..jobs.weight_access import unloaded
 from ..jobs.workers import Workers
+from ..storage.durable import check_output
+from ..storage.headers import read_headers
 from ..storage.untrusted_paths import repo_files
 from .quantizer import DeltaMixHfQuantizer
 
@@ -87,6 +90,8 @@ def compress_streaming(
         raise DeltaMixError(
             f"cannot find the weights of {finetuned!r}: {first_line(error)}"
         ) from error
+    if not workers.rank:
+        check_output(target, most_bytes(files, config))
     cls = model_class(finetuned, model_config, trust_remote_code)
     model = unloaded(cls, model_config)
     model.config.name_or_path = finetuned
@@ -97,6 +102,12 @@ def compress_streaming(
             model.save_pretrained(target)
         cast(DeltaMixHfQuantizer, model.hf_quantizer).seconds |= watch.seconds
     return model
+
+
+def most_bytes(files: list[str], config: DeltaMixConfig) -> int:
+    """Bytes that the delta takes if every tensor in the fine-tune's weight files differs."""
+    infos = read_headers(files).values()
+    return config.budget(torch.bfloat16.itemsize * sum(math.prod(i.shape) for i in infos))
 
 
 def is_adapter(repo: str) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from tiny_pairs import logits, make_tokenizer, quick, snapshot, text_of, token_i
 from transformers import AutoTokenizer, modeling_utils, pipeline
 
 from deltamix_hf import DeltaMixError
+from deltamix_hf.integration.compress_repo import compress_streaming
 from deltamix_hf.nn.layers import weight_of
 
 WEIGHTS = "model.safetensors"
@@ -248,3 +252,81 @@ def test_edited_overlay_is_saved(delta, tmp_path, method):
     again = repo.pair.load(tmp_path / "repo")
     assert torch.equal(logits(again), logits(model))
     assert not torch.equal(logits(again), repo.logits)
+
+
+@pytest.mark.parametrize("which", ["tuned", "base"])
+def test_a_delta_never_replaces_a_whole_model(pair, tmp_path, which):
+    source = pair("llama")
+    copies = {name: tmp_path / name for name in ("tuned", "base")}
+    for name, copy in copies.items():
+        shutil.copytree(getattr(source, name), copy)
+    config = source.config(method="delta-come")
+    config.base_model = str(copies["base"])
+    model = source.load(copies["tuned"], quantization_config=config)
+    before = snapshot(tmp_path)
+    with pytest.raises(DeltaMixError, match="holds the weights of a whole model"):
+        model.save_pretrained(copies[which])
+    assert snapshot(tmp_path) == before
+
+
+def test_files_of_others_are_never_removed(delta, tmp_path):
+    repo, folder = delta("llama"), tmp_path / "repo"
+    model = repo.pair.load(repo.folder)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    names = ("modelXL.safetensors", "model-00001.safetensors", "model_ema.safetensors.index.json")
+    for name in names:
+        (folder / name).write_text("mine")
+    model.save_pretrained(folder)
+    for name in names:
+        assert (folder / name).read_text() == "mine"
+    assert not list(folder.glob("model-*-of-*"))
+
+
+@pytest.fixture
+def elsewhere():
+    """A folder on another file system, in memory."""
+    place = Path("/dev/shm")
+    if not place.is_dir() or place.stat().st_dev == Path.cwd().stat().st_dev:
+        pytest.skip("no second file system")
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        yield Path(folder)
+
+
+def test_a_link_to_another_file_system(delta, tmp_path, elsewhere):
+    repo = delta("llama")
+    model = repo.pair.load(repo.folder)
+    (tmp_path / "link").symlink_to(elsewhere)
+    for _ in range(2):  # into an empty folder, and over itself
+        model.save_pretrained(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert snapshot(elsewhere) == snapshot(repo.folder)
+
+
+def test_no_room_is_said_before_computing(pair, tmp_path, monkeypatch):
+    source, usage = pair("llama"), shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(DeltaMixError, match=r"takes up to 0\.\d MB.* 0\.0 MB left: make room"):
+        compress_streaming(source.tuned, tmp_path / "delta", source.config(method="delta-come"))
+    assert list(tmp_path.iterdir()) == []
+
+
+LIMITED = """
+import resource, sys
+from transformers import AutoModelForCausalLM
+import deltamix_hf
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    model.save_pretrained(sys.argv[2])
+except deltamix_hf.DeltaMixError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_file_size_limit_is_one_clear_error(delta, tmp_path, copied):
+    folder = copied(delta("llama").folder)
+    before = snapshot(tmp_path)
+    command = [sys.executable, "-c", LIMITED, str(folder), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "refused: cannot write to" in done.stdout and "make room" in done.stdout, done.stderr
+    assert snapshot(tmp_path) == before
