@@ -33,7 +33,6 @@ options = st.fixed_dictionaries(
         "seq_length": st.integers(1, 10**6),
         "seed": st.integers(0, 2**63),
         "modules_to_not_convert": st.lists(st.text(min_size=1)),
-        "dequantize": st.booleans(),
         "calibration_source": st.text(min_size=1),
         "base_fingerprints": st.dictionaries(st.text(), st.text()),
         "errors": st.dictionaries(st.text(), st.floats(0, 1)),
@@ -149,11 +148,13 @@ def test_loading_attributes_are_what_the_user_gave():
     assert DeltaMixConfig(dequantize=True).get_loading_attributes() == {
         "dequantize": True,
         "base_kwargs": {},
+        "verify_tensors": True,
     }
     moved = DeltaMixConfig("elsewhere", base_revision="r1", base_kwargs={"token": "t"})
     assert moved.get_loading_attributes() == {
         "dequantize": False,
         "base_kwargs": {"token": "t"},
+        "verify_tensors": True,
         "base_model": "elsewhere",
         "base_revision": "r1",
         "base_given": True,

@@ -15,9 +15,16 @@ from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
 from ..nn import tensor_parallel
 from ..storage.headers import TensorInfo, check_base, fingerprints, opened, read_headers
+from ..storage.names import check_listed
 from ..storage.sizes import size_report
 from .base import BaseCheckpoint, KeyMap, find_base, same
-from .delta_repo import Contents, check_finite, contents_of, find_delta
+from .delta_repo import (
+    Contents,
+    check_finite,
+    contents_of,
+    differing_fingerprints,
+    find_delta,
+)
 from .model_class import empty_model
 from .vocabulary import Resized
 
@@ -53,6 +60,7 @@ def verify_repo(
         yield Check("config.json and weight files", str(error))
         return
     yield Check(f"format {config.format_version}: {len(infos)} tensors, {len(files)} files")
+    yield from _content(infos, config)
     with opened(infos) as read:
 
         def matrices(name: str, stored: str) -> int:
@@ -81,6 +89,22 @@ def verify_repo(
         yield from checks or [Check(what)]
     except DeltaMixError as error:
         yield Check(what, str(error))
+
+
+def _content(infos: Mapping[str, TensorInfo], config: DeltaMixConfig) -> Iterator[Check]:
+    """Compare the delta's own tensors with their fingerprints."""
+    recorded = config.tensor_fingerprints
+    if not recorded:
+        yield Check("no fingerprints of the delta's own tensors (made by an earlier version)")
+        return
+    try:
+        check_listed(infos.keys(), recorded.keys())
+    except DeltaMixError as error:
+        yield Check("config.json", str(error))
+    wrong = differing_fingerprints(fingerprints(infos), recorded)
+    for name in wrong:
+        yield Check(name, "it is not what was saved: the file is damaged, or was changed")
+    yield Check(f"{len(infos) - len(wrong)} tensors of the delta as they were saved")
 
 
 def _each(what: str, names: Mapping[str, str], look: Callable[[str, str], int]) -> Iterator[Check]:

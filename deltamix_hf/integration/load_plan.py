@@ -81,15 +81,15 @@ class LoadPlan:
         """
         _complete_offload_index(model)
         check_base_was_read(model, self.base, self.from_base)
-        for name in self.whole:
-            tensor = model.get_parameter_or_buffer(name)
-            if tensor.device.type != "meta":
-                check_finite(name, tensor_parallel.own(tensor))
         # transformers 5.16 to 5.19 leave renamed tensors of such repos as they were stored
         for name, dtype in self.dtypes.items():
             tensor = model.get_parameter_or_buffer(name)
             if tensor.device.type != "meta" and tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
+        for name in self.whole:  # as it is used: what is finite in the file may not be so here
+            tensor = model.get_parameter_or_buffer(name)
+            if tensor.device.type != "meta":
+                check_finite(name, tensor_parallel.own(tensor))
         # conversions are undone on saving, which ours need not be
         conversions: Any = getattr(model, "_weight_conversions", None) or []
         kept: Any = [c for c in conversions if c not in self.resized]

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint.base import BaseCheckpoint, KeyMap, find_base, resolve_base
-from ..checkpoint.delta_repo import contents_of
+from ..checkpoint.delta_repo import check_content, contents_of
 from ..checkpoint.validation import base_checks
 from ..compression.model import compress
 from ..compression.runs import Source
@@ -107,6 +107,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
         infos = read_headers(delta_files)
         check_weight_files(repo, delta_files, infos)
         contents = contents_of(infos, config, KeyMap(model))
+        if config.verify_tensors:
+            check_content(infos, config)
         places = attach_packed(contents)
         self._use_base(*find_base(config, repo, delta_files[0]))
         base = BaseCheckpoint(self.base_files, model, of_base=True)

@@ -29,8 +29,9 @@ from ..nn.delta_module import DeltaModule, check_frozen, joined_class, own_delta
 from ..nn.layers import change_class, weight_of
 from ..nn.tensor_parallel import wanted, whole
 from ..storage.durable import check_output, written_whole
-from ..storage.headers import TensorInfo
+from ..storage.headers import TensorInfo, fingerprints, read_headers
 from ..storage.names import GUARD, packed_part
+from ..storage.sizes import weight_files
 from .companions import copy_companions
 
 # Options of `push_to_hub` that `save_pretrained(push_to_hub=True)` passes on; its token is both's.
@@ -161,7 +162,7 @@ class DeltaModel(_Frozen):
                 known = {k: v for k, v in FETCHED.get(self, {}).items() if k in BESIDE}
                 known["token"] = kwargs.get("token") or known.get("token")
                 copy_companions(source, staging, **known, revision=quantizer.commit)
-                _add_notice(staging / "config.json")
+                _complete_config(staging / "config.json")
         if wanted(self):
             torch.distributed.barrier()  # what the others read next is there
         if not alone:
@@ -236,9 +237,14 @@ def remove_methods(model: PreTrainedModel) -> None:
             change_class(cast(Any, module), cast(Any, module).dm_plain_class)
 
 
-def _add_notice(path: Path) -> None:
-    """Have transformers stop with a line that names this package, where it is not installed."""
+def _complete_config(path: Path) -> None:
+    """Record the fingerprints of what was saved in config.json.
+
+    And have transformers stop with a line that names this package, where it is not installed.
+    """
     config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": NOTICE}
+    infos = read_headers(weight_files(path.parent))
+    config["quantization_config"]["tensor_fingerprints"] = fingerprints(infos)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

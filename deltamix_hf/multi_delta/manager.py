@@ -10,7 +10,7 @@ None or "__base__" being the base. Names given to a call win over what is set or
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
@@ -82,12 +82,13 @@ class DeltaManager:
 
     # Loading and deleting
 
-    def load(self, repo: str, name: str, **kwargs: Any) -> None:
+    def load(self, repo: str, name: str, verify_tensors: bool = True, **kwargs: Any) -> None:
         """Read a delta repo, check that it belongs to this base, and add it as `name`."""
         if not isinstance(name, str) or not name or name == BASE:
             raise DeltaMixError(f"{name!r} cannot name a delta; give a text other than {BASE!r}")
         self.pool.check_new(name)
         files, config, theirs = find_delta(repo, kwargs)
+        config.verify_tensors = verify_tensors
         beside = partial(read_beside, repo, files[0], kwargs=kwargs)
         if found := self._differing(beside, theirs):
             warnings.warn(warning(repo, found), stacklevel=3)
@@ -95,7 +96,8 @@ class DeltaManager:
         self._check_unedited(64)
         check_base(config.base_fingerprints, base.infos, "the model's base", base.fingerprints)
         read = partial(read_delta, repo, files, config, base.keys)
-        only = self.pool.add(name, read(), read)
+        first = read()
+        only = self.pool.add(name, first, partial(_again, read, first.content))
         self.ends.pop(name, None)  # of an earlier one
         if ends is not None:
             self.ends[name] = ends
@@ -291,6 +293,16 @@ class DeltaManager:
         if quantizer.pre_quantized and os.path.isdir(source):
             read = partial(read_delta, source, *find_delta(source, {})[:2], base.keys)
         return stored, read
+
+
+def _again(read: Callable[[], StoredDelta], content: Mapping[str, str] | None) -> StoredDelta:
+    """Read a delta once more; a DeltaMixError if its files are not what they were."""
+    found = read()
+    if found.content != content:
+        raise DeltaMixError(
+            f"{found.source!r} has changed since it was loaded: delete the delta, and load it again"
+        )
+    return found
 
 
 def manager_of(model: PreTrainedModel) -> DeltaManager:

@@ -22,7 +22,6 @@ from ..checkpoint.base import resolve_base
 from ..checkpoint.delta_repo import StoredDelta, find_delta
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError
-from ..storage.headers import fingerprints, read_headers
 from .batch import Batch, by_row
 from .layers import deltas_of
 from .loader import BaseRepo, check_arrived, finding_places
@@ -101,7 +100,7 @@ class VllmDeltaManager:
                     "lie beside the base's: serve it by itself"
                 )
         # Refuse other contents under a name and path that the prefix cache may know.
-        tensors, method = sorted(fingerprints(read_headers(files)).items()), settings.method
+        tensors, method = sorted((delta.content or {}).items()), settings.method
         contents = repr((method.codebook, method.group_size, tensors))
         found = hashlib.sha256(contents.encode()).hexdigest()
         known = self._contents.setdefault((request.lora_name, request.lora_path), found)

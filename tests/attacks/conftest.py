@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import refusal
+from hostile import edit_settings, refusal
 from tiny_pairs import logits, snapshot, token_ids
 
 METHODS = ("delta-come", "deltamix-kl")  # with zero points and without
@@ -66,6 +66,7 @@ def attack(delta, copied, running) -> Iterator[Callable[..., Attacked]]:
     def make(name: str = "llama", method: str = "delta-come") -> Attacked:
         repo, model = delta(name, method), running(name)
         folder = copied(repo.folder)
+        edit_settings(folder, tensor_fingerprints=None)  # no attacker leaves them in
         served.append(model)
         return Attacked(
             folder,

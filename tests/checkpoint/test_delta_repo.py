@@ -22,6 +22,7 @@ def repo(delta):
 
 def read(repo, folder):
     files, config, _ = find_delta(str(folder), {})
+    config.verify_tensors = False  # what it says is not what the structure says
     return read_delta("it", files, config, KeyMap(repo.pair.load(repo.pair.base)))
 
 

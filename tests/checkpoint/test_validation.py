@@ -48,8 +48,8 @@ def edited(tensor, *place):
 def test_a_sound_repo(delta, method):
     repo = delta("llama_tied", method)
     checks = list(verify_repo(str(repo.folder)))
-    assert [c.problem for c in checks] == [None] * 5
-    assert f"{repo.pair.family.packed} packed matrices" in checks[1].what
+    assert [c.problem for c in checks] == [None] * 6
+    assert f"{repo.pair.family.packed} packed matrices" in checks[2].what
 
 
 @pytest.mark.parametrize("family", ["bert_from_headless", "t5", "gpt2"])
@@ -70,8 +70,10 @@ def test_all_that_is_wrong_is_found_at_once(delta, copied):
     )
     change_config(folder, base_model="/nowhere/base", budget_bytes=1000, ratio=None)
     found = problems(folder)
-    assert set(found) >= {MATRIX, other, NORM} and len(found) == 5
+    changed = {f"{MATRIX}.dm_ranks", f"{other}.dm_ranks"}
+    assert set(found) >= {MATRIX, other, NORM} | changed and len(found) == 7
     assert "scale" in found[MATRIX] and "width" in found[other] and "NaN" in found[NORM]
+    assert all("not what was saved" in found[name] for name in changed)
     base, size = (next(v for k, v in found.items() if start in k) for start in ("base", "bytes"))
     assert "/nowhere/base" in base and "promises at most 1,000" in size
 
@@ -141,8 +143,8 @@ def test_the_base_is_read_unless_quick(delta, tmp_path):
 def test_command_says_ok_or_wrong_and_ends_with_its_status(delta, copied):
     repo = delta("llama_tied")
     fine = CliRunner().invoke(app, ["verify", str(repo.folder), "--base", str(repo.pair.base)])
-    assert fine.exit_code == 0 and fine.stdout.count("ok ") == 5 and "wrong" not in fine.stdout
+    assert fine.exit_code == 0 and fine.stdout.count("ok ") == 6 and "wrong" not in fine.stdout
     folder = copied(repo.folder)
     change_weights(folder, **{NORM: lambda t: torch.full_like(t, float("inf"))})
     bad = CliRunner().invoke(app, ["verify", str(folder), "--quick"])
-    assert bad.exit_code == 1 and bad.stdout.count("wrong ") == 1 and NORM in bad.stdout
+    assert bad.exit_code == 1 and bad.stdout.count("wrong ") == 2 and NORM in bad.stdout
