@@ -254,8 +254,8 @@ def check_finite(name: str, tensor: Tensor, dtype: torch.dtype | None = None) ->
         raise DeltaMixError(f"{name} of the delta repo holds NaN or infinity: the file is damaged")
     if dtype is not None and not bool(torch.isfinite(ends.to(dtype)).all()):
         raise DeltaMixError(
-            f"{name} of the delta repo holds {float(ends.abs().max()):.3g}, which is infinite in the "
-            f"model's {dtype}: load it in a wider dtype, or the file is damaged"
+            f"{name} of the delta repo holds {float(ends.abs().max()):.3g}, which is infinite in "
+            f"the model's {dtype}: load it in a wider dtype, or the file is damaged"
         )
 
 

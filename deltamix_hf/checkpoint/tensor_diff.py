@@ -27,6 +27,7 @@ _SMALLEST = 4096
 # |ΔW| / |W|: two models that share nothing but their sizes are 1.41 apart; the farthest fine-tune
 # met, trained long on other text, 0.62.
 _UNRELATED = 0.9
+_ABSURD = 10.0  # at 1e4 the delta, at 1/16, had 800 times the KL of the base
 _ROWS = 4096  # of a matrix in float32 at once
 
 
@@ -79,8 +80,10 @@ def differences(
             elif same(ours, value):
                 yield Difference(name, "same", ours, value)
                 continue
-        if ours.is_floating_point() and not torch.isfinite(ours).all():
-            raise DeltaMixError(f"{name} of the fine-tune holds NaN or infinite values")
+        for who, tensor in (("fine-tune", ours), ("base", value)):
+            known = tensor is not None and tensor.is_floating_point()
+            if known and not torch.isfinite(tensor).all():
+                raise DeltaMixError(f"{name} of the {who} holds NaN or infinite values")
         kind = "whole" if value is None else _kind(model, name, skip)
         yield Difference(name, kind, ours, value)
 
@@ -164,14 +167,16 @@ def sort_tensors(
             other = other.to(ours.device, torch.float32)
             moved += float((rows.float() - other).square().sum())
             size += float(other.square().sum())
-    if moved > _UNRELATED**2 * size:
-        warnings.warn(
-            f"the fine-tune's weights are {(moved / size) ** 0.5 if size else math.inf:.2f} times "
-            "the base's norm away from it: this does not look like a fine-tune of this base, and "
-            "its delta will not be small; give the base it was made from",
-            UserWarning,
-            stacklevel=4,
-        )
+    distance = (moved / size) ** 0.5 if size else math.inf if moved else 0.0
+    far = (
+        f"the fine-tune's weights are {distance:.2f} times the base's norm away from it: this does "
+        "not look like a fine-tune of this base, {}; give the base it was made from"
+    )
+    if distance > _ABSURD:
+        raise DeltaMixError(far.format("and its delta would be worse than none"))
+    if distance > _UNRELATED:
+        told = far.format("and its delta will not be small")
+        warnings.warn(told, UserWarning, stacklevel=4)
     return targets, overlay
 
 

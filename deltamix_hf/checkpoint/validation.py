@@ -124,7 +124,7 @@ def _size(files: list[str], config: DeltaMixConfig, shapes: Mapping[str, tuple[i
         size = size_report(Path(files[0]).parent, shapes)
     except DeltaMixError as error:
         return Check("bytes of weight files", str(error))
-    promised = config.budget(size.reference)
+    promised = config.budget(size.reference) if size.reference else size.total  # nothing differs
     what = f"{size.total:,} bytes of weight files, {size.ratio:.5f} of bf16"
     if size.total <= promised:
         return Check(what)

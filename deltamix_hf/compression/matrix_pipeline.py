@@ -29,7 +29,7 @@ from ..linalg.whitened_svd import Factors, factorise, spectrum
 from ..quantization.error_table import error_table, pick
 from ..quantization.gptq import Rounded, gptq_columns, gptq_rows, round_rows
 from ..quantization.packed_delta import PackedDelta
-from ..quantization.packed_layout import GroupSizes, rank_bytes
+from ..quantization.packed_layout import GroupSizes, rank_bytes, scales_fit
 from ..quantization.target_correction import (
     corrected_left_factor,
     metric_error,
@@ -158,7 +158,12 @@ class Compressor:
         """
         with _named(name), self.watch.stage("quantization"):
             result = self._compress(name, delta, metrics)
-        packed = result.packed
+            packed = result.packed
+            if packed is not None and not scales_fit(packed.ranks):
+                raise ValueError(
+                    f"the delta holds values up to {float(delta.abs().max()):.3g}, for which there "
+                    "are no scales in the format: is this the right base?"
+                )
         self.store.write(f"matrix {name}", packed.tensors if packed else {}, result.error)
         return self._paid(name, result)
 

@@ -224,7 +224,8 @@ class DeltaPart(_Frozen):
 def add_methods(model: PreTrainedModel) -> None:
     """Put `DeltaModel` before the model's class, and `DeltaPart` before those of its parts."""
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and own_deltas(module):
+        # The model itself too if nothing is packed: what differs is stored whole, or nothing does.
+        if module is model or (isinstance(module, PreTrainedModel) and own_deltas(module)):
             more = DeltaModel if module is model else DeltaPart
             if not isinstance(module, more):
                 change_class(module, joined_class(type(module), (more, type(module))))

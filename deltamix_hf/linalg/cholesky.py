@@ -103,7 +103,8 @@ class _Unit:
         size = len(self.matrix)
         raise ValueError(
             f"the {size} x {size} Hessian is not positive definite, even with "
-            f"{_RETRIES[-1]:.0%} of its diagonal added; check the calibration statistics"
+            f"{_RETRIES[-1]:.0%} of its diagonal added: the calibration texts are too few or too "
+            "much alike; give more, or none"
         )
 
 

@@ -41,7 +41,9 @@ def error_table(
     table = torch.empty(ranks, len(widths), dtype=torch.float64, device=right.device)
     for rows in torch.arange(table.numel(), device=right.device).split(_BLOCK_ROWS):
         error = right[rows % ranks].to(torch.float64) - rounded.rows(rows).dequantize()
-        table[rows % ranks, rows // ranks] = energies(error, gram) * power[rows % ranks]
+        # C of few tokens has directions of energy 0, which rounding can make negative.
+        found = energies(error, gram).clamp(min=0)
+        table[rows % ranks, rows // ranks] = found * power[rows % ranks]
     return table, rounded
 
 

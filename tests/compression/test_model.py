@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiny_pairs import (
     make_config,
     make_tokenizer,
     quick,
+    relative,
     text_of,
     token_ids,
     weight_bytes,
@@ -28,8 +30,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.calibration.statistics import collect, metrics_of
+from deltamix_hf.checkpoint import tensor_diff
 from deltamix_hf.checkpoint.base import BaseCheckpoint, resolve_base
 from deltamix_hf.checkpoint.tensor_diff import sort_tensors
+from deltamix_hf.checkpoint.validation import verify_repo
 from deltamix_hf.compression.job import Job
 from deltamix_hf.method import SWITCHES
 from deltamix_hf.nn.layers import delta_modules, oriented, tied_modules, weight_of
@@ -244,6 +248,23 @@ def test_identical_fine_tune_warns_and_is_almost_empty(pair, tmp_path):
     assert weight_bytes(tmp_path / "delta") < 400
     again = source.load(tmp_path / "delta")
     assert torch.equal(logits(again), logits(source.load(source.base)))
+    assert [c.problem for c in verify_repo(str(tmp_path / "delta"))] == [None] * 6
+
+
+def test_a_delta_of_whole_tensors_alone_is_saved_as_any(pair, tmp_path):
+    """Nothing is packed: it has fingerprints and companions all the same."""
+    source = pair("llama")
+    tuned = source.load(source.base)
+    tuned.model.norm.weight.data += 1
+    tuned.save_pretrained(tmp_path / "tuned")
+    make_tokenizer().save_pretrained(tmp_path / "tuned")
+    config = source.config(ratio=None, budget_bytes=1000, method="delta-come")
+    model = source.load(tmp_path / "tuned", quantization_config=config)
+    model.save_pretrained(tmp_path / "delta")
+    saved = json.loads((tmp_path / "delta" / "config.json").read_text())
+    assert "model.norm.weight" in saved["quantization_config"]["tensor_fingerprints"]
+    assert (tmp_path / "delta" / "tokenizer.json").exists()
+    assert torch.equal(logits(source.load(tmp_path / "delta")), logits(tuned))
 
 
 @each_method
@@ -389,6 +410,66 @@ def test_token_ids_outside_the_vocabulary(pair, bad):
     ids[3, 4] = bad
     with pytest.raises(DeltaMixError, match=r"0 to 255"):
         pair("llama").compress(calibration=ids)
+
+
+def scaled(source, factor: float, folder: Path) -> Path:
+    """The fine-tune with a delta `factor` times as long, in its matrices."""
+    tuned, base = source.load(source.tuned), source.load(source.base).state_dict()
+    with torch.no_grad():
+        for name, value in tuned.named_parameters():
+            if value.ndim == 2:
+                value.copy_(base[name] + factor * (value - base[name]))
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def test_a_delta_far_longer_than_the_base_is_refused(pair, tmp_path):
+    source = pair("llama")
+    folder = scaled(source, 1e3, tmp_path / "tuned")
+    with pytest.raises(DeltaMixError, match="its delta would be worse than none"):
+        source.load(folder, quantization_config=source.config(method="delta-come"))
+
+
+@each_method
+def test_what_cannot_be_stored_is_not_saved(pair, tmp_path, monkeypatch, method):
+    """A delta of 1e12 times its size has scales beyond those that are read."""
+    source = pair("llama")
+    folder = scaled(source, 1e12, tmp_path / "tuned")
+    monkeypatch.setattr(tensor_diff, "_ABSURD", 1e30)
+    config = source.config(method=method, **quick(method))
+    with pytest.raises(DeltaMixError, match=r"the delta holds values up to .* the right base\?"):
+        source.load(folder, quantization_config=config)
+
+
+@pytest.mark.parametrize("which", ["base", "fine-tune"])
+def test_who_holds_nan_is_named(pair, tmp_path, which):
+    source, name = pair("llama"), "model.layers.1.mlp.up_proj"
+    folders = {"base": source.base, "fine-tune": source.tuned}
+    broken = source.load(folders[which])
+    broken.get_submodule(name).weight.data[3, 4] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    folders[which] = tmp_path / "broken"
+    config = source.config(method="delta-come")
+    config.base_model = str(folders["base"])
+    with pytest.raises(DeltaMixError, match=rf"{name}\.weight of the {which} holds NaN"):
+        source.load(folders["fine-tune"], quantization_config=config)
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 5)])
+def test_too_few_calibration_tokens_are_refused(pair, method, shape):
+    ids = torch.full(shape, 5)
+    with pytest.raises(DeltaMixError, match=f"calibration has {ids.numel()} tokens, .* or none"):
+        pair("llama").compress(method=method, calibration=ids)
+
+
+@pytest.mark.parametrize("method", ["delta-come", "deltamix"])
+def test_one_token_again_and_again(pair, method):
+    """C of rank one: the published methods measure by it all the same."""
+    source = pair("llama")
+    model = source.compress(method=method, calibration=torch.full((4, 9), 3))
+    dense = logits(source.load(source.tuned))
+    assert relative(logits(model), dense) < relative(logits(source.load(source.base)), dense)
 
 
 def test_a_base_that_shares_nothing_but_its_sizes(pair, tmp_path):
