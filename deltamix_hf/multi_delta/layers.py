@@ -101,6 +101,10 @@ class RoutedDeltas:
         names = self.router.route.names
         return any(n in self.packed or "weight" in self.overlay.get(n, {}) for n in names)
 
+    def changes_bias(self) -> bool:
+        """Whether the route in force puts something in the bias's place."""
+        return any("bias" in self.overlay.get(name, {}) for name in self.router.route.names)
+
     def weight(self, module: DeltaModule) -> Tensor:
         """Return the module's weight by the route in force; DeltaMixError if rows differ."""
         route = self.router.route

@@ -67,7 +67,7 @@ def _(x: Tensor, number: int) -> Tensor:
 @torch.library.custom_op("deltamix::weight", mutates_args=())
 def weight(base: Tensor, number: int) -> Tensor:
     """Return the weight by which module `number` multiplies, a copy; like `base`."""
-    return _numbered[number].weight_in_use().clone()
+    return _numbered[number].in_use().clone()
 
 
 @weight.register_fake

@@ -71,15 +71,12 @@ class DeltaMatrix(DeltaModule):
 
     @property
     def bias(self) -> Any:
-        """Return the base's parameter, or what the delta of all rows has in its place.
-
-        Raises:
-            DeltaMixError: rows have different ones.
-        """
-        base = self._stored("bias")
-        deltas = self.dm_row_deltas
+        """Return the base's parameter, or a `VisibleWeight` if a named delta has another."""
+        base, deltas = self._stored("bias"), self.dm_row_deltas
         seen = self.dm_visible and deltas is not None and not torch.compiler.is_compiling()
-        return deltas.bias(self, base) if seen else base
+        if base is None or not seen or not deltas.changes_bias():
+            return base
+        return VisibleWeight.whole(self, base, "bias")
 
     @bias.setter
     def bias(self, value: Any) -> None:
@@ -93,7 +90,7 @@ class DeltaMatrix(DeltaModule):
             )
 
     def register_parameter(self, name: str, param: Any) -> None:
-        known = getattr(param, "dm_base", param) if name == "weight" else param
+        known = getattr(param, "dm_base", param) if name in ("weight", "bias") else param
         super().register_parameter(name, known)
 
     def __delattr__(self, name: str) -> None:
@@ -108,7 +105,9 @@ class DeltaMatrix(DeltaModule):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if prefix.endswith("base_layer.") and self.dm_visible:
-            destination[f"{prefix}weight"] = self.weight_in_use().detach()
+            for leaf in ("weight", "bias"):
+                if f"{prefix}{leaf}" in destination:
+                    destination[f"{prefix}{leaf}"] = self.in_use(leaf).detach()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         found = state_dict.get(f"{prefix}weight")
@@ -119,12 +118,15 @@ class DeltaMatrix(DeltaModule):
         load: Any = super() if isinstance(self, DeltaMatrix) else self
         load._load_from_state_dict(state_dict, prefix, *rest)
 
-    def weight_in_use(self) -> Tensor:
-        """Return the weight by which the layer multiplies now.
+    def in_use(self, leaf: str = "weight") -> Tensor:
+        """Return the weight by which the layer multiplies now, or the bias that it adds.
 
         Raises:
             DeltaMixError: rows take different ones, or the base's was taken away.
         """
+        if leaf == "bias":
+            bias, deltas = weight_of(self, leaf), self.dm_row_deltas
+            return bias if deltas is None else deltas.bias(self, bias)
         self._check_whole()
         if self.dm_row_deltas is not None:
             return self.dm_row_deltas.weight(self)

@@ -1,8 +1,8 @@
-"""The weight of a layer with a delta as others see it: the fine-tune's, made when it is used.
+"""A layer's weight or bias as others see it: the fine-tune's, made when it is used.
 
 Adapters, merging tools and losses read `layer.weight` and know nothing of deltas. What they get
-answers for the base's parameter (shape, dtype, device), but computes with W_base + Û·V̂. Whoever
-writes to it, or wants to train it, makes the layer dense first.
+answers for the base's parameter (shape, dtype, device), but computes with W_base + Û·V̂, or the bias
+of the delta in use. Whoever writes to it, or wants to train it, makes the layer dense first.
 """
 
 from typing import Any
@@ -27,40 +27,41 @@ _alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by parameter
 
 
 class VisibleWeight(Tensor):
-    """Stands for the weight of `dm_layer`, or a view of it; shares the memory of `dm_base`."""
+    """Stands for `dm_leaf` of `dm_layer`, or a view of it; shares the memory of `dm_base`."""
 
     _is_param = True  # is a Parameter for `isinstance`
     dm_layer: Any
+    dm_leaf: str  # "weight" or "bias"
     dm_base: Tensor  # the base's parameter, or the view of it
     dm_views: tuple[Any, ...]  # functions that make the view of the weight
 
     @classmethod
-    def whole(cls, layer: Any, base: nn.Parameter) -> Tensor:
+    def whole(cls, layer: Any, base: nn.Parameter, leaf: str = "weight") -> Tensor:
         """Return what others see of `layer`, one object while somebody has it."""
         seen = _alive.get(id(base))
-        return _alive.setdefault(id(base), cls.of(layer, base)) if seen is None else seen
+        return _alive.setdefault(id(base), cls.of(layer, leaf, base)) if seen is None else seen
 
     @classmethod
     def settled(cls, base: nn.Parameter) -> nn.Parameter:
         """Return the parameter of a layer that is dense now: what others have seen, or `base`."""
         seen: Any = _alive.pop(id(base), base)
         if isinstance(seen, cls):
-            for name in ("dm_layer", "dm_base", "dm_views"):
+            for name in ("dm_layer", "dm_leaf", "dm_base", "dm_views"):
                 del vars(seen)[name]
             object.__setattr__(seen, "__class__", nn.Parameter)
         return seen
 
     @classmethod
-    def of(cls, layer: Any, base: Tensor, *views: Any) -> "VisibleWeight":
-        """Make what others see of `layer`, whose parameter is `base`, through `views`."""
+    def of(cls, layer: Any, leaf: str, base: Tensor, *views: Any) -> "VisibleWeight":
+        """Make what others see of a layer's `leaf`, the parameter `base`, through `views`."""
         seen = base.detach().as_subclass(cls)
-        vars(seen).update(vars(base), dm_layer=layer, dm_base=base, dm_views=views)
+        vars(seen).update(vars(base), dm_layer=layer, dm_leaf=leaf, dm_base=base, dm_views=views)
         return seen
 
     def _in_use(self) -> Tensor:
         weight = self.dm_base
-        if hasattr(self.dm_layer, "weight_in_use"):  # else it is dense by now
-            weight = self.dm_layer.weight_in_use()
+        if hasattr(self.dm_layer, "in_use"):  # else it is dense by now
+            weight = self.dm_layer.in_use(self.dm_leaf)
             for view in self.dm_views:
                 weight = view(weight)
         if self.requires_grad and torch.is_grad_enabled():  # a parameter made of it
@@ -104,7 +105,8 @@ class VisibleWeight(Tensor):
                 def view(weight: Tensor) -> Any:
                     return func(weight, *args[1:], **kwargs)
 
-                return cls.of(first.dm_layer, view(first.dm_base), *first.dm_views, view)
+                base = view(first.dm_base)
+                return cls.of(first.dm_layer, first.dm_leaf, base, *first.dm_views, view)
             return func(*_each(args, cls._in_use), **_each(kwargs, cls._in_use))
 
 

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_pairs import logits, relative, snapshot, token_ids
+from tiny_pairs import inputs_of, logits, relative, snapshot, token_ids
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.nn.layers import delta_modules
@@ -306,7 +306,7 @@ def test_beside_a_base_an_adapter_reads_the_bias_in_use(delta, kind):
         plain = layer.bias
     assert not torch.equal(layer.bias, plain)
     with model.use_deltas(["one", None]), pytest.raises(DeltaMixError, match="cannot differ"):
-        layer.bias  # noqa: B018
+        layer.bias + 0
 
 
 def test_a_trained_head_that_was_tied_is_not_dropped(delta, tmp_path):
@@ -321,3 +321,31 @@ def test_a_trained_head_that_was_tied_is_not_dropped(delta, tmp_path):
         DeltaMixError, match=r"lm_head\.weight was tied to transformer\.wte\.weight"
     ):
         adapted.unload().save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, peft.LoHaConfig, peft.IA3Config])
+def test_beside_a_base_an_adapter_is_taken_off_again(delta, kind):
+    """peft puts the layer's bias, as others see it, back into the layer."""
+    model = beside(delta("bert"))
+    expected = logits(model)
+    more = {"feedforward_modules": []} if kind is peft.IA3Config else {}
+    adapted = get_peft_model(model, kind(target_modules=["query", "dense"], **more))
+    adapted.unload()
+    assert torch.equal(logits(model), expected)
+    layer = model.get_submodule("bert.encoder.layer.0.attention.self.query")
+    layer.bias, layer.weight = layer.bias, layer.weight
+    assert torch.equal(logits(model), expected)
+    model.delete_delta("one")
+    assert torch.equal(logits(model), logits(delta("bert").pair.load(delta("bert").pair.base)))
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_of_a_delta_are_not_trained_beside_a_base(delta, bias):
+    config = {"target_modules": ["query", "dense"], "bias": bias}
+    with pytest.raises(DeltaMixError, match="cannot be changed or copied|is to be trained"):
+        model = get_peft_model(beside(delta("bert")), LoraConfig(**config))
+        model(**inputs_of(model.base_model.model, token_ids()))
+    alone = get_peft_model(delta("bert").pair.load(delta("bert").folder), LoraConfig(**config))
+    alone(**inputs_of(alone.base_model.model, token_ids())).logits.sum().backward()
+    trained = [p for p in alone.parameters() if p.requires_grad]
+    assert trained and all(parameter.grad is not None for parameter in trained)
