@@ -21,8 +21,10 @@ from ..storage.headers import TensorInfo, fingerprints, opened, read_headers
 from ..storage.names import GUARD, ROWS, check_listed, is_guard, packed_names, packed_part
 from ..storage.untrusted_paths import check_weight_files, repo_files
 from .base import KeyMap
+from .model_class import check_counts
 from .vocabulary import Resized, resized_in_repo
 
+_MOST_PARTS = 6  # of a parameter: five packed tensors, and rows that were added
 _CODES = (torch.int8, torch.uint8)  # what quantized weights of other libraries look like
 
 
@@ -65,7 +67,8 @@ def find_delta(
     settings = config.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
-    check_weight_files(repo, files, read_headers(files))
+    check_counts(config)
+    check_weight_files(repo, files, lambda: read_headers(files))
     return files, DeltaMixConfig.from_dict(settings), config
 
 
@@ -156,6 +159,11 @@ def contents_of(infos: Mapping[str, TensorInfo], config: DeltaMixConfig, keys: K
 
     Raises a DeltaMixError: incomplete, of other shapes or kinds, or two tensors for one place.
     """
+    if len(infos) > _MOST_PARTS * (len(keys.state) + 1):  # before each is looked at
+        raise DeltaMixError(
+            f"the delta repo holds {len(infos)} tensors, for a model of {len(keys.state)}: it does "
+            "not belong to this model, or the file is damaged"
+        )
     modules, fused = packed_names(infos, config.method.quantizer, config.errors)
     others = {name for name in infos if packed_part(name) is None}
     guards = {name for name in others if is_guard(name)}
@@ -274,10 +282,10 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
         )
     infos = read_headers(files)
     contents = contents_of(infos, config, keys)
-    content = check_content(infos, config) if config.verify_tensors else None
     for stored in contents.absent:
         shape = list(infos[stored].shape) if stored in infos else "packed"
         raise DeltaMixError(f"{source!r} holds {stored} {shape}, the model has none such")
+    content = check_content(infos, config) if config.verify_tensors else None
     overlay: dict[str, Tensor] = {}
     with opened(infos) as get:
 

@@ -1,5 +1,7 @@
 """What config.json says a repo is: a delta or a whole model, and of which class."""
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +13,37 @@ from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError, first_line
 from ..transformers_private import add_generation_mixin_to_remote_model
 
+# A class makes a module or an entry for each of these: 3e6 labels take 2 GB, 2e7 layers 2.5 GB.
+_COUNTED = re.compile(r"(num|n)_\w*(layers?|blocks?|experts?|stages?|labels)|depths?|n_layer")
+_FEWEST_ALLOWED, _MOST_LABELS = 1000, 100_000
+
+
+def check_counts(config: Mapping[str, Any]) -> None:
+    """Check the counts of layers, experts and labels in the raw config.json of a delta repo.
+
+    For before anything is built of them. Raises a DeltaMixError for more layers than the base has
+    tensors, by the fingerprints of the repo: memory follows the bytes of the file.
+    """
+    settings = config.get("quantization_config")
+    known = settings.get("base_fingerprints") if isinstance(settings, Mapping) else None
+    tensors = len(known) if isinstance(known, Mapping) else 0
+    most = max(_FEWEST_ALLOWED, tensors)
+    parts: list[Any] = [config]
+    while parts:
+        part = parts.pop()
+        for name, value in part.items():
+            if isinstance(value, Mapping) and name != "quantization_config":
+                parts.append(value)
+            values = value if isinstance(value, list) else [value]
+            if not _COUNTED.fullmatch(str(name)):
+                continue
+            limit = _MOST_LABELS if str(name).endswith("labels") else most
+            if any(isinstance(v, int | float) and v > limit for v in values):
+                raise DeltaMixError(
+                    f"config.json of the delta repo says {name} = {str(value)[:40]}, and its base "
+                    f"has {tensors} tensors: it is damaged, or of another model"
+                )
+
 
 def read_config(repo: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read the config of a repo, a folder or Hub id; a DeltaMixError if it cannot be read.
@@ -19,7 +52,12 @@ def read_config(repo: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     name; only who calls may say so, no file.
     """
     try:
+        raw, _ = PreTrainedConfig.get_config_dict(repo)
+        if "quantization_config" in raw:
+            check_counts(raw)
         return AutoConfig.from_pretrained(repo, trust_remote_code=trust_remote_code)
+    except DeltaMixError:
+        raise
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise DeltaMixError(

@@ -81,8 +81,9 @@ def differences(
                 yield Difference(name, "same", ours, value)
                 continue
         for who, tensor in (("fine-tune", ours), ("base", value)):
-            known = tensor is not None and tensor.is_floating_point()
-            if known and not torch.isfinite(tensor).all():
+            if tensor is None or not tensor.is_floating_point():
+                continue
+            if not torch.isfinite(tensor).all():
                 raise DeltaMixError(f"{name} of the {who} holds NaN or infinite values")
         kind = "whole" if value is None else _kind(model, name, skip)
         yield Difference(name, kind, ours, value)

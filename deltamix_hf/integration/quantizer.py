@@ -105,7 +105,7 @@ class DeltaMixHfQuantizer(HfQuantizer):
             raise DeltaMixError(f"config.json has its weights in {named!r}, not in {WEIGHTS}")
         repo, delta_files = str(model.config.name_or_path), list(checkpoint_files)
         infos = read_headers(delta_files)
-        check_weight_files(repo, delta_files, infos)
+        check_weight_files(repo, delta_files, lambda: infos)
         contents = contents_of(infos, config, KeyMap(model))
         if config.verify_tensors:
             check_content(infos, config)

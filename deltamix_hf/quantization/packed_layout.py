@@ -22,7 +22,6 @@ their first dimension, so that a parameter takes five tensors at most. One more 
 import math
 from collections import Counter
 from collections.abc import Mapping
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -126,20 +125,22 @@ def layout_of(ranks: Tensor, group_size: int) -> tuple[Runs, GroupSizes]:
             f"the ranks are {ranks.dtype} {list(ranks.shape)}, not int16 [k, 1 + groups]: "
             "the file is damaged"
         )
-    words = ranks[:, 0].tolist()
-    pairs = [(w % 16, w // 16 % 16) for w in words]
-    if any(not (1 <= v <= 8 and 1 <= u <= 8) for v, u in pairs):
+    words = ranks[:, 0]
+    v, u = words % 16, words // 16 % 16
+    if bool(((v < 1) | (v > 8) | (u < 1) | (u > 8)).any()):
         raise DeltaMixError("a rank has a bit width outside 1..8: the file is damaged")
-    if pairs != sorted(pairs, reverse=True):
+    pairs = 16 * v + u
+    if bool((pairs[1:] > pairs[:-1]).any()):
         raise DeltaMixError("ranks are not sorted by width: the file is damaged")
-    exponents = {w // 256 for w in words} or {0}
-    (exponent,) = exponents if len(exponents) == 1 else (-1,)
+    least, most = (words // 256).aminmax() if len(words) else (0, 0)
+    exponent = int(least) if int(least) == int(most) else -1
     if exponent not in (0, *GROUP_EXPONENTS):
         raise DeltaMixError(
-            f"the scale groups of U are 2^{sorted(exponents)} elements, not one power from "
-            f"2^{GROUP_EXPONENTS[0]} to 2^{GROUP_EXPONENTS[-1]}: the file is damaged"
+            f"the scale groups of U are 2^{int(least)} to 2^{int(most)} elements, not one power "
+            f"from 2^{GROUP_EXPONENTS[0]} to 2^{GROUP_EXPONENTS[-1]}: the file is damaged"
         )
-    runs = [(len(list(same)), v, u) for (v, u), same in groupby(pairs)]
+    widths, counts = pairs.unique_consecutive(return_counts=True)
+    runs = [(n, w // 16, w % 16) for n, w in zip(counts.tolist(), widths.tolist(), strict=True)]
     return runs, (group_size, 2**exponent if exponent else group_size)
 
 
@@ -156,6 +157,7 @@ def checked_layout(
     Of `tensors`, `v` and `u` may be meta. Raises DeltaMixError for what no compressor writes.
     """
     ranks = tensors["ranks"]
+    _check_count(m, n, ranks.shape[0] if ranks.ndim else 0, experts)  # before they are looked at
     each = [ranks] if experts is None else _split_ranks(m, n, ranks, tensors["counts"], experts)
     layouts = [layout_of(part, group_size) for part in each]
     sizes = {sizes for runs, sizes in layouts if runs or experts is None}
@@ -187,6 +189,14 @@ def _split_ranks(m: int, n: int, ranks: Tensor, counts: Tensor, experts: int) ->
     return list(ranks.split(numbers))
 
 
+def _check_count(m: int, n: int, ranks: int, experts: int | None) -> None:
+    if ranks > (1 if experts is None else experts) * min(m, n):
+        raise DeltaMixError(
+            f"the delta has {ranks} ranks, an [{m}, {n}] matrix has at most {min(m, n)}: the delta "
+            "does not belong to this model, or the file is damaged"
+        )
+
+
 def check_parts(
     m: int,
     n: int,
@@ -200,12 +210,7 @@ def check_parts(
     The DeltaMixError names the first part of another shape or dtype, or says that there are more
     ranks than there can be.
     """
-    rank, matrices = sum(count for count, _, _ in runs), 1 if experts is None else experts
-    if rank > matrices * min(m, n):
-        raise DeltaMixError(
-            f"the delta has {rank} ranks, an [{m}, {n}] matrix has at most {min(m, n)}: the delta "
-            "does not belong to this model, or the file is damaged"
-        )
+    _check_count(m, n, sum(count for count, _, _ in runs), experts)
     expected = part_shapes(m, n, runs, group_sizes, quantizer_of(tensors.get("zeros")), experts)
     for part, shape in expected.items():
         if tuple(tensors[part].shape) != shape or tensors[part].dtype != DTYPES[part]:

@@ -7,7 +7,7 @@ tensors `packed_layout.py`'s; here are the names of other files and repos.
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,10 @@ def read_index(path: str) -> dict[str, str]:
     return shards
 
 
-def check_weight_files(repo: str, files: list[str], infos: Iterable[str]) -> None:
+def check_weight_files(repo: str, files: list[str], names: Callable[[], Iterable[str]]) -> None:
     """Raise a DeltaMixError if a delta repo reads from elsewhere, or its index knows other tensors.
+
+    `names` gives the names of the tensors in its files.
 
     A folder may hold links, and so lend out what belongs to others on this machine. (The Hub's
     cache consists of links, into its own folder for the repo.) A base may: its bytes are known by
@@ -125,7 +127,7 @@ def check_weight_files(repo: str, files: list[str], infos: Iterable[str]) -> Non
         listed = read_index(index)
     except (OSError, ValueError) as error:
         raise DeltaMixError(f"{index} is no sound index: {first_line(error)}") from error
-    if wrong := sorted(listed.keys() ^ set(infos)):
+    if wrong := sorted(listed.keys() ^ set(names())):
         where = "the index" if wrong[0] in listed else "the shards"
         raise DeltaMixError(f"only {where} of the delta repo know {wrong[0]}: it is incomplete")
 
