@@ -223,9 +223,9 @@ def check_frozen(module: nn.Module, requires_grad: bool) -> bool:
     return requires_grad
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the first tensor among a call's arguments."""
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the first tensor among a call's arguments, None if there is none."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def merged_name(leaf: str) -> str:
