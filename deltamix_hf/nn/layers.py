@@ -46,6 +46,18 @@ def declared_shape(module: nn.Module) -> tuple[int, int]:
     return shape_of(module)
 
 
+def resizes(
+    model: PreTrainedModel,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *_: Any,
+    **__: Any,
+) -> bool:
+    """Tell whether `resize_token_embeddings` with these arguments changes the number of rows."""
+    rows, step = weight_of(model.get_input_embeddings()).shape[0], pad_to_multiple_of or 1
+    return -(-(new_num_tokens or rows) // step) * step != rows
+
+
 def tied_tensors(model: PreTrainedModel, name: str) -> list[str]:
     """List the tensor's own name and those of the tensors tied to it."""
     ties = model.all_tied_weights_keys.items()
@@ -169,11 +181,13 @@ def delta_class(cls: type[nn.Module]) -> type[DeltaModule] | None:
     A subclass of `nn.Embedding` (Gemma scales its output, OPT shifts ids) keeps its own forward:
     the counterpart slips `DeltaEmbedding` between the two, where `super().forward` meets it.
     """
-    plain: Any = cls
-    if cls not in _CLASSES and not issubclass(cls, DeltaModule) and is_linear(plain):
-        return joined_class(cls, (DeltaLinear, cls))
-    if cls in _CLASSES or issubclass(cls, DeltaModule) or not issubclass(cls, nn.Embedding):
+    if cls in _CLASSES or issubclass(cls, DeltaModule):
         return _CLASSES.get(cls)
+    plain: Any = cls
+    if is_linear(plain):
+        return joined_class(cls, (DeltaLinear, cls))
+    if not issubclass(cls, nn.Embedding):
+        return None
     own = inspect.unwrap(cls.forward)
     if own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars:
         return None  # it looks its rows up past `nn.Embedding.forward` (Whisper's)
