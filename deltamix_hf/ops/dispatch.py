@@ -104,11 +104,24 @@ def persistent(device: torch.device, make: Callable[[], T]) -> T:
     return make() if _kernels is None else _kernels.persistent(device, make)
 
 
-def table_of(packed: PackedDelta, dtype: torch.dtype, make: Callable[[], T]) -> T:
-    """Return `make()` for these codes, made anew when they have moved or changed; see `persistent`.
+def table_of(
+    packed: PackedDelta, dtype: torch.dtype, embedding: bool = False
+) -> tuple[Any, Tensor] | None:
+    """Return the kernels' table of a matrix or of all experts, and its slots, int32 [experts or 1].
 
-    What is made must not keep `packed.v` alive, with which it is forgotten.
+    It is made anew when the codes have moved or changed; see `persistent`. None: not for kernels.
     """
+
+    def make() -> tuple[Any, Tensor] | None:
+        device, factors = packed.v.device, packed.untied().split()  # forgotten with `packed.v`
+        table = triton_kernels().Table(len(factors), packed.m, packed.n, device, embedding)
+        known = all(
+            own is None or table.put(number, kernel_packed(own), dtype)
+            for number, own in enumerate(factors)
+        )
+        slots = torch.arange(len(factors), dtype=torch.int32, device=device)
+        return (table, slots) if known else None
+
     of = [dtype, *map(state_of, packed.tensors.values())]
     found = _tables.get(packed.v)
     if found is None or found[0] != of:

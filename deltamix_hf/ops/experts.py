@@ -19,7 +19,7 @@ from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import packed_runs
 from ..transformers_private import moe
 from . import cpu
-from .dispatch import TRITON, choose, kernel_packed, table_of, triton_kernels
+from .dispatch import TRITON, choose, table_of, triton_kernels
 
 Project = Callable[[str, Tensor, Tensor], Tensor]
 """(name of a 3-D parameter, x [S, n] sorted by expert, ends int32 [experts]) -> [S, m].
@@ -183,7 +183,7 @@ def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> b
     """
     unknown = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
     fits = packed.zeros is None and y.dtype == x.dtype and not unknown
-    found = _expert_table(packed, x.dtype) if fits and choose(x.device) == TRITON else None
+    found = table_of(packed, x.dtype) if fits and choose(x.device) == TRITON else None
     if found is None:
         return False
     table, slots = found
@@ -192,19 +192,3 @@ def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> b
     rows = k.Rows(numbers, torch.cat([ends.new_zeros(1), ends]), slots)
     k.grouped_add(y, x, table, rows)
     return True
-
-
-def _expert_table(packed: PackedDelta, dtype: torch.dtype) -> tuple[Any, Tensor] | None:
-    """The kernels' table of all experts' factors, and their slots; None: not for them."""
-
-    def make() -> tuple[Any, Tensor] | None:
-        device, factors = packed.v.device, packed.untied().split()
-        table = triton_kernels().Table(len(factors), packed.m, packed.n, device)
-        known = all(
-            own is None or table.put(number, kernel_packed(own), dtype)
-            for number, own in enumerate(factors)
-        )
-        slots = torch.arange(len(factors), dtype=torch.int32, device=device)
-        return (table, slots) if known else None
-
-    return table_of(packed, dtype, make)

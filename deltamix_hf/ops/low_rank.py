@@ -159,9 +159,11 @@ def plain_low_rank_rows(
 ) -> Tensor:
     """Decode rows `index` (int64, any shape, below m) of Û·V̂: [*index.shape, n] in `dtype`."""
     packed = _packed(runs, m, n, group_sizes, v, u, ranks, zeros)
-    if choose(index.device) == TRITON and (table := _row_table(packed, dtype)) is not None:
-        y = v.new_zeros(*index.shape, n, dtype=dtype)
-        triton_kernels().grouped_embed(y, index, *table)
+    if choose(index.device) == TRITON and (entry := table_of(packed, dtype, embedding=True)):
+        table, slot = entry
+        k, y = triton_kernels(), v.new_zeros(*index.shape, n, dtype=dtype)
+        ends = torch.arange(2, dtype=torch.int32, device=slot.device)  # all rows use the one slot
+        k.grouped_embed(y, index, table, k.Rows(slot, ends, slot))
         return y
     sides = packed_runs(packed.runs)["u"]
     flat = index.reshape(-1)
@@ -192,19 +194,6 @@ low_rank_rows = torch.library.custom_op("deltamix::low_rank_rows", mutates_args=
 @low_rank_rows.register_fake
 def _(index, v, u, ranks, zeros, runs, m, n, group_sizes, dtype=torch.float32):
     return torch.empty(*index.shape, n, dtype=dtype, device=index.device)
-
-
-def _row_table(packed: PackedDelta, dtype: torch.dtype) -> tuple[Any, Any] | None:
-    """The kernels' table of one embedding's delta, and rows that all use it; None: not for them."""
-
-    def make() -> tuple[Any, Any] | None:
-        k, device = triton_kernels(), packed.v.device
-        table = k.Table(1, packed.m, packed.n, device, embedding=True)
-        rows = (torch.tensor(t, dtype=torch.int32).to(device) for t in ([0], [0, 1], [0]))
-        known = table.put(0, kernel_packed(packed), dtype)
-        return (table, k.Rows(*rows)) if known else None
-
-    return table_of(packed, dtype, make)
 
 
 _PLAIN: dict[Any, Any] = {
