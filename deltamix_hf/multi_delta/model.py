@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
-from ..nn.delta_module import with_recipe
+from ..nn.delta_module import made_class
 from ..nn.layers import resizes
 from .end_tokens import by_row, row_ends
 from .item_features import routed_features
@@ -73,8 +73,7 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
         methods |= {name: _refused(name) for name in ("save_pretrained", "dequantize")}
     else:
         methods["save_pretrained"] = _without_deltas(cls.save_pretrained)
-    made = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
-    return with_recipe(made, routed_model_class, cls, adopted)
+    return made_class(cls, (cls,), methods, (routed_model_class, cls, adopted))
 
 
 def _batch(model: Any, names: list[str], args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -116,8 +115,7 @@ def _unless_changed(method: Any) -> Any:
 def part_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the class of a part of a model with named deltas that is a model of its own kind."""
     methods = routed_features(cls) | {"save_pretrained": _without_deltas(cls.save_pretrained)}
-    made = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
-    return with_recipe(made, part_class, cls)
+    return made_class(cls, (cls,), methods, (part_class, cls))
 
 
 def _without_deltas(plain: Any) -> Any:
