@@ -84,8 +84,7 @@ LayerTable = FactorTable | VectorTable
 def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the output by launches that serve all rows together; None: take the loop.
 
-    Raises:
-        DeltaMixError: a CUDA graph is being recorded, and it would keep its deltas.
+    Raises DeltaMixError if a CUDA graph is being recorded, and would keep its deltas.
     """
     x = first_tensor(args, kwargs)
     if x is None:
@@ -103,8 +102,7 @@ def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 def refresh(module: Any, name: str) -> None:
     """Let the module's table follow after delta `name` came or went.
 
-    Raises:
-        DeltaMixError: a CUDA graph was recorded, and it cannot run this delta.
+    Raises DeltaMixError if a CUDA graph was recorded, and it cannot run this delta.
     """
     deltas = module.dm_row_deltas
     table: LayerTable | None = deltas.table

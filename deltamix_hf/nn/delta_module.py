@@ -137,10 +137,8 @@ class DeltaModule(nn.Module):
     def merged_weight(self, leaf: str = "weight", other: Any = None) -> Tensor:
         """Return W_base + Û·V̂, added in float32, in the base weight's dtype.
 
-        Û·V̂ is the layer's own delta, or `other`.
-
-        Raises:
-            DeltaMixError: several processes share the weight.
+        Û·V̂ is the layer's own delta, or `other`. Raises DeltaMixError if several processes share
+        the weight.
         """
         weight: Any = self._parameters[leaf]
         if hasattr(weight, "device_mesh"):

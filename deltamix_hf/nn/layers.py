@@ -208,8 +208,7 @@ def routable_class(cls: type[nn.Module]) -> type[DeltaModule]:
 def attach(module: nn.Module, packed: PackedDelta) -> None:
     """Turn `module` into its delta counterpart; the tensors of `packed` may be meta.
 
-    Raises:
-        DeltaMixError: the module cannot carry a delta, or one of this shape.
+    Raises DeltaMixError if the module cannot carry a delta, or one of this shape.
     """
     plain = type(module)
     counterpart = delta_class(plain)
@@ -224,10 +223,8 @@ def attach_with_ties(model: PreTrainedModel, name: str, packed: PackedDelta) -> 
     """Attach a delta to the module `name` and all modules tied to its weight (lm_head, say).
 
     The twins share the very same parameters, and `model.all_tied_weights_keys` learns so: then
-    transformers loads, offloads and saves one copy, as it does for the tied weight itself.
-
-    Raises:
-        DeltaMixError: as `attach`.
+    transformers loads, offloads and saves one copy, as it does for the tied weight itself. Raises
+    DeltaMixError as `attach` does.
     """
     module = model.get_submodule(name)
     attach(module, packed)

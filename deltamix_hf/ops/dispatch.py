@@ -35,11 +35,8 @@ _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which li
 def choose(device: torch.device, passed: dict[int | None, bool] = _passed) -> str:
     """Return the implementation for tensors on `device`.
 
-    Args:
-        passed: GPU -> whether the kernels work there, as far as it has been tried.
-
-    Raises:
-        DeltaMixError: an unknown name, or Triton asked for where it cannot run.
+    `passed`: GPU -> whether the kernels work there, as far as it has been tried. Raises
+    DeltaMixError for an unknown name, or if Triton is asked for where it cannot run.
     """
     name = os.environ.get(VARIABLE)
     if name is None:
@@ -93,8 +90,7 @@ def capturing(device: torch.device) -> bool:
 def persistent(device: torch.device, make: Callable[[], T]) -> T:
     """Return `make()`, tensors that outlive the call, also where a compiled model warms up.
 
-    Raises:
-        DeltaMixError: a CUDA graph is being recorded.
+    Raises DeltaMixError if a CUDA graph is being recorded.
     """
     if capturing(device):
         raise DeltaMixError(
@@ -122,7 +118,7 @@ def table_of(
         slots = torch.arange(len(factors), dtype=torch.int32, device=device)
         return (table, slots) if known else None
 
-    of = [dtype, *map(state_of, packed.tensors.values())]
+    of = [dtype, embedding, *map(state_of, packed.tensors.values())]
     found = _tables.get(packed.v)
     if found is None or found[0] != of:
         found = _tables[packed.v] = of, persistent(packed.v.device, make)

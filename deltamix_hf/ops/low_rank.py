@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quantization import bitpacking, gaussian, uniform
+from ..quantization import bitpacking, uniform
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import packed_runs, row_bits, scale_counts, zero_points
 from . import cpu
@@ -171,12 +171,9 @@ def plain_low_rank_rows(
     v_groups, _ = scale_counts(m, n, packed.group_sizes)
     group = v_groups + (flat // group_sizes[1] if group_sizes[1] else torch.zeros_like(flat))
     scales = uniform.scales_from_bits(ranks[:, 1:].contiguous())[:, group]
-    if zeros is None:
-        left = gaussian.decode(codes, row_bits(sides, codes)[:, None]) * scales
-    else:
-        # int16, not uint8: code - zero may be negative
-        points = zero_points(zeros, packed.runs, ranks.shape[1] - 1)[:, group].to(torch.int16)
-        left = (codes.to(torch.int16) - points) * scales
+    if zeros is not None:
+        zeros = zero_points(zeros, packed.runs, ranks.shape[1] - 1)[:, group]
+    left = packed.quantizer.decode(codes, scales, zeros, row_bits(sides, codes), group_size=1)
     with torch.autocast(index.device.type, enabled=False):
         if index.device.type == "cpu" and cpu.supported(packed):
             h = (left * uniform.scales_from_bits(ranks[:, 1:2].contiguous())).T
