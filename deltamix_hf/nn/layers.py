@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaMixError
-from ..ops.low_rank import cheapest, delta_linear, low_rank, low_rank_rows
+from ..ops.low_rank import delta_linear, low_rank, low_rank_rows
+from ..ops.packed_op import cheapest
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import PREFIX, check_parts
 from .delta_matrix import DeltaMatrix
@@ -99,13 +100,10 @@ class DeltaLinear(DeltaMatrix, nn.Linear):
 
     def alone(self, x: Tensor) -> Tensor:
         """Return the output [..., m] for x [..., n] by an op of this layer's own."""
-        *tensors, runs, _, _, group_sizes = self.packed().op_arguments
-        linear = cheapest(delta_linear)
-        own = weight_of(self), weight_of(self, "bias")
-        return linear(x, *own, *tensors, runs, group_sizes)
+        return cheapest(delta_linear, x, weight_of(self), weight_of(self, "bias"), self.packed())
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return cheapest(low_rank)(x.to(dtype), *packed.op_arguments, transposed=False)
+        return cheapest(low_rank, x.to(dtype), packed, False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.dm_shared_input is not None:
@@ -150,7 +148,7 @@ class DeltaEmbedding(DeltaMatrix, nn.Embedding):
         return F.embedding(first_tensor(args, kwargs), weight_of(self), *how)
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return cheapest(low_rank_rows)(x.long(), *packed.op_arguments, dtype)
+        return cheapest(low_rank_rows, x.long(), packed, dtype)
 
 
 _CLASSES: dict[type[nn.Module], type[DeltaModule]] = {
