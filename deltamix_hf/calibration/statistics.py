@@ -130,8 +130,7 @@ def _check_finite(found: Mapping[str, LayerStatistics]) -> None:
     moments = [(name, layer.inputs) for name, layer in found.items()]
     moments += [(name, layer.gradients) for name, layer in found.items() if layer.gradients]
     for name, moment in moments:
-        sums = [t for t in (moment.total, moment.squares) if t is not None]
-        if not all(bool(torch.isfinite(t).all()) for t in sums):
+        if not all(bool(torch.isfinite(t).all()) for t in moment.state()[0].values()):
             raise DeltaMixError(
                 f"calibration gave NaN or infinite values at {name}: check the fine-tune"
             )

@@ -34,7 +34,7 @@ from ..transformers_private import (
     ContinuousBatchProcessor,
     PagedAttentionCache,
 )
-from .end_tokens import Ends, chose_ends
+from .end_tokens import chose_ends
 from .pool import Pool
 from .routing import Names, PackedRoute, Router, named_route
 
@@ -77,8 +77,7 @@ def init_continuous_batching(
             )
         config.use_cuda_graph = (False, False)  # transformers may have chosen them by itself
         manager.__class__ = RoutedBatchingManager
-        manager.dm_router, manager.dm_pool = model.dm_deltas.router, model.dm_deltas.pool
-        manager.dm_ends, manager.dm_requests = model.dm_deltas.ends, set()
+        manager.dm_deltas, manager.dm_requests = model.dm_deltas, set()
     return manager
 
 
@@ -97,9 +96,7 @@ def generate_batch(
 class RoutedBatchingManager(ContinuousBatchingManager):
     """A manager whose requests name their deltas."""
 
-    dm_router: Router
-    dm_pool: Pool
-    dm_ends: Ends
+    dm_deltas: Any  # the model's `DeltaManager`
     dm_requests: set[RequestDelta]  # of those that may not have ended
 
     def add_request(
@@ -117,13 +114,13 @@ class RoutedBatchingManager(ContinuousBatchingManager):
         one_of_many = isinstance(input_ids, Prompt)  # given the manager's end tokens
         if not isinstance(input_ids, Prompt):
             names = None if delta_name is ACTIVE else [delta_name]
-            (input_ids,) = name_prompts(self.dm_router, [input_ids], names)
+            (input_ids,) = name_prompts(self.dm_deltas.router, [input_ids], names)
         self._check_room(names_of([input_ids]))
         self.logit_processor.supported_keys[KEY] = RequestDelta  # its clear() forgets them
-        own, given = self.dm_ends.get(input_ids.delta), kwargs.get("eos_token_id")
+        own, given = self.dm_deltas.ends.get(input_ids.delta), kwargs.get("eos_token_id")
         if own is not None and not chose_ends(self.model, self.generation_config):
             kwargs |= {"eos_token_id": own} if one_of_many or given is None else {}
-        request_delta = RequestDelta(self.dm_pool, input_ids.delta)
+        request_delta = RequestDelta(self.dm_deltas.pool, input_ids.delta)
         added = None
         try:
             added = super().add_request(input_ids, *args, **{**kwargs, KEY: request_delta})
@@ -144,15 +141,15 @@ class RoutedBatchingManager(ContinuousBatchingManager):
         """
         prompts: list[Any] = list(inputs)
         if not all(isinstance(prompt, Prompt) for prompt in prompts):
-            prompts = name_prompts(self.dm_router, prompts, delta_names)
+            prompts = name_prompts(self.dm_deltas.router, prompts, delta_names)
         self._check_room(names_of(prompts))
-        with self.dm_pool.holding(names_of(prompts)):
+        with self.dm_deltas.pool.holding(names_of(prompts)):
             return super().add_requests(prompts, *args, **kwargs)
 
     def _check_room(self, names: Sequence[str]) -> None:
         """Before the start no request ends and makes room: then do not wait for it."""
         if not self.is_running():
-            self.dm_pool.check_possible([*names_of(self.dm_requests), *names])
+            self.dm_deltas.pool.check_possible([*names_of(self.dm_requests), *names])
 
     def release(self, requests: set[RequestDelta]) -> None:
         """Release the deltas of requests that have ended."""
@@ -192,7 +189,7 @@ class RoutedBatchProcessor(ContinuousBatchProcessor):
         return ready
 
     def _generation_step(self, model: Any) -> None:
-        with self.dm_manager.dm_router.using(self._route(model)):
+        with self.dm_manager.dm_deltas.router.using(self._route(model)):
             super()._generation_step(model)
 
     def _route(self, model: Any) -> PackedRoute:

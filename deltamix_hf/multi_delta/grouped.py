@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeltaMixError
+from ..nn.delta_module import first_tensor
 from ..nn.layers import DeltaEmbedding, is_linear, weight_of
 from ..ops.dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
 from .routing import RowSlots
@@ -83,14 +84,14 @@ LayerTable = FactorTable | VectorTable
 def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the output by launches that serve all rows together; None: take the loop.
 
-    Raises:
-        DeltaMixError: a CUDA graph is being recorded, and it would keep its deltas.
+    Raises DeltaMixError if a CUDA graph is being recorded, and would keep its deltas.
     """
-    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    x = first_tensor(args, kwargs)
     if x is None:
         return None
-    found = _run_grouped(module, x) if len(args) == 1 and not kwargs else None
-    if capturing(x.device):
+    recording = capturing(x.device)
+    found = _run_grouped(module, x, recording) if len(args) == 1 and not kwargs else None
+    if recording:
         deltas = module.dm_row_deltas
         deltas.captured = True
         if found is None and (deltas.packed or deltas.overlay):
@@ -101,8 +102,7 @@ def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 def refresh(module: Any, name: str) -> None:
     """Let the module's table follow after delta `name` came or went.
 
-    Raises:
-        DeltaMixError: a CUDA graph was recorded, and it cannot run this delta.
+    Raises DeltaMixError if a CUDA graph was recorded, and it cannot run this delta.
     """
     deltas = module.dm_row_deltas
     table: LayerTable | None = deltas.table
@@ -141,17 +141,18 @@ def _enter(module: Any, table: LayerTable, name: str) -> None:
         table.names.add(name)
 
 
-def _run_grouped(module: Any, x: Tensor) -> Tensor | None:
+def _run_grouped(module: Any, x: Tensor, recording: bool) -> Tensor | None:
     unknown = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
     if choose(x.device) != TRITON or unknown or x.dim() == 0:
         return None
-    deltas, recording = module.dm_row_deltas, capturing(x.device)
+    deltas = module.dm_row_deltas
     if not deltas.tried and not recording:  # when it first runs: trying a norm takes a while
         deltas.table = triton_kernels().persistent(x.device, lambda: _new_table(module, x))
         deltas.tried = True
     table, router = deltas.table, deltas.router
     route, rows = router.route, x.shape[0]
-    by_row = deltas.keeps_rows(module, x, len(route.rows)) and rows % len(route.rows) == 0
+    named = len(route.rows)
+    by_row = rows % named == 0 and deltas.keeps_rows(module, x, named)
     if table is None or not (by_row or (route.alike and not recording)):
         return None
     here = {*deltas.packed, *deltas.overlay}

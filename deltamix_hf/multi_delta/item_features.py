@@ -39,15 +39,14 @@ def _by_delta(plain: Any, kind: str) -> Any:
     def features(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = self.__dict__
         router = own.get("dm_whole", own.get("dm_deltas")).router
-        route = router.route
-        if torch.compiler.is_compiling() or route.alike:
+        if torch.compiler.is_compiling() or router.route.alike:
             return plain(self, *args, **kwargs)
         bound = inspect.signature(plain).bind(self, *args, **kwargs).arguments
         others = bound.pop("kwargs", {})
         _, *given = {**bound, **others}.items()
         items = _Items(kind, dict(given))
         rows = items.rows(self.config, router.ids)
-        deltas = [route.of_rows(len(router.ids))[row] for row in rows]
+        deltas = [router.route.of_rows(len(router.ids))[row] for row in rows]
         parts = []
         for delta in dict.fromkeys(deltas):
             own = [i for i, other in enumerate(deltas) if other == delta]

@@ -25,10 +25,6 @@ from .grouped import run_grouped
 from .routing import PackedRoute, Route, Router
 from .row_layout import EACH, SHARED
 
-_READ = (
-    "the weight of a {} is read, not its output, which cannot differ by row: give all rows the "
-    "same delta"
-)
 PARAMETRIZED = "parametrizations"  # where torch keeps what it computes a weight of
 Args = tuple[Any, ...]  # of a module's call
 Kwargs = dict[str, Any]
@@ -107,24 +103,27 @@ class RoutedDeltas:
 
     def weight(self, module: DeltaModule) -> Tensor:
         """Return the module's weight by the route in force; DeltaMixError if rows differ."""
-        route = self.router.route
         if not self.changes_weight():
             return weight_of(module)
-        if not route.alike:
-            raise DeltaMixError(_READ.format(module.dm_plain_class.__name__))
-        (delta,) = route.names
+        delta = self._one_delta(module)
         whole = self.overlay.get(delta, {}).get("weight")
         return module.merged_weight(other=self.packed[delta]) if whole is None else whole
 
     def bias(self, module: DeltaModule, base: Any) -> Any:
         """Return the module's bias [m] by the route in force; DeltaMixError if rows differ."""
-        route = self.router.route
-        found = [self.overlay.get(name, {}).get("bias") for name in route.names]
-        if all(own is None for own in found):
+        if not any("bias" in self.overlay.get(name, {}) for name in self.router.route.names):
             return base
+        return self.overlay[self._one_delta(module)]["bias"]
+
+    def _one_delta(self, module: DeltaModule) -> str:
+        """Return the delta of all rows, for who reads a weight; DeltaMixError if rows differ."""
+        route = self.router.route
         if not route.alike:
-            raise DeltaMixError(_READ.format(module.dm_plain_class.__name__))
-        return found[0]
+            raise DeltaMixError(
+                f"the weight of a {module.dm_plain_class.__name__} is read, not its output, which "
+                "cannot differ by row: give all rows the same delta"
+            )
+        return route.names[0]
 
     def output(self, module: DeltaModule, delta: str, base: Any, args: Args, kwargs: Kwargs) -> Any:
         """Return the output with one delta; `base`, if known, is that of the base's tensors."""
@@ -137,7 +136,7 @@ class RoutedDeltas:
     def _by_row(self, module: DeltaModule, route: Route, args: Args, kwargs: Kwargs) -> Any:
         """Return the output for rows with different deltas, one after the other."""
         if not (args or kwargs):  # it makes a weight
-            raise DeltaMixError(_READ.format(module.dm_plain_class.__name__))
+            self._one_delta(module)  # raises
         with self.router.using(Route([None]) if PARAMETRIZED in module._modules else None):
             y = module.plain(*args, **kwargs)
         x, batch = first_tensor(args, kwargs), len(route.rows)

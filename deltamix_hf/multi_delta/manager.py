@@ -218,7 +218,7 @@ class DeltaManager:
         route = self.router.route
 
         def again(*args: Any, **kwargs: Any) -> Any:
-            with self.pool.holding(route.names), self.router.recomputing(route):
+            with self.pool.holding(route.names), self.router.using(route, recomputed=True):
                 return function(*args, **kwargs)
 
         return plain(again, *args, **kwargs)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMixError
-from ..nn.delta_module import with_recipe
+from ..nn.delta_module import made_class
+from ..nn.layers import resizes
 from .end_tokens import by_row, row_ends
 from .item_features import routed_features
 from .routing import Names, Route, named_route
@@ -72,8 +73,7 @@ def routed_model_class(cls: type[PreTrainedModel], adopted: bool) -> type[PreTra
         methods |= {name: _refused(name) for name in ("save_pretrained", "dequantize")}
     else:
         methods["save_pretrained"] = _without_deltas(cls.save_pretrained)
-    made = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
-    return with_recipe(made, routed_model_class, cls, adopted)
+    return made_class(cls, (cls,), methods, (routed_model_class, cls, adopted))
 
 
 def _batch(model: Any, names: list[str], args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -95,22 +95,19 @@ def _unless_changed(method: Any) -> Any:
     """Return `method`, which gives a model embeddings, so that deltas keep those they are for."""
 
     @wraps(method)
-    def checked(self: Any, new: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         deltas = self.__dict__["dm_deltas"]
         if deltas.pool.entries:
-            new = kwargs.get("new_num_tokens", new)
-            step = kwargs.get("pad_to_multiple_of", args[0] if args else None) or 1
-            rows = self.get_input_embeddings().weight.shape[0]
-            same = new in (self.get_input_embeddings(), self.get_output_embeddings())
-            if not (
-                same if isinstance(new, nn.Module) else -(-(new or rows) // step) * step == rows
-            ):
+            new, *_ = *args, *kwargs.values(), None
+            ends = self.get_input_embeddings(), self.get_output_embeddings()
+            module = isinstance(new, nn.Module)
+            if new not in ends if module else resizes(self, *args, **kwargs):
                 raise DeltaMixError(
                     f"{method.__name__} would change what the loaded deltas are for; delete them, "
                     "and load deltas of fine-tunes that have these embeddings"
                 )
         with deltas.router.using(Route([None])):  # BERT hands its head's bias on
-            return method(self, new, *args, **kwargs)
+            return method(self, *args, **kwargs)
 
     return checked
 
@@ -118,8 +115,7 @@ def _unless_changed(method: Any) -> Any:
 def part_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the class of a part of a model with named deltas that is a model of its own kind."""
     methods = routed_features(cls) | {"save_pretrained": _without_deltas(cls.save_pretrained)}
-    made = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
-    return with_recipe(made, part_class, cls)
+    return made_class(cls, (cls,), methods, (part_class, cls))
 
 
 def _without_deltas(plain: Any) -> Any:

@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from functools import partial
 from itertools import accumulate
 from threading import Lock, RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,14 @@ class PackedRoute(Route):
         return self
 
 
+class _Call(NamedTuple):
+    """What is known of the running call; `recomputed`: in the backward pass, by checkpointing."""
+
+    route: Route | None = None
+    ids: Tensor | None = None
+    recomputed: bool = False
+
+
 class Router:
     """The route in force: the one of the running call, or else of all calls.
 
@@ -155,9 +163,7 @@ class Router:
         self.default = Route([None])
         self.slots = Slots()  # of the resident deltas
         self.turn = RLock()  # held by the thread that announces
-        self._current: ContextVar[Route | None] = ContextVar("deltamix_route", default=None)
-        self._ids: ContextVar[Tensor | None] = ContextVar("deltamix_ids", default=None)
-        self._recomputing: ContextVar[bool] = ContextVar("deltamix_recomputing", default=False)
+        self._call: ContextVar[_Call] = ContextVar("deltamix_call", default=_Call())  # noqa: B039
         self._announced: list[Route] = []  # the last one counts
         self._fixed: dict[tuple[int, torch.device], RowSlots] = {}
         self._writing = Lock()
@@ -187,41 +193,35 @@ class Router:
 
         Raises DeltaMixError in the backward pass, if what runs there has not brought its own.
         """
-        if torch._C._current_autograd_node() is not None and not self._recomputing.get():
+        call = self._call.get()
+        if torch._C._current_autograd_node() is not None and not call.recomputed:
             raise DeltaMixError(
                 "a layer with deltas runs once more in the backward pass, where its rows' deltas "
                 "are not known: use gradient_checkpointing_enable, which remembers them"
             )
-        return self._current.get() or self.default
+        return call.route or self.default
 
     @property
     def ids(self) -> Tensor | None:
         """The tokens int64 [rows, length] of the running call, None if it has none."""
-        return self._ids.get()
+        return self._call.get().ids
 
     @contextmanager
-    def recomputing(self, route: Route) -> Iterator[None]:
-        """Context manager: use `route`, that of the call whose part runs once more."""
-        token = self._recomputing.set(True)
-        try:
-            with self.using(route):
-                yield
-        finally:
-            self._recomputing.reset(token)
-
-    @contextmanager
-    def using(self, route: Route | None, ids: Tensor | None = None) -> Iterator[None]:
+    def using(
+        self, route: Route | None, ids: Tensor | None = None, recomputed: bool = False
+    ) -> Iterator[None]:
         """Context manager: use `route`; None leaves it as it is. Other threads keep theirs.
 
-        `ids` are the call's tokens int64 [rows, length], if they are known.
+        `ids` are the call's tokens int64 [rows, length], if they are known; `recomputed` says that
+        its layers run once more.
         """
-        token = self._current.set(route or self._current.get())
-        tokens = self._ids.set(self._ids.get() if ids is None else ids)
+        before = self._call.get()
+        ids = before.ids if ids is None else ids
+        token = self._call.set(_Call(route or before.route, ids, recomputed or before.recomputed))
         try:
             yield
         finally:
-            self._ids.reset(tokens)
-            self._current.reset(token)
+            self._call.reset(token)
 
     def set_default(self, route: Route) -> None:
         """Use `route` in all calls that name none, and in captured graphs."""

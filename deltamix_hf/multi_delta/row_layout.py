@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import first_line
+from ..nn.delta_module import first_tensor
 from ..nn.probing import DirectReads, hooked, probe_inputs
 
 logger = logging.get_logger(__name__)
@@ -24,7 +25,7 @@ EACH = "each row"  # entries of every row, in the order of the batch
 SHARED = "shared"  # one entry for all rows, positions say, whatever the batch
 _CLOSE = 0.1  # of the distance between two rows; other batch sizes move the last digits
 
-Calls = dict[str, list[tuple[Tensor, int]]]
+Calls = defaultdict[str, list[tuple[Tensor, int]]]
 """What modules got, by name, in each call: two numbers for each entry [n, 2], and dimensions."""
 
 
@@ -37,50 +38,42 @@ def observe(model: PreTrainedModel) -> tuple[dict[nn.Module, str], set[str]]:
     """
     named = {n: m for n, m in model.named_modules() if m._parameters or m._buffers}
     reads = DirectReads(named)
-    two, three = Calls(), Calls()
+    two, three = Calls(list), Calls(list)
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
-    try:
-        inputs = probe_inputs(model)
-    except Exception as error:  # of a config that lacks sizes
-        inputs = _told(error)
-    again = torch.tensor([0, 0, 1], device=model.device)
-    repeated = {k: v[again] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    for given, calls in (inputs, two), (repeated, three):
-        with hooked(named, partial(_note, calls)), reads.watching(model):
-            try:
+    for calls, rows in (two, [0, 1]), (three, [0, 0, 1]):
+        try:
+            inputs = probe_inputs(model)
+            given = {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            with hooked(named, partial(_note, calls)), reads.watching(model):
                 model.forward(**given)  # itself, not what torch.compile makes of it
-            except Exception as error:  # what has run until then has run
-                _told(error)
+        except Exception as error:  # what has run until then has run
+            why = first_line(error)
+            logger.info("cannot try out where rows of a batch are kept apart: %s", why)
     for module in training:
         module.training = True
     counts = defaultdict(set)  # of flat entries, by modules of a kind: all blocks', all experts'
     for name in named:
-        pair = (two.get(name, ()), three.get(name, ()))
-        counts[_kind(name)].add(tuple(len(x) for calls in pair for x, dims in calls if dims == 2))
+        both = two[name] + three[name]
+        counts[_kind(name)].add(tuple(len(x) for x, dims in both if dims == 2))
     layouts = {}
     for name, module in named.items():
-        before, after = two.get(name, []), three.get(name, [])
-        seen = {_layout(a, b) for (a, _), (b, _) in zip(before, after, strict=False)}
+        seen = {_layout(a, b) for (a, _), (b, _) in zip(two[name], three[name], strict=False)}
         # Experts that take tokens apart cannot have as many each: not of 22 tokens and of 33.
-        one = len(before) == len(after) and len(seen) == len(counts[_kind(name)]) == 1
+        one = len(two[name]) == len(three[name]) and len(seen) == len(counts[_kind(name)]) == 1
         if one and "" not in seen:
             layouts[module] = seen.pop()
     return layouts, reads.found
 
 
-def _told(error: Exception) -> dict[str, Any]:
-    logger.info("cannot try out where rows of a batch are kept apart: %s", first_line(error))
-    return {}
-
-
 def _note(calls: Calls, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-    x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), torch.tensor(0.0))
+    found = first_tensor(args, kwargs)
+    x = torch.tensor(0.0) if found is None else found
     entries = x.reshape(len(x), -1).double().cpu() if x.dim() else torch.zeros(0, 1)
     angles = torch.arange(entries.shape[1], dtype=torch.float64)
     waves = torch.stack([angles.cos(), (2 * angles).sin() + 1], dim=1)
-    calls.setdefault(name, []).append((entries.double() @ waves, x.dim()))
+    calls[name].append((entries.double() @ waves, x.dim()))
 
 
 def _kind(name: str) -> str:

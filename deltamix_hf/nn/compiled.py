@@ -28,8 +28,7 @@ def register(layer: Any) -> int:
 def opaque(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the module's output as one node of a compiled graph.
 
-    Raises:
-        DeltaMixError: gradients are on, or the module takes more than one tensor.
+    Raises DeltaMixError if gradients are on, or the module takes more than one tensor.
     """
     values = [value for value in (*args, *kwargs.values()) if value is not None]
     if torch.is_grad_enabled():

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaMixError
@@ -145,15 +146,11 @@ class DeltaModule(nn.Module):
         return {n: getattr(self, n) for own in self.dm_own.values() for n in own.names.values()}
 
     @torch.no_grad()
-    def merged_weight(
-        self, dtype: torch.dtype | None = None, leaf: str = "weight", other: Any = None
-    ) -> Tensor:
-        """Return W_base + Û·V̂, added in float32, in `dtype` (default: the base weight's).
+    def merged_weight(self, leaf: str = "weight", other: Any = None) -> Tensor:
+        """Return W_base + Û·V̂, added in float32, in the base weight's dtype.
 
-        Û·V̂ is the layer's own delta, or `other`.
-
-        Raises:
-            DeltaMixError: several processes share the weight.
+        Û·V̂ is the layer's own delta, or `other`. Raises DeltaMixError if several processes share
+        the weight.
         """
         weight: Any = self._parameters[leaf]
         if hasattr(weight, "device_mesh"):
@@ -161,7 +158,7 @@ class DeltaModule(nn.Module):
                 "the weights are shared out among processes and cannot be merged with the delta; "
                 "load the delta repo in one process for that"
             )
-        merged = weight.detach().to(dtype or weight.dtype, copy=True)
+        merged = weight.detach().clone()
         both = (t if t.dim() == 3 else t[None] for t in (merged, weight))  # a matrix is one expert
         for target, base, packed in zip(*both, (other or self.packed(leaf)).split(), strict=True):
             if packed is not None:
@@ -181,47 +178,43 @@ class DeltaModule(nn.Module):
 def joined_class(plain: type[nn.Module], bases: tuple[type, ...]) -> Any:
     """Return the counterpart of a class: a class of its name with these bases, made once."""
     if bases not in _joined:
-        own = {"dm_plain_class": plain, "__module__": plain.__module__}
-        made = type(plain.__name__, bases, own)
-        _joined[bases] = with_recipe(made, joined_class, plain, bases)
+        own = {"dm_plain_class": plain}
+        _joined[bases] = made_class(plain, bases, own, (joined_class, plain, bases))
     return _joined[bases]
 
 
 _joined: dict[Any, Any] = {}
 
 
-class Recipe(NamedTuple):
-    """How a class is made again that no module has by name; `args` may be such classes too."""
+def made_class(plain: Any, bases: tuple[type, ...], own: dict[str, Any], recipe: Any) -> Any:
+    """Make a class of the name of `plain`, whose instances can be pickled and copied.
 
-    make: Any
-    args: Any
+    `recipe` is a function that makes it again, and its arguments, which may be such classes too.
+    """
+    own |= {"__module__": plain.__module__, "__reduce_ex__": _reduced, "dm_recipe": recipe}
+    return type(plain.__name__, bases, own)
 
 
-def with_recipe(cls: Any, make: Any, *args: Any) -> Any:
-    """Let instances of `cls`, which `make(*args)` made, be pickled and copied; return `cls`."""
-    cls.dm_recipe, cls.__reduce_ex__ = Recipe(make, args), _reduced
-    return cls
+class _Recipe:
+    """Pickled in place of a class that no module has by name, which is made of it again."""
+
+    def __init__(self, cls: Any):
+        self.cls = cls
+
+    def __reduce__(self) -> Any:
+        make, *args = self.cls.dm_recipe
+        return make, tree_map(_recipe, tuple(args))
+
+
+def _recipe(value: Any) -> Any:
+    return _Recipe(value) if isinstance(value, type) and "dm_recipe" in vars(value) else value
 
 
 def _reduced(self: Any, protocol: Any) -> Any:
-    return _instance, (_by_recipe(type(self)),), *object.__reduce_ex__(self, 2)[2:]
+    return _instance, (_recipe(type(self)),), *object.__reduce_ex__(self, 2)[2:]
 
 
-def _by_recipe(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_by_recipe, value))
-    found = vars(value).get("dm_recipe") if isinstance(value, type) else None
-    return value if found is None else Recipe(found.make, _by_recipe(found.args))
-
-
-def _made(value: Any) -> Any:
-    if isinstance(value, Recipe):
-        return value.make(*_made(value.args))
-    return tuple(map(_made, value)) if isinstance(value, tuple) else value
-
-
-def _instance(recipe: Any) -> Any:
-    cls = _made(recipe)
+def _instance(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
@@ -235,9 +228,9 @@ def check_frozen(module: nn.Module, requires_grad: bool) -> bool:
     return requires_grad
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the first tensor among a call's arguments."""
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the first tensor among a call's arguments, None if there is none."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def merged_name(leaf: str) -> str:

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaMixError
-from ..ops.low_rank import cheapest, delta_linear, low_rank, low_rank_rows
+from ..ops.low_rank import delta_linear, low_rank, low_rank_rows
+from ..ops.packed_op import cheapest
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import PREFIX, check_parts
 from .delta_matrix import DeltaMatrix
@@ -44,6 +45,18 @@ def declared_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return shape_of(module)
+
+
+def resizes(
+    model: PreTrainedModel,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *_: Any,
+    **__: Any,
+) -> bool:
+    """Tell whether `resize_token_embeddings` with these arguments changes the number of rows."""
+    rows, step = weight_of(model.get_input_embeddings()).shape[0], pad_to_multiple_of or 1
+    return -(-(new_num_tokens or rows) // step) * step != rows
 
 
 def tied_tensors(model: PreTrainedModel, name: str) -> list[str]:
@@ -87,13 +100,10 @@ class DeltaLinear(DeltaMatrix, nn.Linear):
 
     def alone(self, x: Tensor) -> Tensor:
         """Return the output [..., m] for x [..., n] by an op of this layer's own."""
-        *tensors, runs, _, _, group_sizes = self.packed().op_arguments
-        linear = cheapest(delta_linear)
-        own = weight_of(self), weight_of(self, "bias")
-        return linear(x, *own, *tensors, runs, group_sizes)
+        return cheapest(delta_linear, x, weight_of(self), weight_of(self, "bias"), self.packed())
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return cheapest(low_rank)(x.to(dtype), *packed.op_arguments, transposed=False)
+        return cheapest(low_rank, x.to(dtype), packed, False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.dm_shared_input is not None:
@@ -138,7 +148,7 @@ class DeltaEmbedding(DeltaMatrix, nn.Embedding):
         return F.embedding(first_tensor(args, kwargs), weight_of(self), *how)
 
     def added(self, packed: PackedDelta, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return cheapest(low_rank_rows)(x.long(), *packed.op_arguments, dtype)
+        return cheapest(low_rank_rows, x.long(), packed, dtype)
 
 
 _CLASSES: dict[type[nn.Module], type[DeltaModule]] = {
@@ -169,11 +179,13 @@ def delta_class(cls: type[nn.Module]) -> type[DeltaModule] | None:
     A subclass of `nn.Embedding` (Gemma scales its output, OPT shifts ids) keeps its own forward:
     the counterpart slips `DeltaEmbedding` between the two, where `super().forward` meets it.
     """
-    plain: Any = cls
-    if cls not in _CLASSES and not issubclass(cls, DeltaModule) and is_linear(plain):
-        return joined_class(cls, (DeltaLinear, cls))
-    if cls in _CLASSES or issubclass(cls, DeltaModule) or not issubclass(cls, nn.Embedding):
+    if cls in _CLASSES or issubclass(cls, DeltaModule):
         return _CLASSES.get(cls)
+    plain: Any = cls
+    if is_linear(plain):
+        return joined_class(cls, (DeltaLinear, cls))
+    if not issubclass(cls, nn.Embedding):
+        return None
     own = inspect.unwrap(cls.forward)
     if own is not nn.Embedding.forward and "__class__" not in own.__code__.co_freevars:
         return None  # it looks its rows up past `nn.Embedding.forward` (Whisper's)
@@ -194,8 +206,7 @@ def routable_class(cls: type[nn.Module]) -> type[DeltaModule]:
 def attach(module: nn.Module, packed: PackedDelta) -> None:
     """Turn `module` into its delta counterpart; the tensors of `packed` may be meta.
 
-    Raises:
-        DeltaMixError: the module cannot carry a delta, or one of this shape.
+    Raises DeltaMixError if the module cannot carry a delta, or one of this shape.
     """
     plain = type(module)
     counterpart = delta_class(plain)
@@ -210,10 +221,8 @@ def attach_with_ties(model: PreTrainedModel, name: str, packed: PackedDelta) -> 
     """Attach a delta to the module `name` and all modules tied to its weight (lm_head, say).
 
     The twins share the very same parameters, and `model.all_tied_weights_keys` learns so: then
-    transformers loads, offloads and saves one copy, as it does for the tied weight itself.
-
-    Raises:
-        DeltaMixError: as `attach`.
+    transformers loads, offloads and saves one copy, as it does for the tied weight itself. Raises
+    DeltaMixError as `attach` does.
     """
     module = model.get_submodule(name)
     attach(module, packed)

@@ -35,11 +35,8 @@ _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which li
 def choose(device: torch.device, passed: dict[int | None, bool] = _passed) -> str:
     """Return the implementation for tensors on `device`.
 
-    Args:
-        passed: GPU -> whether the kernels work there, as far as it has been tried.
-
-    Raises:
-        DeltaMixError: an unknown name, or Triton asked for where it cannot run.
+    `passed`: GPU -> whether the kernels work there, as far as it has been tried. Raises
+    DeltaMixError for an unknown name, or if Triton is asked for where it cannot run.
     """
     name = os.environ.get(VARIABLE)
     if name is None:
@@ -93,8 +90,7 @@ def capturing(device: torch.device) -> bool:
 def persistent(device: torch.device, make: Callable[[], T]) -> T:
     """Return `make()`, tensors that outlive the call, also where a compiled model warms up.
 
-    Raises:
-        DeltaMixError: a CUDA graph is being recorded.
+    Raises DeltaMixError if a CUDA graph is being recorded.
     """
     if capturing(device):
         raise DeltaMixError(
@@ -104,12 +100,25 @@ def persistent(device: torch.device, make: Callable[[], T]) -> T:
     return make() if _kernels is None else _kernels.persistent(device, make)
 
 
-def table_of(packed: PackedDelta, dtype: torch.dtype, make: Callable[[], T]) -> T:
-    """Return `make()` for these codes, made anew when they have moved or changed; see `persistent`.
+def table_of(
+    packed: PackedDelta, dtype: torch.dtype, embedding: bool = False
+) -> tuple[Any, Tensor] | None:
+    """Return the kernels' table of a matrix or of all experts, and its slots, int32 [experts or 1].
 
-    What is made must not keep `packed.v` alive, with which it is forgotten.
+    It is made anew when the codes have moved or changed; see `persistent`. None: not for kernels.
     """
-    of = [dtype, *map(state_of, packed.tensors.values())]
+
+    def make() -> tuple[Any, Tensor] | None:
+        device, factors = packed.v.device, packed.untied().split()  # forgotten with `packed.v`
+        table = triton_kernels().Table(len(factors), packed.m, packed.n, device, embedding)
+        known = all(
+            own is None or table.put(number, kernel_packed(own), dtype)
+            for number, own in enumerate(factors)
+        )
+        slots = torch.arange(len(factors), dtype=torch.int32, device=device)
+        return (table, slots) if known else None
+
+    of = [dtype, embedding, *map(state_of, packed.tensors.values())]
     found = _tables.get(packed.v)
     if found is None or found[0] != of:
         found = _tables[packed.v] = of, persistent(packed.v.device, make)

@@ -19,7 +19,8 @@ from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import packed_runs
 from ..transformers_private import moe
 from . import cpu
-from .dispatch import TRITON, choose, kernel_packed, table_of, triton_kernels
+from .dispatch import TRITON, choose, table_of, triton_kernels
+from .packed_op import EXPERTS, cheapest, packed_op
 
 Project = Callable[[str, Tensor, Tensor], Tensor]
 """(name of a 3-D parameter, x [S, n] sorted by expert, ends int32 [experts]) -> [S, m].
@@ -77,19 +78,12 @@ def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return moe._grouped_mm(x, weights, ends)
 
 
-def plain_expert_low_rank(
-    x: Tensor,
-    ends: Tensor,
-    v: Tensor,
-    u: Tensor,
-    ranks: Tensor,
-    zeros: Tensor | None,
-    counts: Tensor,
-    m: int,
-    n: int,
-    group_sizes: list[int],
-    transposed: bool,
-    masked_rows: int = 16,
+_ARGUMENTS = "Tensor x", "Tensor ends", EXPERTS, "bool transposed", "SymInt masked_rows=16"
+
+
+@packed_op("expert_low_rank", *_ARGUMENTS)
+def expert_low_rank(
+    x: Tensor, ends: Tensor, packed: PackedDelta, transposed: bool, masked_rows: int = 16
 ) -> Tensor:
     """Multiply each row of x [S, n] by its expert: [S, m] in x's dtype; `transposed`: m to n.
 
@@ -97,12 +91,11 @@ def plain_expert_low_rank(
         masked_rows: multiply up to this many rows by the ranks of all their experts, then mask;
             more take no longer when each expert is decoded for itself.
         ends: int32 [experts], as `Project` has them.
-        v, u, ranks, zeros, counts: see `quantization/packed_layout.py`.
     """
-    packed = PackedDelta(m, n, (group_sizes[0], group_sizes[1]), [], v, u, ranks, zeros, counts)
-    y = x.new_zeros(len(x), n if transposed else m)
+    assert packed.counts is not None
+    y = x.new_zeros(len(x), packed.n if transposed else packed.m)
     sizes = ends.diff(prepend=ends.new_zeros(1))
-    hit = ((sizes > 0) & (counts > 0)).nonzero()[:, 0]
+    hit = ((sizes > 0) & (packed.counts > 0)).nonzero()[:, 0]
     experts = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
     rows, starts = sizes[hit].tolist(), (ends - sizes)[hit].tolist()
     with torch.autocast(x.device.type, enabled=False):
@@ -143,11 +136,6 @@ def _decoded(factors: PackedDelta, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     return right, left, right.new_ones(len(right))
 
 
-expert_low_rank = torch.library.custom_op("deltamix::expert_low_rank", mutates_args=())(
-    plain_expert_low_rank
-)
-
-
 @expert_low_rank.register_fake
 def _(x, ends, v, u, ranks, zeros, counts, m, n, group_sizes, transposed, masked_rows=16):
     return x.new_empty(len(x), n if transposed else m)
@@ -169,10 +157,9 @@ expert_low_rank.register_autograd(_backward, setup_context=_context)
 def add_delta(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> Tensor:
     """Add the packed part to y [S, m], a frozen projection of x [S, n]; may change y."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return y + expert_low_rank(x.to(y.dtype), ends, *packed.op_arguments, False)
+        return y + cheapest(expert_low_rank, x.to(y.dtype), ends, packed, False)
     if not add_by_kernels(y, packed, x, ends):
-        plain: Any = plain_expert_low_rank
-        y += plain(x.to(y.dtype), ends, *packed.op_arguments, False)
+        y += expert_low_rank.plain(x.to(y.dtype), ends, packed, False)
     return y
 
 
@@ -183,7 +170,7 @@ def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> b
     """
     unknown = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
     fits = packed.zeros is None and y.dtype == x.dtype and not unknown
-    found = _expert_table(packed, x.dtype) if fits and choose(x.device) == TRITON else None
+    found = table_of(packed, x.dtype) if fits and choose(x.device) == TRITON else None
     if found is None:
         return False
     table, slots = found
@@ -192,19 +179,3 @@ def add_by_kernels(y: Tensor, packed: PackedDelta, x: Tensor, ends: Tensor) -> b
     rows = k.Rows(numbers, torch.cat([ends.new_zeros(1), ends]), slots)
     k.grouped_add(y, x, table, rows)
     return True
-
-
-def _expert_table(packed: PackedDelta, dtype: torch.dtype) -> tuple[Any, Tensor] | None:
-    """The kernels' table of all experts' factors, and their slots; None: not for them."""
-
-    def make() -> tuple[Any, Tensor] | None:
-        device, factors = packed.v.device, packed.untied().split()
-        table = triton_kernels().Table(len(factors), packed.m, packed.n, device)
-        known = all(
-            own is None or table.put(number, kernel_packed(own), dtype)
-            for number, own in enumerate(factors)
-        )
-        slots = torch.arange(len(factors), dtype=torch.int32, device=device)
-        return (table, slots) if known else None
-
-    return table_of(packed, dtype, make)

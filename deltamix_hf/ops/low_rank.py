@@ -12,57 +12,33 @@ Both factors are stored rank-major, so `low_rank` with its two sides swapped is 
 dL/dx = (g·Û)·V̂. No gradient flows to the packed factors, they are frozen integers.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quantization import bitpacking, gaussian, uniform
+from ..quantization import bitpacking, uniform
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import packed_runs, row_bits, scale_counts, zero_points
 from . import cpu
 from .dispatch import TRITON, TRITON_DTYPES, choose, kernel_packed, table_of, triton_kernels
+from .packed_op import PACKED, packed_op
 
 
-def _packed(runs: list[int], m: int, n: int, group_sizes: list[int], *tensors: Any) -> PackedDelta:
-    """The packed matrix of an op's arguments."""
-    triples = list(zip(runs[0::3], runs[1::3], runs[2::3], strict=True))
-    return PackedDelta(m, n, (group_sizes[0], group_sizes[1]), triples, *tensors)
-
-
-def plain_low_rank(
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    ranks: Tensor,
-    zeros: Tensor | None,
-    runs: list[int],
-    m: int,
-    n: int,
-    group_sizes: list[int],
-    transposed: bool,
-) -> Tensor:
-    """Multiply x [..., n]: [..., m] in x's dtype; `transposed` maps [..., m] to [..., n].
-
-    `runs` is the flattened list of (count, v_bits, u_bits); for the tensors see `packed_layout`.
-    """
-    packed = _packed(runs, m, n, group_sizes, v, u, ranks, zeros)
+@packed_op("low_rank", "Tensor x", PACKED, "bool transposed")
+def low_rank(x: Tensor, packed: PackedDelta, transposed: bool) -> Tensor:
+    """Multiply x [..., n]: [..., m] in x's dtype; `transposed` maps [..., m] to [..., n]."""
     if _by_triton(x, packed):
         return triton_kernels().low_rank(x, kernel_packed(packed), transposed)
     quick = x.device.type == "cpu" and x.dtype != torch.float64  # whose factors are float32's
     if quick and cpu.supported(packed):
         with torch.autocast("cpu", enabled=False):
             y = cpu.low_rank(x.reshape(-1, x.shape[-1]), packed, transposed)
-        return y.view(*x.shape[:-1], n if transposed else m)
+        return y.view(*x.shape[:-1], y.shape[1])
     right, left = packed.right().to(x.dtype), packed.left().to(x.dtype)
     if transposed:
         right, left = left, right
     with torch.autocast(x.device.type, enabled=False):  # the fake below promises x's dtype
         return x @ right.T @ left
-
-
-low_rank = torch.library.custom_op("deltamix::low_rank", mutates_args=())(plain_low_rank)
 
 
 @low_rank.register_fake
@@ -71,9 +47,9 @@ def _(x, v, u, ranks, zeros, runs, m, n, group_sizes, transposed):
 
 
 def _low_rank_context(ctx, inputs, output):
-    _, v, u, ranks, zeros, runs, m, n, group_sizes, transposed = inputs
+    _, v, u, ranks, zeros, *layout, transposed = inputs
     ctx.save_for_backward(v, u, ranks, zeros)
-    ctx.layout = (runs, m, n, group_sizes, not transposed)
+    ctx.layout = (*layout, not transposed)
 
 
 def _low_rank_backward(ctx, grad):
@@ -83,42 +59,26 @@ def _low_rank_backward(ctx, grad):
 low_rank.register_autograd(_low_rank_backward, setup_context=_low_rank_context)
 
 
-def plain_delta_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    v: Tensor,
-    u: Tensor,
-    ranks: Tensor,
-    zeros: Tensor | None,
-    runs: list[int],
-    group_sizes: list[int],
-) -> Tensor:
+@packed_op("delta_linear", "Tensor x", "Tensor weight", "Tensor? bias", PACKED)
+def delta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedDelta) -> Tensor:
     """Run a linear layer with its delta: x [..., n], weight [m, n], bias [m] -> [..., m]."""
-    m, n = weight.shape
-    packed = _packed(runs, m, n, group_sizes, v, u, ranks, zeros)
     if _by_triton(x, packed):
         return triton_kernels().delta_linear(x, weight, bias, kernel_packed(packed))
     y = F.linear(x, weight, bias)
     # not in place: y is a view of a matrix, and others may add to what they get in place
-    return y + plain_low_rank(x, v, u, ranks, zeros, runs, m, n, group_sizes, False)
-
-
-delta_linear = torch.library.custom_op("deltamix::delta_linear", mutates_args=())(
-    plain_delta_linear
-)
+    return y + low_rank.plain(x, packed, False)
 
 
 @delta_linear.register_fake
-def _(x, weight, bias, v, u, ranks, zeros, runs, group_sizes):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x, weight, bias, v, u, ranks, zeros, runs, m, n, group_sizes):
+    return x.new_empty(*x.shape[:-1], m)
 
 
 def _linear_context(ctx, inputs, output):
-    x, weight, _, v, u, ranks, zeros, runs, group_sizes = inputs
+    x, weight, _, v, u, ranks, zeros, *layout = inputs
     _, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     ctx.save_for_backward(x if wants_weight else None, weight, v, u, ranks, zeros)
-    ctx.layout = (runs, *weight.shape, group_sizes, True)
+    ctx.layout = (*layout, True)
     ctx.wants_bias = wants_bias
 
 
@@ -132,7 +92,7 @@ def _linear_backward(ctx, grad):
         dw = flat.T @ x.flatten(0, -2)
     if ctx.wants_bias:
         db = flat.sum(0)
-    return (dx, dw, db) + (None,) * 6
+    return (dx, dw, db) + (None,) * 8
 
 
 delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
@@ -145,79 +105,33 @@ def _by_triton(x: Tensor, packed: PackedDelta) -> bool:
     return x.dtype in TRITON_DTYPES and triton_kernels().supported(packed.group_sizes)
 
 
-def plain_low_rank_rows(
-    index: Tensor,
-    v: Tensor,
-    u: Tensor,
-    ranks: Tensor,
-    zeros: Tensor | None,
-    runs: list[int],
-    m: int,
-    n: int,
-    group_sizes: list[int],
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+@packed_op("low_rank_rows", "Tensor index", PACKED, "ScalarType dtype=float32")
+def low_rank_rows(index: Tensor, packed: PackedDelta, dtype: torch.dtype = torch.float32) -> Tensor:
     """Decode rows `index` (int64, any shape, below m) of Û·V̂: [*index.shape, n] in `dtype`."""
-    packed = _packed(runs, m, n, group_sizes, v, u, ranks, zeros)
-    if choose(index.device) == TRITON and (table := _row_table(packed, dtype)) is not None:
-        y = v.new_zeros(*index.shape, n, dtype=dtype)
-        triton_kernels().grouped_embed(y, index, *table)
+    if choose(index.device) == TRITON and (entry := table_of(packed, dtype, embedding=True)):
+        table, slot = entry
+        k, y = triton_kernels(), slot.new_zeros(*index.shape, packed.n, dtype=dtype)
+        ends = torch.arange(2, dtype=torch.int32, device=slot.device)  # all rows use the one slot
+        k.grouped_embed(y, index, table, k.Rows(slot, ends, slot))
         return y
-    sides = packed_runs(packed.runs)["u"]
-    flat = index.reshape(-1)
-    codes = bitpacking.unpack_columns(u, sides, flat)
-    v_groups, _ = scale_counts(m, n, packed.group_sizes)
-    group = v_groups + (flat // group_sizes[1] if group_sizes[1] else torch.zeros_like(flat))
-    scales = uniform.scales_from_bits(ranks[:, 1:].contiguous())[:, group]
-    if zeros is None:
-        left = gaussian.decode(codes, row_bits(sides, codes)[:, None]) * scales
-    else:
-        # int16, not uint8: code - zero may be negative
-        points = zero_points(zeros, packed.runs, ranks.shape[1] - 1)[:, group].to(torch.int16)
-        left = (codes.to(torch.int16) - points) * scales
+    sides, group_size = packed_runs(packed.runs)["u"], packed.group_sizes[1]
+    flat, points = index.reshape(-1), None
+    codes = bitpacking.unpack_columns(packed.u, sides, flat)
+    v_groups, _ = scale_counts(packed.m, packed.n, packed.group_sizes)
+    group = v_groups + (flat // group_size if group_size else torch.zeros_like(flat))
+    scales = uniform.scales_from_bits(packed.ranks[:, 1:].contiguous())
+    if packed.zeros is not None:
+        points = zero_points(packed.zeros, packed.runs, scales.shape[1])[:, group]
+    widths = row_bits(sides, codes)
+    left = packed.quantizer.decode(codes, scales[:, group], points, widths, group_size=1)
     with torch.autocast(index.device.type, enabled=False):
         if index.device.type == "cpu" and cpu.supported(packed):
-            h = (left * uniform.scales_from_bits(ranks[:, 1:2].contiguous())).T
-            found = cpu.times_right(h, packed)
+            found = cpu.times_right((left * scales[:, :1]).T, packed)
         else:
             found = cpu.row_by_row(left.T, packed.right())
-    return found.to(dtype).reshape(*index.shape, n)
-
-
-low_rank_rows = torch.library.custom_op("deltamix::low_rank_rows", mutates_args=())(
-    plain_low_rank_rows
-)
+    return found.to(dtype).reshape(*index.shape, packed.n)
 
 
 @low_rank_rows.register_fake
 def _(index, v, u, ranks, zeros, runs, m, n, group_sizes, dtype=torch.float32):
     return torch.empty(*index.shape, n, dtype=dtype, device=index.device)
-
-
-def _row_table(packed: PackedDelta, dtype: torch.dtype) -> tuple[Any, Any] | None:
-    """The kernels' table of one embedding's delta, and rows that all use it; None: not for them."""
-
-    def make() -> tuple[Any, Any] | None:
-        k, device = triton_kernels(), packed.v.device
-        table = k.Table(1, packed.m, packed.n, device, embedding=True)
-        rows = (torch.tensor(t, dtype=torch.int32).to(device) for t in ([0], [0, 1], [0]))
-        known = table.put(0, kernel_packed(packed), dtype)
-        return (table, k.Rows(*rows)) if known else None
-
-    return table_of(packed, dtype, make)
-
-
-_PLAIN: dict[Any, Any] = {
-    low_rank: plain_low_rank,
-    delta_linear: plain_delta_linear,
-    low_rank_rows: plain_low_rank_rows,
-}
-
-
-def cheapest(op: Any) -> Any:
-    """Return the op where autograd or a compiler must see it, else its plain function.
-
-    Dispatching a custom op takes 0.1 ms, a third of all that a small layer's delta takes on a CPU.
-    """
-    seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return op if seen else _PLAIN[op]

@@ -102,6 +102,15 @@ class PackedDelta:
         layout = flat if self.counts is None else self.counts
         return self.v, self.u, self.ranks, self.zeros, layout, self.m, self.n, [*self.group_sizes]
 
+    @classmethod
+    def of_op(cls, *arguments: Any) -> PackedDelta:
+        """Put together what `op_arguments` gave."""
+        v, u, ranks, zeros, layout, m, n, group_sizes = arguments
+        counts = layout if isinstance(layout, Tensor) else None
+        flat = layout if counts is None else []
+        runs = list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
+        return cls(m, n, tuple(group_sizes), runs, v, u, ranks, zeros, counts)
+
     def to(self, device: torch.device) -> PackedDelta:
         """Copy to `device`; from pinned memory to a GPU without waiting."""
         later = device.type == "cuda"

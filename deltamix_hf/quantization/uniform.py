@@ -33,7 +33,7 @@ def group_count(n: int, group_size: int) -> int:
     """Groups in a vector of `n` elements; raises ValueError for a negative `group_size`."""
     if group_size < 0:
         raise ValueError(f"group_size must be >= 0, got {group_size}")
-    return 1 if group_size == 0 else max(1, -(-n // group_size))
+    return -(-n // group_size) if group_size else 1
 
 
 def check_groups(codes: Tensor, group_size: int, *parts: Tensor) -> None:

@@ -26,7 +26,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from ..errors import DeltaMixError
-from ..ops.low_rank import cheapest, low_rank, low_rank_rows
+from ..ops.low_rank import low_rank, low_rank_rows
+from ..ops.packed_op import cheapest
 from ..quantization.packed_layout import DTYPES, part_names
 from ..quantization.uniform import MIN_MAX
 from .batch import Batch, Groups
@@ -57,13 +58,12 @@ class LayerDeltas:
 
     def add(self, y: Tensor, x: Tensor, head: bool = False) -> None:
         """Add the deltas' products with x [..., n] to y [..., m]; `head`: x is not all tokens'."""
-        product = partial(cheapest(low_rank), transposed=False)
         for outputs, packed in self.own:
-            y[..., outputs] += product(x, *packed.op_arguments)
+            y[..., outputs] += cheapest(low_rank, x, packed, False)
         for number, rows in self._groups(x, head):
             some = x[rows]
             for outputs, packed in self.requested.get(number, ()):
-                added = product(some, *packed.op_arguments).to(y.dtype)
+                added = cheapest(low_rank, some, packed, False).to(y.dtype)
                 y[:, outputs].index_add_(0, rows, added)
             if number in self.biases:
                 change = self.biases[number].to(y.dtype).expand(len(rows), -1)
@@ -71,12 +71,11 @@ class LayerDeltas:
 
     def add_rows(self, y: Tensor, ids: Tensor) -> None:
         """Add rows `ids` [...] of the deltas to an embedding to y [..., n]."""
-        found = cheapest(low_rank_rows)
         for _, packed in self.own:
-            y += found(ids, *packed.op_arguments, y.dtype)
+            y += cheapest(low_rank_rows, ids, packed, y.dtype)
         for number, rows in self._groups(ids, head=False):
             for _, packed in self.requested.get(number, ()):
-                y.index_add_(0, rows, found(ids[rows], *packed.op_arguments, y.dtype))
+                y.index_add_(0, rows, cheapest(low_rank_rows, ids[rows], packed, y.dtype))
 
     def _groups(self, x: Tensor, head: bool) -> Groups:
         known = self.requested.keys() | self.biases.keys()

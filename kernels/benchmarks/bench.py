@@ -120,9 +120,8 @@ def reference(group: Group, rows: int) -> Way:
     os.environ["DELTAMIX_KERNEL"] = "reference"  # of the library's ops, which no other way calls
 
     def one(x: Tensor, i: int) -> Tensor:
-        *tensors, flat, _, _, group_sizes = group.factors[i].op_arguments
-        arguments = group.weights[i], group.biases[i], *tensors, flat, group_sizes
-        return low_rank.delta_linear(x, *arguments)
+        own = group.weights[i], group.biases[i]
+        return low_rank.delta_linear(x, *own, *group.factors[i].op_arguments)
 
     return Way(lambda x: [one(x, i) for i in range(len(group.linears))], group.deltas)
 

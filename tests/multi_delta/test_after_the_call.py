@@ -90,6 +90,7 @@ def test_embeddings_stay_as_long_as_deltas_do(family):
     expected = logits(model, ids)
     rows, width = model.get_input_embeddings().weight.shape
     assert model.resize_token_embeddings(rows) is model.get_input_embeddings()
+    assert model.resize_token_embeddings(new_num_tokens=rows) is model.get_input_embeddings()
     assert model.resize_token_embeddings() is model.get_input_embeddings()
     model.set_input_embeddings(model.get_input_embeddings())
     changes = [

@@ -39,8 +39,7 @@ def kernel(request, monkeypatch):
 
 
 def linear(packed, x, weight, bias):
-    *tensors, runs, _, _, group_sizes = arguments(packed)
-    return ops.delta_linear(x, weight, bias, *tensors, runs, group_sizes)
+    return ops.delta_linear(x, weight, bias, *arguments(packed))
 
 
 def test_choice(monkeypatch):
@@ -124,6 +123,5 @@ def test_gradients(case, kernel):
 def test_the_ops_keep_torchs_rules(case, kernel):
     packed, _ = case
     x, weight = inputs(2, 70, torch.float32).requires_grad_(), inputs(40, 70, torch.float32, 1)
-    *tensors, runs, m, n, group_sizes = arguments(packed)
-    torch.library.opcheck(ops.delta_linear, (x, weight, None, *tensors, runs, group_sizes))
-    torch.library.opcheck(ops.low_rank, (x, *tensors, runs, m, n, group_sizes, False))
+    torch.library.opcheck(ops.delta_linear, (x, weight, None, *arguments(packed)))
+    torch.library.opcheck(ops.low_rank, (x, *arguments(packed, False)))

@@ -13,9 +13,9 @@ from deltamix_hf import DeltaMixError
 from deltamix_hf.ops.experts import (
     add_delta,
     base_product,
+    expert_low_rank,
     experts_forward,
     grouped_product,
-    plain_expert_low_rank,
 )
 from deltamix_hf.quantization.packed_delta import PackedDelta
 
@@ -47,7 +47,7 @@ def test_each_row_takes_its_experts_factors(gaussian, load, transposed):
     experts = some_experts(gaussian)
     x = torch.randn(sum(load), M if transposed else N)
     packed = PackedDelta.join(experts)
-    found = plain_expert_low_rank(x, ends_of(load), *packed.op_arguments, transposed)
+    found = expert_low_rank.plain(x, ends_of(load), packed, transposed)
     expected = by_loops(x, load, experts, transposed)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
@@ -56,7 +56,7 @@ def test_each_row_takes_its_experts_factors(gaussian, load, transposed):
 def test_a_few_experts_at_a_time(most):
     load, experts = LOADS[0], some_experts()
     x, packed = torch.randn(10, N), PackedDelta.join(experts)
-    found = plain_expert_low_rank(x, ends_of(load), *packed.op_arguments, False, most)
+    found = expert_low_rank.plain(x, ends_of(load), packed, False, most)
     torch.testing.assert_close(found, by_loops(x, load, experts), rtol=1e-5, atol=1e-4)
 
 

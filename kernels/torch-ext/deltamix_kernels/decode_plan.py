@@ -196,7 +196,7 @@ class DecodePlan:
             PDL=dependent,
             num_warps=8,
             **self._options(tokens, "shrink"),
-            **({"launch_pdl": True} if dependent else {}),
+            dependent=dependent,
         )
         return h
 
@@ -224,7 +224,7 @@ class DecodePlan:
             PDL=dependent,
             num_warps=8,
             **self._options(tokens, "expand"),
-            **({"launch_pdl": True} if dependent else {}),
+            dependent=dependent,
         )
 
     def fused(
@@ -269,7 +269,7 @@ class DecodePlan:
             PDL=dependent,
             num_warps=options["WARPS"],
             **options,
-            **({"launch_pdl": True} if dependent else {}),
+            dependent=dependent,
         )
 
     def _options(self, tokens: int, kernel: str) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def _add(
             table.total,
             BIASED=bias is not None,
             **options,
-            **({"launch_pdl": True} if options["PDL"] else {}),
+            dependent=options["PDL"],
         )
 
 

@@ -54,8 +54,20 @@ class Packed(NamedTuple):
         return 1 + (cdiv(self.n, size) if size else 1)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: Any) -> None:
-    """Launch on the device of `first`, the kernel's first argument."""
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    first: Tensor,
+    *args: Any,
+    dependent: bool = False,
+    **options: Any,
+) -> None:
+    """Launch on the device of `first`, the kernel's first argument.
+
+    `dependent`: before the preceding kernel of the stream ends.
+    """
+    if dependent:
+        options["launch_pdl"] = True
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[grid](first, *args, **options)
 
