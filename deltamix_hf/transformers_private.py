@@ -18,6 +18,7 @@ _MODULES = {
         "rename_source_key",
     ),
     "distributed": ("tensor_parallel",),  # the module: styles of sharing out a layer's weights
+    "dynamic_module_utils": ("get_class_from_dynamic_module",),
     "generation.continuous_batching.cache": ("PagedAttentionCache",),
     "generation.continuous_batching.continuous_api": (
         "ContinuousBatchProcessor",

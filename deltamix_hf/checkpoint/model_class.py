@@ -7,11 +7,13 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError, first_line
-from ..transformers_private import add_generation_mixin_to_remote_model
+from ..transformers_private import (
+    add_generation_mixin_to_remote_model,
+    get_class_from_dynamic_module,
+)
 
 # A class makes a module or an entry for each of these: 3e6 labels take 2 GB, 2e7 layers 2.5 GB.
 _COUNTED = re.compile(r"(num|n)_\w*(layers?|blocks?|experts?|stages?|labels)|depths?|n_layer")

@@ -26,7 +26,7 @@ from ..constants import BESIDE, FETCHED, NOTICE
 from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
 from ..nn.delta_module import DeltaModule, check_frozen, joined_class, own_deltas
-from ..nn.layers import change_class, weight_of
+from ..nn.layers import change_class, resizes
 from ..nn.tensor_parallel import wanted, whole
 from ..storage.durable import check_output, written_whole
 from ..storage.headers import TensorInfo, fingerprints, read_headers
@@ -192,22 +192,20 @@ class DeltaModel(_Frozen):
             options.setdefault("trust_remote_code", _runs_own_code(self))
             return push_folder(Path(folder), repo_id, **options)
 
-    def resize_token_embeddings(
-        self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse to resize, which makes new modules and so would drop the delta unseen.
 
         Raises:
             DeltaMixError: the embeddings carry a packed delta.
         """
         ends = (self.get_input_embeddings(), self.get_output_embeddings())
-        same_size = new_num_tokens in (None, weight_of(ends[0]).shape[0]) and not (args or kwargs)
-        if any(isinstance(module, DeltaModule) for module in ends) and not same_size:
+        packed = any(isinstance(module, DeltaModule) for module in ends)
+        if packed and resizes(self, *args, **kwargs):
             raise DeltaMixError(
                 "the embeddings carry a packed delta and cannot be resized; resize the fine-tune "
                 "before compressing it, or call model.dequantize() first"
             )
-        return cast(Any, super()).resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        return cast(Any, super()).resize_token_embeddings(*args, **kwargs)
 
 
 class DeltaPart(_Frozen):

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..errors import first_line
 from ..nn.delta_module import first_tensor
-from ..nn.probing import DirectReads, hooked, probe_inputs
+from ..nn.probing import DirectReads, evaluating, hooked, probe_inputs
 
 logger = logging.get_logger(__name__)
 
@@ -39,20 +39,16 @@ def observe(model: PreTrainedModel) -> tuple[dict[nn.Module, str], set[str]]:
     named = {n: m for n, m in model.named_modules() if m._parameters or m._buffers}
     reads = DirectReads(named)
     two, three = Calls(list), Calls(list)
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    for calls, rows in (two, [0, 1]), (three, [0, 0, 1]):
-        try:
-            inputs = probe_inputs(model)
-            given = {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-            with hooked(named, partial(_note, calls)), reads.watching(model):
-                model.forward(**given)  # itself, not what torch.compile makes of it
-        except Exception as error:  # what has run until then has run
-            why = first_line(error)
-            logger.info("cannot try out where rows of a batch are kept apart: %s", why)
-    for module in training:
-        module.training = True
+    with evaluating(model):
+        for calls, rows in (two, [0, 1]), (three, [0, 0, 1]):
+            try:
+                inputs = probe_inputs(model)
+                given = {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+                with hooked(named, partial(_note, calls)), reads.watching(model):
+                    model.forward(**given)  # itself, not what torch.compile makes of it
+            except Exception as error:  # what has run until then has run
+                why = first_line(error)
+                logger.info("cannot try out where rows of a batch are kept apart: %s", why)
     counts = defaultdict(set)  # of flat entries, by modules of a kind: all blocks', all experts'
     for name in named:
         both = two[name] + three[name]

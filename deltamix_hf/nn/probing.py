@@ -29,6 +29,19 @@ def hooked(named: Mapping[str, nn.Module], before: Any = None, after: Any = None
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context manager: no module is in training mode; each is as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def device_of(model: PreTrainedModel) -> torch.device:
     """Find where the model runs; `LazyWeights` says so, whose parameters are nowhere."""
     device: torch.device = getattr(model, "dm_device", model.device)
