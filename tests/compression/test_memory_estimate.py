@@ -39,7 +39,8 @@ def measured(self, name):
 module.estimate_memory, ResumeStore.forget = noted, measured
 ids = torch.randint(8000, (2, 512), generator=torch.Generator().manual_seed(0))
 method = replace(METHODS["deltamix-kl"], tune_steps=3)  # as much memory as 40 take
-config = DeltaMixConfig(folder / "base", calibration=ids, ratio=1 / 16, method=method)
+options = {"ratio": 1 / 16, "allocation_gap": 1.0, "calibration": ids}
+config = DeltaMixConfig(folder / "base", method=method, **options)
 compress_streaming(folder / "tuned", folder / "out", config)
 peak = 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 print(json.dumps([*said[0], peak, max(disk)]))

@@ -1,4 +1,4 @@
-"""A base with three deltas, made once a module."""
+"""A base with three deltas, made once a session: their files must not be written to."""
 
 from dataclasses import replace
 
@@ -10,12 +10,17 @@ from tiny_pairs import FAMILIES
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def make_family(pair, tmp_path_factory):
-    def make(name, **options):
-        return family_of(pair(name), tmp_path_factory.mktemp("tenants"), **options)
+    made: dict[tuple, Family] = {}
 
-    return make
+    def get(name, **options):
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            made[key] = family_of(pair(name), tmp_path_factory.mktemp("tenants"), **options)
+        return made[key]
+
+    return get
 
 
 def _build():
@@ -24,7 +29,7 @@ def _build():
     return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_block(make_family) -> Family:
     """Of few widths, for Triton's interpreter."""
     small = replace(FAMILIES["qwen3"], build=_build, budget={"ratio": 0.1})

@@ -111,14 +111,14 @@ def assert_nothing_held(model: PreTrainedModel) -> None:
 def test_every_request_is_what_its_delta_gives_alone(name, make_family):
     """More requests and tokens than fit in a step, so prompts are split and steps are mixed."""
     family = make_family(name)
-    model, inputs = loaded(family), prompts(11)
+    model, alone, inputs = loaded(family), Alone(family), prompts(11)
     names = ["one", None, "three", "two", "one", "two", None, "two", "three", "three", "__base__"]
     for scheduler in ("fifo", "prefill_first"):
         found = model.generate_batch(
             inputs, delta_names=names, **options(scheduler_type=scheduler, max_requests_per_batch=5)
         )
         wanted = [None if name == "__base__" else name for name in names]
-        Alone(family).check(found.values(), inputs, wanted)
+        alone.check(found.values(), inputs, wanted)
     assert_nothing_held(model)
 
 

@@ -32,18 +32,6 @@ IMAGE = 255
 NAMED = ["one", None, "three"]
 
 
-@pytest.fixture(scope="module")
-def made(make_family):
-    families: dict[str, Family] = {}
-
-    def get(name: str) -> Family:
-        if name not in families:
-            families[name] = make_family(name)
-        return families[name]
-
-    return get
-
-
 def test_layouts_are_seen(pair):
     model = pair("gpt2").load(pair("gpt2").base)
     layouts, read = observe(model)
@@ -167,18 +155,18 @@ def check_pictures(family: Family, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.untraced)])
-def test_pictures_follow_their_rows(made, kind):
-    check_pictures(made(kind), kind)
+def test_pictures_follow_their_rows(make_family, kind):
+    check_pictures(make_family(kind), kind)
 
 
-def test_one_picture_for_two_rows(made):
-    model, (whole, rows) = loaded(made("llava")), picture_rows("llava")
+def test_one_picture_for_two_rows(make_family):
+    model, (whole, rows) = loaded(make_family("llava")), picture_rows("llava")
     ids = whole["input_ids"][[2, 1]]
     with torch.no_grad():
         found = model(
             input_ids=ids, pixel_values=whole["pixel_values"][2:], delta_names=["three", None]
         )
-        alone = made("llava").pair.load(made("llava").repos["three"])(**rows[2])
+        alone = make_family("llava").pair.load(make_family("llava").repos["three"])(**rows[2])
     torch.testing.assert_close(found.logits[:1], alone.logits, **CLOSE)
     with pytest.raises(DeltaMixError, match="not certain"), model.use_deltas(["one", "two"]):
         model.get_image_features(whole["pixel_values"][:2])
