@@ -54,6 +54,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or Triton's bindings list all of it as leaks
+
+
 @dataclass(frozen=True)
 class Delta:
     """A saved delta repo, with what the freshly compressed model computed and promised."""

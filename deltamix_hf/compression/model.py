@@ -77,8 +77,14 @@ def compress(
     job.measure(batches)
     if config.method.bf16_overlay:
         with torch.no_grad():
-            for tensor in overlay.values():
-                tensor.copy_(tensor.to(overlay_dtype(tensor.dtype, config)))
+            for name, tensor in overlay.items():
+                rounded = tensor.to(overlay_dtype(tensor.dtype, config))
+                if not torch.isfinite(rounded).all():
+                    raise DeltaMixError(
+                        f"{name} holds values that are infinite in bfloat16, in which method "
+                        f"{config.method.name!r} stores it: use one with bf16_overlay=False"
+                    )
+                tensor.copy_(rounded)
     job.run(budget)
     if not isinstance(config.calibration, str):
         config.calibration = None

@@ -441,6 +441,17 @@ def test_what_cannot_be_stored_is_not_saved(pair, tmp_path, monkeypatch, method)
         source.load(folder, quantization_config=config)
 
 
+def test_what_is_infinite_in_bfloat16_is_not_saved(pair, tmp_path):
+    source = pair("bert")
+    tuned = source.load(source.tuned)
+    bias = [value for value in tuned.parameters() if value.ndim == 1][-1]
+    bias.data[1] = 3.4e38
+    tuned.save_pretrained(tmp_path / "tuned")
+    config = source.config(method="deltamix-kl", **quick("deltamix-kl"))
+    with pytest.raises(DeltaMixError, match="infinite in bfloat16"):
+        source.load(tmp_path / "tuned", quantization_config=config)
+
+
 @pytest.mark.parametrize("which", ["base", "fine-tune"])
 def test_who_holds_nan_is_named(pair, tmp_path, which):
     source, name = pair("llama"), "model.layers.1.mlp.up_proj"
