@@ -45,7 +45,7 @@ def load(folder):
 
 
 def compressed(tmp_path, ratio=3 / 4):
-    config = make_config(tmp_path / "base", "deltamix", **{"ratio": ratio})
+    config = make_config(tmp_path / "base", "delta-come", **{"ratio": ratio})
     return AutoModelForCausalLM.from_pretrained(
         tmp_path / "tuned", quantization_config=config, dtype=torch.float32
     )
@@ -60,7 +60,7 @@ def test_a_tied_fine_tune_of_an_untied_base_is_refused(make, tmp_path):
     base.save_pretrained(tmp_path / "tuned")
     with pytest.raises(DeltaMixError, match="holds two tensors that differ: save the fine-tune"):
         compressed(tmp_path)
-    config = make_config(tmp_path / "base", "deltamix", **{"ratio": 3 / 4})
+    config = make_config(tmp_path / "base", "delta-come", **{"ratio": 3 / 4})
     with pytest.raises(DeltaMixError, match="holds two tensors that differ: save the fine-tune"):
         compress_streaming(tmp_path / "tuned", tmp_path / "delta", config)
 
@@ -111,7 +111,7 @@ def test_a_head_trained_on_from_the_base_s_embeddings_is_packed(make, tmp_path, 
     base.save_pretrained(tmp_path / "tuned")
     ids, folder = token_ids(2, 7), tmp_path / "delta"
     if streamed:
-        config = make_config(tmp_path / "base", "deltamix", **{"ratio": 1 / 2})
+        config = make_config(tmp_path / "base", "delta-come", **{"ratio": 1 / 2})
         compress_streaming(tmp_path / "tuned", folder, config)
     else:
         compressed(tmp_path, 1 / 2).save_pretrained(folder)
