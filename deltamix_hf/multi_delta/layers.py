@@ -182,6 +182,16 @@ class RoutedDeltas:
             turned = _each(_to_front, args, kwargs, dim, length)
             return self.run(module, *turned).movedim(0, dim)
 
+    def check_loaded(self, module: DeltaModule, state: dict[str, Tensor], prefix: str) -> None:
+        """Raise DeltaMixError for another value of what deltas replace: nobody would see it."""
+        for leaf in {leaf for overlay in self.overlay.values() for leaf in overlay}:
+            found, own = state.get(f"{prefix}{leaf}"), module._parameters.get(leaf)
+            if found is not None and own is not None and not found.to(own).equal(own):
+                raise DeltaMixError(
+                    f"{prefix}{leaf} of the base is to be replaced (an adapter's biases?), and a "
+                    "delta has another in its place: load the delta repo alone"
+                )
+
     def moved(self, module: DeltaModule, fn: Callable[[Tensor], Tensor]) -> None:
         """Send everything through `fn`, or after the module's tensors, which went through it."""
         self.table, self.tried, self.captured = None, False, False  # new addresses

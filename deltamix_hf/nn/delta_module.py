@@ -168,6 +168,11 @@ class DeltaModule(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         return super().requires_grad_(check_frozen(self, requires_grad))
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if self.dm_row_deltas is not None:
+            self.dm_row_deltas.check_loaded(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self.dm_row_deltas is not None:
