@@ -6,6 +6,7 @@ says what the repo holds. `base_model`, `base_revision`, `base_kwargs`, `dequant
 `verify_tensors` may be given when a delta repo is loaded (the base moved, a dense model is wanted).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -63,6 +64,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         calibration_source: written by compression: what the calibration data was, in words.
         base_fingerprints: written by compression: base tensor name -> fingerprint.
         tensor_fingerprints: written by saving: stored tensor name -> fingerprint.
+        settings_fingerprint: written by saving: `decoding_fingerprint` as it was then.
         measured: written by compression: `kl`, nats for each of `positions` predictions, to the
             fine-tune, on calibration texts that tuning has not seen.
         errors: written by compression: module name, or `<parameter>.<expert>` -> relative error
@@ -103,6 +105,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         calibration_source: str | None = None,
         base_fingerprints: dict[str, str] | None = None,
         tensor_fingerprints: dict[str, str] | None = None,
+        settings_fingerprint: str | None = None,
         measured: dict[str, float] | None = None,
         errors: dict[str, float] | None = None,
         dropped: Sequence[str] | None = None,
@@ -136,6 +139,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.format_version, self.verify_tensors = format_version, verify_tensors
         self.base_fingerprints = _mapping("base_fingerprints", base_fingerprints, _is_text)
         self.tensor_fingerprints = _mapping("tensor_fingerprints", tensor_fingerprints, _is_text)
+        self.settings_fingerprint = settings_fingerprint
         self.measured = _mapping("measured", measured, is_number)
         self.errors = _mapping("errors", errors, is_number)
         self.dropped, self.overlay = _names("dropped", dropped) or [], _names("overlay", overlay)
@@ -168,7 +172,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         return found
 
     def _check_options(self) -> None:
-        for name in ("base_revision", "calibration_source"):
+        for name in ("base_revision", "calibration_source", "settings_fingerprint"):
             value = getattr(self, name)
             if value is not None and not _is_text(value):
                 raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a text")
@@ -234,6 +238,11 @@ class DeltaMixConfig(QuantizationConfigMixin):
         if self.bits_per_weight is not None:
             return int(self.bits_per_weight / 16 * reference_bytes)
         return int((self.ratio or DEFAULT_RATIO) * reference_bytes)
+
+    def decoding_fingerprint(self) -> str:
+        """Hash what says how stored tensors are decoded: SHA-256, its first 32 hex digits."""
+        facts = [self.method.group_size, self.method.codebook, self.resized]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a user may override when loading an existing delta repo."""

@@ -12,7 +12,7 @@ class DeltaMixError(ValueError):
     """Bad input: the message says what was wrong and what to do."""
 
     def __str__(self) -> str:  # not when made: compilers cannot trace an __init__ of an error
-        return _one_line(super().__str__())
+        return one_line(super().__str__())
 
 
 def first_line(error: BaseException) -> str:
@@ -20,8 +20,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _one_line(message: str) -> str:
-    """Names in a message may come from a hostile file: no line breaks, no terminal commands."""
+def one_line(message: str) -> str:
+    """Return a message without what a terminal would obey, cut if it is long.
+
+    Names in it may come from a hostile file: no line breaks, no terminal commands."""
     if not message.isprintable():
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     if len(message) > _LONGEST:

@@ -237,6 +237,7 @@ def check_content(infos: Mapping[str, TensorInfo], config: DeltaMixConfig) -> Ma
     before it did.
     """
     found, recorded = fingerprints(infos), config.tensor_fingerprints
+    check_settings(config)
     if recorded:
         check_listed(infos.keys(), recorded.keys())
         for name in differing_fingerprints(found, recorded):
@@ -245,6 +246,15 @@ def check_content(infos: Mapping[str, TensorInfo], config: DeltaMixConfig) -> Ma
                 "changed; copy or download it again"
             )
     return found
+
+
+def check_settings(config: DeltaMixConfig) -> None:
+    """Raise a DeltaMixError if tensors would be decoded in another way than they were saved in."""
+    if config.settings_fingerprint not in (None, config.decoding_fingerprint()):
+        raise DeltaMixError(
+            "group_size, codebook or resized in config.json are not what was saved: the file is "
+            "damaged, or was changed"
+        )
 
 
 def check_finite(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:

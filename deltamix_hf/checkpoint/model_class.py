@@ -1,7 +1,9 @@
 """What config.json says a repo is: a delta or a whole model, and of which class."""
 
+import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,14 +12,17 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError, first_line
+from ..storage.untrusted_paths import CONFIG, read_object
 from ..transformers_private import (
     add_generation_mixin_to_remote_model,
     get_class_from_dynamic_module,
 )
 
 # A class makes a module or an entry for each of these: 3e6 labels take 2 GB, 2e7 layers 2.5 GB.
-_COUNTED = re.compile(r"(num|n)_\w*(layers?|blocks?|experts?|stages?|labels)|depths?|n_layer")
-_FEWEST_ALLOWED, _MOST_LABELS = 1000, 100_000
+_COUNTED = re.compile(r"\w*(layer|block|expert|stage|group|network|depth|label|type)\w*")
+_NO_COUNT = re.compile(r"\w*_(size|dim|length|ids?|eps|width|tokens|theta|rate|std|index|factor)")
+_FEWEST_ALLOWED, _MOST_LABELS, _MOST_EXPERTS = 1000, 100_000, 50_000
+_MOST_LISTED = 10_000_000  # of numbers in lists, whatever they are
 
 
 def check_counts(config: Mapping[str, Any]) -> None:
@@ -30,21 +35,44 @@ def check_counts(config: Mapping[str, Any]) -> None:
     known = settings.get("base_fingerprints") if isinstance(settings, Mapping) else None
     tensors = len(known) if isinstance(known, Mapping) else 0
     most = max(_FEWEST_ALLOWED, tensors)
+    layers, experts = 1.0, 1.0
+    for name, value in _leaves({k: v for k, v in config.items() if k != "quantization_config"}):
+        largest = max((n for n in _flat(value) if isinstance(n, int | float)), default=0)
+        limit = _MOST_LISTED if isinstance(value, list) else math.inf
+        if _COUNTED.fullmatch(name) and not _NO_COUNT.fullmatch(name):
+            limit = _MOST_LABELS if "label" in name else most
+        if limit == most and "expert" in name:
+            experts = max(experts, largest)
+        elif limit == most and "layer" in name:
+            layers = max(layers, largest)
+        if largest > limit or layers * experts > max(_MOST_EXPERTS, tensors):
+            raise DeltaMixError(
+                f"config.json of the delta repo says {name} = {str(value)[:40]}, and its base has "
+                f"{tensors} tensors: it is damaged, or of another model"
+            )
+
+
+def _leaves(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what is no object, by name, from objects in objects and in lists of them."""
     parts: list[Any] = [config]
     while parts:
-        part = parts.pop()
-        for name, value in part.items():
-            if isinstance(value, Mapping) and name != "quantization_config":
-                parts.append(value)
-            values = value if isinstance(value, list) else [value]
-            if not _COUNTED.fullmatch(str(name)):
-                continue
-            limit = _MOST_LABELS if str(name).endswith("labels") else most
-            if any(isinstance(v, int | float) and v > limit for v in values):
-                raise DeltaMixError(
-                    f"config.json of the delta repo says {name} = {str(value)[:40]}, and its base "
-                    f"has {tensors} tensors: it is damaged, or of another model"
-                )
+        for name, value in parts.pop().items():
+            inner = value if isinstance(value, list) else [value]
+            objects = [one for one in inner if isinstance(one, Mapping)]
+            parts += objects
+            if not objects:
+                yield str(name), value
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """Yield what is in lists within lists."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        else:
+            yield one
 
 
 def read_config(repo: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -54,7 +82,10 @@ def read_config(repo: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     name; only who calls may say so, no file.
     """
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(repo)
+        path = os.path.join(repo, CONFIG)
+        raw = (
+            read_object(path) if os.path.isfile(path) else PreTrainedConfig.get_config_dict(repo)[0]
+        )
         if "quantization_config" in raw:
             check_counts(raw)
         return AutoConfig.from_pretrained(repo, trust_remote_code=trust_remote_code)
@@ -89,7 +120,7 @@ def model_class(repo: str, config: PreTrainedConfig, trust_remote_code: bool = F
 
     With `trust_remote_code` the repo's own classes come first, as transformers has it.
     """
-    names = config.architectures or []
+    names = config.architectures if isinstance(config.architectures, list) else []
     found = (_own_class(repo, config, str(name)) for name in names if trust_remote_code)
     cls: Any = next(filter(None, found), None)
     cls = cls or next((c for n in names if (c := getattr(transformers, str(n), None))), None)

@@ -7,6 +7,7 @@ asks the same of files, base and model and stops at the first problem.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -21,6 +22,7 @@ from .base import BaseCheckpoint, KeyMap, find_base, same
 from .delta_repo import (
     Contents,
     check_finite,
+    check_settings,
     contents_of,
     differing_fingerprints,
     find_delta,
@@ -61,13 +63,14 @@ def verify_repo(
         return
     yield Check(f"format {config.format_version}: {len(infos)} tensors, {len(files)} files")
     yield from _content(infos, config)
+    dtype: Any = model.config.dtype  # that it is loaded in, if nothing is said
     with opened(infos) as read:
 
         def matrices(name: str, stored: str) -> int:
             return sum(one is not None for one in contents.read_packed(name, read).split())
 
         def whole(name: str, stored: str) -> int:
-            check_finite(stored, read(stored))
+            check_finite(stored, read(stored), dtype)
             return 1
 
         yield from _each("packed matrices: shapes, widths, scales", contents.packed, matrices)
@@ -98,6 +101,7 @@ def _content(infos: Mapping[str, TensorInfo], config: DeltaMixConfig) -> Iterato
         yield Check("no fingerprints of the delta's own tensors (made by an earlier version)")
         return
     try:
+        check_settings(config)
         check_listed(infos.keys(), recorded.keys())
     except DeltaMixError as error:
         yield Check("config.json", str(error))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..config import DeltaMixConfig
 from ..errors import DeltaMixError
-from ..storage.headers import TensorInfo
+from ..storage.headers import LONGEST_NAME, TensorInfo
 from ..storage.names import ROWS, check_listed
 from ..transformers_private import ConversionOps
 from .base import KeyMap
@@ -81,10 +81,14 @@ def resized_in_repo(
     stored = {name for name in infos if name.endswith(f".{ROWS}")}
     check_listed(stored, announced)
     for listed, (old, new) in config.resized.items():
+        if len(listed) > LONGEST_NAME:
+            raise DeltaMixError(f"config.json says that {listed[:80]} ... was resized")
         weight = keys.rename(f"{listed}.weight")[0]
         if weight not in keys.state:
             continue
         module, ours = weight.removesuffix(".weight"), keys.state[weight]
+        if module in found:
+            raise DeltaMixError(f"config.json says twice that {module} was resized: it is damaged")
         if module not in ends or ours.ndim != 2 or len(ours) != new:
             raise DeltaMixError(
                 f"config.json says that {listed} was resized to {new} rows, which the model's "

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..errors import one_line
 from .console import (
     FAILED,
     AsJson,
@@ -61,7 +62,7 @@ def inspect(
         out.print_json(json.dumps(_figures(report)))
     else:
         for line in _origin(report):
-            out.print(line, highlight=False, soft_wrap=True, markup=False)
+            out.print(one_line(line), highlight=False, soft_wrap=True, markup=False)
         _print_whole(_layers(report, sort))
         out.print()
         out.print(size_table(report.size))
@@ -87,7 +88,7 @@ def verify(
     for check in verify_repo(repo, base, quick, trust_remote_code):
         mark = "[green]ok[/green]    " if check.problem is None else "[red]wrong[/red] "
         why = "" if check.problem is None else f": {check.problem}"
-        out.print(f"{mark} {escape(check.what + why)}", highlight=False, soft_wrap=True)
+        out.print(f"{mark} {escape(one_line(check.what + why))}", highlight=False, soft_wrap=True)
         problems += check.problem is not None
     if problems:
         raise typer.Exit(FAILED)

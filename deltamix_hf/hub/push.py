@@ -15,10 +15,11 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from ..checkpoint.base import resolve_base
+from ..config import DeltaMixConfig
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError, first_line
 from ..storage.headers import check_base, read_headers
-from ..storage.untrusted_paths import is_hub_id
+from ..storage.untrusted_paths import CONFIG, is_hub_id, read_object
 
 CARD = "README.md"
 WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
@@ -93,20 +94,21 @@ def push_folder(
 def _config_for_others(folder: Path, base: str | None, token: str | bool | None) -> dict[str, Any]:
     """Read the repo's config.json and let it name a base that is on the Hub."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_object(str(folder / CONFIG))
         settings = config["quantization_config"]
         ours = settings["quant_method"] == QUANT_METHOD
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
         raise DeltaMixError(f"{folder} is not a delta repo; make one with `deltamix compress`")
+    DeltaMixConfig.from_dict(settings)  # refuses what is damaged
     if base is not None:
         files, commit = resolve_base(base, None, {"token": token})
         if commit is None:
             raise DeltaMixError(f"{base!r} is a local folder; give the base's id on the Hub")
         check_base(settings["base_fingerprints"], read_headers(files), repr(base))
         settings |= {"base_model": base, "base_revision": commit}
-    elif not (name := settings.get("base_model")) or Path(name).exists() or not is_hub_id(name):
+    elif not (name := settings.get("base_model")) or not is_hub_id(name) or Path(name).exists():
         raise DeltaMixError(
             f"the delta names its base by the local path {name!r}, which "
             "nobody else has; name the same base on the Hub (--base org/base, or base=)"

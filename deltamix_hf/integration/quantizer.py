@@ -9,6 +9,7 @@ the base, and splices its files into what transformers is about to read (`load_p
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
         self.store = ResumeStore()  # of compression: removed when the delta is saved
         self.stored: dict[str, torch.Tensor] | None = None  # of a model without its base's weights
         self.commit: str | None = None  # of the repo being loaded; its tokenizer is saved along
+        self.delta_files: list[str] = []  # of the repo that was loaded
+        self.content: Mapping[str, str] | None = None  # fingerprints of its tensors, if asked
         self._plan: LoadPlan | None = None  # from the before-hook to the after-hook
         self._places: Places = {}  # of packed parameters that processes share
         self._dtype = torch.get_default_dtype()  # the one asked for
@@ -107,8 +110,8 @@ class DeltaMixHfQuantizer(HfQuantizer):
         infos = read_headers(delta_files)
         check_weight_files(repo, delta_files, lambda: infos)
         contents = contents_of(infos, config, KeyMap(model))
-        if config.verify_tensors:
-            check_content(infos, config)
+        self.delta_files = delta_files
+        self.content = check_content(infos, config) if config.verify_tensors else None
         places = attach_packed(contents)
         self._use_base(*find_base(config, repo, delta_files[0]))
         base = BaseCheckpoint(self.base_files, model, of_base=True)

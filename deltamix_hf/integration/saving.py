@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.base import BaseCheckpoint, guard_names, untied_state
 from ..checkpoint.tensor_diff import differences
-from ..config import overlay_dtype
+from ..config import DeltaMixConfig, overlay_dtype
 from ..constants import BESIDE, FETCHED, NOTICE
 from ..errors import DeltaMixError, first_line
 from ..hub.push import push_folder
@@ -243,7 +243,9 @@ def _complete_config(path: Path) -> None:
     """
     config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": NOTICE}
     infos = read_headers(weight_files(path.parent))
-    config["quantization_config"]["tensor_fingerprints"] = fingerprints(infos)
+    settings = config["quantization_config"]
+    settings["tensor_fingerprints"] = fingerprints(infos)
+    settings["settings_fingerprint"] = DeltaMixConfig.from_dict(settings).decoding_fingerprint()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..errors import one_line
+
 # Names, how outputs are handed over, the twin of id2label, and each row's own (`end_tokens`).
 _OF_NO_EFFECT = (
     "architectures", "dtype", "torch_dtype", "transformers_version", "transformers_weights",
@@ -27,7 +29,7 @@ def warning(repo: str, found: Mapping[str, tuple[Any, Any]]) -> str:
     ]
     if len(found) > _MOST_TOLD:
         told.append(f"{len(found) - _MOST_TOLD} more")
-    return (
+    return one_line(
         f"{repo!r} was made of a model with {'; '.join(told)}: beside it the delta gives something "
         "else than by itself"
     )

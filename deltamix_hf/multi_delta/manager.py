@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..checkpoint.base import BaseCheckpoint, resolve_base, same
 from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
+from ..checkpoint.validation import check_filled
 from ..constants import FETCHED
 from ..errors import DeltaMixError
 from ..nn.delta_module import DeltaModule, own_deltas
@@ -97,6 +98,7 @@ class DeltaManager:
         check_base(config.base_fingerprints, base.infos, "the model's base", base.fingerprints)
         read = partial(read_delta, repo, files, config, base.keys)
         first = read()
+        check_filled(base.keys, first.overlay, base, config.base_fingerprints, {})
         only = self.pool.add(name, first, partial(_again, read, first.content))
         self.ends.pop(name, None)  # of an earlier one
         if ends is not None:
@@ -291,7 +293,8 @@ class DeltaManager:
         source, read = str(model.name_or_path), None
         stored = StoredDelta(packed, overlay, config.base_fingerprints, source)
         if quantizer.pre_quantized and os.path.isdir(source):
-            read = partial(read_delta, source, *find_delta(source, {})[:2], base.keys)
+            again = partial(read_delta, source, quantizer.delta_files, config, base.keys)
+            read = partial(_again, again, quantizer.content)
         return stored, read
 
 

@@ -96,21 +96,9 @@ class DeltaModule(nn.Module):
         raise NotImplementedError
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Any:
-        """Return this module with other parameters and buffers; it shares everything else.
-
-        Raises:
-            DeltaMixError: one that is replaced is being trained (peft's `bias="all"`).
-        """
+        """Return this module with other parameters and buffers; it shares everything else."""
         if not tensors:
             return self
-        if torch.is_grad_enabled():
-            replaced = (self._parameters.get(name) for name in tensors)
-            if any(own is not None and own.requires_grad for own in replaced):
-                raise DeltaMixError(
-                    f"a parameter of the base's {self.dm_plain_class.__name__} is to be trained, "
-                    "and a delta has another in its place: load the delta repo alone, or train "
-                    "without biases and norms"
-                )
         shadow = type(self).__new__(type(self))
         vars(shadow).update(vars(self))
         for kind in ("_parameters", "_buffers"):

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..errors import DeltaMixError
 
 _MAX_DIMENSIONS = 16
+LONGEST_NAME = 1000  # characters; transformers' patterns take seconds for one of 100,000
 _MAX_EXTENT = 2**63  # of offsets, in bytes; torch's own limit
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -82,6 +83,8 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         infos = {}
         for name, entry in header.items():
+            if len(name) > LONGEST_NAME:
+                raise ValueError(f"the name of a tensor has {len(name)} characters")
             shape = tuple(entry["shape"])
             extent = math.prod(max(d, 1) for d in shape)  # torch multiplies those beside a 0, too
             if len(shape) > _MAX_DIMENSIONS or 16 * extent >= _MAX_EXTENT:

@@ -14,6 +14,7 @@ import torch
 from ..quantization.packed_layout import bytes_by_kind
 from .headers import DTYPE_NAMES, TensorInfo, read_headers
 from .names import ROWS, is_guard, packed_part
+from .untrusted_paths import lies_inside
 
 
 def reference_bytes(
@@ -34,8 +35,12 @@ def header_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tota
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """List all safetensors files of a delta repo, sorted: what "bytes on disk" counts."""
-    return sorted(Path(folder).glob("*.safetensors"))
+    """List all safetensors files of a delta repo, sorted: what "bytes on disk" counts.
+
+    Links out of it are none of its files.
+    """
+    found = sorted(Path(folder).glob("*.safetensors"))
+    return [path for path in found if lies_inside(os.fspath(folder), os.fspath(path))]
 
 
 KINDS = ("payload", "scales", "metadata", "overlay")  # of bytes; together they are all

@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file, cached_files
 from ..errors import DeltaMixError, first_line
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-_MAX_JSON = 100_000_000  # bytes; a fingerprint of each of a million tensors
+_MAX_JSON = 20_000_000  # bytes; fingerprints of 200,000 tensors
 _LONGEST_NAME = 4096  # of a path on Linux
 
 
@@ -118,7 +118,8 @@ def check_weight_files(repo: str, files: list[str], names: Callable[[], Iterable
     """
     beside = os.path.dirname(files[0])
     index = os.path.join(beside, INDEX)
-    for file in [os.path.join(beside, CONFIG), index, *files]:
+    settings = os.path.join(beside, "generation_config.json")
+    for file in [os.path.join(beside, CONFIG), index, settings, *files]:
         if not lies_inside(repo, file):
             raise DeltaMixError(f"{file} of the delta repo lies outside its folder; copy it in")
     if os.path.basename(files[0]) == WEIGHTS or not os.path.isfile(index):
@@ -135,7 +136,7 @@ def check_weight_files(repo: str, files: list[str], names: Callable[[], Iterable
 def lies_inside(repo: str, file: str) -> bool:
     """Tell whether a file of a repo, if that is a folder, is no link out of it."""
     root = os.path.realpath(repo).replace(os.sep, "/")
-    root = re.sub(r"/snapshots/[0-9a-f]{40}(/.*)?$", "", root)
+    root = re.sub(r"(/models--[^/]+)/snapshots/[0-9a-f]{40}(/.*)?$", r"\1", root)
     return not os.path.isdir(repo) or Path(os.path.realpath(file)).is_relative_to(root)
 
 
@@ -170,14 +171,16 @@ def read_beside(
 
 
 def read_bytes(path: str) -> bytes:
-    """Read a file; a ValueError if it is longer than 100 MB."""
+    """Read a file; a ValueError if it is longer than 20 MB, or no file (a pipe would not end)."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{os.path.basename(path)} is no file")
     if os.path.getsize(path) > _MAX_JSON:
         raise ValueError(f"{os.path.basename(path)} is longer than {_MAX_JSON:,} bytes")
     return Path(path).read_bytes()
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """Read a JSON object from a file; a ValueError if it holds none or is longer than 100 MB."""
+    """Read a JSON object from a file; a ValueError if it holds none or is longer than 20 MB."""
     content = read_bytes(path)
     try:
         found = json.loads(content)

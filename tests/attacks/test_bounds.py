@@ -40,6 +40,9 @@ def problem(folder) -> str:
         ("mixtral", {"num_local_experts": 10_000_000}),
         ("llama", {"text_config": {"num_hidden_layers": 20_000_000}}),
         ("llama", {"depths": [2, 20_000_000]}),
+        ("llama", {"attention_types": [[["global"], 100_000_000]]}),
+        ("llama", {"num_feedforward_networks": 10_000_000}),
+        ("mixtral", {"num_hidden_layers": 900, "num_local_experts": 900}),
     ],
 )
 def test_counts_in_config_json(attack, family, counts):
