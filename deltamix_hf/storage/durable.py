@@ -109,8 +109,9 @@ def _staging(target: Path) -> Iterator[Path]:
     It lies beside the target, or inside one that is a mount, or a link to another file system.
     """
     make_folder(target.parent)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file")
+    if os.path.lexists(target) and not target.is_dir():
+        what = "a file" if target.exists() else "a link that leads nowhere"
+        raise NotADirectoryError(f"{target} is {what}")
     places = [target.parent, target] if target.exists() else [target.parent]
     for place in places:
         with tempfile.TemporaryDirectory(

@@ -117,3 +117,9 @@ def test_a_new_folder_is_synced_with_those_above_it(tmp_path, monkeypatch):
     assert synced == [tmp_path, tmp_path / "a"]
     durable.make_folder(tmp_path / "a" / "b")
     assert len(synced) == 2 and os.listdir(tmp_path / "a") == ["b"]
+
+
+def test_a_link_that_leads_nowhere_is_refused_at_once(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(DeltaMixError, match="a link that leads nowhere"):
+        durable.check_output(tmp_path / "out")
