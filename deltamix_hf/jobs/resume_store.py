@@ -112,7 +112,9 @@ class ResumeStore:
     def load(self, name: str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Any]:
         """Read a part that this job has written, onto a device; DeltaMixError if it is gone."""
         if (found := self.read(name)) is None:
-            raise DeltaMixError(f"{self.folder} was changed while it was in use")
+            raise DeltaMixError(
+                f"{self.folder} was changed while it was in use: delete it and start again"
+            )
         return {key: tensor.to(device) for key, tensor in found[0].items()}, found[1]
 
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Any = None) -> None:
