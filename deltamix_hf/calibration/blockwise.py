@@ -12,7 +12,7 @@ block, and each moment is merged only by the one or two workers that need it.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -73,7 +73,7 @@ class BlockwisePass:
         blocks = len(self.chain.names)
         steps = blocks * (1 + self.fisher)
         self._bar = logging.tqdm(total=steps, desc="Calibrating", unit="block")
-        self._forward()
+        self.forward(self.mine, self._bar.update)
         first = self._called_first(outside)
         if not self.found.done("exit"):
             self._exit({n: m for n, m in outside.items() if n not in first})
@@ -109,9 +109,13 @@ class BlockwisePass:
     # Passes
 
     @torch.no_grad()
-    def _forward(self) -> None:
+    def forward(self, batches: Iterable[int], after: Callable[[], object] = lambda: None) -> None:
+        """Have the level of every block there for these batches; what is missing is run.
+
+        `after` is called after every block.
+        """
         for i, block in enumerate(self.chain.blocks):
-            missing = [b for b in self.mine if f"level {i + 1} of batch {b}" not in self.store]
+            missing = [b for b in batches if f"level {i + 1} of batch {b}" not in self.store]
             if not self.fisher and not self.found.done(_place(i)):
                 observing = self.found.observing(_place(i), self.inside[i], False)
                 with self.chain.hold(block), observing:
@@ -119,7 +123,7 @@ class BlockwisePass:
             elif missing:
                 with self.chain.hold(block):
                     self._advance(i, block, missing)
-            self._bar.update()
+            after()
 
     def _advance(self, i: int, block: nn.Module, batches: Iterable[int]) -> None:
         for b in batches:

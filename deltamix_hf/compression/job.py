@@ -61,13 +61,14 @@ class Job:
         if not batches:
             return
         seed, fisher = self.config.seed, self.config.method.fisher
-        if len(self.finished) < len(self.targets):
+        tuned = self.config.method.tune_steps
+        if len(self.finished) < len(self.targets) or (tuned and not self.runs.predicted(batches)):
             observed = {n: m for name in self.targets for n, m in self._users(name).items()}
             if not fisher:  # a tied embedding is measured where it is a matrix
                 observed = {n: m for n, m in observed.items() if not isinstance(m, nn.Embedding)}
             with self.watch.stage("statistics"):
                 self.found, self.scored = self.runs.statistics(observed, batches, fisher, seed)
-        if self.config.method.tune_steps:
+        if tuned:
             with self.watch.stage("predictions"):
                 self.tuning_data = self.runs.predictions(batches, seed)
         self.runs.forget()

@@ -75,6 +75,10 @@ class LoadedRuns:
         """Record what scales are tuned by."""
         return tuning_batches(self.model, batches, seed)
 
+    def predicted(self, batches: Sequence[Tensor]) -> bool:
+        """Tell whether `predictions` needs nothing of what `statistics` leaves."""
+        return True
+
     def forget(self) -> None:
         """Drop what only `statistics` and `predictions` need."""
 
@@ -114,6 +118,7 @@ class FileRuns(LoadedRuns):
         def outputs() -> Iterator[Any]:
             assert self._passes is not None  # statistics are measured in the same run
             chain = self._passes.chain
+            self._passes.forward(range(len(batches)))  # an interrupted run may have dropped levels
             for b, ids in enumerate(batches):
                 last = self._passes.get("level", len(chain.blocks), b)
                 pieces = (split_rows(t, TOKENS_PER_STEP) for t in (ids, last))
@@ -121,6 +126,10 @@ class FileRuns(LoadedRuns):
 
         tensor_list = partial(TensorList, self.store)
         return tuning_batches(self.model, batches, seed, tensor_list, outputs())
+
+    def predicted(self, batches: Sequence[Tensor]) -> bool:
+        pieces = sum(len(split_rows(ids, TOKENS_PER_STEP)) for ids in batches)
+        return len(TensorList(self.store, "wanted")) == pieces
 
     def forget(self) -> None:
         if self._passes is not None and self.workers.rank == 0:  # nobody is in the passes any more

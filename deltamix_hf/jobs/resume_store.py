@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import DeltaMixError
-from ..storage.durable import replace
+from ..storage.durable import make_folder, replace, sync
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +53,7 @@ class ResumeStore:
         self.identity, self.worker = identity, 0
         try:
             if self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder)
         except OSError as error:
             raise DeltaMixError(
                 f"cannot keep finished parts in {folder}: {error}; give another checkpoint_dir"
@@ -71,8 +71,13 @@ class ResumeStore:
     def drop_damaged(self) -> None:
         """Compare all parts with their hashes; drop those that differ, and what follows from them.
 
-        For one process, before others look for parts. A warning names what was damaged.
+        And all parts if an earlier `remove` was interrupted. For one process, before others look
+        for parts. A warning names what was damaged.
         """
+        if self.folder is None:
+            return
+        if self._removing(self.folder).exists():
+            self._remove_parts(self.folder)
         found = [path for path in self._files() if path.name.endswith(SUFFIX)]
         shown = logging.tqdm(found, desc="Checking finished parts", unit="part")
         damaged = [path for path in shown if not _is_sound(path)] if found else []
@@ -80,9 +85,9 @@ class ResumeStore:
             return
         logger.warning("%s is damaged: what is missing now is done again", damaged[0])
         if any("-run" in path.name for path in damaged):
-            damaged += [path for path in found if "-run" in path.name]
-        for path in damaged:
-            path.unlink(missing_ok=True)
+            follow = [path for path in found if "-run" in path.name and path not in damaged]
+            _unlink(self.folder, follow)  # first: while a damaged one is there, the rest is dropped
+        _unlink(self.folder, damaged)
 
     def __contains__(self, name: str) -> bool:
         return (path := self._path(name)) is not None and path.is_file()
@@ -107,7 +112,9 @@ class ResumeStore:
     def load(self, name: str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Any]:
         """Read a part that this job has written, onto a device; DeltaMixError if it is gone."""
         if (found := self.read(name)) is None:
-            raise DeltaMixError(f"{self.folder} was changed while it was in use")
+            raise DeltaMixError(
+                f"{self.folder} was changed while it was in use: delete it and start again"
+            )
         return {key: tensor.to(device) for key, tensor in found[0].items()}, found[1]
 
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Any = None) -> None:
@@ -143,11 +150,29 @@ class ResumeStore:
 
     def remove(self) -> None:
         """Forget all parts of this job, and remove the folder if nothing else is in it."""
-        for path in self._files():
-            path.unlink(missing_ok=True)
-        if self.folder is not None:
-            with suppress(OSError):  # somebody else's files, or gone already
-                self.folder.rmdir()
+        if self.folder is None:
+            return
+        with suppress(OSError):  # somebody else's files, or gone already
+            self._remove_parts(self.folder)
+            self.folder.rmdir()
+
+    def _removing(self, folder: Path) -> Path:
+        """The file that is there while parts are removed: some without others lead nowhere."""
+        return folder / f"{self.identity[:24]}-removing"
+
+    def _remove_parts(self, folder: Path) -> None:
+        removing = self._removing(folder)
+        removing.touch()
+        sync(folder)
+        _unlink(folder, self._files())
+        removing.unlink(missing_ok=True)
+
+
+def _unlink(folder: Path, paths: Iterable[Path]) -> None:
+    """Unlink files; the disk holds none of them when this returns."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+    sync(folder)
 
 
 def _is_sound(path: Path) -> bool:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +38,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are not there; then the disk holds their names."""
+    path = path.absolute()
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
+
+
 def replace(unfinished: Path, path: Path) -> None:
     """Rename a file to `path` once the disk holds it; then the disk holds its name too."""
     sync(unfinished)
@@ -49,8 +58,9 @@ def replace(unfinished: Path, path: Path) -> None:
 def written_whole(target: Path) -> Iterator[Path]:
     """Context manager: a hidden folder to write into, which then becomes `target`.
 
-    Files of an earlier save are replaced, others stay. Raises a DeltaMixError if the folder cannot
-    be written, or the disk is full; nothing is left behind.
+    Files of an earlier save are replaced, others stay. A power cut meanwhile leaves the old files,
+    the new ones, or a new config.json whose fingerprints refuse the old weights. Raises a
+    DeltaMixError if the folder cannot be written, or the disk is full; nothing is left behind.
     """
     target = target.absolute()
     try:
@@ -98,9 +108,10 @@ def _staging(target: Path) -> Iterator[Path]:
 
     It lies beside the target, or inside one that is a mount, or a link to another file system.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file")
+    make_folder(target.parent)
+    if os.path.lexists(target) and not target.is_dir():
+        what = "a file" if target.exists() else "a link that leads nowhere"
+        raise NotADirectoryError(f"{target} is {what}")
     places = [target.parent, target] if target.exists() else [target.parent]
     for place in places:
         with tempfile.TemporaryDirectory(
@@ -114,7 +125,7 @@ def _staging(target: Path) -> Iterator[Path]:
 
 def _renames(staging: Path, target: Path) -> bool:
     """Try whether a file can be renamed from one folder to the other."""
-    probe = staging / f"{staging.name}.probe"
+    probe = staging / f".{target.name}.probe"  # one that a crash has left is removed the next time
     probe.touch()
     try:
         os.replace(probe, target / probe.name)
@@ -122,7 +133,7 @@ def _renames(staging: Path, target: Path) -> bool:
         if error.errno != errno.EXDEV:
             raise
         return False
-    (target / probe.name).unlink()
+    (target / probe.name).unlink(missing_ok=True)  # by another process that tries, too
     return True
 
 
@@ -140,12 +151,28 @@ def _move_into(staging: Path, target: Path) -> None:
         sync(target.parent)
         return
     for name in written:  # all, before a file is replaced
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-    for name, path in sorted(written.items()):
-        os.replace(path, target / name)
+        make_folder((target / name).parent)
+    for step in _in_order(written):
+        for name in step:
+            os.replace(written[name], target / name)
+        for folder in {(target / name).parent for name in step}:
+            sync(folder)
     names = {name.name for name in written if len(name.parts) == 1}
     if any(_STALE.fullmatch(name) for name in names):  # not an adapter, beside the delta
         for old in target.iterdir():
             if _STALE.fullmatch(old.name) and old.name not in names:
                 old.unlink()
-    sync(target)
+        sync(target)
+
+
+def _in_order(names: Iterable[Path]) -> list[list[Path]]:
+    """Sort files into those that the disk must hold before the next are replaced.
+
+    A new config.json refuses old weights. So new weights come last: where they are whole, so is
+    all else, and no old tokenizer is read with them.
+    """
+    steps: list[list[Path]] = [[], [], []]
+    for name in sorted(names):
+        weights = len(name.parts) == 1 and _STALE.fullmatch(name.name)
+        steps[0 if str(name) == CONFIG else 2 if weights else 1].append(name)
+    return steps

@@ -19,6 +19,7 @@ from tiny_pairs import Pair, calibration_ids, quick, snapshot
 
 from deltamix_hf import DeltaMixConfig, DeltaMixError
 from deltamix_hf.compression import job, runs
+from deltamix_hf.integration.compress_repo import compress_streaming
 from deltamix_hf.jobs.resume_store import ResumeStore, TensorList, job_identity
 
 
@@ -196,6 +197,28 @@ def test_only_what_the_job_wrote_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "thesis"]
 
 
+def test_parts_are_removed_all_or_none(tmp_path, monkeypatch):
+    """A job that finds some of them would wait for the others, or miss them."""
+    store = ResumeStore(tmp_path / "work", "a" * 24)
+    for part in ("matrix x", "level 1", "level 2"):
+        store.write(part, {"a": torch.ones(3)})
+    ResumeStore(tmp_path / "work", "b" * 24).write("matrix x", {"a": torch.ones(3)})
+    unlink = Path.unlink
+
+    def crashes(self: Path, missing_ok: bool = False) -> None:
+        unlink(self, missing_ok)
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", crashes)
+        with pytest.raises(Crash):
+            store.remove()
+    assert len(list(store._files())) == 2
+    again = ResumeStore(tmp_path / "work", "a" * 24)
+    again.drop_damaged()
+    assert [path.name[0] for path in (tmp_path / "work").iterdir()] == ["b"]
+
+
 def zeroed(path: Path, share: float) -> None:
     content = bytearray(path.read_bytes())
     start = len(content) - int(share * len(content))
@@ -233,3 +256,20 @@ def test_a_job_with_any_damaged_part_ends_with_the_same_bytes(pair, tmp_path):
         work.mkdir()
         for path, content in kept.items():
             path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damaged", ["-run", "-one"])
+def test_a_streamed_job_that_was_all_but_done(pair, tmp_path, monkeypatch, damaged):
+    """What the passes left is dropped with a damaged part: they are run again."""
+    source, work = pair("llama_tied"), tmp_path / "work"
+
+    def stream(output: Path) -> None:
+        options = METHODS["deltamix-kl"] | {"method": "deltamix-kl", "checkpoint_dir": work}
+        compress_streaming(source.tuned, output, source.config(**options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumeStore, "remove", lambda self: None)
+        stream(tmp_path / "whole")
+    zeroed(next(path for path in sorted(work.iterdir()) if damaged in path.name), 0.6)
+    stream(tmp_path / "out")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")

@@ -20,7 +20,7 @@ from deltamix_hf import DeltaMixError
 from deltamix_hf.cli.compress import compress
 from deltamix_hf.integration.compress_repo import compress_streaming
 from deltamix_hf.jobs.resume_store import ResumeStore
-from deltamix_hf.jobs.workers import Workers
+from deltamix_hf.jobs.workers import ALONE, Workers
 
 
 @given(count=st.integers(0, 50), size=st.integers(1, 9))
@@ -122,3 +122,9 @@ def test_only_what_can_be_shared_is(pair, tmp_path, monkeypatch):
         compress_streaming(source.tuned, tmp_path / "out", source.config(method="delta-come"))
     with pytest.raises(DeltaMixError, match="with --low-memory only"):
         compress(str(source.tuned), str(source.base), tmp_path / "out")
+
+
+def test_a_process_alone_waits_for_nobody(tmp_path):
+    """Its checkpoint_dir was emptied meanwhile: it would wait for a day."""
+    with pytest.raises(DeltaMixError, match="was changed while it was in use"):
+        ALONE.wait(ResumeStore(tmp_path, "a" * 24), "level 1")
