@@ -58,10 +58,10 @@ def _leaves(config: Any) -> Iterator[tuple[str, Any]]:
     while parts:
         for name, value in parts.pop().items():
             inner = value if isinstance(value, list) else [value]
-            objects = [one for one in inner if isinstance(one, Mapping)]
-            parts += objects
-            if not objects:
-                yield str(name), value
+            parts += [one for one in inner if isinstance(one, Mapping)]
+            rest = [one for one in inner if not isinstance(one, Mapping)]
+            if rest:
+                yield str(name), rest if isinstance(value, list) else value
 
 
 def _flat(value: Any) -> Iterator[Any]:

@@ -186,9 +186,9 @@ def test_values_that_are_not_finite_are_named(where, value, method):
 @pytest.mark.parametrize(
     ("method", "scale"),
     [
-        *(("deltamix", scale) for scale in (1e-30, 1e-12, 1e12)),
+        *(("deltamix", scale) for scale in (1e-30, 1e-12, 1e6)),
         # a Gaussian scale is at least 1e-30, which stands for a group of zeros
-        *(("deltamix-kl", scale) for scale in (1e-25, 1e-12, 1e12)),
+        *(("deltamix-kl", scale) for scale in (1e-25, 1e-12, 1e6)),
     ],
 )
 def test_any_scale_of_the_delta(method, scale):
