@@ -308,3 +308,13 @@ def read_delta(source: str, files: list[str], config: DeltaMixConfig, keys: KeyM
             overlay[name] = read(stored)
             check_finite(stored, overlay[name], keys.state[name].dtype)
     return StoredDelta(packed, overlay, config.base_fingerprints, source, content)
+
+
+def read_again(read: Callable[[], StoredDelta], content: Mapping[str, str] | None) -> StoredDelta:
+    """Read a delta once more; a DeltaMixError if its tensors are not those of `content`."""
+    found = read()
+    if found.content != content:
+        raise DeltaMixError(
+            f"{found.source!r} has changed since it was loaded: delete the delta, and load it again"
+        )
+    return found

@@ -8,7 +8,7 @@ models, options, calibration data, versions): parts of another job are never rea
 measured anew in between is measured as before, so the bytes are those of a run that was not
 interrupted. (On a CPU; a GPU may add up in another order and differ in the last digit.)
 
-A part holds the SHA-256 of its content. A job that goes on compares them first (0.9 s a GB), and
+A part holds the SHA-256 of its content. A job that goes on compares them first (1 to 2 s a GB), and
 does again what a disk has damaged.
 
 Without a folder nothing is kept. `save_pretrained` removes the parts when the delta is written.

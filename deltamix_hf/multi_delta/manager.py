@@ -10,7 +10,7 @@ None or "__base__" being the base. Names given to a call win over what is set or
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint.base import BaseCheckpoint, resolve_base, same
-from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
+from ..checkpoint.delta_repo import StoredDelta, find_delta, read_again, read_delta
 from ..checkpoint.validation import check_filled
 from ..constants import FETCHED
 from ..errors import DeltaMixError
@@ -99,7 +99,7 @@ class DeltaManager:
         read = partial(read_delta, repo, files, config, base.keys)
         first = read()
         check_filled(base.keys, first.overlay, base, config.base_fingerprints, {})
-        only = self.pool.add(name, first, partial(_again, read, first.content))
+        only = self.pool.add(name, first, partial(read_again, read, first.content))
         self.ends.pop(name, None)  # of an earlier one
         if ends is not None:
             self.ends[name] = ends
@@ -294,18 +294,8 @@ class DeltaManager:
         stored = StoredDelta(packed, overlay, config.base_fingerprints, source)
         if quantizer.pre_quantized and os.path.isdir(source):
             again = partial(read_delta, source, quantizer.delta_files, config, base.keys)
-            read = partial(_again, again, quantizer.content)
+            read = partial(read_again, again, quantizer.content)
         return stored, read
-
-
-def _again(read: Callable[[], StoredDelta], content: Mapping[str, str] | None) -> StoredDelta:
-    """Read a delta once more; a DeltaMixError if its files are not what they were."""
-    found = read()
-    if found.content != content:
-        raise DeltaMixError(
-            f"{found.source!r} has changed since it was loaded: delete the delta, and load it again"
-        )
-    return found
 
 
 def manager_of(model: PreTrainedModel) -> DeltaManager:
