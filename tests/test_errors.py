@@ -398,7 +398,7 @@ def test_repo_without_the_zero_points_it_needs(broken):
 )
 def test_tampered_config(broken, changes, culprit):
     folder, load = broken
-    edit_config(folder, **changes)
+    edit_config(folder, settings_fingerprint=None, **changes)
     refusal(load, culprit)
 
 

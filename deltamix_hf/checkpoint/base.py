@@ -166,12 +166,8 @@ class BaseCheckpoint:
         Raises a DeltaMixError: no fingerprint is `recorded`, another shape, or two tensors for it.
         """
         keys = self.checkpoint_keys(name)
+        self.check_pinned(name, recorded)
         for key in keys:
-            if key not in recorded:
-                raise DeltaMixError(
-                    f"wrong base: the delta repo has no fingerprint of its {key!r}; give the right "
-                    "one as DeltaMixConfig(base_model=..., base_revision=...)"
-                )
             self.infos[key].placeholder()  # refuses unknown dtypes
         if any(pattern for _, pattern in self.sources[self._group[name]]):
             return  # transformers makes it from several
@@ -180,6 +176,15 @@ class BaseCheckpoint:
                 f"the base holds {' and '.join(keys)} {list(self.infos[keys[0]].shape)} for "
                 f"{name}, the model needs {list(shape)}: config.json is of another model"
             )
+
+    def check_pinned(self, name: str, recorded: Mapping[str, str]) -> None:
+        """Raise a DeltaMixError unless fingerprints are `recorded` of what feeds a parameter."""
+        for key in self.checkpoint_keys(name):
+            if key not in recorded:
+                raise DeltaMixError(
+                    f"wrong base: the delta repo has no fingerprint of its {key!r}; give the right "
+                    "one as DeltaMixConfig(base_model=..., base_revision=...)"
+                )
 
     def fingerprints(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
         """Fingerprint some of the base's tensors; each is hashed once for all deltas."""

@@ -23,7 +23,6 @@ from transformers.utils import logging
 
 from ..checkpoint.base import BaseCheckpoint, resolve_base, same
 from ..checkpoint.delta_repo import StoredDelta, find_delta, read_again, read_delta
-from ..checkpoint.validation import check_filled
 from ..constants import FETCHED
 from ..errors import DeltaMixError
 from ..nn.delta_module import DeltaModule, own_deltas
@@ -98,7 +97,9 @@ class DeltaManager:
         check_base(config.base_fingerprints, base.infos, "the model's base", base.fingerprints)
         read = partial(read_delta, repo, files, config, base.keys)
         first = read()
-        check_filled(base.keys, first.overlay, base, config.base_fingerprints, {})
+        for used in base.keys.state.keys() - first.overlay.keys():
+            if used in base:
+                base.check_pinned(used, config.base_fingerprints)
         only = self.pool.add(name, first, partial(read_again, read, first.content))
         self.ends.pop(name, None)  # of an earlier one
         if ends is not None:

@@ -84,7 +84,7 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         infos = {}
         for name, entry in header.items():
             if len(name) > LONGEST_NAME:
-                raise ValueError(f"the name of a tensor has {len(name)} characters")
+                raise ValueError(f"{name[:80]} ... is a name of {len(name)} characters")
             shape = tuple(entry["shape"])
             extent = math.prod(max(d, 1) for d in shape)  # torch multiplies those beside a 0, too
             if len(shape) > _MAX_DIMENSIONS or 16 * extent >= _MAX_EXTENT:

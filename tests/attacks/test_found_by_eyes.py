@@ -35,7 +35,7 @@ def test_a_name_of_a_tensor_without_end(attack, family):
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [len(data), len(data)]}
     edit_header(it.folder / WEIGHTS, lambda h: h.update({"model.layers.0." * 30_000: entry}))
     began = time.monotonic()
-    it.refused("the name of a tensor has 450000 characters")
+    it.refused("is a name of 450000 characters")
     assert time.monotonic() - began < 10
 
 
