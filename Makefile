@@ -22,7 +22,8 @@ bench-quality: $(VENV)/.bench
 # `untraced`, slow ones that reach no line that others do not, run apart. (pytest-cov's `no_cover`
 # does not keep it away in xdist's workers, where it has started coverage twice; stopping both by
 # hand hung.)
-# By file: what the tests of one file share, servers and children among it, is made by one worker.
+# The first by file: what the tests of one share, servers and children among it, one worker makes.
+# Of the second few share much, and whole files leave a worker without work (358 s, 303 stolen).
 # No -q for mkdocs: it hides the warnings, broken links among them, from --strict too.
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -31,7 +32,7 @@ test: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -d $(VENV)/site
 	$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow and not untraced" --cov --cov-report=term:skip-covered
-	$(PY) -m pytest -n 2 --dist loadfile -q -m "untraced and not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -q -m "untraced and not slow"
 
 # In an environment of its own, and skipped where vLLM's wheel for CPUs cannot be had.
 test-vllm:
