@@ -23,7 +23,8 @@ def first_line(error: BaseException) -> str:
 def one_line(message: str) -> str:
     """Return a message without what a terminal would obey, cut if it is long.
 
-    Names in it may come from a hostile file: no line breaks, no terminal commands."""
+    Names in it may come from a hostile file: no line breaks, no terminal commands.
+    """
     if not message.isprintable():
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     if len(message) > _LONGEST:

@@ -236,8 +236,8 @@ def check_content(infos: Mapping[str, TensorInfo], config: DeltaMixConfig) -> Ma
     Raises a DeltaMixError if config.json records others. It records none in repos that were made
     before it did.
     """
-    found, recorded = fingerprints(infos), config.tensor_fingerprints
     check_settings(config)
+    found, recorded = fingerprints(infos), config.tensor_fingerprints
     if recorded:
         check_listed(infos.keys(), recorded.keys())
         for name in differing_fingerprints(found, recorded):
