@@ -186,6 +186,12 @@ class BaseCheckpoint:
                     "one as DeltaMixConfig(base_model=..., base_revision=...)"
                 )
 
+    def check_all_pinned(self, replaced: Container[str], recorded: Mapping[str, str]) -> None:
+        """Check, as `check_pinned`, all that the model has of the base, but what is `replaced`."""
+        for name in self.keys.state:
+            if name in self and name not in replaced:
+                self.check_pinned(name, recorded)
+
     def fingerprints(self, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
         """Fingerprint some of the base's tensors; each is hashed once for all deltas."""
         missing = {key: info for key, info in infos.items() if key not in self._fingerprints}

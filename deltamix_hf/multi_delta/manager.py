@@ -97,9 +97,7 @@ class DeltaManager:
         check_base(config.base_fingerprints, base.infos, "the model's base", base.fingerprints)
         read = partial(read_delta, repo, files, config, base.keys)
         first = read()
-        for used in base.keys.state.keys() - first.overlay.keys():
-            if used in base:
-                base.check_pinned(used, config.base_fingerprints)
+        base.check_all_pinned(first.overlay, config.base_fingerprints)
         only = self.pool.add(name, first, partial(read_again, read, first.content))
         self.ends.pop(name, None)  # of an earlier one
         if ends is not None:

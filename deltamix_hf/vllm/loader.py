@@ -47,7 +47,9 @@ class BaseRepo:
         """Read a delta; DeltaMixError if it is of another base or model, damaged or incomplete."""
         recorded = settings.base_fingerprints
         check_base(recorded, self.checkpoint.infos, self.where, self.checkpoint.fingerprints)
-        return read_delta(source, files, settings, self.checkpoint.keys)
+        found = read_delta(source, files, settings, self.checkpoint.keys)
+        self.checkpoint.check_all_pinned(found.overlay, recorded)
+        return found
 
     def changes(self, delta: StoredDelta) -> list[tuple[str, Tensor]]:
         """Name whole and packed tensors of a delta as the base's checkpoint does."""

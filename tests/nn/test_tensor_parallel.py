@@ -17,8 +17,6 @@ from architectures import ARCHITECTURES, inputs_of, logits
 from tiny_pairs import DECODER, FAMILIES, fine_tune, make_config, quick, relative
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-pytestmark = pytest.mark.untraced  # the ranks are processes of their own
-
 SCRIPT = Path(__file__).parents[1] / "helpers" / "tensor_parallel_ranks.py"
 RANKS = 2
 
