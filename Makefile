@@ -23,7 +23,7 @@ bench-quality: $(VENV)/.bench
 # does not keep it away in xdist's workers, where it has started coverage twice; stopping both by
 # hand hung.)
 # The first by file: what the tests of one share, servers and children among it, one worker makes.
-# Of the second few share much, and whole files leave a worker without work (358 s, 303 stolen).
+# Of the second few share much, and whole files would leave a worker without work.
 # No -q for mkdocs: it hides the warnings, broken links among them, from --strict too.
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
