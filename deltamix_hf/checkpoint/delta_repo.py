@@ -20,7 +20,7 @@ from ..quantization.packed_layout import part_names
 from ..storage.headers import TensorInfo, fingerprints, opened, read_headers
 from ..storage.names import GUARD, ROWS, check_listed, is_guard, packed_names, packed_part
 from ..storage.untrusted_paths import check_weight_files, repo_files
-from .base import KeyMap
+from .base import KeyMap, is_finite
 from .model_class import check_counts
 from .vocabulary import Resized, resized_in_repo
 
@@ -261,18 +261,12 @@ def check_finite(name: str, tensor: Tensor, dtype: torch.dtype | None = None) ->
     """Raise a DeltaMixError for a tensor with NaN or infinity, in `dtype` too if that is given.
 
     Compression never stores one.
-
-    0.07 s for a gigabyte of bfloat16 on one AMD EPYC core (`isfinite().all()`: 3.9 s).
     """
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch cannot order 8 bits
-    ends = torch.stack(wide.aminmax())
-    if not bool(torch.isfinite(ends).all()):
+    if not is_finite(tensor):
         raise DeltaMixError(f"{name} of the delta repo holds NaN or infinity: the file is damaged")
-    if dtype is not None and not bool(torch.isfinite(ends.to(dtype)).all()):
+    if dtype is not None and not is_finite(tensor, dtype):
         raise DeltaMixError(
-            f"{name} of the delta repo holds {float(ends.abs().max()):.3g}, which is infinite in "
+            f"{name} of the delta repo holds {float(tensor.abs().max()):.3g}, which is infinite in "
             f"the model's {dtype}: load it in a wider dtype, or the file is damaged"
         )
 

@@ -18,7 +18,7 @@ from ..nn.delta_module import DeltaModule
 from ..nn.experts import FusedWeight, fused_weights, is_experts
 from ..nn.layers import delta_class, weight_of
 from ..storage.names import ROWS
-from .base import BaseCheckpoint, same, untied_state
+from .base import BaseCheckpoint, is_finite, same, untied_state
 from .vocabulary import vocabulary_modules
 
 # At 64 x 64 the four header entries of a packed matrix (about 430 bytes) take most of a 1/16 share
@@ -81,9 +81,7 @@ def differences(
                 yield Difference(name, "same", ours, value)
                 continue
         for who, tensor in (("fine-tune", ours), ("base", value)):
-            if tensor is None or not tensor.is_floating_point():
-                continue
-            if not torch.isfinite(tensor).all():
+            if tensor is not None and not is_finite(tensor):
                 raise DeltaMixError(f"{name} of the {who} holds NaN or infinite values")
         kind = "whole" if value is None else _kind(model, name, skip)
         yield Difference(name, kind, ours, value)

@@ -111,7 +111,7 @@ class RoutedDeltas:
 
     def bias(self, module: DeltaModule, base: Any) -> Any:
         """Return the module's bias [m] by the route in force; DeltaMixError if rows differ."""
-        if not any("bias" in self.overlay.get(name, {}) for name in self.router.route.names):
+        if not self.changes_bias():
             return base
         return self.overlay[self._one_delta(module)]["bias"]
 

@@ -4,7 +4,6 @@ What is written has a temporary name, is synced to the disk, and is renamed then
 """
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 
 from ..constants import QUANT_METHOD
 from ..errors import DeltaMixError
-from .untrusted_paths import CONFIG, INDEX, WEIGHTS
+from .untrusted_paths import CONFIG, INDEX, WEIGHTS, read_object
 
 # What an earlier save of ours may have left that would be read in place of the new files.
 _STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -96,7 +95,7 @@ def check_output(target: Path, nbytes: int = 0) -> None:
 
 def _is_delta(folder: Path) -> bool:
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = read_object(os.fspath(folder / CONFIG))
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         return False
