@@ -13,14 +13,14 @@ import deltamix_hf, deltamix_kernels
 for found in pkgutil.walk_packages(deltamix_hf.__path__, "deltamix_hf."):
     if not any(part in found.name for part in (".vllm", "__main__")):
         importlib.import_module(found.name)
-from deltamix_hf.ops import cpu
+from deltamix_hf.ops import lookup
 from deltamix_hf.quantization import gaussian
-early = cpu._table(4), cpu._table(2), gaussian._TABLE, gaussian._EDGES, cpu._ALPHA
+early = lookup._table(4), lookup._table(2), gaussian._TABLE, gaussian._EDGES, lookup._ALPHA
 torch.set_default_dtype(torch.float32)
 torch.set_default_device("cpu")
-cpu._table.cache_clear()
+lookup._table.cache_clear()
 importlib.reload(gaussian)
-late = cpu._table(4), cpu._table(2), gaussian._TABLE, gaussian._EDGES
+late = lookup._table(4), lookup._table(2), gaussian._TABLE, gaussian._EDGES
 late += (torch.tensor(gaussian.CUBIC[7][0]),)
 assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in early)
 assert all(map(torch.equal, early, late))

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import cpu
-from ..ops.dispatch import TRITON, choose, kernel_packed, persistent, state_of, triton_kernels
+from ..ops import lookup, native
+from ..ops.dispatch import NATIVE, TRITON, choose, kernel_packed, persistent, triton_kernels
+from ..ops.packed_op import state_of
 from . import compiled
 from .delta_module import own_deltas
 from .layers import DeltaLinear, weight_of
@@ -62,7 +63,7 @@ class SharedInput:
         self.lengths = [weight_of(member).shape[0] for member in members]  # outputs of each
         self.misses = 0
         packed = [member.packed() for member in members]
-        self._quick = len(members) > 1 and all(map(cpu.supported, packed))
+        self._quick = len(members) > 1 and all(map(lookup.supported, packed))
         self._begin()
 
     def _begin(self) -> None:
@@ -134,12 +135,12 @@ class SharedInput:
             return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
         packed = [member.packed() for member in self.members]
         with torch.autocast(x.device.type, enabled=False):
-            parts = cpu.down_project(flat, packed).split([p.rank for p in packed], 1)
-            found = []
-            for h, p, weight, bias in zip(parts, packed, weights, biases, strict=True):
-                y = F.linear(x, weight, bias)
-                found.append(y.add_(cpu.up_project(h, p, x.dtype).view(y.shape)))
-        return found
+            if choose(x.device) == NATIVE and all(native.takes(p, x) for p in packed):
+                parts = native.shared(flat, packed)
+            else:
+                parts = lookup.shared(flat, packed)
+            outputs = [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
+            return [y.add_(part.view(y.shape)) for y, part in zip(outputs, parts, strict=True)]
 
     def _plan_for(self, x: Tensor) -> Any:
         """The members' `DecodePlan`, made anew when their codes have moved or changed."""

@@ -1,7 +1,8 @@
-"""Choose which implementation runs a packed product: the Triton kernels or plain torch.
+"""Choose what runs a packed product: the Triton kernels, the native op or plain torch.
 
-The environment variable DELTAMIX_KERNEL, "triton" or "reference", decides. If it is not set, the
-device does: the kernels on a GPU where they work, plain torch elsewhere.
+The environment variable DELTAMIX_KERNEL, "triton", "native" or "reference", decides. If it is not
+set, the device does: the kernels on a GPU and the native op on a CPU where they work, plain torch
+elsewhere.
 
 Before the kernels are first used on a GPU, `isolated_check` compares them with float64 in processes
 of their own. A GPU, driver or Triton that they do not work on costs speed, and no wrong answers.
@@ -19,10 +20,12 @@ from transformers.utils import logging
 
 from ..errors import DeltaMixError, first_line
 from ..quantization.packed_delta import PackedDelta
+from . import native
 from .isolated_check import kernels_work
+from .packed_op import state_of
 
 VARIABLE = "DELTAMIX_KERNEL"
-TRITON, REFERENCE = "triton", "reference"
+TRITON, NATIVE, REFERENCE = "triton", "native", "reference"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x and the base weight
 
 logger = logging.get_logger(__name__)
@@ -36,13 +39,22 @@ def choose(device: torch.device, passed: dict[int | None, bool] = _passed) -> st
     """Return the implementation for tensors on `device`.
 
     `passed`: GPU -> whether the kernels work there, as far as it has been tried. Raises
-    DeltaMixError for an unknown name, or if Triton is asked for where it cannot run.
+    DeltaMixError for an unknown name, or if one is asked for where it cannot run.
     """
     name = os.environ.get(VARIABLE)
     if name is None:
+        if device.type == "cpu":
+            # a compiler that traces sees the ops, in which this is asked again
+            tracing = torch.compiler.is_compiling()
+            return REFERENCE if tracing or native.library() is None else NATIVE
         return TRITON if _trusted(device, passed) else REFERENCE
-    if name not in (TRITON, REFERENCE):
-        raise DeltaMixError(f"kernel {name!r} ({VARIABLE}): choose {TRITON!r} or {REFERENCE!r}")
+    if name not in (known := (TRITON, NATIVE, REFERENCE)):
+        raise DeltaMixError(f"kernel {name!r} ({VARIABLE}): choose one of {', '.join(known)}")
+    if name == NATIVE and (device.type != "cpu" or native.library() is None):
+        raise DeltaMixError(
+            f"the native op cannot run on {device.type} here: choose {REFERENCE!r}, or unset "
+            f"{VARIABLE}"
+        )
     if name == TRITON and not _runs_triton(device):
         raise DeltaMixError(
             f"the Triton kernels cannot run on {device.type}: install triton and use a CUDA "
@@ -75,11 +87,6 @@ def kernel_packed(packed: PackedDelta) -> Any:
     tensors = packed.v, packed.u, packed.ranks, packed.zeros
     layout = tuple(packed.runs), packed.m, packed.n, packed.group_sizes
     return triton_kernels().Packed(*tensors, *layout)
-
-
-def state_of(tensor: Tensor) -> tuple[int, int]:
-    """Tell one content of a tensor from another: its address, and how often it was changed."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def capturing(device: torch.device) -> bool:

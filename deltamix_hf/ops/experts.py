@@ -18,8 +18,8 @@ from ..quantization import uniform
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import packed_runs
 from ..transformers_private import moe
-from . import cpu
-from .dispatch import TRITON, choose, table_of, triton_kernels
+from . import lookup, native
+from .dispatch import NATIVE, TRITON, choose, table_of, triton_kernels
 from .packed_op import EXPERTS, cheapest, packed_op
 
 Project = Callable[[str, Tensor, Tensor], Tensor]
@@ -93,8 +93,11 @@ def expert_low_rank(
         ends: int32 [experts], as `Project` has them.
     """
     assert packed.counts is not None
-    y = x.new_zeros(len(x), packed.n if transposed else packed.m)
     sizes = ends.diff(prepend=ends.new_zeros(1))
+    if x.dtype != torch.float64 and choose(x.device) == NATIVE and native.takes(packed, x, ends):
+        with torch.autocast("cpu", enabled=False):
+            return native.experts(x, sizes.tolist(), packed, transposed)
+    y = x.new_zeros(len(x), packed.n if transposed else packed.m)
     hit = ((sizes > 0) & (packed.counts > 0)).nonzero()[:, 0]
     experts = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
     rows, starts = sizes[hit].tolist(), (ends - sizes)[hit].tolist()
@@ -124,12 +127,12 @@ def _groups(rows: list[int], most: int) -> Iterator[slice]:
 
 
 def _decoded(factors: PackedDelta, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """V̂ [K, n], Ûᵀ [K, m] and what each rank is yet to be multiplied by, [K]; see `cpu.py`."""
+    """V̂ [K, n], Ûᵀ [K, m] and what each rank is yet to be multiplied by, [K]; see `lookup.py`."""
     quick = factors.v.device.type == "cpu" and dtype != torch.float64
-    if quick and factors.group_sizes == (0, 0) and cpu.supported(factors):
+    if quick and factors.group_sizes == (0, 0) and lookup.supported(factors):
         sides = packed_runs(factors.runs)
-        right = cpu.levels(factors.v, sides["v"], factors.n)
-        left = cpu.levels(factors.u, sides["u"], factors.m)
+        right = lookup.levels(factors.v, sides["v"], factors.n)
+        left = lookup.levels(factors.u, sides["u"], factors.m)
         return right, left, uniform.scales_from_bits(factors.ranks[:, 1:].contiguous()).prod(1)
     dtype = torch.float32 if quick else dtype  # as elsewhere on a CPU
     right, left = factors.right().to(dtype), factors.left().to(dtype)

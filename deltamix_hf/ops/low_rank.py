@@ -19,8 +19,8 @@ from torch import Tensor
 from ..quantization import bitpacking, uniform
 from ..quantization.packed_delta import PackedDelta
 from ..quantization.packed_layout import packed_runs, row_bits, scale_counts, zero_points
-from . import cpu
-from .dispatch import TRITON, TRITON_DTYPES, choose, kernel_packed, table_of, triton_kernels
+from . import lookup, native
+from .dispatch import NATIVE, TRITON, TRITON_DTYPES, choose, kernel_packed, table_of, triton_kernels
 from .packed_op import PACKED, packed_op
 
 
@@ -30,9 +30,11 @@ def low_rank(x: Tensor, packed: PackedDelta, transposed: bool) -> Tensor:
     if _by_triton(x, packed):
         return triton_kernels().low_rank(x, kernel_packed(packed), transposed)
     quick = x.device.type == "cpu" and x.dtype != torch.float64  # whose factors are float32's
-    if quick and cpu.supported(packed):
+    by_native = quick and choose(x.device) == NATIVE and native.takes(packed, x)
+    if by_native or (quick and lookup.supported(packed)):
         with torch.autocast("cpu", enabled=False):
-            y = cpu.low_rank(x.reshape(-1, x.shape[-1]), packed, transposed)
+            run = native.low_rank if by_native else lookup.low_rank
+            y = run(x.reshape(-1, x.shape[-1]), packed, transposed)
         return y.view(*x.shape[:-1], y.shape[1])
     right, left = packed.right().to(x.dtype), packed.left().to(x.dtype)
     if transposed:
@@ -114,8 +116,11 @@ def low_rank_rows(index: Tensor, packed: PackedDelta, dtype: torch.dtype = torch
         ends = torch.arange(2, dtype=torch.int32, device=slot.device)  # all rows use the one slot
         k.grouped_embed(y, index, table, k.Rows(slot, ends, slot))
         return y
-    sides, group_size = packed_runs(packed.runs)["u"], packed.group_sizes[1]
     flat, points = index.reshape(-1), None
+    if choose(index.device) == NATIVE and native.takes(packed, index):
+        found = native.rows(flat, [(packed, len(flat))])
+        return found.to(dtype).view(*index.shape, packed.n)
+    sides, group_size = packed_runs(packed.runs)["u"], packed.group_sizes[1]
     codes = bitpacking.unpack_columns(packed.u, sides, flat)
     v_groups, _ = scale_counts(packed.m, packed.n, packed.group_sizes)
     group = v_groups + (flat // group_size if group_size else torch.zeros_like(flat))
@@ -125,10 +130,10 @@ def low_rank_rows(index: Tensor, packed: PackedDelta, dtype: torch.dtype = torch
     widths = row_bits(sides, codes)
     left = packed.quantizer.decode(codes, scales[:, group], points, widths, group_size=1)
     with torch.autocast(index.device.type, enabled=False):
-        if index.device.type == "cpu" and cpu.supported(packed):
-            found = cpu.times_right((left * scales[:, :1]).T, packed)
+        if index.device.type == "cpu" and lookup.supported(packed):
+            found = lookup.times_right((left * scales[:, :1]).T, packed)
         else:
-            found = cpu.row_by_row(left.T, packed.right())
+            found = lookup.row_by_row(left.T, packed.right())
     return found.to(dtype).reshape(*index.shape, packed.n)
 
 

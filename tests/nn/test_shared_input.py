@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltamix_hf import DeltaMixError
 from deltamix_hf.nn.layers import delta_modules, weight_of
-from deltamix_hf.ops import cpu, dispatch
+from deltamix_hf.ops import dispatch, lookup
 from deltamix_hf.ops.dispatch import REFERENCE, TRITON, VARIABLE
 
 # Not under coverage, which makes Triton's interpreter three times slower.
@@ -85,13 +85,13 @@ def launches(monkeypatch, kernel):
 
         monkeypatch.setattr(dk.DecodePlan, "linear", linear)
     else:
-        down_project = cpu.down_project
+        shared = lookup.shared
 
         def together(x, matrices):
             counted.append(len(matrices))
-            return down_project(x, matrices)
+            return shared(x, matrices)
 
-        monkeypatch.setattr(cpu, "down_project", together)
+        monkeypatch.setattr(lookup, "shared", together)
     return counted
 
 

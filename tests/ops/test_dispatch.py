@@ -15,9 +15,9 @@ from packed_cases import pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deltamix_hf import DeltaMixError
-from deltamix_hf.ops import dispatch
+from deltamix_hf.ops import dispatch, native
 from deltamix_hf.ops import low_rank as ops
-from deltamix_hf.ops.dispatch import REFERENCE, TRITON, VARIABLE, choose
+from deltamix_hf.ops.dispatch import NATIVE, REFERENCE, TRITON, VARIABLE, choose
 
 # Not under coverage, which makes Triton's interpreter three times slower.
 pytestmark = pytest.mark.untraced
@@ -45,13 +45,13 @@ def linear(packed, x, weight, bias):
 def test_choice(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert choose(cpu) == REFERENCE
+    assert choose(cpu) == (REFERENCE if native.library() is None else NATIVE)
     monkeypatch.setenv(VARIABLE, REFERENCE)
     assert choose(cpu) == choose(gpu) == REFERENCE
     monkeypatch.setenv(VARIABLE, TRITON)
     assert choose(gpu) == TRITON
     monkeypatch.setenv(VARIABLE, "fast")
-    with pytest.raises(DeltaMixError, match=r"'fast'.*'triton' or 'reference'"):
+    with pytest.raises(DeltaMixError, match=r"'fast'.*triton, native, reference"):
         choose(cpu)
 
 

@@ -1,4 +1,6 @@
-"""The delta product on a CPU: packed bytes become levels by table look-up.
+"""The delta product on a CPU in plain torch: packed bytes become levels by table look-up.
+
+It runs where the native op (`native.py`) cannot.
 
 Unpacking codes and computing levels are a dozen small tensor operations a width, and at one token
 their overhead is all the time there is. A byte of a plane holds 8/p codes of p bits, so one look-up
@@ -84,22 +86,25 @@ def low_rank(x: Tensor, packed: PackedDelta, transposed: bool) -> Tensor:
     if transposed:
         enter, leave = leave, enter
     h = _enter(x, enter)
-    for scale in scales.unbind(1):  # in this order, as `down_project` and `up_project` apply them
+    for scale in scales.unbind(1):  # in this order, as `shared` applies them
         h = h * scale
     return _leave(h, leave).to(x.dtype)
 
 
-def down_project(x: Tensor, packed: Sequence[PackedDelta]) -> Tensor:
-    """Multiply x [M, n] by V̂ᵀ of several matrices: float32 [M, all ranks]; one scale a vector."""
+def shared(x: Tensor, packed: Sequence[PackedDelta]) -> list[Tensor]:
+    """Multiply x [M, n] by several deltas, one scale a vector: [M, m] of each, in x's dtype.
+
+    It is one look-up of all codes of V: at one token the overhead of small tensor operations is
+    most of a delta's time.
+    """
     runs = sum((tuple(p.runs) for p in packed), ())
     h = _enter(x, _Side(torch.cat([p.v for p in packed]), 1, packed[0].n, runs))
-    return h * uniform.scales_from_bits(torch.cat([p.ranks[:, 1] for p in packed]))
-
-
-def up_project(h: Tensor, packed: PackedDelta, dtype: torch.dtype) -> Tensor:
-    """Multiply h float32 [M, k], one matrix's part of `down_project`: h·Ûᵀ [M, m] in `dtype`."""
-    scales = uniform.scales_from_bits(packed.ranks[:, 2].contiguous())
-    return _leave(h * scales, _left(packed)).to(dtype)
+    h = h * uniform.scales_from_bits(torch.cat([p.ranks[:, 1] for p in packed]))
+    found = []
+    for part, p in zip(h.split([p.rank for p in packed], 1), packed, strict=True):
+        scales = uniform.scales_from_bits(p.ranks[:, 2].contiguous())
+        found.append(_leave(part * scales, _left(p)).to(x.dtype))
+    return found
 
 
 def times_right(h: Tensor, packed: PackedDelta) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from op_cases import TOLERANCES, arguments, relative
 from packed_cases import pack
 
-from deltamix_hf.ops import cpu
+from deltamix_hf.ops import lookup
 from deltamix_hf.ops import low_rank as ops
 from deltamix_hf.quantization import bitpacking
 from deltamix_hf.quantization import gaussian as codebook
@@ -22,8 +22,8 @@ WIDTHS = (8, 4, 3, 2)
 def products(packed, delta, x, z):
     """(found, expected) of both directions."""
     return [
-        (cpu.low_rank(x, packed, transposed=False), x.double() @ delta.T),
-        (cpu.low_rank(z, packed, transposed=True), z.double() @ delta),
+        (lookup.low_rank(x, packed, transposed=False), x.double() @ delta.T),
+        (lookup.low_rank(z, packed, transposed=True), z.double() @ delta),
     ]
 
 
@@ -62,8 +62,8 @@ def test_every_dtype(dtype, u_group):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_tables_are_the_codebook(width):
     packed, _ = pack(8, 64, [width] * 3, [width] * 3, 0, gaussian=True)
-    (part,) = cpu.parts(tuple(packed.runs), 1)
-    levels = cpu._levels(cpu._right(packed), part)
+    (part,) = lookup.parts(tuple(packed.runs), 1)
+    levels = lookup._levels(lookup._right(packed), part)
     levels = levels.view(3, part.order, 8, -1).transpose(1, 2).reshape(3, 64)
     scales = packed.right() / levels
     assert torch.allclose(scales, scales[:, :1].expand_as(scales))
@@ -71,10 +71,10 @@ def test_tables_are_the_codebook(width):
 
 def test_supported():
     packed, _ = pack(8, 8, [8, 3], [2, 4], 0, gaussian=True)
-    assert cpu.supported(packed) and cpu.supported(replace(packed, group_sizes=(0, 128)))
-    assert not cpu.supported(replace(packed, group_sizes=(128, 0)))
-    assert not cpu.supported(replace(packed, runs=[(3, 5, 2)]))
-    assert not cpu.supported(pack(8, 8, [8, 3], [2, 4], 0)[0])
+    assert lookup.supported(packed) and lookup.supported(replace(packed, group_sizes=(0, 128)))
+    assert not lookup.supported(replace(packed, group_sizes=(128, 0)))
+    assert not lookup.supported(replace(packed, runs=[(3, 5, 2)]))
+    assert not lookup.supported(pack(8, 8, [8, 3], [2, 4], 0)[0])
 
 
 @pytest.mark.parametrize("u_group", [0, 32])
@@ -91,5 +91,5 @@ def test_levels_in_the_elements_order(length):
     bits = torch.tensor([b for count, b in runs for _ in range(count)])
     codes = torch.randint(0, 256, (len(bits), length)) % (2**bits)[:, None]
     codes = codes.to(torch.uint8)
-    found = cpu.levels(bitpacking.pack(codes, runs), runs, length)
+    found = lookup.levels(bitpacking.pack(codes, runs), runs, length)
     torch.testing.assert_close(found, codebook.decode(codes, bits[:, None]))
