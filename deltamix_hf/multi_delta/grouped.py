@@ -1,21 +1,35 @@
 """All rows' deltas at once: what a layer runs by the grouped kernels instead of a loop.
 
-A layer has a table of addresses by slot (`routing.py`): of packed factors and biases, or, for
-norms, of the vectors that a delta puts in place of the base's. The launches read the table and the
-plan of the batch on the device, so a captured CUDA graph follows when either changes. Deltas the
-kernels do not know (min-max grids, whole weights) and gradients take the loop of `RoutedDeltas`; a
-graph cannot, because it would keep the deltas it was recorded with.
+On a CPU that is one call of the native op, `add_together`.
+
+On a GPU, a layer has a table of addresses by slot (`routing.py`): of packed factors and biases, or,
+for norms, of the vectors that a delta puts in place of the base's. The launches read the table and
+the plan of the batch on the device, so a captured CUDA graph follows when either changes. Deltas
+the kernels do not know (min-max grids, whole weights) and gradients take the loop of
+`RoutedDeltas`; a graph cannot, because it would keep the deltas it was recorded with.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DeltaMixError
 from ..nn.delta_module import first_tensor
-from ..nn.layers import DeltaEmbedding, is_linear, weight_of
-from ..ops.dispatch import TRITON, TRITON_DTYPES, capturing, choose, kernel_packed, triton_kernels
+from ..nn.layers import DeltaEmbedding, DeltaLinear, is_linear, weight_of
+from ..ops import native
+from ..ops.dispatch import (
+    NATIVE,
+    TRITON,
+    TRITON_DTYPES,
+    capturing,
+    choose,
+    kernel_packed,
+    triton_kernels,
+)
+from ..quantization.packed_delta import PackedDelta
 from .routing import RowSlots
 
 
@@ -97,6 +111,41 @@ def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
         if found is None and (deltas.packed or deltas.overlay):
             raise _not_in_a_graph(module)
     return found
+
+
+def add_together(
+    module: Any, y: Tensor, x: Tensor, groups: Sequence[tuple[str, Tensor]]
+) -> Tensor | None:
+    """Add all deltas' parts to y [B, ..., m], the base's output for x [B, ...], in one native call.
+
+    `groups` are names and rows, int64. Returns y, or None: take the loop.
+    """
+    looked_up = isinstance(module, DeltaEmbedding) and module.dm_plain_class is nn.Embedding
+    linear = isinstance(module, DeltaLinear) and is_linear(module.dm_plain_class)
+    unknown = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    if not (looked_up or linear) or unknown or y.dtype == torch.float64:
+        return None
+    deltas = module.dm_row_deltas
+    biases = [deltas.overlay.get(name, {}) for name, _ in groups]
+    own = {"bias"} if linear else set()
+    parts = [(deltas.packed[name], rows) for name, rows in groups if name in deltas.packed]
+    if not parts or choose(x.device) != NATIVE or any(not overlay.keys() <= own for overlay in biases):
+        return None
+    if not all(isinstance(p, PackedDelta) and native.takes(p, x) for p, _ in parts):
+        return None
+    if any(biases):  # the base's is in y
+        plain = F.linear(x, weight_of(module))
+        for (_, rows), overlay in zip(groups, biases, strict=True):
+            if overlay:
+                y[rows] = plain[rows] + overlay["bias"]
+    order = torch.cat([rows for _, rows in parts])
+    each = y.shape[:-1].numel() // len(y)  # tokens of a row
+    counts = [(packed, len(rows) * each) for packed, rows in parts]
+    if looked_up:
+        added = native.rows(x[order].flatten().long(), counts).to(y.dtype)
+    else:
+        added = native.segments(x[order].flatten(0, -2), counts)
+    return y.index_add_(0, order, added.view(len(order), *y.shape[1:]))
 
 
 def refresh(module: Any, name: str) -> None:

@@ -21,7 +21,7 @@ from ..nn.delta_module import DeltaModule, first_tensor, joined_class
 from ..nn.experts import DeltaExperts, is_experts
 from ..nn.layers import change_class, delta_class, routable_class, weight_of
 from ..quantization.packed_delta import PackedDelta
-from .grouped import run_grouped
+from .grouped import add_together, run_grouped
 from .routing import PackedRoute, Route, Router
 from .row_layout import EACH, SHARED
 
@@ -155,6 +155,10 @@ class RoutedDeltas:
             y = y.expand(batch, *y.shape[1:])
         size = len(tree_leaves(y)[0])
         taken, given = (route.groups(n, x.device) for n in (max(length, batch), size))
+        groups = [group for group in taken if self.touched(group[0])]
+        added = add_together(module, y, x, groups) if length == size else None
+        if added is not None:
+            return added
         for (delta, rows), (_, places) in zip(taken, given, strict=True):
             if self.touched(delta):
                 chosen = _each(_pick, args, kwargs, rows, length)
