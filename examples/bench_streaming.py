@@ -13,12 +13,15 @@ does (GROWS), for as many tokens.
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads spin
 
 import torch
 from safetensors.torch import save_file

@@ -25,6 +25,8 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads spin
+
 import torch
 import transformers
 from multi_tenant import PAIRS

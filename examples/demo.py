@@ -21,6 +21,8 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads spin
+
 import torch
 import transformers
 from pairs.answers import exact_match, greedy_answers

@@ -3,6 +3,10 @@
 python examples/multi_tenant.py    # trains and compresses them first: half an hour, then cached
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads spin
+
 from demo import compress
 from pairs.pair import cache_root
 from real_pairs import build_pair

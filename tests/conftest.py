@@ -12,6 +12,7 @@ import tempfile
 # Before transformers and datasets are imported. Nothing here may depend on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait would spin
 # Triton decides when kernels are defined: without a GPU they run in its interpreter.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -39,7 +39,8 @@ def env() -> None:
         properties = torch.cuda.get_device_properties(i)
         found[f"GPU {i}"] = f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"
     found[VARIABLE] = os.environ.get(VARIABLE) or "not set: decided by device"
-    found[f"kernels on {device.type}"] = choose(device)
+    for kind in dict.fromkeys((device.type, "cpu")):
+        found[f"kernels on {kind}"] = choose(torch.device(kind))
     table = Table(box=None, show_header=False)
     for name, value in found.items():
         table.add_row(name, value)

@@ -29,7 +29,6 @@ from ..ops.dispatch import (
     kernel_packed,
     triton_kernels,
 )
-from ..quantization.packed_delta import PackedDelta
 from .routing import RowSlots
 
 
@@ -125,22 +124,21 @@ def add_together(
     unknown = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
     if not (looked_up or linear) or unknown or y.dtype == torch.float64:
         return None
-    deltas = module.dm_row_deltas
-    biases = [deltas.overlay.get(name, {}) for name, _ in groups]
-    own = {"bias"} if linear else set()
+    deltas, own = module.dm_row_deltas, {"bias"} if linear else set()
     parts = [(deltas.packed[name], rows) for name, rows in groups if name in deltas.packed]
-    if not parts or choose(x.device) != NATIVE or any(not overlay.keys() <= own for overlay in biases):
+    whole = [(deltas.overlay[name], rows) for name, rows in groups if name in deltas.overlay]
+    known = all(overlay.keys() <= own for overlay, _ in whole)
+    if not (parts and known and choose(x.device) == NATIVE):
         return None
-    if not all(isinstance(p, PackedDelta) and native.takes(p, x) for p, _ in parts):
+    if not all(native.takes(packed, x) for packed, _ in parts):
         return None
-    if any(biases):  # the base's is in y
+    if whole:  # the base's bias is in y
         plain = F.linear(x, weight_of(module))
-        for (_, rows), overlay in zip(groups, biases, strict=True):
-            if overlay:
-                y[rows] = plain[rows] + overlay["bias"]
+        for overlay, rows in whole:
+            y[rows] = plain[rows] + overlay["bias"]
     order = torch.cat([rows for _, rows in parts])
-    each = y.shape[:-1].numel() // len(y)  # tokens of a row
-    counts = [(packed, len(rows) * each) for packed, rows in parts]
+    tokens = y.shape[:-1].numel() // len(y)  # of a row
+    counts = [(packed, len(rows) * tokens) for packed, rows in parts]
     if looked_up:
         added = native.rows(x[order].flatten().long(), counts).to(y.dtype)
     else:

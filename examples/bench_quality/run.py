@@ -11,12 +11,15 @@ a kill. Records lie in docs/results/quality/, the report they make in docs/resul
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import traceback
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads spin
 
 import torch
 import transformers

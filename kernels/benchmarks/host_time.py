@@ -17,6 +17,8 @@ from collections.abc import Callable
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["DELTAMIX_KERNEL"] = "triton"
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads spin
+
 import torch
 from deltamix_kernels import config
 from torch import nn
