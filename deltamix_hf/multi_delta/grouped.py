@@ -130,7 +130,8 @@ def add_together(
     known = all(overlay.keys() <= own for overlay, _ in whole)
     if not (parts and known and choose(x.device) == NATIVE):
         return None
-    if not all(native.takes(packed, x) for packed, _ in parts):
+    words = [native.words_of(packed) for packed, _ in parts] if native.readable(x) else [None]
+    if None in words:
         return None
     if whole:  # the base's bias is in y
         plain = F.linear(x, weight_of(module))
@@ -138,11 +139,11 @@ def add_together(
             y[rows] = plain[rows] + overlay["bias"]
     order = torch.cat([rows for _, rows in parts])
     tokens = y.shape[:-1].numel() // len(y)  # of a row
-    counts = [(packed, len(rows) * tokens) for packed, rows in parts]
+    counts = [(own[0], len(r) * tokens) for own, (_, r) in zip(words, parts, strict=True) if own]
     if looked_up:
         added = native.rows(x[order].flatten().long(), counts).to(y.dtype)
     else:
-        added = native.segments(x[order].flatten(0, -2), counts)
+        added = native.products(x[order].flatten(0, -2), counts)
     return y.index_add_(0, order, added.view(len(order), *y.shape[1:]))
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import lookup, native
+from ..ops import lookup
 from ..ops.dispatch import NATIVE, TRITON, choose, kernel_packed, persistent, triton_kernels
 from ..ops.packed_op import state_of
 from . import compiled
@@ -84,12 +84,15 @@ class SharedInput:
         """Tell whether the kernels or look-up run, without gradients, on all members where x is."""
         if torch.is_grad_enabled() and x.requires_grad:
             return False
-        if choose(x.device) == TRITON:
+        kernel = choose(x.device)
+        if kernel == TRITON:
             k, compiling = triton_kernels(), torch.compiler.is_compiling()
             few = compiling or 0 < x.numel() <= k.DECODE_ROWS * x.shape[-1]
             fits = few and x.dtype in k.DECODE_DTYPES
         else:
-            fits = self._quick and x.device.type == "cpu" and x.dtype != torch.float64
+            # The native op has little overhead to save: there, each layer is on its own.
+            fits = self._quick and x.device.type == "cpu" and kernel != NATIVE
+            fits = fits and x.dtype != torch.float64
             fits = fits and not torch.compiler.is_compiling()
         # a shadow of a member, or a replica of one, has tensors of its own
         if not fits or all(one is not member for one in self.members):
@@ -135,10 +138,7 @@ class SharedInput:
             return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
         packed = [member.packed() for member in self.members]
         with torch.autocast(x.device.type, enabled=False):
-            if choose(x.device) == NATIVE and all(native.takes(p, x) for p in packed):
-                parts = native.shared(flat, packed)
-            else:
-                parts = lookup.shared(flat, packed)
+            parts = lookup.shared(flat, packed)
             outputs = [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
             return [y.add_(part.view(y.shape)) for y, part in zip(outputs, parts, strict=True)]
 

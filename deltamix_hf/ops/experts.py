@@ -94,9 +94,10 @@ def expert_low_rank(
     """
     assert packed.counts is not None
     sizes = ends.diff(prepend=ends.new_zeros(1))
-    if x.dtype != torch.float64 and choose(x.device) == NATIVE and native.takes(packed, x, ends):
-        with torch.autocast("cpu", enabled=False):
-            return native.experts(x, sizes.tolist(), packed, transposed)
+    if x.dtype != torch.float64 and choose(x.device) == NATIVE and native.readable(x):
+        words = native.words_of(packed)
+        if words is not None:
+            return native.products(x, list(zip(words, sizes.tolist(), strict=True)), transposed)
     y = x.new_zeros(len(x), packed.n if transposed else packed.m)
     hit = ((sizes > 0) & (packed.counts > 0)).nonzero()[:, 0]
     experts = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)

@@ -27,19 +27,25 @@ from .packed_op import PACKED, packed_op
 @packed_op("low_rank", "Tensor x", PACKED, "bool transposed")
 def low_rank(x: Tensor, packed: PackedDelta, transposed: bool) -> Tensor:
     """Multiply x [..., n]: [..., m] in x's dtype; `transposed` maps [..., m] to [..., n]."""
-    if _by_triton(x, packed):
+    kernel = choose(x.device)
+    if _by_triton(kernel, x, packed):
         return triton_kernels().low_rank(x, kernel_packed(packed), transposed)
+    return _without_triton(kernel, x, packed, transposed)
+
+
+def _without_triton(kernel: str, x: Tensor, packed: PackedDelta, transposed: bool) -> Tensor:
     quick = x.device.type == "cpu" and x.dtype != torch.float64  # whose factors are float32's
-    by_native = quick and choose(x.device) == NATIVE and native.takes(packed, x)
-    if by_native or (quick and lookup.supported(packed)):
-        with torch.autocast("cpu", enabled=False):
-            run = native.low_rank if by_native else lookup.low_rank
-            y = run(x.reshape(-1, x.shape[-1]), packed, transposed)
+    if quick and (words := _native_words(kernel, x, packed)):
+        flat = x.reshape(-1, x.shape[-1])
+        y = native.products(flat, [(words[0], len(flat))], transposed)
         return y.view(*x.shape[:-1], y.shape[1])
-    right, left = packed.right().to(x.dtype), packed.left().to(x.dtype)
-    if transposed:
-        right, left = left, right
     with torch.autocast(x.device.type, enabled=False):  # the fake below promises x's dtype
+        if quick and lookup.supported(packed):
+            y = lookup.low_rank(x.reshape(-1, x.shape[-1]), packed, transposed)
+            return y.view(*x.shape[:-1], y.shape[1])
+        right, left = packed.right().to(x.dtype), packed.left().to(x.dtype)
+        if transposed:
+            right, left = left, right
         return x @ right.T @ left
 
 
@@ -64,11 +70,12 @@ low_rank.register_autograd(_low_rank_backward, setup_context=_low_rank_context)
 @packed_op("delta_linear", "Tensor x", "Tensor weight", "Tensor? bias", PACKED)
 def delta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedDelta) -> Tensor:
     """Run a linear layer with its delta: x [..., n], weight [m, n], bias [m] -> [..., m]."""
-    if _by_triton(x, packed):
+    kernel = choose(x.device)
+    if _by_triton(kernel, x, packed):
         return triton_kernels().delta_linear(x, weight, bias, kernel_packed(packed))
     y = F.linear(x, weight, bias)
     # not in place: y is a view of a matrix, and others may add to what they get in place
-    return y + low_rank.plain(x, packed, False)
+    return y + _without_triton(kernel, x, packed, False)
 
 
 @delta_linear.register_fake
@@ -100,25 +107,31 @@ def _linear_backward(ctx, grad):
 delta_linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 
-def _by_triton(x: Tensor, packed: PackedDelta) -> bool:
+def _by_triton(kernel: str, x: Tensor, packed: PackedDelta) -> bool:
     """The kernels know three dtypes and scale groups of 16·i elements; the rest is torch's."""
-    if choose(x.device) != TRITON:
+    if kernel != TRITON:
         return False
     return x.dtype in TRITON_DTYPES and triton_kernels().supported(packed.group_sizes)
+
+
+def _native_words(kernel: str, x: Tensor, packed: PackedDelta) -> list[native.Words | None] | None:
+    """What the native op takes of the factors; None where it does not run."""
+    return native.words_of(packed) if kernel == NATIVE and native.readable(x) else None
 
 
 @packed_op("low_rank_rows", "Tensor index", PACKED, "ScalarType dtype=float32")
 def low_rank_rows(index: Tensor, packed: PackedDelta, dtype: torch.dtype = torch.float32) -> Tensor:
     """Decode rows `index` (int64, any shape, below m) of Û·V̂: [*index.shape, n] in `dtype`."""
-    if choose(index.device) == TRITON and (entry := table_of(packed, dtype, embedding=True)):
+    kernel = choose(index.device)
+    if kernel == TRITON and (entry := table_of(packed, dtype, embedding=True)):
         table, slot = entry
         k, y = triton_kernels(), slot.new_zeros(*index.shape, packed.n, dtype=dtype)
         ends = torch.arange(2, dtype=torch.int32, device=slot.device)  # all rows use the one slot
         k.grouped_embed(y, index, table, k.Rows(slot, ends, slot))
         return y
     flat, points = index.reshape(-1), None
-    if choose(index.device) == NATIVE and native.takes(packed, index):
-        found = native.rows(flat, [(packed, len(flat))])
+    if words := _native_words(kernel, index, packed):
+        found = native.rows(flat, [(words[0], len(flat))])
         return found.to(dtype).view(*index.shape, packed.n)
     sides, group_size = packed_runs(packed.runs)["u"], packed.group_sizes[1]
     codes = bitpacking.unpack_columns(packed.u, sides, flat)

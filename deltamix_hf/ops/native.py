@@ -38,42 +38,6 @@ _building = Lock()
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by `v`, which lives with its model
 
 
-class _Known:
-    """A matrix or all experts as `native.c` takes them, and the arrays whose addresses are there.
-
-    `words` is None for what it cannot read.
-    """
-
-    def __init__(self, packed: PackedDelta, of: list[object]):
-        self.of, self.words = of, None
-        self.kept: list[array[int]] = []
-        if packed.zeros is None and packed.v.device.type == "cpu" and self._known(packed):
-            each = packed.untied().split()
-            self.words = [None if own is None else self._words(own) for own in each]
-
-    def _known(self, packed: PackedDelta) -> bool:
-        """Whether the tensors have memory, and the groups sizes, that `native.c` can read."""
-        groups = all(g % 8 == 0 and g & (g - 1) == 0 for g in packed.group_sizes)
-        held = packed.tensors.values()
-        return groups and all(readable(tensor) and tensor.is_contiguous() for tensor in held)
-
-    def _words(self, packed: PackedDelta) -> Words:
-        layout = packed.m, packed.n, packed.runs, packed.group_sizes
-        for part, shape in part_shapes(*layout, packed.quantizer).items():
-            held = packed.tensors[part]
-            if tuple(held.shape) != shape or held.dtype != DTYPES[part]:  # it would read elsewhere
-                raise ValueError(
-                    f"packed tensor {part} is {held.dtype} {list(held.shape)}, its layout needs "
-                    f"{DTYPES[part]} {list(shape)}"
-                )
-        runs = array("i", [number for run in packed.runs for number in run])
-        self.kept.append(runs)
-        bits = [size.bit_length() - 1 if size else 0 for size in packed.group_sizes]
-        parts = (tensor.data_ptr() for tensor in (packed.v, packed.u, packed.ranks))
-        sizes = packed.rank, len(packed.runs), packed.ranks.shape[1], packed.n, packed.m
-        return *parts, runs.buffer_info()[0], *sizes, *bits
-
-
 def library() -> ctypes.CDLL | None:
     """Return the built `native.c`; None where there is none, which is said once."""
     if not _found:
@@ -96,13 +60,50 @@ def _build() -> ctypes.CDLL | None:
         return None
 
 
-def takes(packed: PackedDelta, *inputs: Tensor) -> bool:
-    """Tell whether it can multiply these inputs, which it must be able to read.
+def words_of(packed: PackedDelta) -> list[Words | None] | None:
+    """Return a matrix, or each expert's or None, as `native.c` takes it; None: it cannot read it.
 
     It knows the Gaussian codebook, and scale groups of 8 elements or more whose size is a power
-    of 2.
+    of 2. Raises ValueError for tensors that do not have the sizes of their layout.
     """
-    return all(map(readable, inputs)) and _known_of(packed).words is not None
+    here: Any = packed.v.data_ptr(), packed.u.data_ptr(), packed.ranks.data_ptr(), packed.runs
+    if packed.counts is not None:  # the runs are in there
+        here += state_of(packed.ranks), state_of(packed.counts)
+    found = _known.get(packed.v)
+    if found is None or found[0] != here:
+        kept: list[array[int]] = []
+        words = _each_words(packed, kept) if _can_read(packed) else None
+        found = _known[packed.v] = here, words, kept
+    return found[1]
+
+
+def _can_read(packed: PackedDelta) -> bool:
+    groups = all(g % 8 == 0 and g & (g - 1) == 0 for g in packed.group_sizes)
+    held = packed.tensors.values()
+    plain = all(t.device.type == "cpu" and readable(t) and t.is_contiguous() for t in held)
+    return packed.zeros is None and groups and plain
+
+
+def _each_words(packed: PackedDelta, kept: "list[array[int]]") -> list[Words | None]:
+    found: list[Words | None] = []
+    for own in packed.untied().split():
+        if own is None:
+            found.append(None)
+            continue
+        layout = own.m, own.n, own.runs, own.group_sizes
+        for part, shape in part_shapes(*layout, own.quantizer).items():
+            held = own.tensors[part]
+            if tuple(held.shape) != shape or held.dtype != DTYPES[part]:  # it would read elsewhere
+                raise ValueError(
+                    f"packed tensor {part} is {held.dtype} {list(held.shape)}, its layout needs "
+                    f"{DTYPES[part]} {list(shape)}"
+                )
+        kept.append(array("i", [number for run in own.runs for number in run]))
+        bits = [size.bit_length() - 1 if size else 0 for size in own.group_sizes]
+        parts = (tensor.data_ptr() for tensor in (own.v, own.u, own.ranks))
+        sizes = own.rank, len(own.runs), own.ranks.shape[1], own.n, own.m
+        found.append((*parts, kept[-1].buffer_info()[0], *sizes, *bits))
+    return found
 
 
 def readable(tensor: Tensor) -> bool:
@@ -115,70 +116,19 @@ def readable(tensor: Tensor) -> bool:
         return False
 
 
-def low_rank(x: Tensor, packed: PackedDelta, transposed: bool = False) -> Tensor:
-    """Multiply x [M, n]: (x·V̂ᵀ)·Ûᵀ [M, m] in x's dtype; `transposed`: x [M, m], (x·Û)·V̂ [M, n]."""
-    return segments(x, [(packed, len(x))], transposed)
-
-
-def segments(
-    x: Tensor, deltas: Sequence[tuple[PackedDelta, int]], transposed: bool = False
+def products(
+    x: Tensor, parts: Sequence[tuple[Words | None, int]], transposed: bool = False
 ) -> Tensor:
-    """Multiply x [S, n], so many rows by each delta in turn, in one call: [S, m] in x's dtype."""
-    parts = [(_words(packed)[0], count) for packed, count in deltas]
-    return _segments(x, parts, _length(deltas[0][0], transposed), transposed)
+    """Multiply x [S, n], so many rows by each part in turn, in one call: [S, m] in x's dtype.
 
-
-def experts(x: Tensor, sizes: Sequence[int], packed: PackedDelta, transposed: bool) -> Tensor:
-    """Multiply rows of x [S, n], `sizes` by each expert in turn: [S, m] in x's dtype."""
-    parts = zip(_words(packed), sizes, strict=True)
-    return _segments(x, list(parts), _length(packed, transposed), transposed)
-
-
-def shared(x: Tensor, deltas: Sequence[PackedDelta]) -> list[Tensor]:
-    """Multiply x [M, n] by several deltas in one call: [M, m] of each, in x's dtype."""
-    if len(x) > MANY_ROWS:
-        return [low_rank(x, packed) for packed in deltas]
-    wide = _float(x)
-    _check_length(wide, *(packed.n for packed in deltas))
-    outputs = [wide.new_empty(len(x), packed.m) for packed in deltas]
-    items = array("q")
-    for packed, y in zip(deltas, outputs, strict=True):
-        words = _words(packed)[0]
-        if words is not None:
-            items.extend((*words, len(x), wide.data_ptr(), 0, y.data_ptr(), *_SCRATCH))
-    _call(items, False)
-    return [y.to(x.dtype) for y in outputs]
-
-
-def rows(index: Tensor, deltas: Sequence[tuple[PackedDelta, int]]) -> Tensor:
-    """Decode rows of Û·V̂: entries of `index` int64 [S], so many of each delta in turn.
-
-    Returns float32 [S, n]. Raises IndexError for an index outside 0 .. m − 1.
+    Each row gives (x·V̂ᵀ)·Ûᵀ, or, `transposed`, (x·Û)·V̂ [n] for x [m]; 0 where a part is None. One
+    at least is not. Raises ValueError for rows of another length.
     """
-    flat, (first, _) = index.contiguous(), deltas[0]
-    y = torch.empty(len(flat), first.n, dtype=torch.float32, device="cpu")
-    if not y.numel():
-        return y
-    if not 0 <= int(flat.min()) <= int(flat.max()) < first.m:
-        raise IndexError(f"an index is outside 0..{first.m - 1}, the rows of the embedding")
-    items, start = array("q"), 0
-    for packed, count in deltas:
-        words = _words(packed)[0]
-        if words is None:
-            y[start : start + count] = 0
-        else:
-            tokens, out = flat.data_ptr() + 8 * start, y.data_ptr() + 4 * start * packed.n
-            items.extend((*words, count, 0, tokens, out, *_SCRATCH))
-        start += count
-    _call(items, True)  # from U to V
-    return y
-
-
-def _segments(
-    x: Tensor, parts: Sequence[tuple[Words | None, int]], length: int, transposed: bool
-) -> Tensor:
-    wide = _float(x)
-    _check_length(wide, *(words[7 + transposed] for words, _ in parts if words is not None))
+    wide = x.float().contiguous().resolve_neg()
+    known = [words for words, _ in parts if words is not None]
+    entered, length = known[0][7 + transposed], known[0][8 - transposed]
+    if any(words[7 + transposed] != wide.shape[1] for words in known):
+        raise ValueError(f"x is {list(x.shape)}, the deltas multiply rows of {entered}")
     y = wide.new_empty(len(x), length)
     x_start, y_start = wide.data_ptr(), y.data_ptr()
     items, start = array("q"), 0
@@ -187,14 +137,37 @@ def _segments(
             y[start : start + count] = 0
         elif count > MANY_ROWS:
             some = slice(start, start + count)
-            h = wide[some] @ _decoded(words, int(transposed)).T
-            torch.mm(h, _decoded(words, int(not transposed)), out=y[some])
+            with torch.autocast("cpu", enabled=False):
+                h = wide[some] @ _decoded(words, int(transposed)).T
+                torch.mm(h, _decoded(words, int(not transposed)), out=y[some])
         elif count:
-            here = x_start + 4 * start * wide.shape[1], 0, y_start + 4 * start * length
+            here = x_start + 4 * start * entered, 0, y_start + 4 * start * length
             items.extend((*words, count, *here, *_SCRATCH))
         start += count
     _call(items, transposed)
     return y.to(x.dtype)
+
+
+def rows(index: Tensor, parts: Sequence[tuple[Words | None, int]]) -> Tensor:
+    """Decode rows of Û·V̂: entries of `index` int64 [S], so many of each part in turn.
+
+    Returns float32 [S, n]. Raises IndexError for an index outside 0 .. m − 1.
+    """
+    flat = index.contiguous()
+    n, m = next(words[7:9] for words, _ in parts if words is not None)
+    y = torch.empty(len(flat), n, dtype=torch.float32, device="cpu")
+    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < m:
+        raise IndexError(f"an index is outside 0..{m - 1}, the rows of the embedding")
+    items, start = array("q"), 0
+    for words, count in parts:
+        if words is None:
+            y[start : start + count] = 0
+        elif count:
+            tokens, out = flat.data_ptr() + 8 * start, y.data_ptr() + 4 * start * n
+            items.extend((*words, count, 0, tokens, out, *_SCRATCH))
+        start += count
+    _call(items, True)  # from U to V
+    return y
 
 
 def _call(items: "array[int]", transposed: bool) -> None:
@@ -220,35 +193,6 @@ def _built() -> ctypes.CDLL:
     return found
 
 
-def _words(packed: PackedDelta) -> list[Words | None]:
-    found = _known_of(packed).words
-    assert found is not None, "who calls has asked `takes`"
-    return found
-
-
-def _known_of(packed: PackedDelta) -> _Known:
-    """Look a delta up; it is read anew when its tensors have moved or changed."""
-    of: list[object] = [state_of(tensor) for tensor in packed.tensors.values()]
-    found = _known.get(packed.v)
-    if found is None or found.of != of:
-        found = _known[packed.v] = _Known(packed, of)
-    return found
-
-
-def _length(packed: PackedDelta, transposed: bool) -> int:
-    return packed.n if transposed else packed.m
-
-
-def _check_length(x: Tensor, *lengths: int) -> None:
-    """Refuse rows of another length than the deltas', which would be read past their end."""
-    if any(x.shape[1] != length for length in lengths):
-        raise ValueError(f"x is {list(x.shape)}, the deltas multiply rows of {list(lengths)}")
-
-
-def _float(x: Tensor) -> Tensor:
-    return x.float().contiguous().resolve_neg()
-
-
 def _check(found: ctypes.CDLL) -> None:
     """Compare products of every width with float64; Unusable if they differ."""
     found.dm_products.argtypes = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int
@@ -264,14 +208,15 @@ def _check(found: ctypes.CDLL) -> None:
         )
         ranks = torch.rand(16, 1 + groups, dtype=torch.float32, **ours).bfloat16()
         packed = PackedDelta(m, n, group_sizes, runs, v, u, ranks.view(torch.int16))
-        known, exact = _Known(packed, []), packed.dense().double()
-        assert known.words and known.words[0]
+        exact, kept = packed.dense().double(), list["array[int]"]()
+        (words,) = _each_words(packed, kept)
+        assert words is not None
         for rows, transposed in (1, 0), (1, 1), (13, 0), (13, 1):
             factor = exact if transposed else exact.T
             x = torch.randn(rows, len(factor), dtype=torch.float32, **ours)
             y = x.new_full((rows, factor.shape[1]), torch.nan)
             here = rows, x.data_ptr(), 0, y.data_ptr()
-            item = array("q", (*known.words[0], *here, *_SCRATCH))
+            item = array("q", (*words, *here, *_SCRATCH))
             found.dm_products(1, item.buffer_info()[0], transposed, 1)
             expected = x.double() @ factor
             error = float((y - expected).abs().max() / expected.abs().max())

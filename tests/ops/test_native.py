@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from op_cases import TOLERANCES, arguments, relative
 from packed_cases import pack
 
+from deltamix_hf.ops import low_rank as ops
 from deltamix_hf.ops import native
-from deltamix_hf.ops.low_rank import low_rank, low_rank_rows
 from deltamix_hf.quantization.packed_delta import PackedDelta
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
@@ -27,6 +27,15 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def low_rank(x, packed, transposed=False):
+    (words,) = native.words_of(packed)
+    return native.products(x, [(words, len(x))], transposed)
+
+
+def of_several(deltas, counts):
+    return [(native.words_of(delta)[0], n) for delta, n in zip(deltas, counts, strict=True)]
 
 
 def within(found, expected, *sizes):
@@ -48,12 +57,11 @@ def test_any_layout_against_float64(widths, m, n, rows, groups):
     packed, delta = pack(m, n, *sides, groups, gaussian=True)
     random = torch.Generator().manual_seed(0)
     x, z = (torch.randn(rows, size, generator=random) for size in (n, m))
-    assert native.takes(packed, x)
     factors = packed.right().double(), packed.left().double()
-    assert within(native.low_rank(x, packed), x.double() @ delta.T, x, *factors)
-    assert within(native.low_rank(z, packed, True), z.double() @ delta, z, *factors)
+    assert within(low_rank(x, packed), x.double() @ delta.T, x, *factors)
+    assert within(low_rank(z, packed, True), z.double() @ delta, z, *factors)
     index = torch.randint(m, (rows,), generator=random)
-    found = native.rows(index, [(packed, rows)])
+    found = native.rows(index, of_several([packed], [rows]))
     assert within(found, delta[index], torch.ones(rows, m), *factors)
 
 
@@ -63,7 +71,7 @@ def test_any_layout_against_float64(widths, m, n, rows, groups):
 def test_every_width_at_odd_and_aligned_sizes(width, m, n, rows):
     packed, delta = pack(m, n, [width] * 3, [9 - width] * 3, 0, gaussian=True)
     x = torch.randn(rows, n)
-    found = native.low_rank(x, packed)
+    found = low_rank(x, packed)
     assert within(found, x.double() @ delta.T, x, packed.right(), packed.left())
 
 
@@ -72,7 +80,7 @@ def test_every_width_at_odd_and_aligned_sizes(width, m, n, rows):
 def test_every_dtype(dtype, rows):
     packed, delta = pack(*LAYOUT, (0, 32), gaussian=True)
     x = torch.randn(rows, 257).to(dtype)
-    found = native.low_rank(x, packed)
+    found = low_rank(x, packed)
     assert found.dtype == dtype and relative(found, x.double() @ delta.T) < TOLERANCES[dtype]
 
 
@@ -83,14 +91,14 @@ def test_a_row_does_not_depend_on_others_or_on_threads(transposed):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        together = native.low_rank(x, packed, transposed)
+        together = low_rank(x, packed, transposed)
         torch.set_num_threads(1)
-        assert torch.equal(together, native.low_rank(x, packed, transposed))
+        assert torch.equal(together, low_rank(x, packed, transposed))
     finally:
         torch.set_num_threads(before)
-    alone = torch.cat([native.low_rank(row, packed, transposed) for row in x.split(1)])
+    alone = torch.cat([low_rank(row, packed, transposed) for row in x.split(1)])
     assert torch.equal(together, alone)
-    some = torch.cat([native.low_rank(part, packed, transposed) for part in x.split(6)])
+    some = torch.cat([low_rank(part, packed, transposed) for part in x.split(6)])
     assert torch.equal(together, some)
 
 
@@ -99,29 +107,27 @@ def test_several_deltas_in_one_call_are_each_alone():
     deltas = [pack(70, 131, *bits, 0, seed=i, gaussian=True)[0] for i, bits in enumerate(layouts)]
     counts = 2, 9, 0, 40
     x = torch.randn(sum(counts), 131)
-    found = native.segments(x, list(zip(deltas, counts, strict=True)))
-    each = [native.low_rank(p, d) for p, d in zip(x.split(counts), deltas, strict=True)]
+    found = native.products(x, of_several(deltas, counts))
+    each = [low_rank(p, d) for p, d in zip(x.split(counts), deltas, strict=True)]
     assert torch.equal(found, torch.cat(each))
     index = torch.randint(70, (51,))
-    found = native.rows(index, list(zip(deltas, counts, strict=True)))
+    found = native.rows(index, of_several(deltas, counts))
     each = [
-        native.rows(own, [(delta, len(own))])
+        native.rows(own, of_several([delta], [len(own)]))
         for own, delta in zip(index.split(counts), deltas, strict=True)
     ]
     assert torch.equal(found, torch.cat(each))
-    for rows in 3, 40:
-        alike = [native.low_rank(x[:rows], delta) for delta in deltas]
-        assert all(map(torch.equal, native.shared(x[:rows], deltas), alike))
 
 
 def test_experts_take_their_rows():
-    parts = [pack(40, 24, [b] * 2, [b] * 2, 0, seed=b, gaussian=True)[0] for b in (2, 3)]
-    packed, sizes = PackedDelta.join([parts[0], None, parts[1]]), (3, 2, 35)
+    own = [pack(40, 24, [b] * 2, [b] * 2, 0, seed=b, gaussian=True)[0] for b in (2, 3)]
+    packed, sizes = PackedDelta.join([own[0], None, own[1]]), (3, 2, 35)
     x = torch.randn(40, 24)
-    found = native.experts(x, sizes, packed, False).split(sizes)
-    assert torch.equal(found[0], native.low_rank(x[:3], parts[0]))
+    parts = list(zip(native.words_of(packed), sizes, strict=True))
+    found = native.products(x, parts).split(sizes)
+    assert torch.equal(found[0], low_rank(x[:3], own[0]))
     assert torch.equal(found[1], torch.zeros(2, 40))
-    assert torch.equal(found[2], native.low_rank(x[5:], parts[1]))
+    assert torch.equal(found[2], low_rank(x[5:], own[1]))
 
 
 def test_unaligned_and_strange_inputs():
@@ -129,33 +135,34 @@ def test_unaligned_and_strange_inputs():
     whole = torch.randn(7 * 257 + 3)
     for x in whole[1:-2].view(7, 257), torch.randn(257, 4).T, torch.randn(3, 257)._neg_view():
         expected = x.double() @ delta.T
-        assert within(native.low_rank(x, packed), expected, x, packed.right(), packed.left())
+        assert within(low_rank(x, packed), expected, x, packed.right(), packed.left())
 
 
 def test_nan_and_infinity_stay_in_their_rows():
     packed, _ = pack(*LAYOUT, 0, gaussian=True)
     x = torch.randn(9, 257)
-    expected = native.low_rank(x, packed)
+    expected = low_rank(x, packed)
     bad = x.clone()
     bad[4, 8], bad[7, 256] = torch.nan, torch.inf
-    found = native.low_rank(bad, packed)
+    found = low_rank(bad, packed)
     others = [0, 1, 2, 3, 5, 6, 8]
     assert torch.equal(found[others], expected[others]) and not found[[4, 7]].isfinite().any()
 
 
-def test_what_it_does_not_take():
+def test_what_it_does_not_read():
     packed, _ = pack(*LAYOUT, 0, gaussian=True)
     x = torch.randn(2, 257)
-    assert native.takes(packed, x) and not native.takes(pack(*LAYOUT, 0)[0], x)
-    assert not native.takes(pack(*LAYOUT, 24, gaussian=True)[0], x)  # no power of 2
-    assert not native.takes(packed, x.to_sparse()) and not native.takes(packed, x.to("meta"))
+    assert native.words_of(packed) and native.words_of(pack(*LAYOUT, 0)[0]) is None
+    assert native.words_of(pack(*LAYOUT, 24, gaussian=True)[0]) is None  # no power of 2
+    assert native.readable(x) and not native.readable(x.to_sparse())
+    assert not native.readable(x.to("meta"))
     seen = []
-    torch.func.vmap(lambda row: seen.append(native.takes(packed, row)) or row)(x)
+    torch.func.vmap(lambda row: seen.append(native.readable(row)) or row)(x)
     assert seen == [False]
     apart = replace(packed, v=packed.v.T.contiguous().T)
-    assert not native.takes(apart, x)
-    found = low_rank(x, *arguments(apart, False))
-    assert relative(found, native.low_rank(x, packed).double()) < 1e-6
+    assert native.words_of(apart) is None
+    found = ops.low_rank(x, *arguments(apart, False))
+    assert relative(found, low_rank(x, packed).double()) < 1e-6
 
 
 @pytest.mark.parametrize("part", ["v", "u", "ranks"])
@@ -163,27 +170,27 @@ def test_sizes_that_do_not_fit_are_refused_before_the_op(part):
     packed, _ = pack(*LAYOUT, 0, gaussian=True)
     short = replace(packed, **{part: getattr(packed, part)[:-1].clone()})
     with pytest.raises(ValueError, match=f"packed tensor {part} is .*its layout needs"):
-        native.low_rank(torch.randn(1, 257), short)
+        low_rank(torch.randn(1, 257), short)
     with pytest.raises(ValueError, match="needs"):
-        native.low_rank(torch.randn(1, 257), replace(packed, n=2**40))
+        low_rank(torch.randn(1, 257), replace(packed, n=2**40))
 
 
 def test_inputs_that_do_not_fit_are_refused():
     packed, _ = pack(*LAYOUT, 0, gaussian=True)
     with pytest.raises(ValueError, match=r"\[2, 256\].*257"):
-        native.low_rank(torch.randn(2, 256), packed)
+        low_rank(torch.randn(2, 256), packed)
     for index in -1, 130, 2**62:
         with pytest.raises(IndexError, match=r"outside 0\.\.129"):
-            low_rank_rows(torch.tensor([3, index]), *arguments(packed))
+            ops.low_rank_rows(torch.tensor([3, index]), *arguments(packed))
 
 
 def test_factors_that_changed_are_read_anew():
     packed, _ = pack(*LAYOUT, 0, gaussian=True)
     other, delta = pack(*LAYOUT, 0, seed=1, gaussian=True)
     x = torch.randn(1, 257)
-    before = native.low_rank(x, packed)
+    before = low_rank(x, packed)
     for part, tensor in packed.tensors.items():
         tensor.copy_(other.tensors[part])
-    assert relative(native.low_rank(x, packed), x.double() @ delta.T) < 1e-6
+    assert relative(low_rank(x, packed), x.double() @ delta.T) < 1e-6
     moved = replace(packed, **{part: t.clone() for part, t in packed.tensors.items()})
-    assert not torch.equal(native.low_rank(x, moved), before)
+    assert not torch.equal(low_rank(x, moved), before)
