@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaMixError
 from ..nn.delta_module import first_tensor
@@ -114,37 +114,41 @@ def run_grouped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
 def add_together(
     module: Any, y: Tensor, x: Tensor, groups: Sequence[tuple[str, Tensor]]
-) -> Tensor | None:
-    """Add all deltas' parts to y [B, ..., m], the base's output for x [B, ...], in one native call.
+) -> set[str]:
+    """Add deltas' parts to y [B, ..., m], the base's output for x [B, ...], in one native call.
 
-    `groups` are names and rows, int64. Returns y, or None: take the loop.
+    `groups` are names and rows, int64. Returns the names of those added, in place.
     """
     looked_up = isinstance(module, DeltaEmbedding) and module.dm_plain_class is nn.Embedding
-    linear = isinstance(module, DeltaLinear) and is_linear(module.dm_plain_class)
+    plain = module.dm_plain_class
+    linear = plain is Conv1D or (isinstance(module, DeltaLinear) and is_linear(plain))
     unknown = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-    if not (looked_up or linear) or unknown or y.dtype == torch.float64:
-        return None
+    runs = (looked_up or linear) and not unknown and y.dtype != torch.float64
+    if not (runs and choose(x.device) == NATIVE and native.readable(x)):
+        return set()
     deltas, own = module.dm_row_deltas, {"bias"} if linear else set()
-    parts = [(deltas.packed[name], rows) for name, rows in groups if name in deltas.packed]
-    whole = [(deltas.overlay[name], rows) for name, rows in groups if name in deltas.overlay]
-    known = all(overlay.keys() <= own for overlay, _ in whole)
-    if not (parts and known and choose(x.device) == NATIVE):
-        return None
-    words = [native.words_of(packed) for packed, _ in parts] if native.readable(x) else [None]
-    if None in words:
-        return None
-    if whole:  # the base's bias is in y
-        plain = F.linear(x, weight_of(module))
-        for overlay, rows in whole:
-            y[rows] = plain[rows] + overlay["bias"]
-    order = torch.cat([rows for _, rows in parts])
+    names: set[str] = set()
+    order, parts = [], []
     tokens = y.shape[:-1].numel() // len(y)  # of a row
-    counts = [(own[0], len(r) * tokens) for own, (_, r) in zip(words, parts, strict=True) if own]
+    for name, rows in groups:
+        packed, overlay = deltas.packed.get(name), deltas.overlay.get(name, {})
+        words = native.words_of(packed) if packed and overlay.keys() <= own else None
+        if words is None:
+            continue
+        if overlay:  # the base's bias is in y
+            y[rows] = module.with_tensors(overlay).plain(x[rows])
+        names.add(name)
+        order.append(rows)
+        parts.append((words[0], len(rows) * tokens))
+    if not names:
+        return names
+    places = torch.cat(order)
     if looked_up:
-        added = native.rows(x[order].flatten().long(), counts).to(y.dtype)
+        added = native.rows(x[places].flatten().long(), parts).to(y.dtype)
     else:
-        added = native.products(x[order].flatten(0, -2), counts)
-    return y.index_add_(0, order, added.view(len(order), *y.shape[1:]))
+        added = native.products(x[places].flatten(0, -2), parts)
+    y.index_add_(0, places, added.view(len(places), *y.shape[1:]))
+    return names
 
 
 def refresh(module: Any, name: str) -> None:

@@ -155,12 +155,9 @@ class RoutedDeltas:
             y = y.expand(batch, *y.shape[1:])
         size = len(tree_leaves(y)[0])
         taken, given = (route.groups(n, x.device) for n in (max(length, batch), size))
-        groups = [group for group in taken if self.touched(group[0])]
-        added = add_together(module, y, x, groups) if length == size else None
-        if added is not None:
-            return added
+        done = add_together(module, y, x, taken) if length == size else set()
         for (delta, rows), (_, places) in zip(taken, given, strict=True):
-            if self.touched(delta):
+            if self.touched(delta) and delta not in done:
                 chosen = _each(_pick, args, kwargs, rows, length)
                 base = y[places] if isinstance(y, Tensor) else None
                 y = _placed(y, places, self.output(module, delta, base, *chosen))
