@@ -46,7 +46,8 @@ def test_one_call_a_layer(make_family, monkeypatch, calls, name):
     counted.clear()
     found = logits(model, IDS, delta_names=MIXED)
     torch.testing.assert_close(found, expected, **CLOSE)
-    assert counted and set(counted) == {2} and not looped
+    # 1: a matrix that the other delta stores whole
+    assert {2} <= set(counted) <= {1, 2} and counted.count(1) < 2 and not looped
     monkeypatch.setenv(VARIABLE, REFERENCE)
     torch.testing.assert_close(logits(model, IDS, delta_names=MIXED), found, **CLOSE)
     assert looped
