@@ -189,9 +189,10 @@ def check_filled(
     The delta replaces the tensors in `overlay`, and `resized` matrices have other rows than the
     base's. Raises a DeltaMixError if a tensor of the base has another shape, or is not `recorded`.
     """
-    missing = []
+    missing, ties = [], keys.model.all_tied_weights_keys
     for name, tensor in keys.state.items():
-        if name in overlay or name in keys.model.all_tied_weights_keys:
+        equal = name in ties and (name not in base or ties[name] in base)  # to what it is tied to
+        if name in overlay or equal:
             continue
         if name in base:
             rows = resized.get(name.removesuffix(".weight"))

@@ -19,6 +19,7 @@ from ..errors import DeltaMixError, first_line
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _MAX_JSON = 20_000_000  # bytes; fingerprints of 200,000 tensors
+_MOST_LISTS = 200_000  # and objects in a JSON file: 6.5e6 empty ones took 14 s
 _LONGEST_NAME = 4096  # of a path on Linux
 
 
@@ -180,8 +181,13 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """Read a JSON object from a file; a ValueError if it holds none or is longer than 20 MB."""
+    """Read a JSON object from a file; a ValueError if it holds none, or is longer than 20 MB.
+
+    Or if it holds more than 200,000 lists and objects.
+    """
     content = read_bytes(path)
+    if content.count(b"[") + content.count(b"{") > _MOST_LISTS:
+        raise ValueError(f"{os.path.basename(path)} holds more than {_MOST_LISTS:,} lists")
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
