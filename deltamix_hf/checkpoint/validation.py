@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -64,6 +65,8 @@ def verify_repo(
     yield Check(f"format {config.format_version}: {len(infos)} tensors, {len(files)} files")
     yield from _content(infos, config)
     dtype: Any = model.config.dtype  # that it is loaded in, if nothing is said
+    dtype = dtype.get("") if isinstance(dtype, Mapping) else dtype  # one for each part
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with opened(infos) as read:
 
         def matrices(name: str, stored: str) -> int:
