@@ -73,7 +73,7 @@ def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
             inside = name in _MAPS or _KERNEL in name
             waiting += [(name if inside else str(k), v, value) for k, v in value.items()]
         elif isinstance(value, list):
-            waiting += [(name, one, value) for one in value]
+            waiting += [(name, one, value) for one in value[: _MOST_VALUES + 1]]
 
 
 def _check_text(name: str, value: Any, owner: Any) -> None:

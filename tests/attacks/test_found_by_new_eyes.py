@@ -63,7 +63,7 @@ def test_tensors_of_a_base_beside_a_tie(delta, tmp_path, family, source, names, 
         assert torch.equal(found, logits(repo.pair.load(repo.folder)))
         assert problems(repo.folder, base) == ""
         return
-    with pytest.raises(DeltaMixError, match="which the model ties|the model ties"):
+    with pytest.raises(DeltaMixError, match="the model ties"):
         repo.pair.load(repo.folder, quantization_config=given)
     assert "the model ties" in problems(repo.folder, base)
 
@@ -213,7 +213,7 @@ def test_models_are_built_without_kernels(delta, copied, monkeypatch, name):
     assert {*asked} == {"eager"}
 
 
-@pytest.mark.parametrize("name", ["model:a.²", "model:²", "x.①.weight"])
+@pytest.mark.parametrize("name", ["model:a.²", "model:a.³.x", "x.①.weight"])
 def test_numbers_that_are_none(attack, delta, tmp_path, name):
     it = attack()
     header, data = read_raw(it.folder / WEIGHTS)
@@ -320,7 +320,7 @@ def test_weights_that_are_no_file(delta, copied, tmp_path, command, kind):
     more = {
         "merge": ["--output", str(tmp_path / "out")],
         "eval": ["--text", str(tmp_path / "texts.txt")],
-        "generate": ["--prompt", "x"],
+        "generate": ["x"],
     }
     found = CliRunner().invoke(app, [command, str(folder), *more[command]])
     assert isinstance(found.exception, DeltaMixError), found.exception
