@@ -152,6 +152,13 @@ def base_checks(
     base.feed_only({*contents.packed, *contents.config.dropped})
     check_base(recorded, base.infos, where, measure)
     missing = check_filled(keys, contents.overlay, base, recorded, contents.resized)
+    for name, source in model.all_tied_weights_keys.items():
+        if source in contents.overlay and name in base:  # transformers would keep the base's
+            yield Check(
+                name,
+                f"the base {where} holds {name}, which the model ties to {source}, and the delta "
+                "replaces that one alone: remove it from the base",
+            )
     # Another class than the saved one may lack its head, or bring one of its own, which
     # transformers initialises and reports. Of the model inside every part must be complete.
     saved = model.config.architectures
