@@ -140,7 +140,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.base_fingerprints = _mapping("base_fingerprints", base_fingerprints, _is_text)
         self.tensor_fingerprints = _mapping("tensor_fingerprints", tensor_fingerprints, _is_text)
         self.settings_fingerprint = settings_fingerprint
-        self.measured = _mapping("measured", measured, is_number)
+        self.measured = _mapping("measured", measured, _is_finite)
         self.errors = _mapping("errors", errors, is_number)
         self.dropped, self.overlay = _names("dropped", dropped) or [], _names("overlay", overlay)
         self.resized = _mapping("resized", resized, _are_two_counts)
@@ -304,6 +304,10 @@ def _mapping(
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and abs(value) < 1e300  # of ints, too, which no float holds
 
 
 def _are_two_counts(value: Any) -> bool:

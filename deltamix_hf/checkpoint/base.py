@@ -130,12 +130,23 @@ class BaseCheckpoint:
                 self._group[head], self.untied[head] = source, source
 
     def _check_ties(self) -> None:
-        """Raise a DeltaMixError if the model ties what the files hold as two that differ."""
+        """Raise a DeltaMixError if the model ties what the files hold as two that differ.
+
+        Or as three: transformers would take one of them, and nobody has said which.
+        """
         for name, source in self.keys.model.all_tied_weights_keys.items():
-            both = name in self and source in self and self.is_plain(name) and self.is_plain(source)
-            if both and not same(self.read(name), self.read(source)):
+            if name not in self or source not in self:
+                continue
+            file = self._first(name).file
+            for tied in (name, source):
+                if not self._is_made(tied) and len(keys := self.checkpoint_keys(tied)) > 1:
+                    raise DeltaMixError(
+                        f"{file} holds {' and '.join(keys)} for {tied}, which the model ties: "
+                        "remove all but one"
+                    )
+            if not same(self.read(name), self.read(source)):
                 raise DeltaMixError(
-                    f"the model ties {name} to {source}, but {self._first(name).file} holds two "
+                    f"the model ties {name} to {source}, but {file} holds two "
                     "tensors that differ: save the fine-tune untied, with tie_word_embeddings="
                     "False in its config and a weight of its own for each"
                 )
@@ -169,8 +180,8 @@ class BaseCheckpoint:
         self.check_pinned(name, recorded)
         for key in keys:
             self.infos[key].placeholder()  # refuses unknown dtypes
-        if any(pattern for _, pattern in self.sources[self._group[name]]):
-            return  # transformers makes it from several
+        if self._is_made(name):
+            return
         if len(keys) > 1 or self.infos[keys[0]].shape != shape:
             raise DeltaMixError(
                 f"the base holds {' and '.join(keys)} {list(self.infos[keys[0]].shape)} for "
@@ -197,6 +208,10 @@ class BaseCheckpoint:
         missing = {key: info for key, info in infos.items() if key not in self._fingerprints}
         self._fingerprints |= fingerprints(missing)
         return {key: self._fingerprints[key] for key in infos}
+
+    def _is_made(self, name: str) -> bool:
+        """Tell whether transformers makes the parameter of what is stored, mostly of several."""
+        return any(pattern for _, pattern in self.sources[self._group[name]])
 
     def is_plain(self, name: str) -> bool:
         """Tell whether the parameter is one stored tensor, untouched but for its name."""

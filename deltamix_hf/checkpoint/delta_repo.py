@@ -21,7 +21,7 @@ from ..storage.headers import TensorInfo, fingerprints, opened, read_headers
 from ..storage.names import GUARD, ROWS, check_listed, is_guard, packed_names, packed_part
 from ..storage.untrusted_paths import check_weight_files, repo_files
 from .base import KeyMap, is_finite
-from .model_class import check_counts
+from .untrusted_config import check_config
 from .vocabulary import Resized, resized_in_repo
 
 _MOST_PARTS = 6  # of a parameter: five packed tensors, and rows that were added
@@ -67,7 +67,7 @@ def find_delta(
     settings = config.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         raise DeltaMixError(f"{repo!r} is not a delta repo: it holds a whole model")
-    check_counts(config)
+    check_config(config)
     check_weight_files(repo, files, lambda: read_headers(files))
     return files, DeltaMixConfig.from_dict(settings), config
 

@@ -1,9 +1,6 @@
 """What config.json says a repo is: a delta or a whole model, and of which class."""
 
-import math
 import os
-import re
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,62 +14,7 @@ from ..transformers_private import (
     add_generation_mixin_to_remote_model,
     get_class_from_dynamic_module,
 )
-
-# A class makes a module or an entry for each of these: 3e6 labels take 2 GB, 2e7 layers 2.5 GB.
-_COUNTED = re.compile(r"\w*(layer|block|expert|stage|group|network|depth|label|type)\w*")
-_NO_COUNT = re.compile(r"\w*_(size|dim|length|ids?|eps|width|tokens|theta|rate|std|index|factor)")
-_FEWEST_ALLOWED, _MOST_LABELS, _MOST_EXPERTS = 1000, 100_000, 50_000
-_MOST_LISTED = 10_000_000  # of numbers in lists, whatever they are
-
-
-def check_counts(config: Mapping[str, Any]) -> None:
-    """Check the counts of layers, experts and labels in the raw config.json of a delta repo.
-
-    For before anything is built of them. Raises a DeltaMixError for more layers than the base has
-    tensors, by the fingerprints of the repo: memory follows the bytes of the file.
-    """
-    settings = config.get("quantization_config")
-    known = settings.get("base_fingerprints") if isinstance(settings, Mapping) else None
-    tensors = len(known) if isinstance(known, Mapping) else 0
-    most = max(_FEWEST_ALLOWED, tensors)
-    layers, experts = 1.0, 1.0
-    for name, value in _leaves({k: v for k, v in config.items() if k != "quantization_config"}):
-        largest = max((n for n in _flat(value) if isinstance(n, int | float)), default=0)
-        limit = _MOST_LISTED if isinstance(value, list) else math.inf
-        if _COUNTED.fullmatch(name) and not _NO_COUNT.fullmatch(name):
-            limit = _MOST_LABELS if "label" in name else most
-        if limit == most and "expert" in name:
-            experts = max(experts, largest)
-        elif limit == most and "layer" in name:
-            layers = max(layers, largest)
-        if largest > limit or layers * experts > max(_MOST_EXPERTS, tensors):
-            raise DeltaMixError(
-                f"config.json of the delta repo says {name} = {str(value)[:40]}, and its base has "
-                f"{tensors} tensors: it is damaged, or of another model"
-            )
-
-
-def _leaves(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what is no object, by name, from objects in objects and in lists of them."""
-    parts: list[Any] = [config]
-    while parts:
-        for name, value in parts.pop().items():
-            inner = value if isinstance(value, list) else [value]
-            parts += [one for one in inner if isinstance(one, Mapping)]
-            rest = [one for one in inner if not isinstance(one, Mapping)]
-            if rest:
-                yield str(name), rest if isinstance(value, list) else value
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    """Yield what is in lists within lists."""
-    waiting = [value]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, list):
-            waiting += one
-        else:
-            yield one
+from .untrusted_config import bounded_building, check_config
 
 
 def read_config(repo: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -87,7 +29,7 @@ def read_config(repo: str, trust_remote_code: bool = False) -> PreTrainedConfig:
             read_object(path) if os.path.isfile(path) else PreTrainedConfig.get_config_dict(repo)[0]
         )
         if "quantization_config" in raw:
-            check_counts(raw)
+            check_config(raw)
         return AutoConfig.from_pretrained(repo, trust_remote_code=trust_remote_code)
     except DeltaMixError:
         raise
@@ -151,8 +93,10 @@ def empty_model(
     """
     config = config or read_config(repo, trust_remote_code)
     cls = model_class(repo, config, trust_remote_code)
+    config._attn_implementation = "eager"  # another might be fetched, and names are the same
     try:
-        with torch.device("meta"):
+        settings = getattr(config, "quantization_config", None)
+        with bounded_building(settings) if settings else torch.device("meta"):
             return cls(config)
     except Exception as error:  # of whatever type the model's own code raises for odd sizes
         raise DeltaMixError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -64,6 +65,8 @@ def verify_repo(
     yield Check(f"format {config.format_version}: {len(infos)} tensors, {len(files)} files")
     yield from _content(infos, config)
     dtype: Any = model.config.dtype  # that it is loaded in, if nothing is said
+    dtype = dtype.get("") if isinstance(dtype, Mapping) else dtype  # one for each part
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with opened(infos) as read:
 
         def matrices(name: str, stored: str) -> int:
@@ -149,6 +152,13 @@ def base_checks(
     base.feed_only({*contents.packed, *contents.config.dropped})
     check_base(recorded, base.infos, where, measure)
     missing = check_filled(keys, contents.overlay, base, recorded, contents.resized)
+    for name, source in model.all_tied_weights_keys.items():
+        if source in contents.overlay and name in base:  # transformers would keep the base's
+            yield Check(
+                name,
+                f"the base {where} holds {name}, which the model ties to {source}, and the delta "
+                "replaces that one alone: remove it from the base",
+            )
     # Another class than the saved one may lack its head, or bring one of its own, which
     # transformers initialises and reports. Of the model inside every part must be complete.
     saved = model.config.architectures
@@ -189,9 +199,10 @@ def check_filled(
     The delta replaces the tensors in `overlay`, and `resized` matrices have other rows than the
     base's. Raises a DeltaMixError if a tensor of the base has another shape, or is not `recorded`.
     """
-    missing = []
+    missing, ties = [], keys.model.all_tied_weights_keys
     for name, tensor in keys.state.items():
-        if name in overlay or name in keys.model.all_tied_weights_keys:
+        equal = name in ties and (name not in base or ties[name] in base)  # to what it is tied to
+        if name in overlay or equal:
             continue
         if name in base:
             rows = resized.get(name.removesuffix(".weight"))

@@ -36,7 +36,7 @@ def diff(
     base_files, _ = resolve_base(base, None, {})
     found = measure(model, tuned_files, base_files, DeltaMixConfig())
     if as_json:
-        out.print_json(json.dumps(_figures(found)))
+        out.print_json(json.dumps(_figures(found)), ensure_ascii=True)
         return
     if not found.budgets:
         out.print(f"All {found.same} tensors are identical: the delta is empty.")

@@ -52,7 +52,7 @@ def evaluate(
         tuned = load_model(finetuned, trust_remote_code=trust_remote_code)
     found = _judge(model, tuned, batches)
     if as_json:
-        out.print_json(json.dumps(_figures(found)))
+        out.print_json(json.dumps(_figures(found)), ensure_ascii=True)
     else:
         out.print(_table(_figures(found)))
 

@@ -59,7 +59,7 @@ def inspect(
 
         paths = save_figures(report, plot)
     if as_json:
-        out.print_json(json.dumps(_figures(report)))
+        out.print_json(json.dumps(_figures(report)), ensure_ascii=True)
     else:
         for line in _origin(report):
             out.print(one_line(line), highlight=False, soft_wrap=True, markup=False)

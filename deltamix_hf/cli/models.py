@@ -4,6 +4,7 @@ import os
 import warnings
 from typing import Any
 
+from ..checkpoint.delta_repo import find_delta
 from ..checkpoint.model_class import is_delta, model_class, read_config
 from ..errors import DeltaMixError, first_line
 
@@ -24,6 +25,7 @@ def load_model(
         if base is not None:
             raise DeltaMixError(f"{repo!r} is a whole model, not a delta repo: it needs no --base")
         return from_pretrained(repo, trust_remote_code)
+    find_delta(repo, {})  # what is no weight file would end in an error of transformers
     settings = DeltaMixConfig(base_model=base, dequantize=dequantize)
     return from_pretrained(repo, trust_remote_code, quantization_config=settings)
 

@@ -181,7 +181,12 @@ def _split_ranks(m: int, n: int, ranks: Tensor, counts: Tensor, experts: int) ->
             "damaged"
         )
     numbers = counts.tolist()
-    if min(numbers) < 0 or max(numbers) > min(m, n) or ranks.shape[:1] != (sum(numbers),):
+    if (
+        not numbers
+        or min(numbers) < 0
+        or max(numbers) > min(m, n)
+        or ranks.shape[:1] != (sum(numbers),)
+    ):
         raise DeltaMixError(
             f"the experts' counts do not fit {list(ranks.shape)} ranks of [{m}, {n}] matrices: "
             "the file is damaged"

@@ -57,11 +57,14 @@ class TensorInfo:
     def placeholder(self) -> torch.Tensor:
         """Make a meta tensor of this shape and dtype; a DeltaMixError if torch has none such."""
         if self.dtype not in _DTYPES:
-            raise DeltaMixError(f"a tensor of dtype {self.dtype}: the file is damaged")
+            raise DeltaMixError(
+                f"{self.name} is a tensor of dtype {self.dtype}: the file is damaged"
+            )
         return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device="meta")
 
     def read(self) -> torch.Tensor:
-        """Read the tensor onto the CPU."""
+        """Read the tensor onto the CPU; a DeltaMixError if torch has no such dtype."""
+        self.placeholder()
         with safe_open(self.file, framework="pt") as handle:
             return handle.get_tensor(self.name)
 
@@ -85,6 +88,8 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         for name, entry in header.items():
             if len(name) > LONGEST_NAME:
                 raise ValueError(f"{name[:80]} ... is a name of {len(name)} characters")
+            if any(p.isdigit() and not p.isdecimal() for p in name.split(".")):  # such as ²
+                raise ValueError(f"{name} has a number in it that is none")
             shape = tuple(entry["shape"])
             extent = math.prod(max(d, 1) for d in shape)  # torch multiplies those beside a 0, too
             if len(shape) > _MAX_DIMENSIONS or 16 * extent >= _MAX_EXTENT:
@@ -105,11 +110,19 @@ def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def opened(infos: Mapping[str, TensorInfo]) -> Iterator[Callable[[str], torch.Tensor]]:
-    """Context manager: a function that reads a tensor by name; the files stay mapped with them."""
+    """Context manager: a function that reads a tensor by name; the files stay mapped with them.
+
+    It raises a DeltaMixError for a dtype that torch has not.
+    """
     with ExitStack() as stack:
         files = {info.file for info in infos.values()}
         handles: dict[str, Any] = {f: stack.enter_context(safe_open(f, "pt")) for f in files}
-        yield lambda name: handles[infos[name].file].get_tensor(name)
+
+        def read(name: str) -> torch.Tensor:
+            infos[name].placeholder()
+            return handles[infos[name].file].get_tensor(name)
+
+        yield read
 
 
 def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, TensorInfo]:

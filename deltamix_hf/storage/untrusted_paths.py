@@ -13,12 +13,14 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, cached_files
 
 from ..errors import DeltaMixError, first_line
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _MAX_JSON = 20_000_000  # bytes; fingerprints of 200,000 tensors
+_MOST_LISTS = 200_000  # and objects in a JSON file: 6.5e6 empty ones took 14 s
 _LONGEST_NAME = 4096  # of a path on Linux
 
 
@@ -110,7 +112,8 @@ def read_index(path: str) -> dict[str, str]:
 def check_weight_files(repo: str, files: list[str], names: Callable[[], Iterable[str]]) -> None:
     """Raise a DeltaMixError if a delta repo reads from elsewhere, or its index knows other tensors.
 
-    `names` gives the names of the tensors in its files.
+    Or if its generation_config.json is none, which transformers reads after our checks. `names`
+    gives the names of the tensors in its files.
 
     A folder may hold links, and so lend out what belongs to others on this machine. (The Hub's
     cache consists of links, into its own folder for the repo.) A base may: its bytes are known by
@@ -122,6 +125,7 @@ def check_weight_files(repo: str, files: list[str], names: Callable[[], Iterable
     for file in [os.path.join(beside, CONFIG), index, settings, *files]:
         if not lies_inside(repo, file):
             raise DeltaMixError(f"{file} of the delta repo lies outside its folder; copy it in")
+    _check_generation(settings)
     if os.path.basename(files[0]) == WEIGHTS or not os.path.isfile(index):
         return
     try:
@@ -131,6 +135,17 @@ def check_weight_files(repo: str, files: list[str], names: Callable[[], Iterable
     if wrong := sorted(listed.keys() ^ set(names())):
         where = "the index" if wrong[0] in listed else "the shards"
         raise DeltaMixError(f"only {where} of the delta repo know {wrong[0]}: it is incomplete")
+
+
+def _check_generation(path: str) -> None:
+    """Raise a DeltaMixError for a generation_config.json, if there is one, that cannot be used."""
+    try:
+        if os.path.exists(path):
+            GenerationConfig.from_dict(read_object(path))
+    except Exception as error:  # of whatever type transformers has for odd values
+        raise DeltaMixError(
+            f"{path} of the delta repo is damaged, remove it or repair it: {first_line(error)}"
+        ) from error
 
 
 def lies_inside(repo: str, file: str) -> bool:
@@ -180,8 +195,13 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """Read a JSON object from a file; a ValueError if it holds none or is longer than 20 MB."""
+    """Read a JSON object from a file; a ValueError if it holds none, or is longer than 20 MB.
+
+    Or if it holds more than 200,000 lists and objects.
+    """
     content = read_bytes(path)
+    if content.count(b"[") + content.count(b"{") > _MOST_LISTS:
+        raise ValueError(f"{os.path.basename(path)} holds more than {_MOST_LISTS:,} lists")
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
