@@ -114,15 +114,23 @@ def _loaded(model: Any, weights: list[tuple[str, Tensor]], source: str) -> dict[
         with finding_places(model):
             model.load_weights([(key, t) for key, t in weights if key not in whole])
             for key, tensor in whole.items():
-                if not model.load_weights([(key, tensor)]):
-                    raise DeltaMixError(
-                        f"{key} of {source!r} has no place in vLLM's {type(model).__name__}: serve "
-                        "what 'deltamix merge' makes of it"
-                    )
+                _load_one(model, key, tensor, source)
         return {name: t.clone() for name, t in held.items() if not _same(t, before[name])}
     finally:
         for name, tensor in held.items():
             tensor.copy_(before[name])
+
+
+def _load_one(model: Any, key: str, tensor: Tensor, source: str) -> None:
+    try:
+        arrived = model.load_weights([(key, tensor)])
+    except (KeyError, ValueError):
+        arrived = None
+    if not arrived:
+        raise DeltaMixError(
+            f"{key} of {source!r} has no place in vLLM's {type(model).__name__}: serve what "
+            "'deltamix merge' makes of it"
+        )
 
 
 def _takes_whole(model: nn.Module) -> dict[str, Tensor]:
