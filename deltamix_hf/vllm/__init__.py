@@ -8,7 +8,8 @@ vLLM calls `register` in each of its processes, by our entry point in the group
 - `partition.py`: which part of a matrix a rank of tensor parallelism holds;
 - `loader.py`: a delta repo and its base as one stream of weights;
 - `manager.py`, `beside.py` and `batch.py`: many deltas in one server, named like LoRAs; what each
-  puts beside the model; and which rows of a batch take it. `install` in `manager.py` is the one place that replaces a private part of vLLM.
+  puts beside the model; and which rows of a batch take it. `install` in `manager.py` is the one
+  place that replaces a private part of vLLM.
 """
 
 from typing import Any
