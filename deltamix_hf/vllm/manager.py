@@ -136,8 +136,8 @@ class VllmDeltaManager:
                 raise DeltaMixError(
                     f"{request.lora_path!r} has changed since it was loaded as "
                     f"{request.lora_name!r}, or is not what delta {request.lora_int_id} was, and "
-                    "vLLM's prefix cache may hold what that made of prompts: unload it, and load "
-                    "it under another name or from another path"
+                    "vLLM's prefix cache may hold what that made of prompts: load it under "
+                    "another name and number"
                 )
 
     def _read(self, request: Any) -> Beside:
@@ -218,7 +218,8 @@ class VllmDeltaManager:
                 self.add_adapter(request)
         numbers = {request.lora_int_id for request in wanted}
         if mapping is not None:  # of two deltas with one name vLLM names one in `requests`
-            numbers |= {*mapping.index_mapping, *mapping.prompt_mapping} & self.accepted.keys()
+            named = {*mapping.index_mapping, *mapping.prompt_mapping}
+            numbers |= {number for number in self.accepted if number in named}
         self._bring(numbers)
         if mapping is not None:
             known = self.names.keys() | self.dummies
