@@ -122,6 +122,16 @@ def test_more_deltas_than_there_is_room_for(deltas, two, tmp_path):
     two.unload("third")
 
 
+def test_a_delta_that_made_room_outlives_its_folder(deltas, two, tmp_path):
+    repo = shutil.copytree(deltas.root / "a", tmp_path / "third")
+    assert two.load("third", repo)[0] == 200
+    asked = [("a", 0), ("b", 0)]
+    assert answers(two, asked) == expected(deltas, asked)  # which take its place
+    (repo / "config.json").write_text("{}")
+    assert answers(two, [("third", 1), ("base", 1)]) == expected(deltas, [("a", 1), ("base", 1)])
+    two.unload("third")
+
+
 def test_an_unknown_delta_is_not_found(two):
     status, body = two.post("/v1/completions", model="c", prompt=PROMPTS[0])
     assert status == 404 and "`c` does not exist" in body

@@ -7,8 +7,9 @@ vLLM calls `register` in each of its processes, by our entry point in the group
 - `layers.py`: those places, and the sum of a layer's output and its deltas';
 - `partition.py`: which part of a matrix a rank of tensor parallelism holds;
 - `loader.py`: a delta repo and its base as one stream of weights;
-- `manager.py` and `batch.py`: many deltas in one server, named like LoRAs. `install` in
-  `manager.py` is the one place that replaces a private part of vLLM.
+- `manager.py`, `beside.py` and `batch.py`: many deltas in one server, named like LoRAs; what each
+  puts beside the model; and which rows of a batch take it. `install` in `manager.py` is the one
+  place that replaces a private part of vLLM.
 """
 
 from typing import Any

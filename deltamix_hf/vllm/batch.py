@@ -1,4 +1,4 @@
-"""Which rows of a batch take which delta, and norms whose weights differ from one to the next.
+"""Which rows of a batch take which delta, and modules that treat rows of deltas in another way.
 
 vLLM flattens all requests' tokens to one dimension. Layers see all tokens [tokens, ...]; the head
 sees the rows whose logits are wanted, one or more of each request, or, for log-probabilities of
@@ -18,6 +18,9 @@ from ..errors import DeltaMixError
 
 Groups = list[tuple[int, Tensor]]  # a delta's number and its rows, int64
 Overlay = dict[str, nn.Parameter]  # name of a parameter of one module -> a delta's own value
+LARGEST = (
+    65504.0  # of float16: what a KV cache of any dtype holds, and sums of products stay finite
+)
 
 
 class Batch:
@@ -26,8 +29,18 @@ class Batch:
     def __init__(self) -> None:
         self.set((), ())
 
-    def set(self, tokens: Sequence[int], wanted: Sequence[int]) -> None:
-        """Set the number of each token's delta, and of each row whose logits are sampled."""
+    def set(
+        self, tokens: Sequence[int], wanted: Sequence[int], known: Collection[int] = ()
+    ) -> None:
+        """Set the number of each token's delta, and of each row whose logits are sampled.
+
+        Raises DeltaMixError for one that is not among `known`: the base would answer in its place.
+        """
+        if unknown := {*tokens, *wanted} - {0, *known}:
+            raise DeltaMixError(
+                f"a request names delta {min(unknown)}, which is not loaded: load it first, and "
+                "give each delta a name and a number of its own"
+            )
         self.tokens, self.wanted = tuple(tokens), tuple(wanted)
         self._groups: dict[tuple[tuple[int, ...], torch.device], Groups] = {}
 
@@ -55,6 +68,17 @@ class Batch:
             used = sorted(set(numbers) - {0})
             self._groups[key] = [(number, (every == number).nonzero()[:, 0]) for number in used]
         return [(number, rows) for number, rows in self._groups[key] if number in known]
+
+    def of_deltas(self, x: Tensor) -> Tensor | None:
+        """Find the rows of x [tokens, ...] of any delta, int64; all if x has not the tokens' rows.
+
+        None if there are none.
+        """
+        used = {*self.tokens} - {0}
+        if used and len(x) != len(self.tokens):
+            return torch.arange(len(x), device=x.device)
+        rows = [rows for _, rows in self.groups(x, used)]
+        return torch.cat(rows) if rows else None
 
 
 def by_row(module: Any, batch: Batch) -> dict[int, Overlay]:
@@ -87,6 +111,25 @@ def by_row(module: Any, batch: Batch) -> dict[int, Overlay]:
     module.dm_overlays = overlays
     module.forward = forward
     return overlays
+
+
+def keep_finite(module: Any, batch: Batch) -> None:
+    """Bound what an attention layer is given in rows of deltas: NaN becomes 0.
+
+    What it keeps lies in blocks that other requests get later and nothing clears: there a masked
+    NaN is multiplied by 0, and stays NaN.
+    """
+    plain = module.forward
+
+    def forward(*given: Any, **named: Any) -> Any:
+        for x in (*given, *named.values()):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                rows = batch.of_deltas(x)
+                if rows is not None:
+                    x.index_copy_(0, rows, x[rows].clamp(-LARGEST, LARGEST).nan_to_num_(0.0))
+        return plain(*given, **named)
+
+    module.forward = forward
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ..checkpoint.base import BaseCheckpoint, find_base
 from ..checkpoint.delta_repo import StoredDelta, find_delta, read_delta
@@ -35,12 +36,13 @@ _OPTIONS = ("base_model", "base_revision")  # of --model-loader-extra-config
 
 
 class BaseRepo:
-    """The base of one or more deltas: its safetensors files, transformers' config, and its name."""
+    """The base of one or more deltas: its safetensors files, and vLLM's model config."""
 
     def __init__(self, files: list[str], config: Any, name: str):
         self.where = repr(name)
         # Without weights; of a copy, because making a model writes into its config.
-        model = empty_model(name, copy.deepcopy(config))
+        with set_default_torch_dtype(config.dtype):  # in which whole tensors must be finite
+            model = empty_model(name, copy.deepcopy(config.hf_config))
         self.checkpoint = BaseCheckpoint(files, model)
 
     def read(self, source: str, files: list[str], settings: DeltaMixConfig) -> StoredDelta:
@@ -165,7 +167,7 @@ class DeltaMixModelLoader(DefaultModelLoader):
         settings.base_kwargs = {"cache_dir": self.load_config.download_dir}
         try:
             base_files, _ = find_base(settings, model_config.model, files[0])
-            base = BaseRepo(base_files, model_config.hf_config, str(settings.base_model))
+            base = BaseRepo(base_files, model_config, str(settings.base_model))
             self.delta = base.read(model_config.model, files, settings)
         except DeltaMixError as error:
             raise DeltaMixError(
