@@ -79,7 +79,8 @@ class DeltaLinear(DeltaMatrix, nn.Linear):
 
     def _is_opaque(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         group = self.dm_shared_input  # is one op for all its members
-        if self.dm_row_deltas is None and group is not None and group.usable(self, *args, **kwargs):
+        named = self.dm_row_deltas is not None
+        if not named and group is not None and group.kernel_for(self, *args, **kwargs):
             return False
         return super()._is_opaque(args, kwargs)
 
@@ -89,8 +90,8 @@ class DeltaLinear(DeltaMatrix, nn.Linear):
         if torch.is_autocast_enabled(x.device.type):  # casts inside F.linear, not inside custom ops
             return self.with_delta(self.packed(), None, x)
         group = self.dm_shared_input
-        if group is not None and group.usable(self, x):
-            return group.output(self, x)
+        if group is not None and (kernel := group.kernel_for(self, x)):
+            return group.output(self, x, kernel)
         return self.alone(x)
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """Layers that read the same tensor (q/k/v, gate/up) make their products together.
 
 On a GPU that is two launches for all of them: h = x·V̂ᵀ, then the base's products with Û's part of
-them. On a CPU it is one look-up of all codes of V: at one token the overhead of small tensor
-operations is most of the delta's time.
+them. On a CPU it is one call of the native op, or one look-up of all codes of V: at one token the
+overhead of small operations is most of the delta's time.
 
 Which layers may share an input is known by name; whether they do is seen at run time: the first one
 that is called computes all outputs, the others take theirs if they are called with the very same
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import lookup
+from ..ops import lookup, native
 from ..ops.dispatch import NATIVE, TRITON, choose, kernel_packed, persistent, triton_kernels
 from ..ops.packed_op import state_of
 from . import compiled
@@ -71,44 +71,47 @@ class SharedInput:
         self._running: dict[int, _Shared] = {}  # by thread
         self._plan: Any = None
         self._planned: Any = None  # what the plan was made of
+        self._words: list[native.Words] | None = None
+        self._read: list[int] = []  # the addresses that are in there
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("number", "_running", "_plan", "_planned")
+        kept = ("number", "_running", "_plan", "_planned", "_words", "_read")
         return {key: value for key, value in vars(self).items() if key not in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._begin()
 
-    def usable(self, member: DeltaLinear, x: Tensor) -> bool:
-        """Tell whether the kernels or look-up run, without gradients, on all members where x is."""
+    def kernel_for(self, member: DeltaLinear, x: Tensor) -> str | None:
+        """Return what `choose` picks if it runs, without gradients, on all members where x is."""
         if torch.is_grad_enabled() and x.requires_grad:
-            return False
+            return None
         kernel = choose(x.device)
         if kernel == TRITON:
             k, compiling = triton_kernels(), torch.compiler.is_compiling()
             few = compiling or 0 < x.numel() <= k.DECODE_ROWS * x.shape[-1]
             fits = few and x.dtype in k.DECODE_DTYPES
         else:
-            # The native op has little overhead to save: there, each layer is on its own.
-            fits = self._quick and x.device.type == "cpu" and kernel != NATIVE
-            fits = fits and x.dtype != torch.float64
+            fits = x.device.type == "cpu" and x.dtype != torch.float64
+            fits = fits and (kernel == NATIVE or self._quick)
             fits = fits and not torch.compiler.is_compiling()
         # a shadow of a member, or a replica of one, has tensors of its own
         if not fits or all(one is not member for one in self.members):
-            return False
+            return None
         for one in self.members:
             held: Any = one._parameters
             weight, v = held["weight"], held["dm_v"]
             if not weight.device == v.device == x.device or weight.dtype != x.dtype:
-                return False
-        return True
+                return None
+        if kernel == NATIVE and not (native.readable(x) and self._native_words()):
+            return None
+        return kernel
 
-    def output(self, member: DeltaLinear, x: Tensor) -> Tensor:
+    def output(self, member: DeltaLinear, x: Tensor, kernel: str) -> Tensor:
         """Return the member's output [..., m] for x [..., n]; its first call computes all."""
         compiling = torch.compiler.is_compiling()
         if len(self.members) == 1 and not compiling:
-            return self.products(x)[0]
+            return self.products(x, kernel)[0]
         thread, state = (0, None) if compiling else (get_ident(), state_of(x))
         key, shared = id(member), self._running.get(thread)
         if shared is not None and not shared.has(key, x, state):
@@ -117,7 +120,11 @@ class SharedInput:
                 for one in self.members:
                     one.dm_shared_input = SharedInput([one])
         if shared is None:
-            made = compiled.layers_of_one_input(x, self.number) if compiling else self.products(x)
+            made = (
+                compiled.layers_of_one_input(x, self.number)
+                if compiling
+                else self.products(x, kernel)
+            )
             outputs = {id(one): y for one, y in zip(self.members, made, strict=True)}
             shared = self._running[thread] = _Shared(x, state, outputs)
         y = shared.outputs.pop(key)
@@ -125,13 +132,18 @@ class SharedInput:
             del self._running[thread]
         return y
 
-    def products(self, x: Tensor) -> list[Tensor]:
+    def products(self, x: Tensor, kernel: str | None = None) -> list[Tensor]:
         """Return x·Wᵀ + (x·V̂ᵀ)·Ûᵀ + bias [..., m] of every member for x [..., n]."""
+        kernel = kernel or choose(x.device)
         held = [member._parameters for member in self.members]
         weights: Any = [parameters["weight"] for parameters in held]
         biases = [parameters["bias"] for parameters in held]
+        if kernel == NATIVE:
+            outputs = [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
+            native.add_products(outputs, x, self._native_words() or ())
+            return outputs
         flat = x.reshape(-1, x.shape[-1])
-        if choose(x.device) == TRITON:
+        if kernel == TRITON:
             if not 0 < flat.shape[0] <= triton_kernels().DECODE_ROWS:
                 return [member.alone(x) for member in self.members]
             found = self._plan_for(x).linear(flat, weights, biases)
@@ -141,6 +153,17 @@ class SharedInput:
             parts = lookup.shared(flat, packed)
             outputs = [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
             return [y.add_(part.view(y.shape)) for y, part in zip(outputs, parts, strict=True)]
+
+    def _native_words(self) -> list[native.Words] | None:
+        """The members' factors as the native op takes them, read anew when they have moved."""
+        parts = ("dm_v", "dm_u", "dm_ranks")
+        held: list[Any] = [member._parameters for member in self.members]
+        read = [tensors[part].data_ptr() for tensors in held for part in parts]
+        if read != self._read:
+            each = [native.words_of(member.packed()) for member in self.members]
+            words = [own[0] for own in each if own is not None and own[0] is not None]
+            self._words, self._read = words if len(words) == len(each) else None, read
+        return self._words
 
     def _plan_for(self, x: Tensor) -> Any:
         """The members' `DecodePlan`, made anew when their codes have moved or changed."""

@@ -27,7 +27,7 @@ enum {
     ROWS = 8,          /* that share a decoded level, at most */
     TILE = 32,         /* ranks whose codes stay in the cache from block to block */
     RANKS = 8,         /* of a thread's part */
-    SMALL = 1 << 17    /* multiplications that no second thread is worth waking for */
+    SMALL = 1 << 19    /* multiplications that no second thread is worth waking for */
 };
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -301,7 +301,7 @@ static void look_up(const Item *item, int64_t row, int M) {
 }
 
 /* y of blocks `first` to `last`, LINE at most. */
-static void leave(const Item *item, int side, int64_t first, int64_t last) {
+static void leave(const Item *item, int side, int add, int64_t first, int64_t last) {
     int64_t length = item->lengths[side], columns = columns_of(length);
     const int16_t *scales = scales_of(item, side);
     for (int64_t row = 0, M; row < item->rows; row += M) {
@@ -325,7 +325,7 @@ static void leave(const Item *item, int side, int64_t first, int64_t last) {
                 for (int i = 0; i < LANES; i++)
                     for (int j = 0; j < 8; j++) {
                         int64_t e = (b * LANES + i) * 8 + j;
-                        if (e < length) out[e] = y[(m * LINE + b - first) * 8 + j][i];
+                        if (e < length) out[e] = (add ? out[e] : 0) + y[(m * LINE + b - first) * 8 + j][i];
                     }
         }
     }
@@ -341,8 +341,8 @@ static int64_t row_parts(const Item *item, int side) { (void)side; return pieces
 static int64_t rank_parts(const Item *item, int side) { (void)side; return item->x ? pieces(item->k, RANKS) : 0; }
 static int64_t line_parts(const Item *item, int side) { return pieces(blocks_of(item->lengths[side]), LINE); }
 
-/* y = (x·V̂ᵀ)·Ûᵀ of every item, or `transposed` (x·Û)·V̂, with tokens Û[tokens]·V̂; 1: no memory. */
-int dm_products(int64_t count, Item *items, int transposed, int threads) {
+/* y = (or, with `add`, +=) (x·V̂ᵀ)·Ûᵀ of every item, or `transposed` (x·Û)·V̂, with tokens Û[tokens]·V̂; 1: no memory. */
+int dm_products(int64_t count, Item *items, int transposed, int add, int threads) {
     int in = transposed, out = !transposed;
     size_t size = LANES;
     int64_t products = 0;
@@ -382,7 +382,7 @@ int dm_products(int64_t count, Item *items, int transposed, int threads) {
         for (int64_t part = 0; part < lines; part++) {
             int64_t own = part;
             const Item *item = item_of(items, line_parts, out, &own);
-            leave(item, out, own * LINE, least(own * LINE + LINE, blocks_of(item->lengths[out])));
+            leave(item, out, add, own * LINE, least(own * LINE + LINE, blocks_of(item->lengths[out])));
         }
     }
     free(scratch);

@@ -148,6 +148,26 @@ def products(
     return y.to(x.dtype)
 
 
+def add_products(outputs: Sequence[Tensor], x: Tensor, each: Sequence[Words]) -> None:
+    """Add to outputs [..., m] what several deltas make of one x [..., n], in place, in one call.
+
+    Raises ValueError for rows of another length.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    fits = all(y.dtype == torch.float32 and y.is_contiguous() for y in outputs)
+    if not fits or len(flat) > MANY_ROWS:
+        for y, words in zip(outputs, each, strict=True):
+            y += products(flat, [(words, len(flat))]).view(y.shape)
+        return
+    wide = flat.float().contiguous().resolve_neg()
+    start, items = wide.data_ptr(), array("q")
+    for y, words in zip(outputs, each, strict=True):
+        if words[7] != wide.shape[1]:
+            raise ValueError(f"x is {list(x.shape)}, a delta multiplies rows of {words[7]}")
+        items.extend((*words, len(wide), start, 0, y.data_ptr(), *_SCRATCH))
+    _call(items, False, add=True)
+
+
 def rows(index: Tensor, parts: Sequence[tuple[Words | None, int]]) -> Tensor:
     """Decode rows of Û·V̂: entries of `index` int64 [S], so many of each part in turn.
 
@@ -170,12 +190,12 @@ def rows(index: Tensor, parts: Sequence[tuple[Words | None, int]]) -> Tensor:
     return y
 
 
-def _call(items: "array[int]", transposed: bool) -> None:
+def _call(items: "array[int]", transposed: bool, add: bool = False) -> None:
     """Run the products of all items; MemoryError if there is no room for what is between them."""
     count = len(items) // (_FIELDS + 4 + len(_SCRATCH))
     if count:
         address, threads = items.buffer_info()[0], torch.get_num_threads()
-        if _built().dm_products(count, address, transposed, threads):
+        if _built().dm_products(count, address, transposed, add, threads):
             raise MemoryError("no memory for a product with packed factors")
 
 
@@ -195,7 +215,8 @@ def _built() -> ctypes.CDLL:
 
 def _check(found: ctypes.CDLL) -> None:
     """Compare products of every width with float64; Unusable if they differ."""
-    found.dm_products.argtypes = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int
+    numbers = (ctypes.c_int,) * 3
+    found.dm_products.argtypes = ctypes.c_int64, ctypes.c_void_p, *numbers
     found.dm_decode.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
     found.dm_decode.restype = None
     random, (m, n) = torch.Generator("cpu").manual_seed(0), (75, 203)
@@ -217,7 +238,7 @@ def _check(found: ctypes.CDLL) -> None:
             y = x.new_full((rows, factor.shape[1]), torch.nan)
             here = rows, x.data_ptr(), 0, y.data_ptr()
             item = array("q", (*words, *here, *_SCRATCH))
-            found.dm_products(1, item.buffer_info()[0], transposed, 1)
+            found.dm_products(1, item.buffer_info()[0], transposed, 0, 1)
             expected = x.double() @ factor
             error = float((y - expected).abs().max() / expected.abs().max())
             if not error <= _TOLERANCE:

@@ -33,7 +33,7 @@ int main(int count, char **arguments) {
         for (int64_t i = 0; i < rows * out; i++) y[i] = NAN;
         item.codes[0] = v, item.codes[1] = u, item.ranks = ranks, item.runs = held_runs, item.y = y;
         if (tokens) item.tokens = x; else item.x = x;
-        if (dm_products(1, &item, transposed, 1)) return 3;
+        if (dm_products(1, &item, transposed, 0, 1)) return 3;
         double largest = 1e-30, error = 0;
         for (int64_t i = 0; i < rows * out; i++) {
             double off = fabs((double)y[i] - expected[i]);
