@@ -182,19 +182,26 @@ INLINE void enter_rank(int width, int M, const uint8_t *p, int64_t length, const
     }
 }
 
-/* Add h [count, M] times the levels of ranks of one width to y [M, LINE, 8, LANES]. */
+/* Add h [count, M] times the levels of TILE ranks at most, of one width, to y [M, LINE, 8, LANES]. */
 INLINE void leave_ranks(int width, int M, const uint8_t *p, int count, int64_t length, int64_t first, int64_t last, const float *h, const int16_t *scales, int64_t scale_stride, int group_bits, Floats *y) {
-    const int J = M == 1 ? 8 : 1;
+    const int J = M == 1 ? 8 : M == 4 ? 2 : 1;
     Levels levels = levels_of(width);
-    int64_t columns = columns_of(length), stride;
-    uint8_t end[8 * LANES];
-    for (int64_t b = first; b < last; b++, y += 8)
+    int64_t columns = columns_of(length);
+    uint8_t end[TILE * 8 * LANES];
+    for (int64_t b = first; b < last; b++, y += 8) {
+        int64_t left = columns - b * LANES, stride = columns;
+        const uint8_t *start = p + b * LANES;
+        if (left < LANES) { /* the vector ends in this block: copies, with zeros behind them */
+            memset(end, 0, count * width * LANES);
+            for (int i = 0; i < count * width; i++) memcpy(end + i * LANES, start + i * columns, left);
+            start = end, stride = LANES;
+        }
         for (int part = 0; part < 8; part += J) {
             Floats sums[8];
             UNROLL for (int r = 0; r < M; r++)
                 UNROLL for (int j = 0; j < J; j++) sums[r * J + j] = y[r * LINE * 8 + part + j];
-            for (int k = 0; k < count; k++) {
-                const uint8_t *q = block(width, p + k * width * columns, columns, b, end, &stride);
+            const uint8_t *q = start;
+            for (int k = 0; k < count; k++, q += width * stride) {
                 Floats s = group_bits ? scales_at(scales + k * scale_stride, group_bits, b, columns) : all(1);
                 UNROLL for (int j = 0; j < J; j++) {
                     Floats l = level(width, codes_at(width, q, stride, part + j), &levels);
@@ -205,6 +212,7 @@ INLINE void leave_ranks(int width, int M, const uint8_t *p, int count, int64_t l
             UNROLL for (int r = 0; r < M; r++)
                 UNROLL for (int j = 0; j < J; j++) y[r * LINE * 8 + part + j] = sums[r * J + j];
         }
+    }
 }
 
 /* Levels times scales of one rank, in order: out [length]. */
