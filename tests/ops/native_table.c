@@ -20,19 +20,28 @@ int main(int count, char **arguments) {
         int64_t k = h[0], runs = h[1], stride = h[2], n = h[3], m = h[4], rows = h[7];
         int transposed = h[8], tokens = h[9];
         int64_t in = transposed ? m : n, out = transposed ? n : m;
-        Item item = {.k = k, .run_count = runs, .stride = stride, .lengths = {n, m}, .group_bits = {h[5], h[6]}, .rows = rows};
+        Item item = {.k = k,
+                     .run_count = runs,
+                     .stride = stride,
+                     .lengths = {n, m},
+                     .group_bits = {h[5], h[6]},
+                     .rows = rows};
         int32_t *held_runs = part(file, 12 * runs);
         int64_t bytes[2] = {0, 0};
         for (int64_t i = 0; i < runs; i++)
             for (int side = 0; side < 2; side++)
-                bytes[side] += (int64_t)held_runs[3 * i] * held_runs[3 * i + 1 + side] * columns_of(item.lengths[side]);
+                bytes[side] += (int64_t)held_runs[3 * i] * held_runs[3 * i + 1 + side] *
+                               columns_of(item.lengths[side]);
         int16_t *ranks = part(file, 2 * k * stride);
         uint8_t *v = part(file, bytes[0]), *u = part(file, bytes[1]);
         void *x = part(file, tokens ? 8 * rows : 4 * rows * in);
         float *expected = part(file, 4 * rows * out), *y = malloc(4 * rows * out + 1);
         for (int64_t i = 0; i < rows * out; i++) y[i] = NAN;
         item.codes[0] = v, item.codes[1] = u, item.ranks = ranks, item.runs = held_runs, item.y = y;
-        if (tokens) item.tokens = x; else item.x = x;
+        if (tokens)
+            item.tokens = x;
+        else
+            item.x = x;
         if (dm_products(1, &item, transposed, 0, 1)) return 3;
         double largest = 1e-30, error = 0;
         for (int64_t i = 0; i < rows * out; i++) {
@@ -41,7 +50,8 @@ int main(int count, char **arguments) {
             if (!(off <= error)) error = off;
         }
         if (!(error / largest <= worst)) worst = error / largest;
-        for (int side = 0; side < 2; side++) { /* the factors too; their values are tested elsewhere */
+        for (int side = 0; side < 2;
+             side++) { /* the factors too; their values are tested elsewhere */
             float *factor = malloc(4 * k * item.lengths[side] + 1);
             dm_decode(&item, side, factor, 1);
             free(factor);
