@@ -81,9 +81,7 @@ def _check_text(name: str, value: Any, owner: Any) -> None:
     if name.endswith("dtype") and name in _MAPS:
         if not isinstance(value, Mapping) and value not in _DTYPES:
             raise _refused(f"says {name} = {str(value)[:40]!r}, in which no model is loaded")
-    elif isinstance(value, str) and (
-        _KERNEL in name or "backbone" in name or "architecture" in name
-    ):
+    elif isinstance(value, str) and _FETCHED.search(name):
         kind = owner.get("model_type") if isinstance(owner, Mapping) else None
         timm = name != "backbone" or str(kind).startswith("timm")  # else it is an id of the Hub
         if {*"/\\:"} & {*value} or not timm:

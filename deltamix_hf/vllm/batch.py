@@ -18,9 +18,7 @@ from ..errors import DeltaMixError
 
 Groups = list[tuple[int, Tensor]]  # a delta's number and its rows, int64
 Overlay = dict[str, nn.Parameter]  # name of a parameter of one module -> a delta's own value
-LARGEST = (
-    65504.0  # of float16: what a KV cache of any dtype holds, and sums of products stay finite
-)
+LARGEST = 65504.0  # of float16: a KV cache of any dtype holds it, and its products stay finite
 
 
 class Batch:
