@@ -65,6 +65,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         base_fingerprints: written by compression: base tensor name -> fingerprint.
         tensor_fingerprints: written by saving: stored tensor name -> fingerprint.
         settings_fingerprint: written by saving: `decoding_fingerprint` as it was then.
+        model_fingerprint: written by saving: `delta_repo.model_fingerprint` as it was then.
         measured: written by compression: `kl`, nats for each of `positions` predictions, to the
             fine-tune, on calibration texts that tuning has not seen.
         errors: written by compression: module name, or `<parameter>.<expert>` -> relative error
@@ -106,6 +107,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         base_fingerprints: dict[str, str] | None = None,
         tensor_fingerprints: dict[str, str] | None = None,
         settings_fingerprint: str | None = None,
+        model_fingerprint: str | None = None,
         measured: dict[str, float] | None = None,
         errors: dict[str, float] | None = None,
         dropped: Sequence[str] | None = None,
@@ -140,6 +142,7 @@ class DeltaMixConfig(QuantizationConfigMixin):
         self.base_fingerprints = _mapping("base_fingerprints", base_fingerprints, _is_text)
         self.tensor_fingerprints = _mapping("tensor_fingerprints", tensor_fingerprints, _is_text)
         self.settings_fingerprint = settings_fingerprint
+        self.model_fingerprint = model_fingerprint
         self.measured = _mapping("measured", measured, _is_finite)
         self.errors = _mapping("errors", errors, is_number)
         self.dropped, self.overlay = _names("dropped", dropped) or [], _names("overlay", overlay)
@@ -172,7 +175,8 @@ class DeltaMixConfig(QuantizationConfigMixin):
         return found
 
     def _check_options(self) -> None:
-        for name in ("base_revision", "calibration_source", "settings_fingerprint"):
+        texts = "base_revision", "calibration_source", "settings_fingerprint", "model_fingerprint"
+        for name in texts:
             value = getattr(self, name)
             if value is not None and not _is_text(value):
                 raise DeltaMixError(f"{name} is a {type(value).__name__}; it must be a text")

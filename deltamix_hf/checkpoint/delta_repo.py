@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +26,12 @@ from .base import KeyMap, is_finite
 from .untrusted_config import check_config
 from .vocabulary import Resized, resized_in_repo
 
+_NOT_THE_MODELS = (
+    "quantization_config",
+    "transformers_version",
+    "transformers_weights",
+    "_name_or_path",
+)  # of the entries of config.json
 _MOST_PARTS = 6  # of a parameter: five packed tensors, and rows that were added
 _CODES = (torch.int8, torch.uint8)  # what quantized weights of other libraries look like
 
@@ -255,6 +263,16 @@ def check_settings(config: DeltaMixConfig) -> None:
             "group_size, codebook or resized in config.json are not what was saved: the file is "
             "damaged, or was changed"
         )
+
+
+def model_fingerprint(config: Mapping[str, Any]) -> str:
+    """Hash what a raw config.json says of the model, and of `dropped` matrices, which feed it.
+
+    SHA-256, its first 32 hex digits, of all but what saving it again would change.
+    """
+    own = {key: value for key, value in config.items() if key not in _NOT_THE_MODELS}
+    own["dropped"] = config["quantization_config"].get("dropped")
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def check_finite(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -27,6 +27,7 @@ from .delta_repo import (
     contents_of,
     differing_fingerprints,
     find_delta,
+    model_fingerprint,
 )
 from .model_class import empty_model
 from .vocabulary import Resized
@@ -54,7 +55,7 @@ def verify_repo(
         trust_remote_code: run the repo's own code for its model.
     """
     try:
-        files, config, _ = find_delta(repo, {})
+        files, config, raw = find_delta(repo, {})
         infos = read_headers(files)
         model = empty_model(repo, trust_remote_code=trust_remote_code)
         contents = contents_of(infos, config, KeyMap(model))
@@ -64,6 +65,11 @@ def verify_repo(
         return
     yield Check(f"format {config.format_version}: {len(infos)} tensors, {len(files)} files")
     yield from _content(infos, config)
+    if config.model_fingerprint not in (None, model_fingerprint(raw)):
+        yield Check(
+            "config.json",
+            "its settings of the model are not what was saved: the file is damaged, or was changed",
+        )
     dtype: Any = model.config.dtype  # that it is loaded in, if nothing is said
     dtype = dtype.get("") if isinstance(dtype, Mapping) else dtype  # one for each part
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint.base import BaseCheckpoint, guard_names, untied_state
+from ..checkpoint.delta_repo import model_fingerprint
 from ..checkpoint.tensor_diff import differences
 from ..config import DeltaMixConfig, overlay_dtype
 from ..constants import BESIDE, FETCHED, NOTICE
@@ -246,6 +247,7 @@ def _complete_config(path: Path) -> None:
     settings = config["quantization_config"]
     settings["tensor_fingerprints"] = fingerprints(infos)
     settings["settings_fingerprint"] = DeltaMixConfig.from_dict(settings).decoding_fingerprint()
+    settings["model_fingerprint"] = model_fingerprint(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -133,3 +133,42 @@ def test_finite_in_the_file_and_infinite_in_the_model(delta, copied, dtype, stor
     with pytest.raises(DeltaMixError, match=f"{name} .* infinite in the model's {dtype}"):
         base.load_delta(folder, "one")
     assert base.list_deltas() == {}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"rms_norm_eps": 0.1},
+        {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
+        {"hidden_act": "gelu"},
+        {"a_setting_of_nobody": 1},
+    ],
+    ids=str,
+)
+def test_settings_of_the_model_that_were_changed_are_seen(delta, copied, edit):
+    repo = delta("llama", "deltamix-kl")
+    folder = copied(repo.folder)
+    assert not [c for c in verify_repo(str(folder)) if c.problem]
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    problems = [check.problem for check in verify_repo(str(folder)) if check.problem]
+    assert any("settings of the model are not what was saved" in problem for problem in problems)
+
+
+def test_dropped_matrices_that_were_changed_are_seen(delta, copied):
+    repo = delta("llama_tied", "deltamix-kl")
+    folder = copied(repo.folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["dropped"] = ["lm_head"]
+    path.write_text(json.dumps(config))
+    problems = [check.problem for check in verify_repo(str(folder)) if check.problem]
+    assert any("settings of the model are not what was saved" in problem for problem in problems)
+
+
+def test_saving_again_and_what_transformers_notes_change_nothing(delta, copied, tmp_path):
+    repo = delta("llama", "deltamix-kl")
+    repo.pair.load(repo.folder).save_pretrained(tmp_path / "again")
+    path = tmp_path / "again" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_version": "9.9"}))
+    assert not [check for check in verify_repo(str(tmp_path / "again")) if check.problem]
