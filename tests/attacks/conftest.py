@@ -66,9 +66,8 @@ def attack(delta, copied, running) -> Iterator[Callable[..., Attacked]]:
     def make(name: str = "llama", method: str = "delta-come") -> Attacked:
         repo, model = delta(name, method), running(name)
         folder = copied(repo.folder)
-        edit_settings(
-            folder, tensor_fingerprints=None, settings_fingerprint=None
-        )  # no attacker leaves them in
+        records = "tensor_fingerprints", "settings_fingerprint", "model_fingerprint"
+        edit_settings(folder, **dict.fromkeys(records))  # no attacker leaves them in
         served.append(model)
         return Attacked(
             folder,

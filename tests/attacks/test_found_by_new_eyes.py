@@ -31,6 +31,7 @@ def problems(folder, base=None) -> str:
 
 def set_config(folder, **values) -> None:
     edit_json(folder / "config.json", lambda c: c.update(values))
+    edit_settings(folder, model_fingerprint=None)  # no attacker leaves it in
 
 
 TIES = [
