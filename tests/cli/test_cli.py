@@ -282,7 +282,14 @@ def interrupted(home, output: Path) -> tuple[int, str]:
     output.parent.mkdir()
     command = [sys.executable, "-m", "deltamix_hf", "compress", str(home.tuned)]
     command += ["--base", str(home.base), "--output", str(output), "--ratio", RATIO]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # what a shell starts in the background ignores it, and its children too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     work = output.with_name(f".{output.name}.unfinished")
     while process.poll() is None and not (work.is_dir() and any(work.iterdir())):
         time.sleep(0.01)

@@ -103,10 +103,10 @@ ALONE = {"sequential": False, "tune_steps": 0}  # every matrix by itself, agains
 @pytest.mark.parametrize(
     ("name", "method", "calibrated"),
     [
-        *((name, "delta-come", False) for name in FAMILIES),
-        *((name, "delta-come", True) for name in ("llama", "gpt2")),
-        *((name, "deltamix", False) for name in ("llama", "bert")),
-        *((name, "deltamix", True) for name in ("llama", "llama_tied", "bert", "t5")),
+        *((name, "delta-come", False) for name in ("llama_tied", "t5")),
+        ("gpt2", "delta-come", True),
+        ("bert", "deltamix", False),
+        *((name, "deltamix", True) for name in ("llama", "llama_tied", "t5")),
         ("bert", "deltamix-kl", False),
         *((name, "deltamix-kl", True) for name in ("llama_tied", "bert", "t5")),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import cycle
 
 import pytest
 import torch
@@ -197,8 +198,10 @@ def test_other_dtypes_keep_the_packed_tensors(delta, name, dtype, method):
 # Where the weights go
 
 
-@each_repo
-@pytest.mark.parametrize("first", ["cpu", "disk"])
+@pytest.mark.parametrize(
+    ("name", "method", "first"),
+    [(*case, first) for case, first in zip(GAUSSIAN + MIN_MAX, cycle(("cpu", "disk")))],
+)
 def test_parts_on_disk(delta, tmp_path, name, method, first):
     """Every other part of the model, one way and the other; what is tied in one place."""
     repo = delta(name, method)
@@ -238,8 +241,16 @@ def test_beside_the_base(delta, name, method):
         assert torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("tokens", [5, -40])
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "bert_from_headless"])
+WITH_HEADS = [name for name in ARCHITECTURES if name != "bert_from_headless"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("llama_tied", 5),
+        *zip(WITH_HEADS, cycle((5, -40))),
+    ],
+)
 def test_more_and_fewer_tokens(name, tokens, tmp_path):
     pair = make_pair(name, tmp_path, ARCHITECTURES[name], tokens)
     packed = pair.compress(ratio=0.95, method="delta-come", bf16_overlay=True)
