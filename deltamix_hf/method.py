@@ -61,6 +61,8 @@ class Method:
             information G = E[g·gᵀ] of the fine-tune's own.
         delta_metric: the share of both metrics that is taken from ΔW itself, 0 to 1, if
             `calibration` is `None` or `"self"`.
+        prior: observations that the mean of a metric is worth, for each of its dimensions: what few
+            texts did not show is not taken for worthless.
         allocation: who shares the budget: `"bands"` (fixed bands of ranks), `"matrix"` (the ranks
             of a matrix; each matrix gets the same ratio) or `"global"` (all ranks of the model).
         split_widths: U and V of a rank may have different widths (`allocation="global"`).
@@ -84,6 +86,7 @@ class Method:
     whiten: bool = False
     fisher: bool = False
     delta_metric: float = 0.0
+    prior: float = 0.0
     allocation: str = "matrix"
     split_widths: bool = False
     bits: tuple[int, ...] = (0, 2, 3, 4, 8)
@@ -116,6 +119,8 @@ class Method:
         penalty, share = self.drop_penalty, self.delta_metric
         finite = is_number(penalty) and 1 <= penalty < math.inf
         require("drop_penalty", penalty, finite, "a finite number of at least 1")
+        prior = self.prior
+        require("prior", prior, is_number(prior) and 0 <= prior < math.inf, "a number from 0")
         require("delta_metric", share, is_number(share) and 0 <= share <= 1, "a number from 0 to 1")
         if self.split_widths and self.allocation != "global":
             raise DeltaMixError('split_widths=True needs allocation="global"')
@@ -138,6 +143,7 @@ _OURS = Method(
     whiten=True,
     fisher=True,
     delta_metric=0.3,
+    prior=1.0,
     allocation="global",
     split_widths=True,
     codebook="gaussian",

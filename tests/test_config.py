@@ -51,6 +51,7 @@ switches = st.fixed_dictionaries(
         "embedding_group_size": st.sampled_from([0, 16, 128, 2**15]),
         "drop_penalty": st.floats(1, 1e6) | st.integers(1, 9),
         "delta_metric": st.floats(0, 1) | st.integers(0, 1),
+        "prior": st.floats(0, 9) | st.integers(0, 9),
         "tune_steps": st.integers(0, 999),
         "f_max": st.integers(1, 9),
         **{
@@ -220,6 +221,8 @@ def test_loading_attributes_are_what_the_user_gave():
         ({"drop_penalty": float("inf")}, "drop_penalty is inf"),
         ({"drop_penalty": True}, "drop_penalty is True"),
         ({"drop_penalty": "4"}, "drop_penalty is '4'"),
+        ({"prior": -1}, "prior is -1"),
+        ({"prior": float("inf")}, "prior is inf"),
         ({"delta_metric": -0.1}, "delta_metric is -0.1"),
         ({"delta_metric": 1.5}, "delta_metric is 1.5"),
         ({"delta_metric": float("nan")}, "delta_metric is nan"),

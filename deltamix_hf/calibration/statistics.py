@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import DeltaMixError
-from ..linalg.second_moments import Metric, SecondMoment, dense, diagonal
+from ..linalg.second_moments import Metric, SecondMoment, dense, diagonal, shrunk
 from ..nn.experts import Expert
 from ..nn.probing import hooked, inputs_of
 from .expert_statistics import FEWEST, observed_experts
@@ -215,18 +215,23 @@ def _drawn(
     return drawn
 
 
-def metrics_of(uses: list[LayerStatistics], scored: int, inputs: Metric = None) -> Metrics:
+def metrics_of(
+    uses: list[LayerStatistics], scored: int, inputs: Metric = None, prior: float = 0.0
+) -> Metrics:
     """Combine the statistics of all uses of a weight [m, n] (two for a tied embedding).
 
-    `inputs` is its C [n, n], if that is known better.
+    `inputs` is its C [n, n], if that is known better. With a `prior`, metrics are drawn toward
+    their mean, as if so many observations a dimension had shown it (`_drawn_in`).
 
     A₁⊗C₁ + A₂⊗C₂ has no exact Kronecker factors: each side becomes the sum of its parts, weighted
     by the trace of the other side. A use without gradients was measured on its inputs alone.
     """
     if inputs is not None:
-        measured = (_fisher(use, scored) for use in uses)
-        return Metrics(next((g for g in measured if g is not None), None), inputs)
-    found = [_of_use(use, scored) for use in uses]
+        measured = (_fisher(use, scored, prior) for use in uses)
+        seen = sum(use.inputs.count for use in uses)
+        known = next((g for g in measured if g is not None), None)
+        return Metrics(known, _drawn_in(inputs, seen, prior))
+    found = [_of_use(use, scored, prior) for use in uses]
     complete = [(diagonal(u.outputs), dense(u.inputs)) for u in found if u.outputs is not None]
     if len(found) == 1 or len(complete) < len(found):
         return next((use for use in found if use.inputs is not None), Metrics())
@@ -236,16 +241,33 @@ def metrics_of(uses: list[LayerStatistics], scored: int, inputs: Metric = None) 
     return Metrics(outputs, inputs / outputs.sum())
 
 
-def _fisher(use: LayerStatistics, scored: int) -> Metric:
+def _drawn_in(metric: Metric, seen: int, prior: float) -> Metric:
+    """The posterior mean of a second moment [d, d] measured on `seen` observations.
+
+    Under an inverse Wishart prior of mean c·I, c its mean diagonal, that is worth prior·d of them:
+    (seen·M + prior·d·c·I) / (seen + prior·d). From few texts a metric has directions, and an
+    embedding tokens, that cost nothing, and what the fine-tune does there would be lost.
+    """
+    known = diagonal(metric)
+    if known is None or not prior:
+        return metric
+    return shrunk(metric, prior * len(known) / (seen + prior * len(known)))
+
+
+def _fisher(use: LayerStatistics, scored: int, prior: float) -> Metric:
     gradients = use.gradients
     if gradients is None or gradients.total is None:
         return None
-    return gradients.mean(scored)
+    return _drawn_in(gradients.mean(scored), scored, prior)
 
 
-def _of_use(use: LayerStatistics, scored: int) -> Metrics:
-    fisher = _fisher(use, scored)
+def _of_use(use: LayerStatistics, scored: int, prior: float) -> Metrics:
+    fisher = _fisher(use, scored, prior)
     if use.tokens is None:
-        return Metrics(fisher, use.inputs.mean())
+        return Metrics(fisher, _drawn_in(use.inputs.mean(), use.inputs.count, prior))
     frequency = use.tokens / use.tokens.sum()
+    import os
+
+    if not os.environ.get("DM_NOFREQ"):
+        frequency = _drawn_in(frequency, int(use.tokens.sum()), prior)
     return Metrics(frequency if fisher is not None else None, fisher)

@@ -87,7 +87,7 @@ class Job:
         `inputs` is its C [n, n], if that was measured anew.
         """
         if uses := self._uses(name):
-            return metrics_of(uses, self.scored, inputs)
+            return metrics_of(uses, self.scored, inputs, self.config.method.prior)
         if not (self.found and self.config.method.fisher):
             return Metrics()
         sides = zip(shape_of(self.targets[name]), self._typical, strict=True)
@@ -154,8 +154,8 @@ class Job:
                 self._attach(name)
             for chain in chains:
                 finished = frozenset(self.finished)  # before this chain, as all workers see it
-                fit, attach = self._fit, self._attach_block
-                compress_blocks(chain, chained, fit, attach, finished, self.workers)
+                tools = self._fit, self._attach_block, finished, self.workers
+                compress_blocks(chain, chained, *tools, self.config.method.prior)
         self._bar.close()
         self.workers.barrier()  # after it nobody reads the store
         if self.tuning_data and self.workers.rank == 0:

@@ -124,11 +124,13 @@ class Compressor:
             measured[name] = tensors["energies"]
         return [measured[name] for name in self.shapes if name in measured]
 
-    def _factors(self, delta: Tensor, metrics: Metrics, rank: int | None = None) -> Factors:
+    def _factors(
+        self, delta: Tensor, metrics: Metrics, rank: int | None = None, nearly: bool = False
+    ) -> Factors:
         """Ranks of ΔW."""
         whitening = self._whitening(metrics)
         with self.watch.stage("SVD"):
-            return factorise(delta, whitening.outputs, whitening.inputs, rank, DAMPING)
+            return factorise(delta, whitening.outputs, whitening.inputs, rank, DAMPING, nearly)
 
     def _whitening(self, metrics: Metrics) -> Metrics:
         """The metrics in which the SVD is taken."""
@@ -188,7 +190,7 @@ class Compressor:
         metrics = self._informed(delta, metrics)
         if name in self._plan:
             v_bits, u_bits = self._plan[name].long()
-            factors = self._factors(delta, metrics, int((v_bits > 0).sum()))
+            factors = self._factors(delta, metrics, int((v_bits > 0).sum()), nearly=True)
             k = len(factors.sigma)
             v, u_bits = self._round_v(factors.right, metrics, v_bits[:k]), u_bits[:k]
         else:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from ..calibration.block_chain import BlockChain, find_blocks
 from ..calibration.blockwise import BlockwisePass
-from ..calibration.data import split_rows
 from ..calibration.statistics import LayerStatistics, collect
 from ..checkpoint.base import BaseCheckpoint
 from ..errors import DeltaMixError
@@ -26,7 +25,7 @@ from ..jobs.resume_store import ResumeStore, TensorList
 from ..jobs.weight_access import LazyWeights, LoadedWeights, Weights
 from ..jobs.workers import ALONE, Workers
 from ..quantization.packed_delta import PackedDelta
-from .scale_tuning import TOKENS_PER_STEP, TuningData, tuning_batches
+from .scale_tuning import TuningData, tuning_batches, tuning_pieces
 
 Statistics = tuple[Mapping[str, LayerStatistics], int]
 Targets = dict[str, nn.Module]
@@ -121,14 +120,14 @@ class FileRuns(LoadedRuns):
             self._passes.forward(range(len(batches)))  # an interrupted run may have dropped levels
             for b, ids in enumerate(batches):
                 last = self._passes.get("level", len(chain.blocks), b)
-                pieces = (split_rows(t, TOKENS_PER_STEP) for t in (ids, last))
+                pieces = (tuning_pieces(self.model, t) for t in (ids, last))
                 yield from map(chain.after_blocks, *pieces)
 
         tensor_list = partial(TensorList, self.store)
         return tuning_batches(self.model, batches, seed, tensor_list, outputs())
 
     def predicted(self, batches: Sequence[Tensor]) -> bool:
-        pieces = sum(len(split_rows(ids, TOKENS_PER_STEP)) for ids in batches)
+        pieces = sum(len(tuning_pieces(self.model, ids)) for ids in batches)
         return len(TensorList(self.store, "wanted")) == pieces
 
     def forget(self) -> None:

@@ -8,7 +8,8 @@ the fine-tune's weights and x_c with the weights compressed so far. The new targ
     ΔW* = ΔW + (W_ft·E[(x_f − x_c)·x_cᵀ] + E[(r_f − r_c)·x_cᵀ]) · (C + λI)⁻¹,   C = E[x_c·x_cᵀ]
 
 asks the layer to give on x_c what the fine-tune gives on x_f, and, where its output is added to a
-residual stream r, to make up for the error of that stream too. λ = 0.03·mean(diag C).
+residual stream r, to make up for the error of that stream too. λ = (0.03 + prior·n/N)·mean(diag C)
+for N tokens: what few of them ask for in many directions is chance.
 
 Layers outside a chain of blocks (`block_chain.py`) keep their plain target. Memory: the inputs of
 one block's layers for all calibration tokens, and two streams of hidden states. Several workers
@@ -58,6 +59,7 @@ def compress_blocks(
     done: Callable[[str], None],
     finished: Container[str] = (),
     workers: Workers = ALONE,
+    prior: float = 0.0,
 ) -> None:
     """Compress `targets`, layers and experts by full name, in all blocks of a captured chain.
 
@@ -70,7 +72,7 @@ def compress_blocks(
     stages: list[Stage] = []
     before: list[str] | None = None
     for i, name in enumerate(chain.names):
-        state = BlockState(chain, i, targets, compressed, present[i], workers)
+        state = BlockState(chain, i, targets, compressed, present[i], workers, prior)
         onward = () if i + 1 == len(chain.names) else mine  # hidden states nobody needs
         measured = not all(state.full(target) in finished for target in state.targets)
         with chain.hold(state.block):
@@ -100,6 +102,7 @@ class BlockState:
     compressed: TensorList  # hidden states of the compressed model
     block_args: BlockArgs
     workers: Workers
+    prior: float  # of `Method`
     # what the fine-tune's modules get, a tensor for each of this worker's batches
     seen: dict[str, TensorList] = field(default_factory=dict)
     # new weights of targets, each in a list of its own where hidden states are kept
@@ -146,7 +149,8 @@ class BlockState:
             moved = moved_targets(weights, sums, self.workers)
             del weights
         owners = self.workers.owners({name: shape_of(m) for name, m in modules.items()})
-        return dict.fromkeys(modules) | target_shift(moved, owners, sums, self.workers), sums.inputs
+        shift = target_shift(moved, owners, sums, self.workers, self.prior)
+        return dict.fromkeys(modules) | shift, sums.inputs
 
     def sums(self, stage: Stage) -> StageSums:
         """Run the compressed model up to a stage; its sums over all workers' batches."""

@@ -2,7 +2,7 @@
 
 With x_f, r_f and x_c, r_c the inputs and residual streams of the fine-tune and of the compressed
 model (`sequential.py`), the sums C = Σ x_c·x_cᵀ, Σ (x_f − x_c)·x_cᵀ and Σ (r_f − r_c)·x_cᵀ; and
-from them, with λ = RIDGE·mean(diag C), how far the targets of the stage's layers move:
+from them, with λ = (RIDGE + prior·n/tokens)·mean(diag C), how far the targets of the stage move:
 
     (W_ft·Σ(x_f − x_c)·x_cᵀ + Σ(r_f − r_c)·x_cᵀ) · (C + λI)⁻¹
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..jobs.workers import Workers
-from ..linalg.cholesky import cholesky
+from ..linalg.cholesky import cholesky32
 
 RIDGE = 0.03
-_ROWS = 256  # of a target at once: in float64 23 MB at 11008 inputs
+_ROWS = 1024  # of a target at once: 45 MB at 11008 inputs
 
 
 class StageSums:
@@ -70,20 +70,25 @@ def moved_targets(
 
 
 def target_shift(
-    moved: dict[str, Tensor], owners: Mapping[str, int], sums: StageSums, workers: Workers
+    moved: dict[str, Tensor],
+    owners: Mapping[str, int],
+    sums: StageSums,
+    workers: Workers,
+    prior: float = 0.0,
 ) -> dict[str, Tensor]:
     """Solve for the changes float32 `[m, n]` of those targets that this worker owns.
 
     `moved` is `moved_targets` and is used up. Of the sums only C is left, as a mean.
     """
     del sums.drift, sums.lag  # 485 MB at 11008 inputs, as are the two below
-    inner = sums.inputs.div_(sums.count)
-    lower = cholesky(inner, RIDGE)
-    triangular = torch.linalg.solve_triangular  # cholesky_solve would copy 970 MB of factor
+    # In float32, as a shift needs: with the ridge, float64 changed it by XXX at twice the time.
+    ridge = RIDGE + prior * len(sums.inputs) / sums.count
+    lower = cholesky32(sums.inputs.div_(sums.count), ridge)
+    triangular = torch.linalg.solve_triangular  # cholesky_solve would copy the factor
     for whole in moved.values():
         for rows in _pieces(workers.share(len(whole))):
-            half = triangular(lower, (whole[rows] / sums.count).double().T, upper=False)
-            whole[rows] = triangular(lower.T, half, upper=True).T.to(whole)
+            half = triangular(lower, (whole[rows] / sums.count).T, upper=False)
+            whole[rows] = triangular(lower.T, half, upper=True).T
     del lower
     changes = {}
     for name in list(moved):

@@ -66,6 +66,7 @@ SKETCH = 2048
 DIAGONAL = 32768
 _NOTHING = 2.0**-100
 _MULTIPLIED = 4096  # rows at once
+_MULTIPLIED_COLUMNS = 512  # of a triangular factor at once
 _ADDED = 1 << 24  # elements at once: 67 MB, where 2048 rows of 128256 take 1.05 GB
 _SUMMED = 256  # rows at once: in float64 a row of 28672 takes 229 kB
 
@@ -181,6 +182,19 @@ def blended(metric: Metric, rows: Tensor, share: float) -> Tensor | LowRank:
     return product
 
 
+def shrunk(metric: Metric, share: float) -> Metric:
+    """(1 − share)·metric + share·mean diagonal·I, a new tensor; None stays None."""
+    if (known := diagonal(metric)) is None or metric is None:
+        return None
+    mean = known.mean()
+    if isinstance(metric, LowRank):
+        weights = (1 - share) * metric.weights + share * mean
+        return LowRank(weights, metric.rows * (1 - share) ** 0.5)
+    made = (1 - share) * metric
+    (made if made.dim() == 1 else made.diagonal()).add_(share * mean)
+    return made
+
+
 def damped(metric: Metric, fraction: float) -> Metric:
     """`metric + fraction · mean(diag) · I`, a new tensor; None stays None."""
     if metric is None:
@@ -266,7 +280,9 @@ def whiten(rows: Tensor, factor: Root) -> Tensor:
     """`rows @ L` for rows `[k, d]` and a `root` L."""
     if isinstance(factor, LowRankRoot):
         return factor.spread((rows * factor.weights).T, factor.growth - 1).T
-    return times(rows, factor)
+    if factor is None or factor.dim() == 1:
+        return times(rows, factor)
+    return _times_lower(rows, factor.to(rows))
 
 
 def whiten_left(columns: Tensor, factor: Root) -> Tensor:
@@ -275,7 +291,18 @@ def whiten_left(columns: Tensor, factor: Root) -> Tensor:
         return factor.spread(columns.mul_(factor.weights[:, None]), factor.growth - 1)
     if factor is None or factor.dim() == 1:
         return columns if factor is None else columns.mul_(factor.to(columns)[:, None])
-    return factor.T.to(columns) @ columns
+    return _times_lower(columns.T, factor.to(columns)).T
+
+
+def _times_lower(rows: Tensor, lower: Tensor) -> Tensor:
+    """`rows @ lower` for a lower triangular matrix, without most of the products with its zeros."""
+    if len(lower) < 2 * _MULTIPLIED_COLUMNS:
+        return rows @ lower
+    found = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for start in range(0, len(lower), _MULTIPLIED_COLUMNS):
+        some = slice(start, start + _MULTIPLIED_COLUMNS)
+        torch.mm(rows[:, start:], lower[start:, some], out=found[:, some])
+    return found
 
 
 def unwhiten_left(columns: Tensor, factor: Root) -> Tensor:

@@ -5,6 +5,11 @@ iteration (Halko, Martinsson and Tropp, arXiv 0909.4061) is tried on matrices of
 energy it misses is computed, not estimated: at most LOST of the whole, or it is not used. At
 2048 x 2048 and rank 64, on one CPU core, it takes 0.21 s and not 1.58 s; a try that fails adds 8 %.
 
+Only leading ranks, less than half of all (`leading_svd`): subspace iteration in the Gram matrix
+(Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4), a product and a QR decomposition a
+step, until a step adds little to the energy that the subspace holds. At 4096 x 4096 and rank 745,
+on one CPU core, it takes 8 s and not 24.
+
 Any other: the Gram matrix of the smaller side. For m >= n: G = D^T D = V diag(sigma^2) V^T by
 `eigh`, then U = D V / sigma. In float64 this is twice as fast as a float32 SVD on the deltas
 measured and loses nothing that quantization could see. Memory beyond the result is O(min(m, n)^2):
@@ -29,6 +34,9 @@ _BLOCK_ROWS = 1024
 _SMALLEST, _SHARE = 512, 32  # tried on matrices from this size, with this share of their ranks
 # Energy that may be missed: a thousandth of what rounding to 8 bits does (3.5e-5).
 LOST = 3.5e-8
+# Subspace iteration: an eighth of columns more than asked for; it ends with the step that adds less
+# than a tenth of what is missed, and after so many steps the whole is taken.
+_SPARE, _GROWTH, _STEPS = 8, 0.1, 8
 
 
 def thin_svd(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,6 +75,32 @@ def thin_svd(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Te
     for rows, out in zip(delta.split(_BLOCK_ROWS), left.split(_BLOCK_ROWS), strict=True):
         out.copy_(rows.to(torch.float64) @ scaled)
     return left, (sigma * largest).to(dtype), right.t().to(dtype).contiguous()
+
+
+def leading_svd(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`thin_svd` for `rank` triplets, nearly; raises as it does.
+
+    What they miss of the delta came out 0.4 to 3.4 % above the least (spectra of noise, i^-1/2
+    and i^-1), which no rounding to 2 to 4 bits would show.
+    """
+    if delta.ndim != 2:
+        raise ValueError(f"delta must be a matrix, got shape {list(delta.shape)}")
+    if delta.shape[0] < delta.shape[1]:
+        left, sigma, right = leading_svd(delta.t(), rank)
+        return right.t().contiguous(), sigma, left.t().contiguous()
+    m, n = delta.shape
+    columns = rank + max(rank // _SPARE, _SPARE)
+    largest = _largest(delta)
+    found = None
+    if n >= _SMALLEST and columns <= n // 2 and largest:
+        found = _low_rank(delta, largest) or _subspace(delta, columns, largest)
+    if found is None:
+        return thin_svd(delta, rank)
+    left, sigma, right = found
+    kept = _kept(sigma, m, rank)
+    dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
+    sigma = (sigma[:kept] * largest).to(dtype)
+    return left[:, :kept].to(dtype).contiguous(), sigma, right[:kept].to(dtype).contiguous()
 
 
 def singular_values(delta: Tensor) -> Tensor:
@@ -122,6 +156,36 @@ def _low_rank(delta: Tensor, largest: float) -> tuple[Tensor, Tensor, Tensor] | 
         return None
     left, sigma, right = torch.linalg.svd(inner, full_matrices=False)
     return basis @ left, sigma, right
+
+
+def _subspace(delta: Tensor, columns: int, largest: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Leading triplets of `delta / largest` [m, n], m >= n, by subspace iteration, sigma float64.
+
+    None if it has not converged. The Gram matrix only finds the subspace, in float32; the triplets
+    in it are those of the delta (Rayleigh-Ritz).
+    """
+    n, single = delta.shape[1], delta.to(torch.float32)
+    random = torch.Generator().manual_seed(n)
+    probe = torch.randn(n, columns, generator=random).to(delta.device)
+    gram = torch.zeros(n, n, device=delta.device)
+    for rows in single.split(_BLOCK_ROWS):
+        gram.addmm_((rows / largest).t(), rows / largest)
+    total, held = float(gram.diagonal().sum(dtype=torch.float64)), -math.inf
+    probe = gram @ probe
+    for _ in range(_STEPS):
+        basis = torch.linalg.qr(probe)[0]
+        probe = gram @ basis
+        before, held = held, float((basis * probe).sum(dtype=torch.float64))
+        if held - before <= _GROWTH * max(total - held, 0.0) + LOST * total:
+            break
+    else:
+        return None
+    basis = torch.linalg.qr(probe)[0]
+    image = (single @ basis).double() / largest
+    values, mix = torch.linalg.eigh(image.t() @ image)
+    sigma, mix = values.flip(0).clamp(min=0).sqrt(), mix.flip(1)
+    left = image @ (mix / sigma.clamp(min=LOST * sigma[0]))
+    return left, sigma, (basis @ mix.to(basis)).t()
 
 
 def _orthonormal(columns: Tensor, scale: float) -> Tensor:

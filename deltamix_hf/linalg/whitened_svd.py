@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .second_moments import Metric, Root, root, unwhiten, unwhiten_left, whiten, whiten_left
-from .svd import singular_values, thin_svd
+from .svd import leading_svd, singular_values, thin_svd
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,19 @@ def factorise(
     inputs: Metric,
     rank: int | None = None,
     damping: tuple[float, float] = (0.0, 0.0),
+    nearly: bool = False,
 ) -> Factors:
     """The `rank` (None: all numerical) dominant ranks of `delta` `[m, n]` in the metric.
 
-    `damping`: shares of the mean diagonals added to `outputs` and `inputs`. Raises ValueError for
-    NaN or a metric that is not positive.
+    `damping`: shares of the mean diagonals added to `outputs` and `inputs`. `nearly`: those of
+    `leading_svd`. Raises ValueError for NaN or a metric that is not positive.
     """
     out_root, in_root = root(outputs, damping[0]), root(inputs, damping[1])
-    left, sigma, right = thin_svd(_image(delta, out_root, in_root), rank)
+    image = _image(delta, out_root, in_root)
+    left, sigma, right = (
+        leading_svd(image, rank) if nearly and rank is not None else thin_svd(image, rank)
+    )
+    del image
     left, right = unwhiten_left(left, out_root), unwhiten(right, in_root)
     return Factors(left.contiguous(), sigma, right.contiguous())
 

@@ -17,6 +17,7 @@ from transformers import (
 from deltamix_hf import DeltaMixError
 from deltamix_hf.calibration import statistics
 from deltamix_hf.calibration.statistics import collect, metrics_of, prediction
+from deltamix_hf.linalg.second_moments import dense
 from deltamix_hf.nn.layers import tied_modules
 from deltamix_hf.nn.probing import inputs_of
 
@@ -178,6 +179,28 @@ def test_tied_embeddings_add_both_uses():
     inputs = sum(c * a.sum() for a, c in uses)
     torch.testing.assert_close(metrics.outputs * metrics.inputs.trace(), outputs)
     torch.testing.assert_close(metrics.inputs * metrics.outputs.sum(), inputs)
+
+
+def test_metrics_of_few_observations_are_drawn_to_their_mean():
+    """As if the prior had been seen: so many times the mean's identity for each dimension."""
+    model, batches = small("causal")
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    found, scored = collect(model, modules, batches, fisher=True)
+    tokens = sum(ids.numel() for ids in batches)
+    for name, use in found.items():
+        plain, drawn = metrics_of([use], scored), metrics_of([use], scored, prior=2.0)
+        for side, seen in ("outputs", scored), ("inputs", tokens):
+            if use.tokens is not None:  # its rows are seen with the tokens
+                seen = tokens if side == "outputs" else scored
+            before, after = (dense(getattr(m, side)).double() for m in (plain, drawn))
+            before, after = (t.diag() if t.dim() == 1 else t for t in (before, after))
+            worth = 2.0 * len(before)
+            mean = before.diagonal().mean() * torch.eye(len(before))
+            expected = (seen * before + worth * mean) / (seen + worth)
+            torch.testing.assert_close(after, expected, msg=f"{name} {side}")
+        again = metrics_of([use], scored, plain.inputs, prior=2.0)
+        if use.tokens is None:
+            torch.testing.assert_close(again.inputs, drawn.inputs)
 
 
 def test_encoder_decoder_is_measured_on_both_sides():

@@ -171,7 +171,7 @@ def test_scaled_embeddings_keep_their_scales_and_so_do_their_heads(pair):
 def test_tuning_batches(pair):
     exact, _ = pair()
     data = tuning_batches(exact, [token_ids(24, 16), token_ids(1, 700)], 0)  # 128 tokens at a time
-    assert [tuple(item.ids.shape) for item in data] == [(8, 16), (8, 16), (8, 16), (1, 700)]
+    assert [tuple(item.ids.shape) for item in data] == [(8, 16), (8, 16), (8, 16), (1, 128)]
     for item in data:
         assert torch.equal(item.positions, torch.arange(item.ids.numel()))
         wanted = logits(exact, item.ids).flatten(0, 1).log_softmax(-1)

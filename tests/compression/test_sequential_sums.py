@@ -55,19 +55,21 @@ def matrices(heights, n):
     return {f"{m}": torch.randn(m, n, generator=random).to(torch.bfloat16) for m in heights}
 
 
-def changes(heights, n, lag):
+def changes(heights, n, lag, prior=0.0):
     sums, weights = sums_of(n, lag), matrices(heights, n)
     moved = moved_targets(weights, sums, Workers())
-    return target_shift(moved, dict.fromkeys(weights, 0), sums, Workers()), sums
+    return target_shift(moved, dict.fromkeys(weights, 0), sums, Workers(), prior), sums
 
 
+@pytest.mark.parametrize("prior", [0.0, 2.0])
 @pytest.mark.parametrize("lag", [None, 300])
-def test_targets_against_float64(lag):
+def test_targets_against_float64(lag, prior):
+    """The ridge grows with the inputs for each of the 40 tokens seen."""
     heights = [lag] if lag else [13, 1, 300]
-    found, left = changes(heights, 17, lag)
+    found, left = changes(heights, 17, lag, prior)
     sums = sums_of(17, lag)
     gram = sums.inputs.double() / sums.count
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(17, dtype=torch.float64)
+    ridge = (RIDGE + prior * 17 / 40) * gram.diagonal().mean() * torch.eye(17, dtype=torch.float64)
     for name, weight in matrices(heights, 17).items():
         expected = weight.double() @ sums.drift.double()
         if lag:

@@ -17,6 +17,7 @@ from deltamix_hf.linalg.second_moments import (
     energies,
     product,
     root,
+    shrunk,
     times,
     unwhiten,
     unwhiten_left,
@@ -173,6 +174,20 @@ def test_damping(kind):
     before = matrix_of(metric).clone()
     wanted = before + 0.1 * before.diagonal().mean() * torch.eye(DIM)
     torch.testing.assert_close(matrix_of(found), wanted)
+    assert torch.equal(matrix_of(metric), before)
+
+
+@pytest.mark.parametrize("kind", list(metrics()))
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_shrinking_toward_the_mean(kind, share):
+    metric = metrics()[kind]
+    found = shrunk(metric, share)
+    if metric is None:
+        assert found is None
+        return
+    before = matrix_of(metric).clone()
+    expected = (1 - share) * before + share * before.diagonal().mean() * torch.eye(DIM)
+    torch.testing.assert_close(matrix_of(found), expected)
     assert torch.equal(matrix_of(metric), before)
 
 

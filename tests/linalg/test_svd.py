@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamix_hf.linalg.svd import LOST, singular_values, thin_svd
+from deltamix_hf.linalg import svd
+from deltamix_hf.linalg.svd import LOST, leading_svd, singular_values, thin_svd
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -149,3 +150,45 @@ def test_eigenvalues_that_do_not_converge(monkeypatch):
     torch.testing.assert_close(sigma, expected[0][1])
     torch.testing.assert_close((left * sigma) @ right, delta, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(singular_values(delta), expected[1])
+
+
+def missed(delta, factors):
+    left, sigma, right = (part.double() for part in factors)
+    return float(torch.linalg.norm(delta.double() - (left * sigma) @ right) ** 2)
+
+
+@pytest.mark.parametrize("shape", [(700, 520), (520, 700), (512, 512)])
+@pytest.mark.parametrize("fall", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e20])
+def test_leading_ranks_miss_hardly_more_than_the_best(shape, fall, scale):
+    delta = normal(*shape) * (torch.arange(1, shape[1] + 1) ** -fall) * scale
+    best = missed(delta / scale, thin_svd(delta / scale, 90))
+    found = leading_svd(delta, 90)
+    assert [tuple(p.shape) for p in found] == [(shape[0], 90), (90,), (90, shape[1])]
+    left, sigma, right = found
+    small = 1e-6 * float((delta / scale).square().sum())  # rounding to 8 bits loses 35 times that
+    assert missed(delta / scale, (left, sigma / scale, right)) < 1.04 * best + small
+    eye = torch.eye(90)
+    torch.testing.assert_close(left.T @ left, eye, atol=1e-4, rtol=0)
+    torch.testing.assert_close(right @ right.T, eye, atol=1e-4, rtol=0)
+
+
+def test_leading_ranks_of_what_has_few_or_none(monkeypatch):
+    low = low_rank(600, 520, 40)
+    assert len(leading_svd(low, 100)[1]) == len(leading_svd(low.T, 100)[1]) == 40
+    assert len(leading_svd(torch.zeros(600, 520), 100)[1]) == 0
+    assert len(leading_svd(normal(600, 520), 0)[1]) == 0
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        leading_svd(torch.full((600, 520), torch.nan), 50)
+    with pytest.raises(ValueError, match="matrix"):
+        leading_svd(torch.ones(4), 2)
+
+
+def test_where_leading_ranks_are_not_found_all_are(monkeypatch):
+    """Too many of them, a small matrix, or no convergence."""
+    for delta, rank in ((normal(600, 520), 300), (normal(100, 90), 5)):
+        for found, wanted in zip(leading_svd(delta, rank), thin_svd(delta, rank), strict=True):
+            assert torch.equal(found, wanted)
+    monkeypatch.setattr(svd, "_STEPS", 1)
+    delta = normal(600, 520)
+    assert torch.equal(leading_svd(delta, 50)[1], thin_svd(delta, 50)[1])

@@ -119,3 +119,15 @@ def test_the_spectrum_alone(outputs, inputs):
     a, c, *_ = problem(outputs, inputs)
     found = spectrum(DELTA, a, c)
     torch.testing.assert_close(found.float(), factorise(DELTA, a, c).sigma, rtol=1e-5, atol=0)
+
+
+def test_nearly_the_leading_ranks():
+    m, n = 600, 520
+    delta = normal(m, n) @ torch.diag(torch.arange(1, n + 1) ** -0.5)
+    a, c = (torch.diag(torch.linspace(1, 2, d)) + 0.01 * torch.ones(d, d) for d in (m, n))
+    least = spectrum(delta, a, c)[60:].square().sum()
+    left, sigma, right = parts(factorise(delta, a, c, 60, nearly=True))
+    assert error(delta - left * sigma @ right, a.double(), c.double()) < 1.03 * float(least)
+    eye = torch.eye(60, dtype=torch.float64)
+    torch.testing.assert_close(left.T @ a.double() @ left, eye, atol=1e-4, rtol=0)
+    torch.testing.assert_close(right @ c.double() @ right.T, eye, atol=1e-4, rtol=0)

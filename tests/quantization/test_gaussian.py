@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltamix_hf.quantization import gaussian
 from deltamix_hf.quantization.gaussian import (
     CUBIC,
     DISTORTION,
@@ -164,3 +165,35 @@ def test_wrong_scales_are_named():
     codes, bits = torch.zeros(2, 10, dtype=torch.uint8), torch.tensor([2, 3])
     with pytest.raises(ValueError, match=r"need scales \[2, 3\], got \[2, 1\]"):
         dequantize(codes, torch.ones(2, 1), bits, 4)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("power", [1, 5])  # normal, and heavy tails
+def test_scales_are_the_best_of_those_tried(bits, weighted, power):
+    """Against coding every element for every scale, and least squares on the codes."""
+    random = torch.Generator().manual_seed(bits)
+    x = torch.randn(7, 200, generator=random, dtype=torch.float64) ** power
+    costs = torch.rand(200, generator=random) + 0.1 if weighted else torch.ones(200)
+    widths = torch.full((7,), bits)
+    found = fit(x.float(), widths, costs if weighted else None).double()
+    rms = ((costs * x.square()).sum(1) / costs.sum()).sqrt()
+    widest = torch.maximum(x.abs().amax(1) / levels(bits)[-1], rms)
+    best = torch.full((7,), torch.inf, dtype=torch.float64)
+    expected = best.clone()
+    for step in range(16):
+        tried = 0.35 * rms * (widest / (0.35 * rms)) ** (step / 15)
+        level = decode(encode((x / tried[:, None]).float(), widths[:, None]), widths[:, None])
+        scale = (costs * x * level).sum(1) / (costs * level.square()).sum(1)
+        error = (costs * (x - scale[:, None] * level).square()).sum(1)
+        better = error < best
+        best, expected = torch.where(better, error, best), torch.where(better, scale, expected)
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=0)  # in bfloat16
+
+
+def test_scales_of_many_short_groups_take_little_memory(monkeypatch):
+    """Places of all tried scales are kept for a few groups at a time."""
+    x, widths = torch.randn(40, 16), torch.tensor([8, 2]).repeat(20)
+    expected = fit(x, widths)
+    monkeypatch.setattr(gaussian, "_AT_ONCE", 5000)
+    assert torch.equal(fit(x, widths), expected)
