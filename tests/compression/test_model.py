@@ -35,7 +35,7 @@ from deltamix_hf.checkpoint.base import BaseCheckpoint, resolve_base
 from deltamix_hf.checkpoint.tensor_diff import sort_tensors
 from deltamix_hf.checkpoint.validation import verify_repo
 from deltamix_hf.compression.job import Job
-from deltamix_hf.method import SWITCHES
+from deltamix_hf.method import METHODS, SWITCHES
 from deltamix_hf.nn.layers import delta_modules, oriented, tied_modules, weight_of
 from deltamix_hf.storage.names import is_guard
 
@@ -133,7 +133,8 @@ def test_recorded_errors_are_those_of_the_files(delta, name, method, calibrated)
         found, scored = collect(tuned, observed, [calibration_ids()], fisher)
         for n, users in uses.items():
             if users:
-                inputs[n] = metrics_of([found[k] for k in users if k in found], scored).inputs
+                known = [found[k] for k in users if k in found]
+                inputs[n] = metrics_of(known, scored, prior=METHODS[method].prior).inputs
         assert not fisher or inputs.keys() == modules.keys()
     for module_name, module in modules.items():
         original = plain.state_dict()[f"{module_name}.weight"]
