@@ -265,9 +265,6 @@ def _of_use(use: LayerStatistics, scored: int, prior: float) -> Metrics:
     fisher = _fisher(use, scored, prior)
     if use.tokens is None:
         return Metrics(fisher, _drawn_in(use.inputs.mean(), use.inputs.count, prior))
-    frequency = use.tokens / use.tokens.sum()
-    import os
-
-    if not os.environ.get("DM_NOFREQ"):
-        frequency = _drawn_in(frequency, int(use.tokens.sum()), prior)
+    seen = use.tokens.sum()
+    frequency = _drawn_in(use.tokens / seen, int(seen), prior)
     return Metrics(frequency if fisher is not None else None, fisher)

@@ -154,8 +154,8 @@ class Job:
                 self._attach(name)
             for chain in chains:
                 finished = frozenset(self.finished)  # before this chain, as all workers see it
-                tools = self._fit, self._attach_block, finished, self.workers
-                compress_blocks(chain, chained, *tools, self.config.method.prior)
+                fit, attach, prior = self._fit, self._attach_block, self.config.method.prior
+                compress_blocks(chain, chained, fit, attach, finished, self.workers, prior)
         self._bar.close()
         self.workers.barrier()  # after it nobody reads the store
         if self.tuning_data and self.workers.rank == 0:
