@@ -81,7 +81,8 @@ def target_shift(
     `moved` is `moved_targets` and is used up. Of the sums only C is left, as a mean.
     """
     del sums.drift, sums.lag  # 485 MB at 11008 inputs, as are the two below
-    # In float32, as a shift needs: with the ridge, float64 changed it by XXX at twice the time.
+    # In float32: with the ridge, six shifts of SmolLM2-135M differed from float64's by 2e-6 to 6e-5
+    # of their size.
     ridge = RIDGE + prior * len(sums.inputs) / sums.count
     lower = cholesky32(sums.inputs.div_(sums.count), ridge)
     triangular = torch.linalg.solve_triangular  # cholesky_solve would copy the factor

@@ -25,6 +25,7 @@ drop everything below 0.6 % of sigma_max: real ranks.)
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,8 +139,9 @@ def _low_rank(delta: Tensor, largest: float) -> tuple[Tensor, Tensor, Tensor] | 
     n = delta.shape[1]
     if n < _SMALLEST:
         return None
-    random = torch.Generator().manual_seed(n)
-    probe = torch.randn(n, n // _SHARE, generator=random).to(delta.device)
+    random = torch.Generator("cpu").manual_seed(n)
+    plain: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    probe = torch.randn(n, n // _SHARE, generator=random, **plain).to(delta.device)
     single = delta.to(torch.float32)
     # the power iteration is for directions of little energy, which a plain probe would blur
     basis = _orthonormal(single @ probe, largest)
@@ -165,9 +167,10 @@ def _subspace(delta: Tensor, columns: int, largest: float) -> tuple[Tensor, Tens
     in it are those of the delta (Rayleigh-Ritz).
     """
     n, single = delta.shape[1], delta.to(torch.float32)
-    random = torch.Generator().manual_seed(n)
-    probe = torch.randn(n, columns, generator=random).to(delta.device)
-    gram = torch.zeros(n, n, device=delta.device)
+    random = torch.Generator("cpu").manual_seed(n)
+    plain: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    probe = torch.randn(n, columns, generator=random, **plain).to(delta.device)
+    gram = torch.zeros(n, n, dtype=torch.float32, device=delta.device)
     for rows in single.split(_BLOCK_ROWS):
         gram.addmm_((rows / largest).t(), rows / largest)
     total, held = float(gram.diagonal().sum(dtype=torch.float64)), -math.inf
