@@ -58,10 +58,7 @@ def thin_svd(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Te
     if largest == 0:
         return delta[:, :0].to(dtype), delta.new_zeros(0, dtype=dtype), delta[:0].to(dtype)
     if (found := _low_rank(delta, largest)) is not None:
-        left, sigma, right = found
-        kept = _kept(sigma, m, rank)
-        sigma = (sigma[:kept] * largest).to(dtype)
-        return left[:, :kept].to(dtype).contiguous(), sigma, right[:kept].to(dtype).contiguous()
+        return _leading_of(found, rank, largest, dtype)
     try:
         values, vectors = _eigh(_gram(delta, largest))
     except LinAlgError:  # slower, and converges where divide and conquer did not
@@ -89,19 +86,15 @@ def leading_svd(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if delta.shape[0] < delta.shape[1]:
         left, sigma, right = leading_svd(delta.t(), rank)
         return right.t().contiguous(), sigma, left.t().contiguous()
-    m, n = delta.shape
-    columns = rank + max(rank // _SPARE, _SPARE)
+    n, columns = delta.shape[1], rank + max(rank // _SPARE, _SPARE)
     largest = _largest(delta)
     found = None
     if n >= _SMALLEST and columns <= n // 2 and largest:
         found = _low_rank(delta, largest) or _subspace(delta, columns, largest)
     if found is None:
         return thin_svd(delta, rank)
-    left, sigma, right = found
-    kept = _kept(sigma, m, rank)
     dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
-    sigma = (sigma[:kept] * largest).to(dtype)
-    return left[:, :kept].to(dtype).contiguous(), sigma, right[:kept].to(dtype).contiguous()
+    return _leading_of(found, rank, largest, dtype)
 
 
 def singular_values(delta: Tensor) -> Tensor:
@@ -122,6 +115,16 @@ def singular_values(delta: Tensor) -> Tensor:
             values = torch.linalg.svdvals(gram).flip(0)
         sigma = values.flip(0).clamp(min=0).sqrt()
     return sigma[: _kept(sigma, len(delta))] * largest
+
+
+def _leading_of(
+    found: tuple[Tensor, Tensor, Tensor], rank: int | None, largest: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to `rank` of the triplets of a delta / largest, as those of the delta."""
+    left, sigma, right = found
+    kept = _kept(sigma, len(left), rank)
+    sigma = (sigma[:kept] * largest).to(dtype)
+    return left[:, :kept].to(dtype).contiguous(), sigma, right[:kept].to(dtype).contiguous()
 
 
 def _largest(delta: Tensor) -> float:

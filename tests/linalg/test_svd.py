@@ -173,7 +173,7 @@ def test_leading_ranks_miss_hardly_more_than_the_best(shape, fall, scale):
     torch.testing.assert_close(right @ right.T, eye, atol=1e-4, rtol=0)
 
 
-def test_leading_ranks_of_what_has_few_or_none(monkeypatch):
+def test_leading_ranks_of_what_has_few_or_none():
     low = low_rank(600, 520, 40)
     assert len(leading_svd(low, 100)[1]) == len(leading_svd(low.T, 100)[1]) == 40
     assert len(leading_svd(torch.zeros(600, 520), 100)[1]) == 0
